@@ -1,0 +1,44 @@
+"""Every error jointkv raises on purpose. All derive from `JointKVError`, so one `except` catches them."""
+
+
+class JointKVError(Exception):
+    """Base of all named errors."""
+
+
+class InvalidPolicy(JointKVError, ValueError):
+    """A `FusionPolicy` field, or a combination of fields, makes no sense. The message names the field."""
+
+
+class LayoutError(JointKVError, ValueError):
+    """A tensor has a shape, dtype or block size that this code was not written for."""
+
+
+class PoolFull(JointKVError, RuntimeError):
+    """The pool cannot give the pages asked for. `missing` says how many it lacks; nothing was changed."""
+
+    def __init__(self, missing: int, requested: int, total: int) -> None:
+        self.missing, self.requested, self.total = missing, requested, total
+        super().__init__(
+            f"the KV pool is full: {requested} pages requested, {missing} missing, {total} in all; "
+            "raise max_pages, free a cache, or use a policy that fuses more"
+        )
+
+
+class IntegrityError(JointKVError, AssertionError):
+    """An invariant of a stateful object does not hold. Always a bug in jointkv; please report it."""
+
+
+class StalePlan(JointKVError, RuntimeError):
+    """A `FusionPlan` was made for block tables that have changed since; nothing was applied."""
+
+
+class ModelMismatch(JointKVError, ValueError):
+    """A profile or a saved cache belongs to another model."""
+
+
+class UnsupportedModel(JointKVError, ValueError):
+    """The model has no KV cache of a kind that can be fused. The message names the reason."""
+
+
+class BadInput(JointKVError, ValueError):
+    """A file or a command-line argument cannot be used. The message says where and why."""
