@@ -1,0 +1,99 @@
+"""What every verb shares: messages on stderr, one-line errors, JSON files."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from jointkv.errors import BadInput, JointKVError
+
+FAILURE = 2
+
+
+def stderr_console() -> Console:
+    """A console on the present stderr, for progress and messages; stdout stays free for results.
+
+    It keeps the stream it was made with, so a library that redirects `sys.stderr` does not silence it.
+    """
+    return Console(file=sys.stderr)
+
+
+def fail(message: str) -> NoReturn:
+    """Print `message` as one red line on stderr and end the command with exit code 2."""
+    line = " ".join(message.split())
+    stderr_console().print(Text(f"error: {line}", style="red"), soft_wrap=True)
+    raise typer.Exit(code=FAILURE)
+
+
+@contextmanager
+def named_errors() -> Iterator[None]:
+    """Turn a `JointKVError` inside the block into `fail`; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except JointKVError as error:
+        fail(str(error) or type(error).__name__)
+
+
+@contextmanager
+def stages(first: str) -> Iterator[Any]:
+    """Show what is being done; yields `show(stage)`. A spinner on a terminal, else one line per stage."""
+    console = stderr_console()
+    if console.is_terminal:
+        with console.status(Text(first)) as status:
+            yield lambda stage: status.update(Text(stage))
+    else:
+        yield lambda stage: console.print(Text(stage), soft_wrap=True)
+
+
+def write_json(path: Path | str, data: Any) -> None:
+    """Write `data` as JSON to `path` in one step (temporary file, then replace); `-` means stdout.
+
+    Dataclasses become objects and paths strings; NaN and infinities, which JSON lacks, become null.
+    Raises `BadInput` when the file cannot be written.
+    """
+    text = json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if str(path) == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    target = Path(path).expanduser()
+    try:
+        if target.exists() and not target.is_file():
+            # A pipe or /dev/stdout must be written to, not replaced; a folder refuses.
+            target.write_text(text, encoding="utf-8")
+            return
+        _replace_text(target.resolve(), text)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _replace_text(target: Path, text: str) -> None:
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

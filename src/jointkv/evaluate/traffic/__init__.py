@@ -1,0 +1,28 @@
+"""Kinds of traffic to evaluate fusion on, by name."""
+
+from jointkv.errors import BadInput
+from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic
+from jointkv.evaluate.traffic.names import Names
+from jointkv.evaluate.traffic.near_prefix import NearPrefix
+from jointkv.evaluate.traffic.unrelated import Unrelated
+
+__all__ = ["Request", "Tokenizer", "Traffic", "get_traffic", "traffic_names"]
+
+_TRAFFICS: tuple[Traffic, ...] = (
+    NearPrefix(),
+    Names(),
+    Unrelated(),
+)
+
+
+def traffic_names() -> tuple[str, ...]:
+    """The names that `get_traffic` knows, in the order of reports."""
+    return tuple(traffic.name for traffic in _TRAFFICS)
+
+
+def get_traffic(name: str) -> Traffic:
+    """The traffic called `name`, with `-` or `_` between words. Raises `BadInput` for an unknown name."""
+    for traffic in _TRAFFICS:
+        if traffic.name == name.replace("-", "_"):
+            return traffic
+    raise BadInput(f"unknown traffic {name!r}; known: {', '.join(traffic_names())}")

@@ -1,0 +1,96 @@
+"""What every traffic is made of: requests as token ids, and the tokenizer they come from."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jointkv.errors import BadInput
+
+
+class Tokenizer(Protocol):
+    """The part of a `transformers` tokenizer that a traffic needs."""
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any: ...
+
+    def decode(
+        self,
+        token_ids: list[int],
+        *,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> str: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: the prompt to prefill and the true tokens that follow it, both as token ids.
+
+    `text` is the prompt as text, without special tokens.
+    """
+
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+    text: str
+
+
+class Traffic(ABC):
+    """A kind of requests that a server may see. Adding one: a file here and a line in `__init__.py`."""
+
+    name: str
+    description: str
+
+    @abstractmethod
+    def requests(
+        self, tokenizer: Tokenizer, count: int, *, continuation_tokens: int = 48, seed: int = 0
+    ) -> list[Request]:
+        """`count` distinct requests with `continuation_tokens` true next tokens each; one seed, one result.
+
+        Raises `BadInput` when the data and the tokenizer do not yield that many; it says how many they do.
+        """
+
+
+def check_counts(count: int, continuation_tokens: int) -> None:
+    """Raises `BadInput` unless at least one request with at least one token of continuation is asked for."""
+    if count < 1:
+        raise BadInput(f"count must be at least 1, got {count}")
+    if continuation_tokens < 1:
+        raise BadInput(f"continuation_tokens must be at least 1, got {continuation_tokens}")
+
+
+def too_few(traffic: Traffic, count: int, possible: int, continuation_tokens: int) -> BadInput:
+    """The error for a traffic that can make only `possible` requests where `count` were asked for."""
+    return BadInput(
+        f"traffic {traffic.name!r} can make {possible} distinct requests with {continuation_tokens} "
+        f"continuation tokens and this tokenizer, {count} requested"
+    )
+
+
+def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Token ids of `text` as a prompt: a beginning-of-sequence token if the tokenizer adds one, no end token.
+
+    An end token would stand between a prompt and its continuation.
+    """
+    token_ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][0] == bos:
+        return (bos, *token_ids)
+    return token_ids
+
+
+def split_request(
+    tokenizer: Tokenizer, prompt_text: str, answer: str, continuation_tokens: int
+) -> Request | None:
+    """The request whose continuation is the start of `answer`; None if the answer is too short.
+
+    Prompt and answer are tokenized together, as a model that writes the answer would see them. None also when
+    a token spans the border of the two, because then no prefix of the tokens is the prompt.
+    """
+    prompt = encode(tokenizer, prompt_text)
+    whole = encode(tokenizer, prompt_text + answer)
+    continuation = whole[len(prompt) : len(prompt) + continuation_tokens]
+    if whole[: len(prompt)] != prompt or len(continuation) < continuation_tokens:
+        return None
+    return Request(prompt, continuation, prompt_text)

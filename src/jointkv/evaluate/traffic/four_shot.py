@@ -1,0 +1,52 @@
+"""Requests that differ in a short header and in their question and share four worked examples in between."""
+
+import random
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic, check_counts, split_request, too_few
+from jointkv.evaluate.traffic.gsm8k import Problem, load_problems
+
+# Rows of the sample with long, correct answers: together about 700 tokens with a vocabulary of 49k.
+EXAMPLE_ROWS = (42, 49, 54, 57)
+
+
+def shared_text(problems: Sequence[Problem]) -> str:
+    """The text between a request's header and its question: the four worked examples and the next label.
+
+    It neither starts nor ends inside a run of whitespace, where tokenizers merge across the border.
+    """
+    examples = "".join(f"\n\n{problems[row].worked}" for row in EXAMPLE_ROWS)
+    return f"{examples}\n\nQuestion:"
+
+
+class FourShotTraffic(Traffic):
+    """Base of the traffics of the form header, four worked examples, own question."""
+
+    @abstractmethod
+    def headers(self, tokenizer: Tokenizer, shared: str, count: int, rng: random.Random) -> list[str]:
+        """`count` distinct first lines, without line break; `shared` is the text that will follow each.
+
+        Raises `BadInput` when it cannot find that many.
+        """
+
+    def requests(
+        self, tokenizer: Tokenizer, count: int, *, continuation_tokens: int = 48, seed: int = 0
+    ) -> list[Request]:
+        """See `Traffic.requests`; no question is used twice, and every seed has the same four examples."""
+        check_counts(count, continuation_tokens)
+        problems = load_problems()
+        shared = shared_text(problems)
+        questions = [problem for row, problem in enumerate(problems) if row not in EXAMPLE_ROWS]
+        rng = random.Random(seed)
+        rng.shuffle(questions)
+        headers = self.headers(tokenizer, shared, min(count, len(questions)), rng)
+        made: list[Request] = []
+        for problem in questions:
+            prompt_text = f"{headers[len(made)]}{shared} {problem.question}\nAnswer:"
+            request = split_request(tokenizer, prompt_text, f" {problem.answer}", continuation_tokens)
+            if request is not None:
+                made.append(request)
+            if len(made) == count:
+                return made
+        raise too_few(self, count, len(made), continuation_tokens)

@@ -1,0 +1,259 @@
+"""Fuses newly filled blocks: against resident ones first, then among themselves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jointkv.blocks import served_errors
+from jointkv.errors import IntegrityError
+from jointkv.fusion.resident import ResidentIndex
+from jointkv.fusion.signature import BlockSignature
+from jointkv.fusion.tree import plan_matrix, within_bound
+from jointkv.plan import FusionPlan
+from jointkv.policy import FusionPolicy
+from jointkv.pool import BlockPool
+from jointkv.table import BlockTable
+
+SIGNATURE_SLACK = 1.5
+"""A signature's squared distance may exceed the true one by this factor and still be looked at: more than four
+standard deviations for 30 layers. A candidate missed costs compression, never correctness."""
+
+
+@dataclass(frozen=True)
+class NewBlocks:
+    """Newly filled blocks of one table, for one layer group.
+
+    Attributes:
+        row, slot: which blocks, `[n]`.
+        keys, which: block `i` may be compared with those of bucket `keys[which[i]]` only.
+        tokens: token hashes `[n]`, where the caller knows the text.
+    """
+
+    row: Tensor
+    slot: Tensor
+    keys: Sequence[Hashable]
+    which: Tensor
+    tokens: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def take(self, selected: Tensor) -> NewBlocks:
+        """The blocks that the mask or index `selected` picks."""
+        tokens = None if self.tokens is None else self.tokens[selected]
+        return NewBlocks(self.row[selected], self.slot[selected], self.keys, self.which[selected], tokens)
+
+
+class Fuser:
+    """Keeps the index of resident pages of a pool and fuses new blocks into it.
+
+    Args:
+        pool: whose pages are compared. Pages that become free leave the index at once.
+        policy: what may be fused.
+
+    Attributes:
+        counters: `blocks_considered`, `blocks_fused`, `pages_freed`, `blocks_not_finite`, `rejected_by_bound`.
+    """
+
+    def __init__(self, pool: BlockPool, policy: FusionPolicy) -> None:
+        self.pool = pool
+        self.policy = policy
+        self.signature = BlockSignature(pool.kv)
+        self.index = ResidentIndex(self.signature.size, pool.kv.device)
+        self.counters: Counter[str] = Counter()
+        pool.on_free(self.index.remove)
+
+    def fuse(self, table: BlockTable, blocks: NewBlocks, group: int = 0) -> FusionPlan:
+        """Plan and apply the fusion of `blocks`, then make those that kept their page resident.
+
+        Returns:
+            The applied plan of resident matches and of matches among the new blocks, for statistics.
+        """
+        blocks = self._unknown(table, blocks)
+        self.counters["blocks_considered"] += len(blocks)
+        if not len(blocks):
+            return FusionPlan.empty()
+        pages = table.pages[blocks.row, blocks.slot]
+        signatures = self.signature(self.pool.kv, pages)
+        usable = signatures.isfinite().all(1).cpu()
+        self.counters["blocks_not_finite"] += int((~usable).sum())
+        own = self.pool.references[pages] == 1
+        movable, found = self._take(blocks, signatures, usable & own)
+        resident = self.plan_resident(table, movable, found, group)
+        freed = table.apply(resident)
+        movable, found = self._take(movable, found, ~_among(movable, resident))
+        merged = self.plan_new(table, movable, group)
+        freed += table.apply(merged)
+        self._make_resident(table, movable, found, merged)
+        self._make_resident(table, *self._take(blocks, signatures, usable & ~own), FusionPlan.empty())
+        self.counters["blocks_fused"] += len(resident) + int((merged.page != merged.old_page).sum())
+        self.counters["pages_freed"] += freed
+        return _join(resident, merged)
+
+    def plan_resident(
+        self, table: BlockTable, blocks: NewBlocks, signatures: Tensor, group: int = 0
+    ) -> FusionPlan:
+        """Plan which of `blocks` resident pages may serve. Changes nothing but the counters."""
+        candidates = self._candidates(blocks, signatures, group)
+        if not candidates.numel() or not (candidates >= 0).any():
+            return FusionPlan.empty()
+        own = table.pages[blocks.row, blocks.slot]
+        member, place = (candidates >= 0).nonzero(as_tuple=True)
+        served_by = candidates[member, place]
+        scales = self._own_norm_scales(own[member], served_by)
+        key_error, value_error = served_errors(
+            self.pool.kv, own[member], served_by, self.policy.across_layers, *scales
+        )
+        accepted = self._accepted(own[member], served_by, key_error, value_error, group)
+        tried = torch.zeros(len(blocks), dtype=torch.bool)
+        tried[member] = True
+        cost = torch.maximum(key_error, value_error).masked_fill(~accepted, torch.inf)
+        table_of_costs = torch.full(candidates.shape, torch.inf)
+        table_of_costs[member, place] = cost
+        best, choice = table_of_costs.min(1)
+        hit = best < torch.inf
+        self.counters["rejected_by_bound"] += int((tried & ~hit).sum())
+        pair = torch.full(candidates.shape, 0)
+        pair[member, place] = torch.arange(len(member))
+        chosen = pair[hit].gather(1, choice[hit][:, None]).squeeze(1)
+        k_scale, v_scale = (None if scale is None else scale[:, chosen] for scale in scales)
+        return FusionPlan(
+            blocks.row[hit],
+            blocks.slot[hit],
+            own[hit],
+            served_by[chosen],
+            key_error[chosen],
+            value_error[chosen],
+            k_scale,
+            v_scale,
+        )
+
+    def plan_new(self, table: BlockTable, blocks: NewBlocks, group: int = 0) -> FusionPlan:
+        """Plan the fusion of `blocks` among themselves, bucket by bucket. Changes nothing."""
+        if len(blocks) < 2:
+            return FusionPlan.empty()
+        order = torch.argsort(blocks.which, stable=True)
+        _, sizes = blocks.which[order].unique_consecutive(return_counts=True)
+        line = torch.arange(len(sizes)).repeat_interleave(sizes)
+        column = torch.arange(len(order)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        shape = (len(sizes), int(sizes.max()))
+        pages, rows, slots = (torch.full(shape, -1) for _ in range(3))
+        row, slot = blocks.row[order], blocks.slot[order]
+        pages[line, column] = table.pages[row, slot]
+        rows[line, column], slots[line, column] = row, slot
+        several = sizes > 1
+        return plan_matrix(self.pool.kv, pages[several], rows[several], slots[several], self.policy, group)
+
+    def forget(self, pages: Tensor) -> None:
+        """Take pages that are about to be written out of the index."""
+        self.index.remove(pages)
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when the index is inconsistent or knows a free page."""
+        self.index.check_integrity()
+        free = self.pool.references == 0
+        known = self.index.contains(torch.arange(len(free)))
+        if (known & free).any():
+            raise IntegrityError("the index knows a free page")
+
+    def _unknown(self, table: BlockTable, blocks: NewBlocks) -> NewBlocks:
+        """Drop blocks whose page the index knows, and all but one of those that read the same page."""
+        pages = table.pages[blocks.row, blocks.slot]
+        order = pages.argsort(stable=True)
+        first = torch.ones(len(pages), dtype=torch.bool)
+        first[order[1:]] = pages[order[1:]] != pages[order[:-1]]
+        return blocks.take(first & ~self.index.contains(pages))
+
+    @staticmethod
+    def _take(blocks: NewBlocks, signatures: Tensor, selected: Tensor) -> tuple[NewBlocks, Tensor]:
+        return blocks.take(selected), signatures[selected.to(signatures.device)]
+
+    def _candidates(self, blocks: NewBlocks, signatures: Tensor, group: int) -> Tensor:
+        """Resident pages worth verifying, `[n, k]`, -1 where none."""
+        count, source = self.policy.max_candidates, self.policy.candidates
+        found = []
+        if source != "signature" and blocks.tokens is not None:
+            found.append(self.index.same_tokens(blocks.keys, blocks.which, blocks.tokens, count))
+        if source != "tokens" or blocks.tokens is None:
+            limit = self._signature_limit(group)
+            found.append(self.index.near(blocks.keys, blocks.which, signatures, limit, count)[0])
+        candidates = torch.cat(found, 1)
+        if len(found) == 2 and candidates.numel():
+            candidates, _ = candidates.sort(1, descending=True)
+            repeated = torch.zeros_like(candidates, dtype=torch.bool)
+            repeated[:, 1:] = candidates[:, 1:] == candidates[:, :-1]
+            candidates = candidates.masked_fill(repeated, -1)
+        return candidates
+
+    def _signature_limit(self, group: int) -> float:
+        """Largest mean squared distance of unit blocks at which a candidate could still be accepted."""
+        limits = []
+        bound = self.policy.threshold("max_relative_error", group)
+        key = self.policy.threshold("key_threshold", group)
+        value = self.policy.threshold("value_threshold", group)
+        if bound is not None:
+            # |x - y|^2 / |x|^2 >= 1 - c^2, and 2 - 2c <= 2 (1 - c^2) / (1 + c).
+            limits.append(2 * bound**2)
+        if key is not None:
+            limits.append(((2 - 2 * key) + (4.0 if value is None else 2 - 2 * value)) / 2)
+        return SIGNATURE_SLACK * min(limits) + 1e-5
+
+    def _own_norm_scales(self, pages: Tensor, served_by: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """With shared directions a member keeps its own norms: factors `[L, n]` on the page read."""
+        if self.policy.representative != "direction":
+            return None, None
+        scales: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for blocks, served in zip(self.pool.kv.vectors(pages), self.pool.kv.vectors(served_by), strict=True):
+            for side in (0, 1):
+                own = torch.linalg.vector_norm(blocks[side], dim=-1)
+                held = torch.linalg.vector_norm(served[side], dim=-1)
+                scales[side].append((own / held).cpu())
+        return torch.stack(scales[0]), torch.stack(scales[1])
+
+    def _accepted(
+        self, pages: Tensor, served_by: Tensor, key_error: Tensor, value_error: Tensor, group: int
+    ) -> Tensor:
+        """Which pairs meet the bound and every cosine threshold of the policy."""
+        accepted = within_bound(key_error, value_error, self.policy, group)
+        for side, name in enumerate(("key_threshold", "value_threshold")):
+            threshold = self.policy.threshold(name, group)
+            if threshold is not None:
+                accepted &= self._mean_cosine(pages, served_by, side) >= threshold
+        return accepted
+
+    def _mean_cosine(self, pages: Tensor, served_by: Tensor, side: int) -> Tensor:
+        total = torch.zeros(len(pages))
+        for blocks, served in zip(self.pool.kv.vectors(pages), self.pool.kv.vectors(served_by), strict=True):
+            total += torch.nn.functional.cosine_similarity(blocks[side], served[side], dim=-1).cpu()
+        return total / self.pool.kv.num_layers
+
+    def _make_resident(
+        self, table: BlockTable, blocks: NewBlocks, signatures: Tensor, merged: FusionPlan
+    ) -> None:
+        """Index the pages that new blocks hold now: their own, or the shared one, each once."""
+        moved = _among(blocks, merged, merged.page != merged.old_page)
+        blocks, signatures = self._take(blocks, signatures, ~moved)
+        pages = table.pages[blocks.row, blocks.slot]
+        if merged.direction_page is not None:
+            rewritten = torch.isin(pages, merged.direction_page)
+            if rewritten.any():
+                signatures[rewritten.to(signatures.device)] = self.signature(self.pool.kv, pages[rewritten])
+        self.index.add(blocks.keys, blocks.which, pages, signatures, blocks.tokens)
+
+
+def _among(blocks: NewBlocks, plan: FusionPlan, selected: Tensor | None = None) -> Tensor:
+    """Which of `blocks` are members of `plan` (of its `selected` members)."""
+    rows, slots = (plan.row, plan.slot) if selected is None else (plan.row[selected], plan.slot[selected])
+    width = int(blocks.slot.max()) + 1 if len(blocks) else 1
+    return torch.isin(blocks.row * width + blocks.slot, rows * width + slots)
+
+
+def _join(first: FusionPlan, second: FusionPlan) -> FusionPlan:
+    """Both plans' members in one, for statistics; scales and directions are left out."""
+    names = ("row", "slot", "old_page", "page", "key_error", "value_error")
+    return FusionPlan(*(torch.cat((getattr(first, name), getattr(second, name))) for name in names))

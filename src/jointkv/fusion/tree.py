@@ -1,0 +1,169 @@
+"""Tree Fast-Fusion (paper, Algorithm 1) over a batch or over the chunks of one request, with a bound per member."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import torch
+from torch import Tensor
+
+from jointkv.blocks import PagedKV, served_errors
+from jointkv.errors import InvalidPolicy, LayoutError
+from jointkv.fusion.direction import shared_directions
+from jointkv.fusion.merge import merge_directions, merge_resident
+from jointkv.fusion.pairs import PairStatistics, pair_statistics, position_chunks
+from jointkv.plan import FusionPlan
+from jointkv.policy import FusionPolicy
+
+GRAM_SLACK = 1e-5
+"""Room for float32 rounding when squared errors come from a Gram matrix; the bound itself is checked exactly."""
+
+
+def plan_batch(
+    kv: PagedKV, tables: Mapping[Hashable, Tensor], policy: FusionPolicy, group: int = 0
+) -> FusionPlan:
+    """Fuse the full blocks of several requests at equal positions (batch scope, BFF).
+
+    Args:
+        kv: the pages.
+        tables: per request the pages of its full blocks, `[blocks]`; lengths may differ.
+        policy: what may be fused; `group` selects its thresholds.
+
+    Returns:
+        A plan whose rows number the requests in the order of `sorted(tables, key=str)`: the order of the mapping
+        plays no part. Slots are positions in the request's own table.
+    """
+    names = sorted(tables, key=str)
+    longest = max((len(tables[name]) for name in names), default=0)
+    pages = torch.full((longest, len(names)), -1, dtype=torch.long)
+    for column, name in enumerate(names):
+        pages[: len(tables[name]), column] = tables[name].cpu()
+    rows = torch.arange(len(names)).expand_as(pages)
+    slots = torch.arange(longest)[:, None].expand_as(pages)
+    return plan_matrix(kv, pages, rows, slots, policy, group)
+
+
+def plan_chunks(
+    kv: PagedKV, pages: Tensor, policy: FusionPolicy, group: int = 0, *, row: int = 0
+) -> FusionPlan:
+    """Fuse the full blocks of one request's chunks at equal places in the chunk (chunk scope, CFF).
+
+    Args:
+        pages: the pages of the request's full blocks, `[blocks]`; the last chunk may be shorter.
+
+    Raises:
+        InvalidPolicy: `policy.chunk_tokens` is no multiple of the block size.
+    """
+    per_chunk, remainder = divmod(policy.chunk_tokens, kv.block_size)
+    if remainder:
+        raise InvalidPolicy(
+            f"chunk_tokens: {policy.chunk_tokens} is no multiple of the block size {kv.block_size}"
+        )
+    chunks = -(-len(pages) // per_chunk)
+    padded = torch.nn.functional.pad(pages.cpu(), (0, chunks * per_chunk - len(pages)), value=-1)
+    slots = torch.arange(chunks * per_chunk).view(chunks, per_chunk).T
+    rows = torch.full_like(slots, row)
+    return plan_matrix(kv, padded.view(chunks, per_chunk).T, rows, slots, policy, group)
+
+
+def plan_matrix(
+    kv: PagedKV, pages: Tensor, rows: Tensor, slots: Tensor, policy: FusionPolicy, group: int = 0
+) -> FusionPlan:
+    """Fuse, within each line of `pages [P, N]` (-1: no block), the blocks that are alike.
+
+    Args:
+        rows, slots: which logical block each entry is, `[P, N]`.
+
+    Raises:
+        LayoutError: the shapes differ.
+    """
+    if not pages.shape == rows.shape == slots.shape or pages.dim() != 2:
+        raise LayoutError(f"pages, rows and slots must share one shape [P, N], got {list(pages.shape)}")
+    if not policy.enabled or pages.shape[1] < 2:
+        return FusionPlan.empty()
+    parts = [
+        group_blocks(pair_statistics(kv, pages[part], policy, group), policy, group).cpu()
+        for part in position_chunks(kv, *pages.shape)
+    ]
+    if not parts:
+        return FusionPlan.empty()
+    leader = torch.cat(parts)
+    make_plan = _plan_directions if policy.representative == "direction" else _plan_resident
+    return make_plan(kv, pages, rows, slots, leader, policy, group)
+
+
+def group_blocks(pairs: PairStatistics, policy: FusionPolicy, group: int) -> Tensor:
+    """The leader of each block's group, `[P, N]` long; a block that fits nowhere leads itself."""
+    key_threshold = policy.threshold("key_threshold", group)
+    value_threshold = policy.threshold("value_threshold", group)
+    if policy.representative == "direction":
+        assert pairs.key_cosine is not None and key_threshold is not None
+        return merge_directions(
+            pairs.key_cosine, pairs.value_cosine, pairs.valid, key_threshold, value_threshold or 0.0
+        )
+    bound = policy.threshold("max_relative_error", group)
+    tests = [(pairs.key_cosine, key_threshold), (pairs.value_cosine, value_threshold)]
+    allowed = pairs.valid[:, :, None] & pairs.valid[:, None, :]
+    for cosine, threshold in tests:
+        if threshold is not None:
+            assert cosine is not None
+            allowed = allowed & (cosine >= threshold)
+    if bound is None:
+        assert pairs.key_cosine is not None
+        return merge_resident(allowed, pairs.key_cosine, pairs.valid)
+    assert pairs.key_error is not None and pairs.value_error is not None
+    worse = torch.maximum(pairs.key_error, pairs.value_error)
+    return merge_resident(allowed & (worse <= bound**2 + GRAM_SLACK), -worse, pairs.valid)
+
+
+def _plan_resident(
+    kv: PagedKV, pages: Tensor, rows: Tensor, slots: Tensor, leader: Tensor, policy: FusionPolicy, group: int
+) -> FusionPlan:
+    follows = (leader != torch.arange(pages.shape[1])) & (pages >= 0)
+    old, new = pages[follows], pages.gather(1, leader)[follows]
+    key_error, value_error = served_errors(kv, old, new, policy.across_layers)
+    keep = within_bound(key_error, value_error, policy, group)
+    return FusionPlan(
+        rows[follows][keep], slots[follows][keep], old[keep], new[keep], key_error[keep], value_error[keep]
+    )
+
+
+def _plan_directions(
+    kv: PagedKV, pages: Tensor, rows: Tensor, slots: Tensor, leader: Tensor, policy: FusionPolicy, group: int
+) -> FusionPlan:
+    count = pages.shape[1]
+    group_id = (leader + torch.arange(len(pages))[:, None] * count)[pages >= 0]
+    _, group_id, size = group_id.unique(return_inverse=True, return_counts=True)
+    shared = size[group_id] > 1
+    if not shared.any():
+        return FusionPlan.empty()
+    old, row, slot = (entry[pages >= 0][shared] for entry in (pages, rows, slots))
+    _, group_id = group_id[shared].unique(return_inverse=True)
+    num_groups = int(group_id.max()) + 1
+    found = shared_directions(kv, old, group_id, num_groups, policy.across_layers)
+    keep = within_bound(found.key_error, found.value_error, policy, group)
+    keep &= torch.bincount(group_id[keep], minlength=num_groups)[group_id] > 1
+    kept_groups, new_id = group_id[keep].unique(return_inverse=True)
+    order = torch.arange(int(keep.sum()))
+    first = torch.full((len(kept_groups),), len(order)).scatter_reduce(0, new_id, order, "amin")
+    direction_page = old[keep][first]
+    return FusionPlan(
+        row[keep],
+        slot[keep],
+        old[keep],
+        direction_page[new_id],
+        found.key_error[keep],
+        found.value_error[keep],
+        found.k_scale[:, keep],
+        found.v_scale[:, keep],
+        direction_page,
+        found.keys[:, kept_groups],
+        found.values[:, kept_groups],
+    )
+
+
+def within_bound(key_error: Tensor, value_error: Tensor, policy: FusionPolicy, group: int) -> Tensor:
+    """Which members meet the policy's bound on K and on V; errors that are no numbers never do."""
+    bound = policy.threshold("max_relative_error", group)
+    finite = key_error.isfinite() & value_error.isfinite()
+    return finite if bound is None else finite & (key_error <= bound) & (value_error <= bound)

@@ -1,0 +1,124 @@
+"""The attention function that reads pages, registered with transformers under the name `jointkv`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from jointkv.attention.tokens import read_tokens
+from jointkv.errors import UnsupportedModel
+
+ATTENTION_NAME = "jointkv"
+WORKSPACE_BYTES = 32 << 20
+"""K and V copied out of the pages at a time; sequences beyond that are attended in turns."""
+
+_UNSUPPORTED = ("softcap", "position_bias", "s_aux", "head_mask")
+
+
+@dataclass(frozen=True)
+class PagedLayer:
+    """One layer's pages and where the tokens of the batch lie in them; rides on the keys given to attention.
+
+    Attributes:
+        keys, values: `[pages, t, h, d]`.
+        slots: `[rows, length]`, see `token_slots`.
+        k_scale, v_scale: factors per token `[rows, length]`, or None for 1.
+    """
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    def read(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Dense K and V of some rows: `[rows, h, length, d]`."""
+        k_scale = None if self.k_scale is None else self.k_scale[rows]
+        v_scale = None if self.v_scale is None else self.v_scale[rows]
+        return read_tokens(self.keys, self.slots[rows], k_scale), read_tokens(
+            self.values, self.slots[rows], v_scale
+        )
+
+    def rows_at_a_time(self) -> int:
+        """Rows whose dense K and V fit the workspace; one at the least."""
+        token = (self.keys[0, 0].numel() + self.values[0, 0].numel()) * self.keys.element_size()
+        return max(1, WORKSPACE_BYTES // max(1, token * self.slots.shape[1]))
+
+
+def attach_pages(key: Tensor, pages: PagedLayer) -> Tensor:
+    """Let `pages` ride on `key` to the attention function; returns `key`."""
+    key.jointkv_pages = pages  # type: ignore[attr-defined]
+    return key
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="jointkv"` known to transformers. Repeating it changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend to the pages that ride on `key`; without any, do what `sdpa` does.
+
+    Args:
+        query: `[rows, query heads, n, d]`.
+        attention_mask: bool `[rows, 1, n, length]`, or None for one query, or a causal fresh prompt.
+
+    Raises:
+        UnsupportedModel: the model asks for logits soft-capping, a position bias or sinks, which this cannot do.
+    """
+    pages: PagedLayer | None = getattr(key, "jointkv_pages", None)
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModel(f"attention with {name}: load the model with attn_implementation='eager'")
+    if pages is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    step = pages.rows_at_a_time()
+    outputs = [
+        _attend(module, query, pages, slice(start, start + step), attention_mask, dropout, scaling)
+        for start in range(0, len(query), step)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs), None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    pages: PagedLayer,
+    rows: slice,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    keys, values = pages.read(rows)
+    query = query[rows]
+    mask = attention_mask
+    if mask is not None:
+        mask = mask[rows] if mask.shape[0] > 1 else mask
+        mask = mask[..., : keys.shape[2]]
+    groups = query.shape[1] // keys.shape[1]
+    if groups > 1 and mask is not None and query.is_cuda:
+        # Masked grouped-query attention has no fast CUDA kernel; repeating K and V has.
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+        groups = 1
+    output = nn.functional.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1
+    )
+    return output.transpose(1, 2).contiguous()

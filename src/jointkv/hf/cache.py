@@ -1,0 +1,397 @@
+"""`JointCache`: a cache for `model.generate(past_key_values=...)` whose pages come from a shared pool."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from jointkv.attention.tokens import token_scales, token_slots, write_tokens
+from jointkv.errors import LayoutError, PoolFull
+from jointkv.fusion.fuser import NewBlocks
+from jointkv.fusion.signature import token_hashes
+from jointkv.hf.attention import PagedLayer, attach_pages
+from jointkv.hf.pool import JointPool
+from jointkv.table import BlockTable
+
+
+class PagedCacheLayer(CacheLayerMixin):
+    """A full-attention layer of a `JointCache`; its K and V live in the cache's pages."""
+
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: JointCache, index: int) -> None:
+        super().__init__()
+        self._cache = weakref.ref(cache)
+        self._index = index
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new states `[rows, h, n, d]`; returns what attention needs: pages, or dense K and V."""
+        cache = self._cache()
+        assert cache is not None
+        return cache.write_layer(self, self._index, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class JointCache(Cache):
+    """KV cache of one batch of sequences, on pages of a `JointPool`.
+
+    Blocks are fused when a forward pass has filled them: those of a prompt after its (chunk of) prefill, generated
+    ones as they fill. Left padding is not stored. Sliding-window layers keep transformers' own cache layer.
+
+    Args:
+        pool: shared pages and policy.
+        isolation_key: tenant: blocks are compared only inside one key. One for all rows, or one per row.
+
+    Raises:
+        LayoutError: the number of isolation keys differs from the rows of the batch (at the first forward pass).
+        PoolFull: from a forward pass that needs more pages than the pool can give; the cache is as before.
+    """
+
+    def __init__(self, pool: JointPool, isolation_key: Hashable | Sequence[Hashable] = "") -> None:
+        stock = DynamicCache(config=pool.config).layers
+        self.pool = pool
+        self.isolation_key = isolation_key
+        self._paged = {layer: index for index, layer in enumerate(pool.full_layers)}
+        super().__init__(
+            layers=[
+                PagedCacheLayer(self, self._paged[index]) if index in self._paged else layer
+                for index, layer in enumerate(stock)
+            ]
+        )
+        self.tables: list[BlockTable] = []
+        self._clear()
+        # The pages must return to the pool when the cache is dropped, without waiting for the cycle collector.
+        weakref.finalize(self, _release, self.tables)
+
+    def _clear(self) -> None:
+        self.length = 0
+        self.padding = torch.zeros(0, dtype=torch.long)
+        self._considered = torch.zeros(0, dtype=torch.long)
+        self._fusable = torch.zeros(0, dtype=torch.bool)
+        self._sequence = torch.zeros(0, dtype=torch.long)
+        self._tokens: Tensor | None = None
+        self._announced: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._slots: list[Tensor] = []
+        self._fresh = False
+        self._padded_step: Tensor | None = None
+
+    @property
+    def paged_layers(self) -> list[PagedCacheLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PagedCacheLayer)]
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.padding) if self.tables else -1
+
+    # One forward pass: begin_step, write_layer once per layer, end_step.
+
+    def begin_step(self, attention_mask: Tensor | None, input_ids: Tensor | None) -> None:
+        """Note the padding and the text of the coming forward pass (called by the pool's forward hook)."""
+        if attention_mask is not None and attention_mask.dim() != 2:
+            attention_mask = None
+        self._announced = (attention_mask, input_ids)
+
+    def write_layer(
+        self, layer: PagedCacheLayer, index: int, key_states: Tensor, value_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Write one layer's new states; called by `PagedCacheLayer.update`."""
+        if layer.length == self.length:
+            self._advance(key_states, value_states)
+        layer.length, layer.is_initialized = self.length, True
+        group, member = divmod(index, self.pool.groups.layers)
+        blocks = self.pool.prepare(key_states, value_states)
+        keys, values = blocks.kv.keys[member], blocks.kv.values[member]
+        slots = self._slots[group]
+        new = slots[:, -key_states.shape[2] :].flatten()
+        for pages, states in ((keys, key_states), (values, value_states)):
+            states = states.transpose(1, 2).flatten(0, 1)
+            if self._padded_step is not None:
+                states = states[self._padded_step]
+            write_tokens(pages, new if self._padded_step is None else new[self._padded_step], states)
+        if self._fresh:
+            return key_states, value_states
+        paged = PagedLayer(keys, values, slots, *self._scales(group, member))
+        if self.pool.reads_pages:
+            return attach_pages(key_states, paged), value_states
+        return paged.read()
+
+    def end_step(self) -> None:
+        """Fuse the blocks that the forward pass has filled (called by the pool's forward hook)."""
+        self._announced = (None, None)
+        if not self.tables or any(layer.length != self.length for layer in self.paged_layers):
+            return
+        try:
+            self._fuse()
+        except Exception as error:
+            self.pool.disable_fusion(error)
+
+    def _advance(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for the new tokens in every group, or raise PoolFull with nothing changed."""
+        rows, _, new, _ = key_states.shape
+        blocks = self.pool.prepare(key_states, value_states)
+        mask, input_ids = self._announced
+        if not self.tables:
+            self._start(rows)
+        if rows != len(self.padding):
+            raise LayoutError(f"{rows} sequences for a cache of {len(self.padding)}")
+        length = self.length + new
+        padding = self._extended_padding(mask, new)
+        tail = self.length - self.padding
+        partial = (tail % self.pool.block_size > 0).nonzero().squeeze(1)
+        slot = tail[partial] // self.pool.block_size
+        needed = -(-(length - padding) // self.pool.block_size)
+        count = sum(table.missing_blocks(needed) + table.count_shared(partial, slot) for table in self.tables)
+        missing = blocks.missing(count)
+        if missing:
+            raise PoolFull(missing, count, blocks.max_pages or 0)
+        for table in self.tables:
+            if len(partial):
+                pages = table.make_writable(partial, slot)
+                for fuser in self.pool.fusers.values():
+                    fuser.forget(pages)
+            table.extend(needed)
+        self.padding = padding
+        self._note_text(mask, input_ids, new)
+        self._fresh = self.length == 0
+        self.length = length
+        device = key_states.device
+        self._slots = [
+            token_slots(table.pages, self.pool.block_size, self.padding, length).to(device)
+            for table in self.tables
+        ]
+        inside = torch.arange(length - new, length) >= self.padding[:, None]
+        self._padded_step = None if inside.all() else inside.flatten().nonzero().squeeze(1).to(device)
+
+    def _extended_padding(self, mask: Tensor | None, new: int) -> Tensor:
+        """Left padding per row after this step: a row that has no token yet may go on with padding."""
+        if mask is None or mask.shape != (len(self.padding), self.length + new):
+            return self.padding
+        leading = (mask[:, self.length :].cpu().long().cumsum(1) == 0).sum(1)
+        return self.padding + leading * (self.padding == self.length)
+
+    def _start(self, rows: int) -> None:
+        assert self.pool.blocks is not None
+        self.tables.extend(BlockTable(self.pool.blocks, rows) for _ in range(self.pool.groups.count))
+        self.padding = torch.zeros(rows, dtype=torch.long)
+        self._considered = torch.zeros(rows, dtype=torch.long)
+        self._fusable = torch.ones(rows, dtype=torch.bool)
+        self._sequence = self.pool.new_sequences(rows)
+        keys = self.isolation_key
+        if isinstance(keys, list | tuple) and len(keys) != rows:
+            self.tables.clear()
+            raise LayoutError(f"{len(keys)} isolation keys for {rows} sequences")
+
+    def _note_text(self, mask: Tensor | None, input_ids: Tensor | None, new: int) -> None:
+        """Keep the token ids while they are known; rows with masked tokens after their start are never fused."""
+        if mask is not None and mask.shape[1] >= new:
+            seen = mask[:, -new:].cpu().bool()
+            begun = torch.arange(self.length, self.length + new) >= self.padding[:, None]
+            self._fusable &= (seen | ~begun).all(1)
+        if self.pool.policy.candidates == "signature" or not self.pool.policy.enabled:
+            return
+        known = input_ids is not None and input_ids.shape == (len(self.padding), new)
+        if not known or (self._tokens is None and self.length > 0):
+            self._tokens = None
+        else:
+            assert input_ids is not None
+            past = [] if self._tokens is None else [self._tokens]
+            self._tokens = torch.cat([*past, input_ids.cpu()], 1)
+
+    def _scales(self, group: int, member: int) -> tuple[Tensor | None, Tensor | None]:
+        table = self.tables[group]
+        if table.k_scale is None or table.v_scale is None:
+            return None, None
+        device = self._slots[group].device
+        k, v = (
+            token_scales(scale[member], self.pool.block_size, self.padding, self.length).to(device)
+            for scale in (table.k_scale, table.v_scale)
+        )
+        return k, v
+
+    # Fusion of the blocks that have filled since the last step.
+
+    def _fuse(self) -> None:
+        full = (self.length - self.padding) // self.pool.block_size
+        first, self._considered = self._considered, full
+        if not self.pool.fusers or not (full > first).any():
+            return
+        slots = torch.arange(int(full.max()))
+        filled = (slots >= first[:, None]) & (slots < full[:, None]) & self._fusable[:, None]
+        row, slot = filled.nonzero(as_tuple=True)
+        tokens = self._hashes(row, slot)
+        for scope, fuser in self.pool.fusers.items():
+            for group, table in enumerate(self.tables):
+                if self.pool.groups.fused[group]:
+                    keys, which = self._buckets(scope, group, row, slot)
+                    fuser.fuse(table, NewBlocks(row, slot, keys, which, tokens), group)
+
+    def _buckets(self, scope: str, group: int, row: Tensor, slot: Tensor) -> tuple[list[Hashable], Tensor]:
+        """Buckets of blocks: equal positions of one tenant, or equal places in the chunks of one request."""
+        if scope == "chunk":
+            slot = slot % (self.pool.policy.chunk_tokens // self.pool.block_size)
+            owner, names = row, [("chunk", self._tenant(i), int(n)) for i, n in enumerate(self._sequence)]
+        else:
+            tenants = [self._tenant(i) for i in range(len(self.padding))]
+            names = [("batch", tenant) for tenant in dict.fromkeys(tenants)]
+            number = {name[1]: index for index, name in enumerate(names)}
+            owner = torch.tensor([number[tenant] for tenant in tenants])[row]
+        pairs, which = torch.stack((owner, slot), 1).unique(dim=0, return_inverse=True)
+        return [(*names[i], group, place) for i, place in pairs.tolist()], which
+
+    def _tenant(self, row: int) -> Hashable:
+        keys = self.isolation_key
+        return keys[row] if isinstance(keys, list | tuple) else keys  # type: ignore[return-value]
+
+    def _hashes(self, row: Tensor, slot: Tensor) -> Tensor | None:
+        if self._tokens is None:
+            return None
+        size = self.pool.block_size
+        column = self.padding[row, None] + slot[:, None] * size + torch.arange(size)
+        return token_hashes(self._tokens[row[:, None], column], size).squeeze(-1)
+
+    # Operations on the whole cache.
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens: `-n` drops `n`; a positive number is the length to keep (as in transformers)."""
+        for layer in self.layers:
+            if not isinstance(layer, PagedCacheLayer):
+                layer.crop(tokens_to_remove)
+        keep = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.length)
+        keep = max(0, keep)
+        if keep == self.length:
+            return
+        self.length = keep
+        left = (keep - self.padding).clamp(min=0)
+        self.padding = self.padding.clamp(max=keep)
+        for table in self.tables:
+            table.truncate(-(-left // self.pool.block_size))
+        self._considered = torch.minimum(self._considered, left // self.pool.block_size)
+        self._tokens = None if self._tokens is None else self._tokens[:, :keep]
+        for layer in self.paged_layers:
+            layer.length = keep
+
+    def reset(self) -> None:
+        """Give every page back and start empty."""
+        for layer in self.layers:
+            if not isinstance(layer, PagedCacheLayer):
+                layer.reset()
+            else:
+                layer.length, layer.is_initialized = 0, False
+        _release(self.tables)
+        self._clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row `i` becomes what row `beam_idx[i]` was; shared pages are copied when somebody writes to them."""
+        self._select(beam_idx, "reorder_cache", beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` only."""
+        rows = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
+        self._select(rows, "batch_select_indices", indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times; the copies share their pages."""
+        rows = torch.arange(len(self.padding)).repeat_interleave(repeats)
+        self._select(rows, "batch_repeat_interleave", repeats)
+
+    def _select(self, rows: Tensor, method: str, argument: Any) -> None:
+        for layer in self.layers:
+            if not isinstance(layer, PagedCacheLayer):
+                getattr(layer, method)(argument)
+        if not self.tables:
+            return
+        rows = rows.cpu()
+        for table in self.tables:
+            table.select(rows)
+        self.padding, self._considered = self.padding[rows], self._considered[rows]
+        self._fusable = self._fusable[rows]
+        self._tokens = None if self._tokens is None else self._tokens[rows]
+        self._sequence = self.pool.new_sequences(len(rows))
+        if isinstance(self.isolation_key, list | tuple):
+            self.isolation_key = [self.isolation_key[row] for row in rows.tolist()]
+
+    # What it holds.
+
+    @property
+    def references(self) -> int:
+        """Blocks held, counted once per (row, slot) and layer group: the pages an unfused cache would need."""
+        return sum(len(table.held()) for table in self.tables)
+
+    @property
+    def pages(self) -> int:
+        """Distinct pages that hold them; other caches may read the same ones."""
+        held = [table.held() for table in self.tables]
+        return len(torch.cat(held).unique()) if held else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the distinct pages."""
+        return self.pages * self.pool.blocks.kv.page_nbytes if self.pool.blocks else 0
+
+    def stats(self) -> dict[str, Any]:
+        """Sequences, tokens, references, pages and bytes of this cache; `pool.stats()` has the whole memory's."""
+        tokens = int((self.length - self.padding).sum())
+        return {
+            "sequences": max(0, self.batch_size),
+            "tokens": tokens,
+            "references": self.references,
+            "pages": self.pages,
+            "bytes": self.nbytes,
+            "ratio": self.references / self.pages if self.pages else 1.0,
+        }
+
+    def save(self, path: Path | str) -> None:
+        """Write pages, tables and scales to a safetensors file."""
+        from jointkv.hf.saving import save_cache
+
+        save_cache(self, path)
+
+    @classmethod
+    def load(
+        cls, path: Path | str, pool: JointPool, isolation_key: Hashable | Sequence[Hashable] = ""
+    ) -> JointCache:
+        """Read what `save` wrote into pages of `pool`.
+
+        Raises:
+            BadInput: no saved cache, or a damaged one.
+            ModelMismatch: it belongs to another model, or to another block size or layer grouping.
+            PoolFull: too few pages are free; nothing was taken.
+        """
+        from jointkv.hf.saving import load_cache
+
+        return load_cache(cls(pool, isolation_key), path)
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when a table, the pool or an index is inconsistent."""
+        for table in self.tables:
+            table.check_integrity()
+        self.pool.check_integrity()
+
+
+def _release(tables: list[BlockTable]) -> None:
+    for table in tables:
+        table.release()
+    tables.clear()

@@ -1,0 +1,214 @@
+"""Pages, index and policy that many `JointCache`s of one model share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from jointkv.errors import InvalidPolicy, LayoutError, UnsupportedModel
+from jointkv.fusion.fuser import Fuser
+from jointkv.hf.attention import ATTENTION_NAME, register_attention
+from jointkv.policy import FusionPolicy, LayerGroups
+from jointkv.pool import BlockPool
+
+logger = logging.getLogger("jointkv")
+
+
+class JointPool:
+    """KV memory of one model, shared by its caches, so that requests fuse across calls as well as in a batch.
+
+    Creating it registers the `jointkv` attention function, switches a model that uses `sdpa` to it, and adds two
+    forward hooks that tell a `JointCache` about padding and the end of a step. Other caches are not affected.
+
+    Args:
+        model: any decoder-only model of transformers with full-attention layers.
+        policy: a `FusionPolicy` or the name of a preset.
+        block_size: tokens per page.
+        max_pages: pages at the most; None grows without limit.
+
+    Attributes:
+        blocks: the `BlockPool`, None until the first forward pass has shown the shapes.
+        groups: how the full-attention layers are grouped.
+        fingerprint: identifies the model in saved caches.
+
+    Raises:
+        UnsupportedModel: an encoder-decoder, no cache, no full-attention layer, or layers that are neither full nor
+            sliding-window attention.
+        InvalidPolicy: the policy does not fit the model or the block size.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: FusionPolicy | str = "safe",
+        *,
+        block_size: int = 16,
+        max_pages: int | None = None,
+    ) -> None:
+        self.policy = FusionPolicy.preset(policy) if isinstance(policy, str) else policy
+        if block_size < 1:
+            raise InvalidPolicy(f"block_size: {block_size!r} is not a whole number of at least 1")
+        if self.policy.scope != "batch" and self.policy.chunk_tokens % block_size:
+            raise InvalidPolicy(
+                f"chunk_tokens: {self.policy.chunk_tokens} is no multiple of the block size {block_size}"
+            )
+        self.block_size = block_size
+        self.max_pages = max_pages
+        self.full_layers = full_attention_layers(model)
+        self.groups = LayerGroups.of(self.policy, len(self.full_layers))
+        self.config = model.config.get_text_config(decoder=True)
+        self.fingerprint = model_fingerprint(model)
+        self.blocks: BlockPool | None = None
+        self.fusers: dict[str, Fuser] = {}
+        self.faults = 0
+        self._next_sequence = 0
+        register_attention()
+        if self.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(ATTENTION_NAME)
+        _attach_hooks(model)
+
+    @property
+    def reads_pages(self) -> bool:
+        """Whether the model's attention reads pages; otherwise each layer is handed a dense copy."""
+        return bool(self.config._attn_implementation == ATTENTION_NAME)
+
+    def prepare(self, key_states: Tensor, value_states: Tensor) -> BlockPool:
+        """The block pool for states `[rows, h, n, d]`; made on first use.
+
+        Raises:
+            LayoutError: the states do not fit the pool that exists.
+        """
+        key_shape, value_shape = (tuple(states.shape[1::2]) for states in (key_states, value_states))
+        if self.blocks is None:
+            self.blocks = BlockPool(
+                self.groups.layers,
+                self.block_size,
+                key_shape,
+                value_shape,
+                dtype=key_states.dtype,
+                device=key_states.device,
+                max_pages=self.max_pages,
+            )
+            scopes = ("batch", "chunk") if self.policy.scope == "both" else (self.policy.scope,)
+            if self.policy.enabled:
+                self.fusers = {scope: Fuser(self.blocks, self.policy) for scope in scopes}
+        kv = self.blocks.kv
+        expected = (kv.keys[0].shape[2:], kv.values[0].shape[2:], kv.keys[0].dtype)
+        if (torch.Size(key_shape), torch.Size(value_shape), key_states.dtype) != expected:
+            raise LayoutError(
+                f"K {list(key_shape)}, V {list(value_shape)} of {key_states.dtype} do not fit pages of "
+                f"{list(expected[0])}, {list(expected[1])}, {expected[2]}"
+            )
+        return self.blocks
+
+    def new_sequences(self, count: int) -> Tensor:
+        """Numbers for `count` sequences, unique in this pool: long `[count]`."""
+        self._next_sequence += count
+        return torch.arange(self._next_sequence - count, self._next_sequence)
+
+    def disable_fusion(self, error: Exception) -> None:
+        """Switch fusion off after an internal fault: counted, logged once; caches go on unfused."""
+        self.faults += 1
+        if self.fusers:
+            logger.error("fusion switched off after an internal fault: %s: %s", type(error).__name__, error)
+        self.fusers = {}
+
+    def stats(self) -> dict[str, Any]:
+        """Pages and bytes at the allocator, and the counters of the search."""
+        blocks = self.blocks
+        counters = {"blocks_considered": 0, "blocks_fused": 0, "pages_freed": 0}
+        for fuser in self.fusers.values():
+            for name, value in fuser.counters.items():
+                counters[name] = counters.get(name, 0) + value
+        return {
+            "pages_used": blocks.num_used if blocks else 0,
+            "pages_peak": blocks.peak_used if blocks else 0,
+            "references": int(blocks.references.sum()) if blocks else 0,
+            "bytes_used": blocks.nbytes if blocks else 0,
+            "page_bytes": blocks.kv.page_nbytes if blocks else 0,
+            "fusion": "off" if not self.policy.enabled else "faulted" if self.faults else "on",
+            "faults": self.faults,
+            **counters,
+        }
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when the pool or an index is inconsistent."""
+        if self.blocks is not None:
+            self.blocks.check_integrity()
+        for fuser in self.fusers.values():
+            fuser.check_integrity()
+
+
+def full_attention_layers(model: PreTrainedModel) -> list[int]:
+    """Indices of the layers whose cache is a plain growing one.
+
+    Raises:
+        UnsupportedModel: see `JointPool`.
+    """
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is an encoder-decoder; only decoder-only models are supported"
+        )
+    decoder = config.get_text_config(decoder=True)
+    if not getattr(decoder, "use_cache", False) or not hasattr(decoder, "num_hidden_layers"):
+        raise UnsupportedModel(f"{type(model).__name__} has no KV cache")
+    try:
+        layers = DynamicCache(config=decoder).layers
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UnsupportedModel(f"{type(model).__name__}: its cache layers are unknown ({error})") from error
+    for index, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedModel(f"layer {index} of {type(model).__name__} needs a {type(layer).__name__}")
+    full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    if not full:
+        raise UnsupportedModel(f"{type(model).__name__} has sliding-window layers only; they are left alone")
+    return full
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """A hash of the model's shape and of a few weights of every parameter: equal for equal models."""
+    config = model.config.get_text_config(decoder=True)
+    names = (
+        "model_type",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+    shape = {name: getattr(config, name, None) for name in names}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        sample = parameter.detach().flatten()[:16].float().cpu().numpy()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _attach_hooks(model: PreTrainedModel) -> None:
+    decoder = model.get_decoder()
+    if getattr(decoder, "_jointkv_attached", False):
+        return
+    decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    decoder.register_forward_hook(_after_forward, with_kwargs=True)
+    decoder._jointkv_attached = True
+
+
+def _before_forward(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache: Cache | None = kwargs.get("past_key_values")
+    if hasattr(cache, "begin_step"):
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        cache.begin_step(kwargs.get("attention_mask"), input_ids)
+
+
+def _after_forward(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+    cache: Cache | None = kwargs.get("past_key_values")
+    if hasattr(cache, "end_step"):
+        cache.end_step()

@@ -1,0 +1,227 @@
+"""What may be fused, how alike it must be, and what then stands in its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from jointkv.errors import InvalidPolicy
+
+SimilarityRule = Literal["key", "key_value"]
+RepresentativeKind = Literal["resident", "direction"]
+Scope = Literal["batch", "chunk", "both"]
+LayerAggregate = Literal["rms", "max"]
+CandidateSource = Literal["signature", "tokens", "either"]
+Threshold = float | tuple[float, ...] | None
+
+PER_LAYER = "per_layer"
+
+
+@dataclass(frozen=True)
+class FusionPolicy:
+    """How blocks are compared and served. Immutable; validated on construction.
+
+    Thresholds are one number, or one per layer group. `None` switches that test off.
+
+    Attributes:
+        enabled: False leaves the cache exactly as the unfused one.
+        similarity: `"key"`: keys decide and values follow (the paper). `"key_value"`: both must agree.
+        key_threshold: least cosine of two K blocks, in [-1, 1] (mean over the layers of a group).
+        value_threshold: least cosine of two V blocks; only with `similarity="key_value"`.
+        max_relative_error: bound on `|x - x_hat| / |x|` of every member, for K and for V.
+        across_layers: how the errors of a group's layers become one number: root mean square, or worst layer.
+        representative: `"resident"`: an existing page as it stands. `"direction"`: the normalised mean of the
+            members' unit vectors, each member keeping its own norms (paper, Algorithm 1).
+        scope: `"batch"` compares requests at equal positions, `"chunk"` the chunks of one request.
+        chunk_tokens: length of a chunk in tokens, for the chunk scope.
+        layer_groups: number of groups of consecutive layers that share one decision and one block table, or
+            `"per_layer"`.
+        skip_first_layers, skip_last_layers: layers left out of fusion; they must fill whole groups.
+        candidates: how resident blocks are proposed for verification: random-projection signatures, equal token
+            ids, or either.
+        max_candidates: resident blocks verified per new block at the most.
+    """
+
+    enabled: bool = True
+    similarity: SimilarityRule = "key_value"
+    key_threshold: Threshold = None
+    value_threshold: Threshold = None
+    max_relative_error: Threshold = 0.2
+    across_layers: LayerAggregate = "rms"
+    representative: RepresentativeKind = "resident"
+    scope: Scope = "batch"
+    chunk_tokens: int = 512
+    layer_groups: int | Literal["per_layer"] = 1
+    skip_first_layers: int = 0
+    skip_last_layers: int = 0
+    candidates: CandidateSource = "signature"
+    max_candidates: int = 4
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        for name in ("key_threshold", "value_threshold", "max_relative_error"):
+            self._check_threshold(name)
+        self._check_counts()
+        self._check_combination()
+
+    def _check_choices(self) -> None:
+        choices = {
+            "similarity": SimilarityRule,
+            "representative": RepresentativeKind,
+            "scope": Scope,
+            "across_layers": LayerAggregate,
+            "candidates": CandidateSource,
+        }
+        for name, kind in choices.items():
+            allowed = get_args(kind)
+            if getattr(self, name) not in allowed:
+                raise InvalidPolicy(f"{name}: {getattr(self, name)!r} is none of {', '.join(allowed)}")
+
+    def _check_threshold(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(self, name, value)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not numbers:
+            raise InvalidPolicy(f"{name}: an empty list of thresholds")
+        low, high = (0.0, math.inf) if name == "max_relative_error" else (-1.0, 1.0)
+        for number in numbers:
+            numeric = isinstance(number, int | float) and not isinstance(number, bool)
+            if not numeric or not low <= number <= high:
+                raise InvalidPolicy(f"{name}: {number!r} is not a number from {low:g} to {high:g}")
+        groups = self.layer_groups
+        if isinstance(value, tuple) and isinstance(groups, int) and len(value) != groups:
+            raise InvalidPolicy(f"{name}: {len(value)} thresholds for {groups} layer groups")
+
+    def _check_counts(self) -> None:
+        least = {"chunk_tokens": 1, "skip_first_layers": 0, "skip_last_layers": 0, "max_candidates": 1}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise InvalidPolicy(f"{name}: {value!r} is not a whole number of at least {minimum}")
+        groups = self.layer_groups
+        if groups != PER_LAYER and (not isinstance(groups, int) or isinstance(groups, bool) or groups < 1):
+            raise InvalidPolicy(
+                f"layer_groups: {groups!r} is neither a whole number of at least 1 nor 'per_layer'"
+            )
+
+    def _check_combination(self) -> None:
+        if not self.enabled:
+            return
+        if self.value_threshold is not None and self.similarity == "key":
+            raise InvalidPolicy("value_threshold: has no effect with similarity='key'; use 'key_value'")
+        if self.key_threshold is None and self.max_relative_error is None:
+            raise InvalidPolicy("key_threshold: give it or max_relative_error, else every pair would match")
+        if self.representative == "direction" and self.key_threshold is None:
+            raise InvalidPolicy("key_threshold: representative='direction' groups by cosine and needs it")
+        if (
+            self.similarity == "key_value"
+            and self.representative == "direction"
+            and self.value_threshold is None
+        ):
+            raise InvalidPolicy("value_threshold: similarity='key_value' with directions needs it")
+        if self.scope == "both" and self.representative == "direction":
+            raise InvalidPolicy(
+                "scope: 'both' needs representative='resident'; a direction overwrites its page"
+            )
+        if self.layer_groups == 1 and (self.skip_first_layers or self.skip_last_layers):
+            name = "skip_first_layers" if self.skip_first_layers else "skip_last_layers"
+            raise InvalidPolicy(f"{name}: one layer group cannot leave layers out; raise layer_groups")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> FusionPolicy:
+        """Return preset `safe` (the default), `paper` or `off`, with fields replaced by `changes`.
+
+        Raises:
+            InvalidPolicy: unknown preset or field, or the fields do not go together.
+        """
+        if name not in PRESETS:
+            raise InvalidPolicy(f"preset: {name!r} is none of {', '.join(PRESETS)}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        for field_name in changes:
+            if field_name not in known:
+                raise InvalidPolicy(f"{field_name}: no such field; there are {', '.join(sorted(known))}")
+        return cls(**{**PRESETS[name], **changes})
+
+    def threshold(self, name: str, group: int) -> float | None:
+        """The threshold `name` that layer group `group` uses."""
+        value = getattr(self, name)
+        return value[group] if isinstance(value, tuple) else value
+
+    def to_json(self) -> str:
+        """The policy as one line of JSON; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> FusionPolicy:
+        """Read what `to_json` wrote.
+
+        Raises:
+            InvalidPolicy: not JSON, not an object, an unknown field, or an invalid value.
+        """
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise InvalidPolicy(f"policy: not JSON ({error})") from None
+        if not isinstance(fields, dict):
+            raise InvalidPolicy("policy: not a JSON object")
+        return cls.preset("safe", **fields)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "safe": {},
+    "paper": {
+        "similarity": "key",
+        "key_threshold": 0.75,
+        "max_relative_error": None,
+        "representative": "direction",
+        "layer_groups": PER_LAYER,
+        "skip_first_layers": 2,
+        "skip_last_layers": 2,
+    },
+    "off": {"enabled": False},
+}
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """How the layers of a model split into groups of consecutive layers, and which groups take part.
+
+    Attributes:
+        layers: layers per group; layer `i` is layer `i % layers` of group `i // layers`.
+        count: number of groups.
+        fused: one flag per group.
+    """
+
+    layers: int
+    count: int
+    fused: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, policy: FusionPolicy, num_layers: int) -> LayerGroups:
+        """Split `num_layers` layers as `policy` asks.
+
+        Raises:
+            InvalidPolicy: the groups do not divide the layers, skipped layers cut a group, or thresholds are
+                fewer or more than groups.
+        """
+        count = num_layers if policy.layer_groups == PER_LAYER else int(policy.layer_groups)
+        if num_layers % count:
+            raise InvalidPolicy(f"layer_groups: {count} does not divide the model's {num_layers} layers")
+        layers = num_layers // count
+        for name in ("skip_first_layers", "skip_last_layers"):
+            if getattr(policy, name) % layers:
+                raise InvalidPolicy(f"{name}: {getattr(policy, name)} cuts a group of {layers} layers")
+        for name in ("key_threshold", "value_threshold", "max_relative_error"):
+            value = getattr(policy, name)
+            if isinstance(value, tuple) and len(value) != count:
+                raise InvalidPolicy(f"{name}: {len(value)} thresholds for {count} layer groups")
+        first, last = policy.skip_first_layers // layers, policy.skip_last_layers // layers
+        fused = tuple(policy.enabled and first <= group < count - last for group in range(count))
+        return cls(layers, count, fused)

@@ -1,0 +1,41 @@
+"""The only place where jointkv reads environment variables."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from jointkv.errors import BadInput
+
+
+class Settings(BaseSettings):
+    """What the environment says: `JOINTKV_CACHE_DIR`, `XDG_CACHE_HOME` and `HF_HUB_OFFLINE`. Frozen."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="JOINTKV_", env_ignore_empty=True, frozen=True, populate_by_name=True
+    )
+
+    cache_dir: Path | None = None
+    xdg_cache_home: Path | None = Field(None, validation_alias="XDG_CACHE_HOME")
+    hf_hub_offline: bool = Field(False, validation_alias="HF_HUB_OFFLINE")
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Read the environment now. Raises `BadInput` when a variable has a value of the wrong type."""
+        try:
+            return cls()
+        except ValidationError as error:
+            problem = error.errors()[0]
+            variable = ".".join(str(part) for part in problem["loc"])
+            raise BadInput(f"environment variable {variable}: {problem['msg']}") from error
+
+    @property
+    def models_dir(self) -> Path:
+        """The folder that holds one folder per fetched model. It need not exist."""
+        if self.cache_dir is not None:
+            return self.cache_dir.expanduser().absolute() / "models"
+        # The XDG specification says that a relative path must be ignored.
+        if self.xdg_cache_home is not None and self.xdg_cache_home.is_absolute():
+            return self.xdg_cache_home / "jointkv" / "models"
+        return Path.home() / ".cache" / "jointkv" / "models"

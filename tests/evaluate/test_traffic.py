@@ -1,0 +1,248 @@
+"""The traffics make the requests they promise, with any tokenizer."""
+
+from importlib import resources
+
+import pytest
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as RawTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from jointkv.errors import BadInput
+from jointkv.evaluate.fidelity import common_prefix_length
+from jointkv.evaluate.traffic import Request, Tokenizer, get_traffic, traffic_names
+from jointkv.evaluate.traffic.base import encode, split_request
+from jointkv.evaluate.traffic.four_shot import EXAMPLE_ROWS, shared_text
+from jointkv.evaluate.traffic.gsm8k import load_problems
+from jointkv.evaluate.traffic.unrelated import PROMPT_TOKENS
+
+FOUR_SHOT = ("near_prefix", "names")
+
+
+def byte_level(*, single_digits: bool, bos: bool = False) -> PreTrainedTokenizerFast:
+    """A small byte-level BPE tokenizer trained on the sample; with `bos` it starts every text with `<s>`."""
+    raw = RawTokenizer(models.BPE())
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    if single_digits:
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    raw.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=["<s>", "<unk>"], initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator([problem.worked for problem in load_problems()], trainer)
+    if bos:
+        raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", unk_token="<unk>")
+
+
+def word_level() -> PreTrainedTokenizerFast:
+    """A tokenizer of words and single signs; a digit run is one token, known or not."""
+    raw = RawTokenizer(models.WordLevel(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "removed", invert=True)
+    raw.train_from_iterator(
+        [problem.worked for problem in load_problems()],
+        trainers.WordLevelTrainer(special_tokens=["<unk>"], show_progress=False),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+
+
+def smollm2() -> Tokenizer:
+    from jointkv.hf.models import fetch_model
+
+    return AutoTokenizer.from_pretrained(fetch_model("smollm2"))
+
+
+MAKERS = {
+    "single_digits": lambda: byte_level(single_digits=True),
+    "merged_digits": lambda: byte_level(single_digits=False),
+    "with_bos": lambda: byte_level(single_digits=True, bos=True),
+    "word_level": word_level,
+    "smollm2": smollm2,
+}
+REAL = pytest.param("smollm2", marks=pytest.mark.real_model)
+
+
+@pytest.fixture(scope="module", params=[*(maker for maker in MAKERS if maker != "smollm2"), REAL])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return MAKERS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer() -> Tokenizer:
+    return MAKERS["single_digits"]()
+
+
+@pytest.fixture(scope="module", params=[REAL])
+def real_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return MAKERS[request.param]()
+
+
+def header_and_rest(request: Request) -> tuple[str, str]:
+    header, line_break, rest = request.text.partition("\n")
+    return header, line_break + rest
+
+
+def common_tokens(requests: list[Request]) -> int:
+    return min(common_prefix_length(requests[0].prompt, other.prompt) for other in requests[1:])
+
+
+def test_packaged_sample_is_whole_and_licensed() -> None:
+    problems = load_problems()
+    assert len(problems) == 300
+    assert all(problem.question and "\n#### " in problem.answer for problem in problems)
+    sources = (resources.files("jointkv.evaluate") / "data" / "SOURCES.md").read_text(encoding="utf-8")
+    assert "openai/grade-school-math@3101c7d50724" in sources
+    assert "Permission is hereby granted" in sources
+
+
+def test_registry() -> None:
+    assert traffic_names() == ("near_prefix", "names", "unrelated")
+    assert [get_traffic(name).name for name in traffic_names()] == list(traffic_names())
+    assert get_traffic("near-prefix") is get_traffic("near_prefix")
+    assert all(get_traffic(name).description for name in traffic_names())
+    with pytest.raises(BadInput, match=r"unknown traffic 'no-such'; known: near_prefix, names, unrelated"):
+        get_traffic("no-such")
+
+
+@pytest.mark.parametrize("name", traffic_names())
+def test_requests_are_distinct_and_complete(name: str, tokenizer: Tokenizer) -> None:
+    requests = get_traffic(name).requests(tokenizer, 20, continuation_tokens=24)
+    assert len(requests) == len({request.prompt for request in requests}) == 20
+    assert len({request.text for request in requests}) == 20
+    assert all(len(request.continuation) == 24 for request in requests)
+
+
+@pytest.mark.parametrize("name", traffic_names())
+def test_requests_depend_on_the_seed_only(name: str, small_tokenizer: Tokenizer) -> None:
+    traffic = get_traffic(name)
+    first = traffic.requests(small_tokenizer, 6, seed=3)
+    assert traffic.requests(small_tokenizer, 6, seed=3) == first
+    assert traffic.requests(small_tokenizer, 6, seed=4) != first
+
+
+@pytest.mark.parametrize("name", FOUR_SHOT)
+def test_four_shot_text_is_shared_after_the_header(name: str, tokenizer: Tokenizer) -> None:
+    requests = get_traffic(name).requests(tokenizer, 12)
+    shared = shared_text(load_problems())
+    headers, rests = zip(*map(header_and_rest, requests), strict=True)
+    assert len(set(headers)) == len(requests)
+    assert all(rest.startswith(shared) for rest in rests)
+    assert all(rest.endswith("\nAnswer:") for rest in rests)
+    questions = [rest.removeprefix(shared) for rest in rests]
+    assert len(set(questions)) == len(requests)
+    examples = {load_problems()[row].question for row in EXAMPLE_ROWS}
+    assert not any(example in question for question in questions for example in examples)
+
+
+def test_near_prefix_headers_have_one_length_and_align_the_shared_text(tokenizer: Tokenizer) -> None:
+    requests = get_traffic("near_prefix").requests(tokenizer, 12)
+    shared = shared_text(load_problems())
+    header_tokens = {len(encode(tokenizer, header_and_rest(request)[0])) for request in requests}
+    assert len(header_tokens) == 1
+    length = header_tokens.pop()
+    until = min(len(encode(tokenizer, header_and_rest(request)[0] + shared)) for request in requests)
+    assert len({request.prompt[length:until] for request in requests}) == 1
+    assert common_tokens(requests) < length
+
+
+def test_near_prefix_requests_differ_in_their_first_block(small_tokenizer: Tokenizer) -> None:
+    requests = get_traffic("near_prefix").requests(small_tokenizer, 40)
+    assert len({request.prompt[:16] for request in requests}) == len(requests)
+
+
+def test_names_have_headers_of_many_lengths(tokenizer: Tokenizer) -> None:
+    requests = get_traffic("names").requests(tokenizer, 24)
+    headers = [header_and_rest(request)[0] for request in requests]
+    assert len({len(encode(tokenizer, header)) for header in headers}) >= 3
+    assert common_tokens(requests) < min(len(encode(tokenizer, header)) for header in headers)
+
+
+def test_unrelated_prompts_have_256_tokens_and_share_no_text(tokenizer: Tokenizer) -> None:
+    requests = get_traffic("unrelated").requests(tokenizer, 24)
+    assert {len(request.prompt) for request in requests} == {PROMPT_TOKENS}
+    questions = [
+        line for request in requests for line in set(request.text.split("\n")) if "Question:" in line
+    ]
+    assert len(questions) == len(set(questions))
+
+
+@pytest.mark.parametrize("name", FOUR_SHOT)
+def test_continuation_is_the_true_answer(name: str, small_tokenizer: Tokenizer) -> None:
+    answers = {problem.question: problem.answer for problem in load_problems()}
+    for request in get_traffic(name).requests(small_tokenizer, 8):
+        question = request.text.rsplit("Question: ", 1)[1].removesuffix("\nAnswer:")
+        continuation = small_tokenizer.decode(list(request.continuation))
+        # A cut may fall inside a character of several bytes.
+        assert f" {answers[question]}".startswith(continuation.rstrip("\ufffd"))
+        assert small_tokenizer.decode(list(request.prompt)) == request.text
+
+
+@pytest.mark.parametrize("name", traffic_names())
+def test_prompt_starts_with_bos_where_the_tokenizer_adds_one(name: str) -> None:
+    for request in get_traffic(name).requests(MAKERS["with_bos"](), 3):
+        assert request.prompt.count(0) == 1
+        assert request.prompt[0] == 0
+        assert 0 not in request.continuation
+        assert "<s>" not in request.text
+
+
+@pytest.mark.parametrize("name", traffic_names())
+def test_too_many_requests_are_refused_with_the_possible_number(
+    name: str, small_tokenizer: Tokenizer
+) -> None:
+    traffic = get_traffic(name)
+    with pytest.raises(BadInput, match=r"can make \d+ distinct requests .* 100000 requested") as refusal:
+        traffic.requests(small_tokenizer, 100_000)
+    possible = int(str(refusal.value).split("can make ")[1].split()[0])
+    assert len(set(traffic.requests(small_tokenizer, possible))) == possible
+    with pytest.raises(BadInput, match=f"can make {possible} "):
+        traffic.requests(small_tokenizer, possible + 1)
+
+
+@pytest.mark.parametrize("name", traffic_names())
+def test_continuation_longer_than_all_text_is_refused(name: str, small_tokenizer: Tokenizer) -> None:
+    with pytest.raises(BadInput, match="can make 0 distinct requests"):
+        get_traffic(name).requests(small_tokenizer, 1, continuation_tokens=100_000)
+
+
+@pytest.mark.parametrize(
+    ("count", "continuation_tokens", "field"),
+    [(0, 8, "count"), (-1, 8, "count"), (1, 0, "continuation_tokens")],
+)
+@pytest.mark.parametrize("name", traffic_names())
+def test_senseless_numbers_are_refused(
+    name: str, count: int, continuation_tokens: int, field: str, small_tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(BadInput, match=f"^{field} must be at least 1"):
+        get_traffic(name).requests(small_tokenizer, count, continuation_tokens=continuation_tokens)
+
+
+def test_headers_of_unequal_length_are_refused(small_tokenizer: Tokenizer) -> None:
+    class Numbering:
+        """Gives every text other tokens than the text before, so that nothing ever aligns."""
+
+        bos_token_id = None
+        calls = 0
+
+        def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            self.calls += 1
+            return {"input_ids": [self.calls] * len(text)}
+
+    with pytest.raises(BadInput, match="can make 1 session lines of one token length"):
+        get_traffic("near_prefix").requests(Numbering(), 2)
+
+
+def test_split_request_refuses_a_token_across_the_border(small_tokenizer: Tokenizer) -> None:
+    token = max(small_tokenizer.get_vocab(), key=len)
+    word = small_tokenizer.decode([small_tokenizer.convert_tokens_to_ids(token)])
+    assert split_request(small_tokenizer, word[:-1], word[-1] + " and more", 1) is None
+    assert split_request(small_tokenizer, word, " and more", 1) is not None
+
+
+@pytest.mark.parametrize("name", FOUR_SHOT)
+def test_four_shot_prompts_have_the_length_that_was_measured(name: str, real_tokenizer: Tokenizer) -> None:
+    requests = get_traffic(name).requests(real_tokenizer, 100)
+    assert all(550 <= len(request.prompt) <= 1000 for request in requests)
+    shared = len(encode(real_tokenizer, shared_text(load_problems())))
+    assert 550 <= shared <= 750
