@@ -17,8 +17,8 @@ class Settings(BaseSettings):
     )
 
     cache_dir: Path | None = None
-    xdg_cache_home: Path | None = Field(None, validation_alias="XDG_CACHE_HOME")
-    hf_hub_offline: bool = Field(False, validation_alias="HF_HUB_OFFLINE")
+    xdg_cache_home: Path | None = Field(default=None, validation_alias="XDG_CACHE_HOME")
+    hf_hub_offline: bool = Field(default=False, validation_alias="HF_HUB_OFFLINE")
 
     @classmethod
     def from_environment(cls) -> Self:

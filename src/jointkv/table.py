@@ -82,6 +82,12 @@ class BlockTable:
             self.k_scale, self.v_scale = self.k_scale[:, rows], self.v_scale[:, rows]
         self.version += 1
 
+    def adopt(self, pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+        """Make `pages` (-1: none) and scales the content of this empty table; adds a reference per entry."""
+        self.pool.share(pages[pages >= 0])
+        self.pages, self.k_scale, self.v_scale = pages, k_scale, v_scale
+        self.version += 1
+
     def count_shared(self, rows: Tensor, slots: Tensor) -> int:
         """How many of the named blocks `make_writable` would copy."""
         return int(self._needs_copy(rows, slots).sum())

@@ -3,9 +3,9 @@
 import typer
 
 import jointkv
-from jointkv.cli import model
+from jointkv.cli import demo, model
 
-VERBS = (model,)
+VERBS = (demo, model)
 
 app = typer.Typer(name="jointkv", add_completion=False, pretty_exceptions_show_locals=False)
 

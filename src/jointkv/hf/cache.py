@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -90,9 +91,9 @@ class JointCache(Cache):
         self.length = 0
         self.padding = torch.zeros(0, dtype=torch.long)
         self._considered = torch.zeros(0, dtype=torch.long)
-        self._fusable = torch.zeros(0, dtype=torch.bool)
+        self.fusable = torch.zeros(0, dtype=torch.bool)
         self._sequence = torch.zeros(0, dtype=torch.long)
-        self._tokens: Tensor | None = None
+        self.tokens: Tensor | None = None
         self._announced: tuple[Tensor | None, Tensor | None] = (None, None)
         self._slots: list[Tensor] = []
         self._fresh = False
@@ -143,10 +144,12 @@ class JointCache(Cache):
         self._announced = (None, None)
         if not self.tables or any(layer.length != self.length for layer in self.paged_layers):
             return
+        start = time.perf_counter()
         try:
             self._fuse()
         except Exception as error:
             self.pool.disable_fusion(error)
+        self.pool.seconds_fusing += time.perf_counter() - start
 
     def _advance(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room for the new tokens in every group, or raise PoolFull with nothing changed."""
@@ -197,7 +200,7 @@ class JointCache(Cache):
         self.tables.extend(BlockTable(self.pool.blocks, rows) for _ in range(self.pool.groups.count))
         self.padding = torch.zeros(rows, dtype=torch.long)
         self._considered = torch.zeros(rows, dtype=torch.long)
-        self._fusable = torch.ones(rows, dtype=torch.bool)
+        self.fusable = torch.ones(rows, dtype=torch.bool)
         self._sequence = self.pool.new_sequences(rows)
         keys = self.isolation_key
         if isinstance(keys, list | tuple) and len(keys) != rows:
@@ -209,16 +212,16 @@ class JointCache(Cache):
         if mask is not None and mask.shape[1] >= new:
             seen = mask[:, -new:].cpu().bool()
             begun = torch.arange(self.length, self.length + new) >= self.padding[:, None]
-            self._fusable &= (seen | ~begun).all(1)
+            self.fusable &= (seen | ~begun).all(1)
         if self.pool.policy.candidates == "signature" or not self.pool.policy.enabled:
             return
         known = input_ids is not None and input_ids.shape == (len(self.padding), new)
-        if not known or (self._tokens is None and self.length > 0):
-            self._tokens = None
+        if not known or (self.tokens is None and self.length > 0):
+            self.tokens = None
         else:
             assert input_ids is not None
-            past = [] if self._tokens is None else [self._tokens]
-            self._tokens = torch.cat([*past, input_ids.cpu()], 1)
+            past = [] if self.tokens is None else [self.tokens]
+            self.tokens = torch.cat([*past, input_ids.cpu()], 1)
 
     def _scales(self, group: int, member: int) -> tuple[Tensor | None, Tensor | None]:
         table = self.tables[group]
@@ -239,7 +242,7 @@ class JointCache(Cache):
         if not self.pool.fusers or not (full > first).any():
             return
         slots = torch.arange(int(full.max()))
-        filled = (slots >= first[:, None]) & (slots < full[:, None]) & self._fusable[:, None]
+        filled = (slots >= first[:, None]) & (slots < full[:, None]) & self.fusable[:, None]
         row, slot = filled.nonzero(as_tuple=True)
         tokens = self._hashes(row, slot)
         for scope, fuser in self.pool.fusers.items():
@@ -266,11 +269,11 @@ class JointCache(Cache):
         return keys[row] if isinstance(keys, list | tuple) else keys  # type: ignore[return-value]
 
     def _hashes(self, row: Tensor, slot: Tensor) -> Tensor | None:
-        if self._tokens is None:
+        if self.tokens is None:
             return None
         size = self.pool.block_size
         column = self.padding[row, None] + slot[:, None] * size + torch.arange(size)
-        return token_hashes(self._tokens[row[:, None], column], size).squeeze(-1)
+        return token_hashes(self.tokens[row[:, None], column], size).squeeze(-1)
 
     # Operations on the whole cache.
 
@@ -289,7 +292,7 @@ class JointCache(Cache):
         for table in self.tables:
             table.truncate(-(-left // self.pool.block_size))
         self._considered = torch.minimum(self._considered, left // self.pool.block_size)
-        self._tokens = None if self._tokens is None else self._tokens[:, :keep]
+        self.tokens = None if self.tokens is None else self.tokens[:, :keep]
         for layer in self.paged_layers:
             layer.length = keep
 
@@ -327,8 +330,8 @@ class JointCache(Cache):
         for table in self.tables:
             table.select(rows)
         self.padding, self._considered = self.padding[rows], self._considered[rows]
-        self._fusable = self._fusable[rows]
-        self._tokens = None if self._tokens is None else self._tokens[rows]
+        self.fusable = self.fusable[rows]
+        self.tokens = None if self.tokens is None else self.tokens[rows]
         self._sequence = self.pool.new_sequences(len(rows))
         if isinstance(self.isolation_key, list | tuple):
             self.isolation_key = [self.isolation_key[row] for row in rows.tolist()]
@@ -383,6 +386,30 @@ class JointCache(Cache):
         from jointkv.hf.saving import load_cache
 
         return load_cache(cls(pool, isolation_key), path)
+
+    def restore(self, length: int, tensors: dict[str, Tensor]) -> None:
+        """Take over a saved cache (see `jointkv.hf.saving`), then fuse its blocks into what is resident.
+
+        Raises:
+            PoolFull: too few pages are free; the cache stays empty.
+        """
+        states = (tensors[name].transpose(1, 2)[:1, :, :0] for name in ("key.0", "value.0"))
+        blocks = self.pool.prepare(*states)
+        pages = blocks.allocate(len(tensors["key.0"]))
+        for index in range(self.pool.groups.layers):
+            blocks.kv.keys[index][pages] = tensors[f"key.{index}"].to(blocks.kv.device)
+            blocks.kv.values[index][pages] = tensors[f"value.{index}"].to(blocks.kv.device)
+        self._start(len(tensors["padding"]))
+        self.length, self.padding, self.fusable = length, tensors["padding"], tensors["fusable"]
+        self.tokens = tensors.get("tokens")
+        for group, table in enumerate(self.tables):
+            local = tensors[f"table.{group}"]
+            adopted = pages[local.clamp(min=0)].masked_fill(local < 0, -1)
+            table.adopt(adopted, tensors.get(f"k_scale.{group}"), tensors.get(f"v_scale.{group}"))
+        blocks.free(pages)
+        for layer in self.paged_layers:
+            layer.length, layer.is_initialized = length, True
+        self.end_step()
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when a table, the pool or an index is inconsistent."""

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import importlib.util
 import inspect
 import io
 import json
@@ -77,6 +78,7 @@ def fetch_model(
     folder = _cache_folder(name) if output is None else Path(output).expanduser().resolve()
     if _is_complete(folder, name, verify):
         return folder
+    _require_transformers()
     try:
         _refuse_foreign(folder, name)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -94,10 +96,11 @@ def load_model(
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a causal language model in eval mode and its tokenizer (left padding, pad token set).
 
-    A known name (`smollm2`) is fetched when missing; anything else is a local folder or a hub name. `dtype`
-    is a torch dtype name or `auto`. Raises `BadInput` when nothing loadable is there, `UnsupportedModel` when
-    the model has no KV cache.
+    A known name (`smollm2`) is fetched when missing; anything else is a local folder or `OWNER/NAME` on the
+    hub. `dtype` is a torch dtype name or `auto`. Raises `BadInput` when nothing loadable is there,
+    `UnsupportedModel` when the model has no KV cache.
     """
+    _require_transformers()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -123,6 +126,7 @@ def load_config(name_or_path: str) -> "PreTrainedConfig":
 
     Raises `BadInput` when there is none, `UnsupportedModel` when such a model has no KV cache.
     """
+    _require_transformers()
     from transformers import AutoConfig
 
     location = _location(name_or_path)
@@ -130,6 +134,11 @@ def load_config(name_or_path: str) -> "PreTrainedConfig":
         config = AutoConfig.from_pretrained(location)
     _require_kv_cache(config, name_or_path)
     return config
+
+
+def _require_transformers() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise BadInput("models need transformers; run: pip install 'jointkv[hf]'")
 
 
 def _cache_folder(name: str) -> Path:
@@ -189,15 +198,19 @@ def _loading(name: str) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars and only errors from transformers and the hub client; restored at the end."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    loggers = (logging, hub_logging)
+    bars, verbosities = logging.is_progress_bar_enabled(), [logger.get_verbosity() for logger in loggers]
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    for logger in loggers:
+        logger.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        for logger, verbosity in zip(loggers, verbosities, strict=True):
+            logger.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
 
@@ -341,7 +354,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-        except (ImportError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # reading a binary format fails in many ways
             raise FetchError(f"cannot convert {gguf.name}: {error} (needs: jointkv[hf])") from error
         config = loaded.config
         # save_pretrained refuses a model with the first entry; the second is a mere title.

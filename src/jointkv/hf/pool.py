@@ -68,6 +68,7 @@ class JointPool:
         self.blocks: BlockPool | None = None
         self.fusers: dict[str, Fuser] = {}
         self.faults = 0
+        self.seconds_fusing = 0.0
         self._next_sequence = 0
         register_attention()
         if self.config._attn_implementation == "sdpa":
@@ -135,6 +136,7 @@ class JointPool:
             "page_bytes": blocks.kv.page_nbytes if blocks else 0,
             "fusion": "off" if not self.policy.enabled else "faulted" if self.faults else "on",
             "faults": self.faults,
+            "seconds_fusing": self.seconds_fusing,
             **counters,
         }
 

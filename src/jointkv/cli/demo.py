@@ -1,0 +1,170 @@
+"""`jointkv demo`: a real model, three traffics, unfused against `paper` and `safe`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from jointkv.cli.console import named_errors, stderr_console, write_json
+
+if TYPE_CHECKING:
+    from jointkv.evaluate.held import Row
+
+TRAFFICS = ("near_prefix", "names", "unrelated")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb `demo` to `app`."""
+    app.command()(demo)
+
+
+def demo(
+    model: str = typer.Option("smollm2", help="Known name, local folder or hub name."),
+    requests: int = typer.Option(24, min=2, help="Requests per near-prefix traffic; a third more are unrelated."),
+    tokens: int = typer.Option(48, min=1, help="True tokens scored after each prompt."),
+    key_threshold: float = typer.Option(0.8, help="Cosine threshold of the `paper` policy."),
+    max_relative_error: float = typer.Option(0.2, help="Error bound of the `safe` policy."),
+    block_size: int = typer.Option(16, min=1, help="Tokens per KV block."),
+    seed: int = typer.Option(0, help="Seed of the requests."),
+    output: Path = typer.Option(Path("out/demo"), help="Folder for demo.json and demo.png."),
+    json: Path | None = typer.Option(None, help="Write the JSON here as well ('-' for stdout)."),
+) -> None:
+    """Prefill, fuse and score real requests on a real model, and show memory freed beside fidelity lost.
+
+    Pages and bytes are counted at the allocator. KL, top-1 and NLL compare the distributions over the true next
+    tokens with those of the same model unfused, on the same requests.
+    """
+    with named_errors():
+        from jointkv.hf.models import load_model
+        from jointkv.policy import FusionPolicy
+
+        policies = {
+            "safe": FusionPolicy.preset("safe", max_relative_error=max_relative_error),
+            "paper": FusionPolicy.preset("paper", key_threshold=key_threshold),
+        }
+        console = stderr_console()
+        console.print(f"loading {model} ...")
+        loaded, tokenizer = load_model(model)
+        settings = {"block_size": block_size, "tokens": tokens, "seed": seed, "requests": requests}
+        rows = []
+        with _progress(len(TRAFFICS) * (1 + len(policies))) as step:
+            for row in _rows(loaded, tokenizer, policies, settings, step):
+                rows.append(row)
+        result = _result(model, rows, policies, settings)
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "demo.json", result)
+        if json is not None:
+            write_json(json, result)
+        _draw(rows, output / "demo.png")
+    if json is None or str(json) != "-":
+        _print_table(rows)
+    console.print(f"wrote {output / 'demo.json'} and {output / 'demo.png'}")
+
+
+def _rows(model: Any, tokenizer: Any, policies: Any, settings: dict[str, int], step: Any) -> Iterator[Row]:
+    from jointkv.evaluate.held import compare, hold
+    from jointkv.evaluate.traffic import get_traffic
+    from jointkv.policy import FusionPolicy
+
+    for name in TRAFFICS:
+        count = settings["requests"] if name != "unrelated" else settings["requests"] * 4 // 3
+        batch = get_traffic(name).requests(
+            tokenizer, count, continuation_tokens=settings["tokens"], seed=settings["seed"]
+        )
+        step(f"{name}: unfused")
+        unfused = hold(model, batch, FusionPolicy.preset("off"), block_size=settings["block_size"])
+        yield compare(name, "unfused", batch, unfused, unfused)
+        for label, policy in policies.items():
+            step(f"{name}: {label}")
+            held = hold(model, batch, policy, block_size=settings["block_size"])
+            yield compare(name, label, batch, held, unfused)
+
+
+def _progress(total: int) -> Any:
+    """A context manager yielding `step(description)`: a progress bar, or plain lines off a terminal."""
+    from contextlib import contextmanager
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    @contextmanager
+    def manager() -> Iterator[Any]:
+        console = stderr_console()
+        if not console.is_terminal:
+            yield console.print
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=total)
+            done = -1
+
+            def step(description: str) -> None:
+                nonlocal done
+                done += 1
+                progress.update(task, completed=done, description=description)
+
+            yield step
+
+    return manager()
+
+
+def _result(model: str, rows: list[Row], policies: Any, settings: dict[str, int]) -> dict[str, Any]:
+    import dataclasses
+    import platform
+
+    import torch
+    import transformers
+
+    import jointkv
+
+    return {
+        "format": "jointkv.demo/1",
+        "model": model,
+        "settings": settings,
+        "policies": {name: dataclasses.asdict(policy) for name, policy in policies.items()},
+        "versions": {
+            "jointkv": jointkv.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "rows": rows,
+    }
+
+
+def _draw(rows: list[Row], path: Path) -> None:
+    from jointkv.errors import BadInput
+    from jointkv.report.demo_chart import draw
+
+    try:
+        draw(rows, path)
+    except ImportError:
+        raise BadInput("the chart needs matplotlib: pip install 'jointkv[plot]'") from None
+
+
+def _print_table(rows: list[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="KV pages at the allocator, and next-token fidelity against the unfused model")
+    headings = ("traffic", "policy", "ratio", "pages", "MB", "KL", "worst KL", "top-1", "NLL", "fuse s", "prefill s")
+    for number, name in enumerate(headings):
+        table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.traffic,
+            row.policy,
+            f"{row.ratio:.2f}",
+            f"{row.pages_before} > {row.pages_after}",
+            f"{row.bytes_after / 1e6:.0f}",
+            f"{row.kl:.4f}",
+            f"{row.kl_worst_request:.4f}",
+            f"{row.top1:.3f}",
+            f"{row.nll:.4f}",
+            f"{row.seconds_fuse:.2f}",
+            f"{row.seconds_prefill:.1f}",
+            end_section=row.policy == "paper",
+        )
+    Console(width=None if Console().is_terminal else 120).print(table)

@@ -1,0 +1,149 @@
+"""Prefill a batch of requests under a policy, measure what it holds, then score the true tokens that follow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from jointkv.evaluate.fidelity import Scorer
+from jointkv.evaluate.traffic.base import Request
+from jointkv.hf.cache import JointCache
+from jointkv.hf.pool import JointPool
+from jointkv.policy import FusionPolicy
+
+
+@dataclass(frozen=True)
+class Held:
+    """A batch held in the cache after prefill and fusion, and the distributions that follow.
+
+    Attributes:
+        pages_before: pages in use at the allocator when prefill ended, before anything was fused.
+        pages_after, bytes_after: in use after fusion.
+        ratio_fused_layers: the same ratio over the layers that take part in fusion.
+        logits: next-token logits at the scored positions, `[requests, positions, vocab]`.
+    """
+
+    pages_before: int
+    pages_after: int
+    page_bytes: int
+    ratio_fused_layers: float
+    seconds_prefill: float
+    seconds_fuse: float
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison: a traffic under a policy, against the same requests unfused."""
+
+    traffic: str
+    policy: str
+    ratio: float
+    ratio_fused_layers: float
+    pages_before: int
+    pages_after: int
+    bytes_before: int
+    bytes_after: int
+    kl: float
+    kl_worst_request: float
+    top1: float
+    top1_worst_request: float
+    nll: float
+    nll_unfused: float
+    seconds_fuse: float
+    seconds_prefill: float
+    requests: int
+    prompt_tokens: int
+    scored_tokens: int
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of left-padded rows, both `[rows, longest]`."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+@torch.inference_mode()
+def hold(model: PreTrainedModel, requests: Sequence[Request], policy: FusionPolicy, *, block_size: int = 16) -> Held:
+    """Prefill all but the last prompt token of `requests` as one batch, fuse, then feed the true tokens.
+
+    The last prompt token is fed with the continuation, so every scored distribution comes after the fused prompt.
+    """
+    pool = JointPool(model, policy, block_size=block_size)
+    cache = JointCache(pool)
+    prompt, mask = left_padded([request.prompt[:-1] for request in requests], pad=model.config.pad_token_id or 0)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    start = time.perf_counter()
+    model(
+        input_ids=prompt.to(model.device),
+        attention_mask=mask.to(model.device),
+        position_ids=positions.to(model.device),
+        past_key_values=cache,
+        logits_to_keep=1,
+    )
+    elapsed = time.perf_counter() - start
+    stats = pool.stats()
+    ratio_fused = _ratio_fused_layers(cache)
+    fed = torch.tensor([(request.prompt[-1], *request.continuation[:-1]) for request in requests])
+    following = positions[:, -1:] + 1 + torch.arange(fed.shape[1])
+    logits = model(
+        input_ids=fed.to(model.device),
+        attention_mask=torch.cat((mask, torch.ones_like(fed)), 1).to(model.device),
+        position_ids=following.to(model.device),
+        past_key_values=cache,
+    ).logits
+    cache.check_integrity()
+    return Held(
+        pages_before=stats["pages_peak"],
+        pages_after=stats["pages_used"],
+        page_bytes=stats["page_bytes"],
+        ratio_fused_layers=ratio_fused,
+        seconds_prefill=elapsed - stats["seconds_fusing"],
+        seconds_fuse=stats["seconds_fusing"],
+        logits=logits,
+    )
+
+
+def compare(traffic: str, name: str, requests: Sequence[Request], held: Held, unfused: Held) -> Row:
+    """Score `held` against `unfused`, the same requests under policy `off`."""
+    scorer = Scorer()
+    for logits, reference, request in zip(held.logits, unfused.logits, requests, strict=True):
+        scorer.add(logits, reference, torch.tensor(request.continuation))
+    fidelity = scorer.result()
+    return Row(
+        traffic=traffic,
+        policy=name,
+        ratio=held.pages_before / held.pages_after,
+        ratio_fused_layers=held.ratio_fused_layers,
+        pages_before=held.pages_before,
+        pages_after=held.pages_after,
+        bytes_before=unfused.pages_after * unfused.page_bytes,
+        bytes_after=held.pages_after * held.page_bytes,
+        kl=fidelity.kl,
+        kl_worst_request=fidelity.kl_worst_request,
+        top1=fidelity.top1,
+        top1_worst_request=fidelity.top1_worst_request,
+        nll=fidelity.nll,
+        nll_unfused=fidelity.nll_reference,
+        seconds_fuse=held.seconds_fuse,
+        seconds_prefill=held.seconds_prefill,
+        requests=len(requests),
+        prompt_tokens=sum(len(request.prompt) for request in requests),
+        scored_tokens=fidelity.positions,
+    )
+
+
+def _ratio_fused_layers(cache: JointCache) -> float:
+    groups = cache.pool.groups
+    held = [table.held() for group, table in enumerate(cache.tables) if groups.fused[group]]
+    if not held:
+        return 1.0
+    entries = torch.cat(held)
+    return len(entries) / len(entries.unique())
