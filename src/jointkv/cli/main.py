@@ -3,9 +3,9 @@
 import typer
 
 import jointkv
-from jointkv.cli import demo, model
+from jointkv.cli import demo, generate, inspect, model
 
-VERBS = (demo, model)
+VERBS = (demo, generate, inspect, model)
 
 app = typer.Typer(name="jointkv", add_completion=False, pretty_exceptions_show_locals=False)
 

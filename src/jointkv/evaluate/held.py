@@ -14,6 +14,7 @@ from jointkv.evaluate.fidelity import Scorer
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
+from jointkv.hf.saving import pack, unpack
 from jointkv.policy import FusionPolicy
 
 
@@ -32,7 +33,6 @@ class Held:
     pages_after: int
     page_bytes: int
     ratio_fused_layers: float
-    seconds_prefill: float
     seconds_fuse: float
     logits: Tensor
 
@@ -70,33 +70,58 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor
     return ids, mask
 
 
-@torch.inference_mode()
-def hold(model: PreTrainedModel, requests: Sequence[Request], policy: FusionPolicy, *, block_size: int = 16) -> Held:
-    """Prefill all but the last prompt token of `requests` as one batch, fuse, then feed the true tokens.
+@dataclass(frozen=True)
+class Prefilled:
+    """A batch of requests after an unfused prefill, kept outside any pool so that several policies can start from it.
 
-    The last prompt token is fed with the continuation, so every scored distribution comes after the fused prompt.
+    Attributes:
+        state: K, V and tables in one layer group, see `jointkv.hf.saving.pack`.
+        length: tokens per row, left padding included.
+        mask: attention mask of the prompt, `[requests, length]`.
+        seconds: time of the forward pass.
     """
-    pool = JointPool(model, policy, block_size=block_size)
-    cache = JointCache(pool)
+
+    requests: Sequence[Request]
+    state: dict[str, Tensor]
+    length: int
+    mask: Tensor
+    seconds: float
+
+
+@torch.inference_mode()
+def prefill(model: PreTrainedModel, requests: Sequence[Request], *, block_size: int = 16) -> Prefilled:
+    """Prefill all but the last prompt token of `requests` as one left-padded batch."""
+    cache = JointCache(JointPool(model, "off", block_size=block_size))
     prompt, mask = left_padded([request.prompt[:-1] for request in requests], pad=model.config.pad_token_id or 0)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
     start = time.perf_counter()
     model(
         input_ids=prompt.to(model.device),
         attention_mask=mask.to(model.device),
-        position_ids=positions.to(model.device),
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(model.device),
         past_key_values=cache,
         logits_to_keep=1,
     )
-    elapsed = time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    return Prefilled(requests, pack(cache), cache.length, mask, seconds)
+
+
+@torch.inference_mode()
+def hold(model: PreTrainedModel, batch: Prefilled, policy: FusionPolicy, *, block_size: int = 16) -> Held:
+    """Put `batch` on pages, fuse it under `policy`, then feed the last prompt token and the true continuation.
+
+    Every scored distribution therefore comes after the fused prompt.
+    """
+    pool = JointPool(model, policy, block_size=block_size)
+    cache = JointCache(pool)
+    unpack(cache, batch.length, regroup(batch.state, pool.groups.layers))
     stats = pool.stats()
     ratio_fused = _ratio_fused_layers(cache)
-    fed = torch.tensor([(request.prompt[-1], *request.continuation[:-1]) for request in requests])
-    following = positions[:, -1:] + 1 + torch.arange(fed.shape[1])
+    fed = torch.tensor([(request.prompt[-1], *request.continuation[:-1]) for request in batch.requests])
+    positions = batch.mask.sum(1, keepdim=True) + torch.arange(fed.shape[1])
     logits = model(
         input_ids=fed.to(model.device),
-        attention_mask=torch.cat((mask, torch.ones_like(fed)), 1).to(model.device),
-        position_ids=following.to(model.device),
+        attention_mask=torch.cat((batch.mask, torch.ones_like(fed)), 1).to(model.device),
+        position_ids=positions.to(model.device),
         past_key_values=cache,
     ).logits
     cache.check_integrity()
@@ -105,16 +130,31 @@ def hold(model: PreTrainedModel, requests: Sequence[Request], policy: FusionPoli
         pages_after=stats["pages_used"],
         page_bytes=stats["page_bytes"],
         ratio_fused_layers=ratio_fused,
-        seconds_prefill=elapsed - stats["seconds_fusing"],
         seconds_fuse=stats["seconds_fusing"],
         logits=logits,
     )
 
 
-def compare(traffic: str, name: str, requests: Sequence[Request], held: Held, unfused: Held) -> Row:
+def regroup(state: dict[str, Tensor], layers_per_group: int) -> dict[str, Tensor]:
+    """Lay out a state of one layer group for groups of `layers_per_group` layers: more, smaller pages."""
+    layers = sum(name.startswith("key.") for name in state)
+    groups = layers // layers_per_group
+    pages = len(state["key.0"])
+    other = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in ("key", "value", "table")}
+    for side in ("key", "value"):
+        for member in range(layers_per_group):
+            parts = [state[f"{side}.{group * layers_per_group + member}"] for group in range(groups)]
+            other[f"{side}.{member}"] = torch.cat(parts) if groups > 1 else parts[0]
+    table = state["table.0"]
+    for group in range(groups):
+        other[f"table.{group}"] = torch.where(table < 0, table, table + group * pages)
+    return other
+
+
+def compare(traffic: str, name: str, batch: Prefilled, held: Held, unfused: Held) -> Row:
     """Score `held` against `unfused`, the same requests under policy `off`."""
     scorer = Scorer()
-    for logits, reference, request in zip(held.logits, unfused.logits, requests, strict=True):
+    for logits, reference, request in zip(held.logits, unfused.logits, batch.requests, strict=True):
         scorer.add(logits, reference, torch.tensor(request.continuation))
     fidelity = scorer.result()
     return Row(
@@ -133,9 +173,9 @@ def compare(traffic: str, name: str, requests: Sequence[Request], held: Held, un
         nll=fidelity.nll,
         nll_unfused=fidelity.nll_reference,
         seconds_fuse=held.seconds_fuse,
-        seconds_prefill=held.seconds_prefill,
-        requests=len(requests),
-        prompt_tokens=sum(len(request.prompt) for request in requests),
+        seconds_prefill=batch.seconds,
+        requests=len(batch.requests),
+        prompt_tokens=sum(len(request.prompt) for request in batch.requests),
         scored_tokens=fidelity.positions,
     )
 

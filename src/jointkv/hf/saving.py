@@ -25,28 +25,36 @@ def save_cache(cache: JointCache, path: Path | str) -> None:
     Raises:
         BadInput: the cache is empty, or the file cannot be written.
     """
-    if not cache.tables or cache.pool.blocks is None:
+    if not cache.tables:
         raise BadInput(f"{path}: an empty cache cannot be saved")
+    metadata = {"format": FORMAT, "length": str(cache.length), **_layout(cache)}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in pack(cache).items()}
+    try:
+        save_file(tensors, str(path), metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot be written: {error}") from None
+
+
+def pack(cache: JointCache) -> dict[str, Tensor]:
+    """Copy what a non-empty cache holds: distinct pages, tables that number them from 0, scales, padding."""
+    assert cache.pool.blocks is not None
     kv = cache.pool.blocks.kv
+    widths = [table.pages.numel() for table in cache.tables]
     distinct, local = torch.cat([table.pages.flatten() for table in cache.tables]).unique(return_inverse=True)
     offset = int((distinct < 0).sum())  # the marker of empty slots comes first, if there is one
     distinct, local = distinct[offset:].to(kv.device), local - offset
     tensors: dict[str, Tensor] = {"padding": cache.padding, "fusable": cache.fusable}
     for index in range(kv.num_layers):
         tensors[f"key.{index}"], tensors[f"value.{index}"] = kv.keys[index][distinct], kv.values[index][distinct]
-    for group, (table, pages) in enumerate(zip(cache.tables, local.split([t.pages.numel() for t in cache.tables]), strict=True)):
+    for group, (table, pages) in enumerate(zip(cache.tables, local.split(widths), strict=True)):
         tensors[f"table.{group}"] = pages.view_as(table.pages)
         if table.k_scale is not None and table.v_scale is not None:
             tensors[f"k_scale.{group}"], tensors[f"v_scale.{group}"] = table.k_scale, table.v_scale
     if cache.tokens is not None:
         tensors["tokens"] = cache.tokens
-    metadata = {"format": FORMAT, "length": str(cache.length), **_layout(cache)}
     for index, layer in _sliding(cache):
         tensors[f"sliding.{index}.keys"], tensors[f"sliding.{index}.values"] = layer.keys, layer.values
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, str(path), metadata=metadata)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: cannot be written: {error}") from None
+    return tensors
 
 
 def load_cache(cache: JointCache, path: Path | str) -> JointCache:
@@ -67,12 +75,21 @@ def load_cache(cache: JointCache, path: Path | str) -> JointCache:
         _check(cache, tensors, length)
     except (KeyError, ValueError, AttributeError) as error:
         raise BadInput(f"{path}: a damaged cache: {error}") from None
+    unpack(cache, length, tensors)
+    return cache
+
+
+def unpack(cache: JointCache, length: int, tensors: dict[str, Tensor]) -> None:
+    """Make what `pack` returned, of sequences of `length` tokens, the content of the empty `cache`, and fuse it.
+
+    Raises:
+        PoolFull: too few pages are free; the cache stays empty.
+    """
     cache.restore(length, tensors)
     for index, layer in _sliding(cache):
         keys, values = tensors[f"sliding.{index}.keys"], tensors[f"sliding.{index}.values"]
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values, layer.cumulative_length = keys, values, length
-    return cache
 
 
 def _layout(cache: JointCache) -> dict[str, str]:

@@ -1,0 +1,334 @@
+"""`jointkv generate`: answer several prompts at once on shared KV pages, and say what the pages cost."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from jointkv.cli.console import named_errors, stages, stderr_console, write_json
+from jointkv.errors import BadInput
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from jointkv.evaluate.jsonl import UserRequest
+    from jointkv.hf.pool import JointPool
+    from jointkv.policy import FusionPolicy
+
+REFRESH_S = 0.1
+TITLE_CHARACTERS = 60
+
+
+class Attention(StrEnum):
+    """How the model reads K and V: from the pages, or from a dense copy per layer."""
+
+    JOINTKV = "jointkv"
+    EAGER = "eager"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Answers of one batch. `stats` counts pages and bytes at the allocator; `seconds` includes prefill."""
+
+    answers: list[str]
+    stats: dict[str, Any]
+    seconds: float
+
+
+class BatchStreamer:
+    """Collects the new tokens of every row of a batch, up to the row's end token; for `generate(streamer=...)`.
+
+    transformers' own `TextStreamer` takes one row only.
+
+    Args:
+        tokenizer: decodes the tokens.
+        rows: sequences in the batch.
+        end_tokens: ids that finish a row; what follows is padding.
+        show: called after every step with this object.
+
+    Attributes:
+        tokens: new token ids per row, end token included.
+        finished: one flag per row.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        rows: int,
+        end_tokens: frozenset[int],
+        show: Callable[["BatchStreamer"], None],
+    ) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.finished = [False] * rows
+        self._tokenizer, self._end_tokens, self._show = tokenizer, end_tokens, show
+        self._prompts_seen = False
+
+    def put(self, value: "Tensor") -> None:
+        """Take the prompts at the first call, then one token per row."""
+        if not self._prompts_seen:
+            self._prompts_seen = True
+            return
+        for row, token in enumerate(value.flatten().tolist()):
+            if not self.finished[row]:
+                self.tokens[row].append(token)
+                self.finished[row] = token in self._end_tokens
+        self._show(self)
+
+    def end(self) -> None:
+        """No token will follow."""
+        self.finished = [True] * len(self.finished)
+        self._show(self)
+
+    def text(self, row: int) -> str:
+        """The answer of `row` so far, without special tokens and without half a character at its end."""
+        text = str(self._tokenizer.decode(self.tokens[row], skip_special_tokens=True))
+        return text if self.finished[row] else text.rstrip("\ufffd")
+
+
+def generate(
+    prompts: list[str] | None = typer.Argument(None, help="One or more prompts.", show_default=False),
+    model: str = typer.Option("smollm2", help="Known name, local folder or hub name."),
+    policy: str = typer.Option("safe", help="What may be fused: safe, paper or off."),
+    max_relative_error: float | None = typer.Option(None, help="Error bound instead of the policy's."),
+    key_threshold: float | None = typer.Option(None, help="Least cosine of K instead of the policy's."),
+    max_new_tokens: int = typer.Option(64, min=1, help="Longest answer, in tokens."),
+    block_size: int = typer.Option(16, min=1, help="Tokens per KV block."),
+    max_pages: int | None = typer.Option(None, min=1, help="Pages in the pool; without it the pool grows."),
+    chat: bool = typer.Option(True, "--chat/--raw", help="Use the model's chat template, if it has one."),
+    file: Path | None = typer.Option(None, help="JSONL file with more prompts, one object per line."),
+    temperature: float = typer.Option(0.0, min=0.0, help="0 takes the most likely token, else samples."),
+    seed: int = typer.Option(0, help="Seed of the sampling."),
+    attention: Attention = typer.Option(Attention.JOINTKV, help="Attention on pages, or on a dense copy."),
+    json: str | None = typer.Option(None, metavar="FILE", help="Write the result as JSON; - means stdout."),
+) -> None:
+    """Answer all prompts in one batch whose KV blocks are jointly encoded, and print the memory held."""
+    with named_errors():
+        fusion = _chosen_policy(policy, max_relative_error, key_threshold)
+        requests = _gathered(prompts or [], file)
+        if not math.isfinite(temperature):
+            raise BadInput(f"temperature: {temperature} is no finite number")
+        loaded, tokenizer = load(model, None if attention is Attention.JOINTKV else "eager")
+        rows = [request_tokens(tokenizer, request, chat) for request in requests]
+        _check_lengths(rows, loaded, max_new_tokens)
+        from rich.console import Console
+
+        from jointkv.hf.pool import JointPool
+
+        pool = JointPool(loaded, fusion, block_size=block_size, max_pages=max_pages)
+        options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, seed)}
+        names = [request.prompt or str(request.messages[-1]["content"]) for request in requests]
+        console = stderr_console() if json == "-" else Console()
+        with _display(console, names) as show:
+            result = answer(pool, loaded, tokenizer, rows, options, show)
+        console.print(_summary(result), soft_wrap=True, highlight=False)
+        if json is not None:
+            asked = [request.prompt or list(request.messages) for request in requests]
+            described = {"model": model, "policy": asdict(fusion), "attention": attention, "prompts": asked}
+            write_json(json, {**described, **asdict(result)})
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb `generate` to `app`."""
+    app.command()(generate)
+
+
+def load(
+    name: str, attn_implementation: str | None = None
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load a model and its tokenizer, fetching a known one if it is missing, and show the stages.
+
+    Raises `BadInput`, `UnsupportedModel`, `FetchError`, `ChecksumError`.
+    """
+    with stages(f"loading {name}") as show:
+        from jointkv.hf.models import KNOWN_MODELS, fetch_model, load_model
+
+        if name in KNOWN_MODELS:
+            fetch_model(name, progress=show)
+        return load_model(name, attn_implementation=attn_implementation)
+
+
+def request_tokens(tokenizer: "PreTrainedTokenizerBase", request: "UserRequest", chat: bool) -> list[int]:
+    """Token ids to prefill for `request`; with `chat` a plain prompt becomes a user message where possible.
+
+    Raises `BadInput` when there are messages and the tokenizer has no chat template, or refuses them.
+    """
+    from jinja2 import TemplateError
+
+    from jointkv.evaluate.traffic.base import encode
+
+    if request.prompt is not None and not (chat and tokenizer.chat_template):
+        return list(encode(tokenizer, request.prompt))
+    if not tokenizer.chat_template:
+        raise BadInput(f"line {request.line}: messages, but this model's tokenizer has no chat template")
+    messages = list(request.messages) or [{"role": "user", "content": request.prompt}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise BadInput(f"line {request.line}: the chat template refuses the messages: {error}") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def answer(
+    pool: "JointPool",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[Sequence[int]],
+    options: dict[str, Any],
+    show: Callable[[BatchStreamer], None],
+) -> Generated:
+    """Generate for `rows` (token ids) as one left-padded batch in a `JointCache` of `pool`.
+
+    `options` goes to transformers' `generate`. Raises `PoolFull`.
+    """
+    import torch
+
+    from jointkv.hf.cache import JointCache
+
+    batch = tokenizer.pad({"input_ids": [list(row) for row in rows]}, padding=True, return_tensors="pt")
+    ends = model.generation_config.eos_token_id
+    end_tokens = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    streamer = BatchStreamer(tokenizer, len(rows), end_tokens, show)
+    cache = JointCache(pool)
+    start = time.perf_counter()
+    model.generate(
+        **batch.to(model.device),
+        past_key_values=cache,
+        streamer=streamer,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+    seconds = time.perf_counter() - start
+    # The last token of an answer is never fed back. A finished row however is fed padding until the last row ends,
+    # in blocks that are alike in all rows and would make the ratio look better than it is.
+    held = [len(row) + len(tokens) - 1 for row, tokens in zip(rows, streamer.tokens, strict=True)]
+    for table in cache.tables:
+        table.truncate(-(-torch.tensor(held) // pool.block_size))
+    generated = sum(len(tokens) for tokens in streamer.tokens)
+    stats = {
+        "prompt_tokens": sum(len(row) for row in rows),
+        "generated_tokens": generated,
+        "tokens_per_second": generated / seconds,
+        "ratio": cache.references / cache.pages if cache.pages else 1.0,
+        **pool.stats(),
+    }
+    return Generated([streamer.text(row) for row in range(len(rows))], stats, seconds)
+
+
+def _chosen_policy(
+    name: str, max_relative_error: float | None, key_threshold: float | None
+) -> "FusionPolicy":
+    from jointkv.policy import FusionPolicy
+
+    given = {"max_relative_error": max_relative_error, "key_threshold": key_threshold}
+    changes = {field: value for field, value in given.items() if value is not None}
+    policy = FusionPolicy.preset(name, **changes)
+    if changes and not policy.enabled:
+        raise BadInput(f"{next(iter(changes))}: has no effect with the policy off")
+    return policy
+
+
+def _gathered(prompts: Sequence[str], file: Path | None) -> list["UserRequest"]:
+    from jointkv.evaluate.jsonl import UserRequest, read_requests
+
+    if not prompts and file is None:
+        raise BadInput('no prompt; give at least one, as in: jointkv generate "Why is the sky blue?"')
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise BadInput(f"prompt {number} is empty")
+    requests = [UserRequest(number, prompt) for number, prompt in enumerate(prompts, start=1)]
+    return requests + (read_requests(file) if file is not None else [])
+
+
+def _check_lengths(rows: Sequence[Sequence[int]], model: "PreTrainedModel", new_tokens: int) -> None:
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for number, row in enumerate(rows, start=1):
+        if not row:
+            raise BadInput(f"prompt {number} has no token")
+        if longest is not None and len(row) + new_tokens > longest:
+            raise BadInput(
+                f"prompt {number}: {len(row)} tokens and {new_tokens} new ones are more than the {longest} "
+                "that the model can attend to"
+            )
+
+
+def _sampling(temperature: float, seed: int) -> dict[str, Any]:
+    if temperature == 0:
+        return {"do_sample": False}
+    import torch
+
+    torch.manual_seed(seed)
+    return {"do_sample": True, "temperature": temperature}
+
+
+@contextmanager
+def _display(console: "Console", prompts: Sequence[str]) -> Iterator[Callable[[BatchStreamer], None]]:
+    """Yields `show(streamer)`: a panel per prompt that grows, or off a terminal each answer when it is complete."""
+    from rich.live import Live
+    from rich.text import Text
+
+    shown = 0.0
+    printed: set[int] = set()
+
+    def draw(streamer: BatchStreamer) -> None:
+        nonlocal shown
+        # Drawing at every token would cost more than a small model needs to make it.
+        if time.monotonic() - shown > REFRESH_S or all(streamer.finished):
+            live.update(_panels(streamer, prompts), refresh=True)
+            shown = time.monotonic()
+
+    def print_complete(streamer: BatchStreamer) -> None:
+        for row, finished in enumerate(streamer.finished):
+            if finished and row not in printed:
+                printed.add(row)
+                text = f"[{_title(row, prompts[row])}]\n{streamer.text(row).strip()}\n"
+                console.print(Text(text), soft_wrap=True)
+
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            yield draw
+    else:
+        yield print_complete
+
+
+def _panels(streamer: BatchStreamer, prompts: Sequence[str]) -> "RenderableType":
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.text import Text
+
+    return Group(
+        *(
+            Panel(Text(streamer.text(row)), title=Text(_title(row, prompt)), title_align="left")
+            for row, prompt in enumerate(prompts)
+        )
+    )
+
+
+def _title(row: int, prompt: str) -> str:
+    line = " ".join(prompt.split())
+    cut = line if len(line) <= TITLE_CHARACTERS else line[: TITLE_CHARACTERS - 1] + "…"
+    return f"{row + 1}: {cut}"
+
+
+def _summary(result: Generated) -> str:
+    stats = result.stats
+    unfused = stats["references"] * stats["page_bytes"]
+    lines = [
+        f"KV pages   {stats['pages_used']} held, {stats['references']} without fusion: {stats['ratio']:.2f}x "
+        f"(measured at the allocator; at most {stats['pages_peak']} at once)",
+        f"KV bytes   {stats['bytes_used'] / 1e6:.2f} MB held, {unfused / 1e6:.2f} MB without fusion",
+        f"speed      {stats['generated_tokens']} tokens in {result.seconds:.1f} s: "
+        f"{stats['tokens_per_second']:.1f} tokens/s, prefill included",
+    ]
+    if stats["fusion"] == "faulted":
+        lines.append(
+            "fusion     switched off after an internal fault; the answers are those of an unfused cache"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""`PagedKV` refuses layouts it does not know; relative errors are what their definition says, in float64."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jointkv.blocks import PagedKV, served_errors
+from jointkv.errors import LayoutError
+
+TOKENS, HEADS = 2, 2
+ROUNDING = 1e-5
+
+
+def layer(pages=3, tokens=TOKENS, heads=HEADS, size=4, dtype=torch.float32):
+    return torch.ones(pages, tokens, heads, size, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [
+        ([], []),
+        ([layer()], []),
+        ([layer(), layer()], [layer()]),
+        ([layer()[0]], [layer()[0]]),
+        ([layer()], [layer().flatten(2)]),
+        ([layer(dtype=torch.float64)], [layer(dtype=torch.float64)]),
+        ([layer(dtype=torch.long)], [layer(dtype=torch.long)]),
+        ([layer()], [layer(dtype=torch.bfloat16)]),
+        ([layer(), layer(dtype=torch.float16)], [layer(), layer(dtype=torch.float16)]),
+        ([layer(), layer(size=8)], [layer(), layer()]),
+        ([layer(), layer()], [layer(), layer(size=8)]),
+        ([layer()], [layer(pages=4)]),
+        ([layer()], [layer(tokens=3)]),
+        ([layer()], [layer(heads=1)]),
+    ],
+)
+def test_other_layouts_are_refused(keys, values):
+    with pytest.raises(LayoutError):
+        PagedKV(keys, values)
+
+
+def test_sizes_count_every_layer_and_both_sides():
+    kv = PagedKV([layer(dtype=torch.bfloat16)] * 3, [layer(size=6, dtype=torch.bfloat16)] * 3)
+    assert (kv.num_layers, kv.num_pages, kv.block_size) == (3, 3, TOKENS)
+    assert kv.page_nbytes == 3 * 2 * TOKENS * HEADS * (4 + 6)
+
+
+def test_vectors_are_the_pages_asked_for_in_order():
+    keys = torch.arange(5 * 2 * 1 * 3).view(5, 2, 1, 3).to(torch.float16)
+    kv = PagedKV([keys, keys + 1], [keys + 2, keys + 3])
+    index = torch.tensor([[4, 0], [2, 2]])
+    for shift, blocks in zip((0, 1), kv.vectors(index), strict=True):
+        for side in (0, 1):
+            expected = (keys + shift + 2 * side).flatten(1)[index].float()
+            assert blocks[side].dtype == torch.float32
+            assert torch.equal(blocks[side], expected)
+
+
+def naive_error(block, served, aggregate):
+    """`block`, `served`: per layer float64 vectors."""
+    squares = []
+    for own, read in zip(block, served, strict=True):
+        difference, norm = ((own - read) ** 2).sum(), (own**2).sum()
+        squares.append(0.0 if difference == 0 else np.inf if norm == 0 else difference / norm)
+    return np.sqrt(np.mean(squares) if aggregate == "rms" else np.max(squares))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**20),
+    layers=st.integers(1, 4),
+    pages=st.integers(1, 6),
+    aggregate=st.sampled_from(["rms", "max"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scaled=st.booleans(),
+    zeros=st.booleans(),
+    batch=st.integers(1, 4),
+)
+def test_served_errors_are_the_definition(seed, layers, pages, aggregate, dtype, scaled, zeros, batch):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    sides = [[random(pages, TOKENS, HEADS, size).to(dtype) for _ in range(layers)] for size in (4, 3)]
+    if zeros:
+        for side in sides:
+            for tensor in side:
+                tensor[torch.rand(pages, generator=generator) < 0.4] = 0
+    own, served_by = torch.randint(pages, (2, 7), generator=generator)
+    scales = [random(layers, 7) if scaled else None for _ in sides]
+    found = served_errors(PagedKV(*sides), own, served_by, aggregate, *scales, batch=batch)
+    for side, scale, errors in zip(sides, scales, found, strict=True):
+        blocks = [tensor.double().flatten(1).numpy() for tensor in side]
+        factors = np.ones((layers, 7)) if scale is None else scale.double().numpy()
+        expected = [
+            naive_error(
+                [block[own[i]] for block in blocks],
+                [block[served_by[i]] * factors[n, i] for n, block in enumerate(blocks)],
+                aggregate,
+            )
+            for i in range(7)
+        ]
+        np.testing.assert_allclose(errors.numpy(), expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_no_blocks_have_no_errors():
+    none = torch.zeros(0, dtype=torch.long)
+    key_error, value_error = served_errors(PagedKV([layer()], [layer()]), none, none, "rms")
+    assert key_error.shape == value_error.shape == (0,)
+
+
+def test_a_zero_block_is_served_by_a_zero_block_only():
+    keys = torch.stack((torch.zeros(2, 1, 2), torch.zeros(2, 1, 2), torch.ones(2, 1, 2)))
+    kv = PagedKV([keys], [keys])
+    key_error, value_error = served_errors(kv, torch.tensor([0, 0, 2]), torch.tensor([1, 2, 0]), "rms")
+    assert key_error.tolist() == value_error.tolist() == [0.0, np.inf, 1.0]
+
+
+def test_blocks_that_are_no_numbers_have_no_finite_error():
+    keys = layer()
+    keys[0, 0, 0, 0] = torch.nan
+    keys[1, 0, 0, 0] = torch.inf
+    errors, _ = served_errors(PagedKV([keys], [layer()]), torch.tensor([0, 1, 2, 2]), torch.tensor([2, 2, 0, 1]), "max")
+    assert not errors.isfinite().any()
+
+
+def test_tiny_blocks_do_not_pass_for_equal_because_their_squares_vanish():
+    keys = torch.stack((torch.full((2, 1, 2), 1e-25), torch.full((2, 1, 2), -1e-25)))
+    key_error, _ = served_errors(PagedKV([keys], [keys]), torch.tensor([0]), torch.tensor([1]), "rms")
+    assert not key_error[0] < 2 - ROUNDING  # the truth is 2; "not a number" would do as well
