@@ -82,9 +82,8 @@ def squared_error(block: Tensor, served: Tensor) -> Tensor:
     Args:
         block, served: `[..., r]`, float32.
     """
-    difference = (block - served).square().sum(-1)
-    norm = block.square().sum(-1)
-    return relative(difference, norm)
+    difference = torch.linalg.vector_norm(block - served, dim=-1).square()
+    return relative(difference, torch.linalg.vector_norm(block, dim=-1).square())
 
 
 def relative(difference: Tensor, norm: Tensor) -> Tensor:
@@ -109,7 +108,7 @@ def served_errors(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     *,
-    batch: int = 256,
+    batch: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Relative errors of K and V when block `pages[i]` is read from page `served_by[i]`, times its scales.
 

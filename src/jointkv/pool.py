@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jointkv.blocks import PagedKV
 from jointkv.errors import IntegrityError, PoolFull
+from jointkv.state import bookkeeping
 
 if TYPE_CHECKING:
     from jointkv.table import BlockTable
@@ -34,6 +35,7 @@ class BlockPool:
         max_pages: pages at the most, the null page not counted; None for no limit.
     """
 
+    @bookkeeping
     def __init__(
         self,
         num_layers: int,
@@ -101,6 +103,7 @@ class BlockPool:
             return 0
         return max(0, count - (self.max_pages - self.num_used))
 
+    @bookkeeping
     def allocate(self, count: int) -> Tensor:
         """Take `count` free pages with one reference each: long `[count]`. Their content is undefined.
 
@@ -118,11 +121,13 @@ class BlockPool:
         self.peak_used = max(self.peak_used, self.num_used)
         return pages
 
+    @bookkeeping
     def share(self, pages: Tensor) -> None:
         """Add one reference for every entry of `pages`; an entry may repeat."""
         self._assert_used(pages)
         self.references.index_add_(0, pages, torch.ones_like(pages))
 
+    @bookkeeping
     def free(self, pages: Tensor) -> int:
         """Drop one reference for every entry of `pages`; returns how many pages became free."""
         self._assert_used(pages)
@@ -138,6 +143,7 @@ class BlockPool:
             self._free_count += len(released)
         return len(released)
 
+    @bookkeeping
     def copy_pages(
         self, source: Tensor, target: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
     ) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from jointkv.errors import IntegrityError, StalePlan
 from jointkv.plan import BlockRef, FusionPlan
 from jointkv.pool import BlockPool
+from jointkv.state import bookkeeping
 
 NO_PAGE = -1
 
@@ -21,6 +22,7 @@ class BlockTable:
         version: changes whenever an entry changes, so that what was derived from the table can be kept until then.
     """
 
+    @bookkeeping
     def __init__(self, pool: BlockPool, rows: int) -> None:
         self.pool = pool
         self.pages = torch.full((rows, 0), NO_PAGE, dtype=torch.long)
@@ -45,6 +47,7 @@ class BlockTable:
         """How many pages `extend(blocks)` would allocate."""
         return int((blocks - self.num_blocks()).clamp(min=0).sum())
 
+    @bookkeeping
     def extend(self, blocks: Tensor) -> None:
         """Allocate pages until row `i` has at least `blocks[i]` blocks.
 
@@ -62,17 +65,20 @@ class BlockTable:
         self.pages[:, :width][wanted] = pages
         self.version += 1
 
+    @bookkeeping
     def truncate(self, blocks: Tensor) -> None:
         """Free the blocks of row `i` beyond the first `blocks[i]`."""
         beyond = (torch.arange(self.pages.shape[1]) >= blocks[:, None]) & (self.pages >= 0)
         self._free_entries(beyond)
 
+    @bookkeeping
     def release(self) -> None:
         """Free every block and keep the rows."""
         self._free_entries(self.pages >= 0)
         self.pages = self.pages[:, :0]
         self.k_scale = self.v_scale = None
 
+    @bookkeeping
     def select(self, rows: Tensor) -> None:
         """Make row `i` what row `rows[i]` was; rows may repeat (beams) or go."""
         old, self.pages = self.pages, self.pages[rows]
@@ -82,6 +88,7 @@ class BlockTable:
             self.k_scale, self.v_scale = self.k_scale[:, rows], self.v_scale[:, rows]
         self.version += 1
 
+    @bookkeeping
     def adopt(self, pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
         """Make `pages` (-1: none) and scales the content of this empty table; adds a reference per entry."""
         self.pool.share(pages[pages >= 0])
@@ -92,6 +99,7 @@ class BlockTable:
         """How many of the named blocks `make_writable` would copy."""
         return int(self._needs_copy(rows, slots).sum())
 
+    @bookkeeping
     def make_writable(self, rows: Tensor, slots: Tensor) -> Tensor:
         """Copy on write: after this, each named block has a page of its own, unscaled, which is returned.
 
@@ -109,6 +117,7 @@ class BlockTable:
             pages = pages.masked_scatter(copy, target)
         return pages
 
+    @bookkeeping
     def apply(self, plan: FusionPlan) -> int:
         """Carry out `plan`: write its directions, point its members to their pages, free what nobody reads.
 

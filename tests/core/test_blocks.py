@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.shadow import naive_error
 from jointkv.blocks import PagedKV, served_errors
 from jointkv.errors import LayoutError
 
@@ -56,15 +57,6 @@ def test_vectors_are_the_pages_asked_for_in_order():
             expected = (keys + shift + 2 * side).flatten(1)[index].float()
             assert blocks[side].dtype == torch.float32
             assert torch.equal(blocks[side], expected)
-
-
-def naive_error(block, served, aggregate):
-    """`block`, `served`: per layer float64 vectors."""
-    squares = []
-    for own, read in zip(block, served, strict=True):
-        difference, norm = ((own - read) ** 2).sum(), (own**2).sum()
-        squares.append(0.0 if difference == 0 else np.inf if norm == 0 else difference / norm)
-    return np.sqrt(np.mean(squares) if aggregate == "rms" else np.max(squares))
 
 
 @settings(deadline=None, max_examples=60)
@@ -123,7 +115,9 @@ def test_blocks_that_are_no_numbers_have_no_finite_error():
     keys = layer()
     keys[0, 0, 0, 0] = torch.nan
     keys[1, 0, 0, 0] = torch.inf
-    errors, _ = served_errors(PagedKV([keys], [layer()]), torch.tensor([0, 1, 2, 2]), torch.tensor([2, 2, 0, 1]), "max")
+    errors, _ = served_errors(
+        PagedKV([keys], [layer()]), torch.tensor([0, 1, 2, 2]), torch.tensor([2, 2, 0, 1]), "max"
+    )
     assert not errors.isfinite().any()
 
 

@@ -1,4 +1,4 @@
-"""Policies: what the presets are, what is refused and under which field's name, and that JSON brings them back."""
+"""Policies: what the presets are, what is refused and under which field's name, JSON brings them back."""
 
 import json
 import math
@@ -88,9 +88,9 @@ def test_off_fuses_no_group():
 
 def test_preset_replaces_fields_and_refuses_unknown_ones():
     assert FusionPolicy.preset("paper", key_threshold=0.9).key_threshold == 0.9
-    with pytest.raises(InvalidPolicy, match="^preset: 'fast'"):
+    with pytest.raises(InvalidPolicy, match=r"^preset: 'fast'"):
         FusionPolicy.preset("fast")
-    with pytest.raises(InvalidPolicy, match="^treshold: no such field"):
+    with pytest.raises(InvalidPolicy, match=r"^treshold: no such field"):
         FusionPolicy.preset("safe", treshold=0.9)
 
 

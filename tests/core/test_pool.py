@@ -1,12 +1,15 @@
-"""Any sequence of operations on tables and their pool keeps the counts right and everybody's content unchanged."""
+"""Any sequence of operations on tables and pool keeps the counts right and everybody's content unchanged."""
 
+import dataclasses
 from unittest.mock import patch
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from core.shadow import Content, State, entries_of, read_block, same, state_of
 from jointkv.errors import IntegrityError, PoolFull, StalePlan
 from jointkv.plan import FusionPlan
 from jointkv.pool import NULL_PAGE, BlockPool
@@ -18,27 +21,6 @@ BLOCK_SIZE = 2
 MAX_ROWS, MAX_SLOTS, MAX_TABLES = 3, 5, 4
 EXACT_SCALES = (0.5, 1.0, 2.0, 4.0)
 """Powers of two: a scaled read-out is exact, so contents are compared for equality."""
-
-Content = tuple[torch.Tensor, torch.Tensor]
-
-
-def read_block(pool: BlockPool, table: BlockTable, row: int, slot: int) -> Content:
-    """K and V `[layers, t, h, d]` that a logical block reads: its page's content times its scales."""
-    sides = []
-    for side, layers in enumerate((pool.kv.keys, pool.kv.values)):
-        refs = [table.ref(row, slot, layer) for layer in range(LAYERS)]
-        scales = [(ref.k_scale, ref.v_scale)[side] for ref in refs]
-        pages = zip(layers, refs, scales, strict=True)
-        sides.append(torch.stack([layer[ref.page] * scale for layer, ref, scale in pages]))
-    return sides[0], sides[1]
-
-
-def same(first: Content, second: Content) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-
-
-def entries_of(table: BlockTable) -> list[tuple[int, int]]:
-    return [(row, slot) for row, slot in (table.pages >= 0).nonzero().tolist()]
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -52,13 +34,18 @@ class PoolMachine(RuleBasedStateMachine):
         self.tables: list[BlockTable] = []
         self.shadow: list[dict[tuple[int, int], Content]] = []
         self.freed: list[int] = []
-        self.seen: list[tuple[BlockTable, int, torch.Tensor]] = []
+        self.seen: list[tuple[BlockTable, int, State]] = []
 
-    @initialize(max_pages=st.none() | st.integers(0, 14))
+    @initialize(max_pages=st.integers(8, 12) | st.none())
     def make_pool(self, max_pages):
         self.pool = BlockPool(LAYERS, BLOCK_SIZE, KEY_SHAPE, VALUE_SHAPE, max_pages=max_pages)
         self.pool.on_free(lambda pages: self.freed.extend(pages.tolist()))
         self.used = set()
+        self.new_table(1)
+        self.new_table(3)
+        for index, table in enumerate(self.tables):
+            table.extend(torch.full((table.num_rows,), 2))
+            self.write(index, entries_of(table))
 
     def teardown(self) -> None:
         self.first_pages.stop()
@@ -69,33 +56,28 @@ class PoolMachine(RuleBasedStateMachine):
         return data.draw(st.integers(0, len(self.tables) - 1), label="table")
 
     def pick_blocks(self, data, index, *, written=False):
-        """Some distinct blocks of a table: row and slot tensors, maybe empty."""
+        """Some distinct blocks (row, slot) of a table, maybe none."""
         entries = [e for e in entries_of(self.tables[index]) if not written or e in self.shadow[index]]
         if not entries:
             return []
-        return data.draw(st.lists(st.sampled_from(entries), unique=True, max_size=4), label="blocks")
+        return data.draw(
+            st.lists(st.sampled_from(entries), unique=True, min_size=1, max_size=6), label="blocks"
+        )
 
     def random_content(self, *shape):
-        return [torch.randn(*shape, BLOCK_SIZE, *sizes, generator=self.generator) for sizes in (KEY_SHAPE, VALUE_SHAPE)]
+        sides = (KEY_SHAPE, VALUE_SHAPE)
+        return [torch.randn(*shape, BLOCK_SIZE, *side, generator=self.generator) for side in sides]
 
     def attempt(self, wanted, action):
-        """Run what needs `wanted` new pages; when they are not there, nothing may change."""
-        pool = self.pool
-        room = None if pool.max_pages is None else pool.max_pages - len(self.used)
-        before = [(table.pages.clone(), table.version) for table in self.tables]
-        references, free = pool.references.clone(), pool.num_free
-        try:
+        """Run what needs `wanted` new pages; when they are not there, it must say so and change nothing."""
+        limit = self.pool.max_pages
+        if limit is None or wanted <= limit - len(self.used):
             action()
-        except PoolFull as full:
-            assert room is not None and full.missing == wanted - room > 0
-            assert full.requested == wanted and full.total == pool.max_pages
-            assert f"{full.missing} missing" in str(full)
-            assert torch.equal(references, pool.references) and free == pool.num_free
-            for table, (pages, version) in zip(self.tables, before, strict=True):
-                assert torch.equal(table.pages, pages) and table.version == version
-            return False
-        assert room is None or wanted <= room
-        return True
+            return True
+        full = self.refused(PoolFull, action)
+        assert (full.missing, full.requested, full.total) == (wanted - limit + len(self.used), wanted, limit)
+        assert f"{full.missing} missing" in str(full)
+        return False
 
     # The operations.
 
@@ -108,7 +90,8 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def extend(self, data):
-        table = self.tables[self.pick_table(data)]
+        index = self.pick_table(data)
+        table = self.tables[index]
         rows = table.num_rows
         blocks = torch.tensor(data.draw(st.lists(st.integers(0, MAX_SLOTS), min_size=rows, max_size=rows)))
         have = table.num_blocks()
@@ -116,6 +99,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert table.missing_blocks(blocks) == wanted
         if self.attempt(wanted, lambda: table.extend(blocks)):
             assert torch.equal(table.num_blocks(), torch.maximum(have, blocks))
+            if data.draw(st.booleans(), label="write"):
+                self.write(index, [(row, slot) for row, slot in entries_of(table) if slot >= have[row]])
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
@@ -138,14 +123,17 @@ class PoolMachine(RuleBasedStateMachine):
         table.select(torch.tensor(rows))
         old = self.shadow[index]
         self.shadow[index] = {
-            (new, slot): content for new, row in enumerate(rows) for (r, slot), content in old.items() if r == row
+            (new, slot): content
+            for new, row in enumerate(rows)
+            for (r, slot), content in old.items()
+            if r == row
         }
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data(), write=st.booleans())
     def make_writable(self, data, write):
         index = self.pick_table(data)
-        table, shadow = self.tables[index], self.shadow[index]
+        table = self.tables[index]
         blocks = self.pick_blocks(data, index)
         if not blocks:
             return
@@ -159,15 +147,21 @@ class PoolMachine(RuleBasedStateMachine):
         for (row, slot), page in zip(blocks, pages.tolist(), strict=True):
             assert self.pool.references[page] == 1 and not self.is_scaled(table, row, slot)
         if write:
-            keys, values = self.random_content(LAYERS, len(blocks))
+            self.write(index, blocks)
+
+    def write(self, index, blocks):
+        """Fill blocks that nobody else reads with new content."""
+        keys, values = self.random_content(LAYERS, len(blocks))
+        for i, block in enumerate(blocks):
+            page = self.tables[index].pages[block]
             for layer in range(LAYERS):
-                self.pool.kv.keys[layer][pages] = keys[layer]
-                self.pool.kv.values[layer][pages] = values[layer]
-            shadow.update({block: (keys[:, i], values[:, i]) for i, block in enumerate(blocks)})
+                self.pool.kv.keys[layer][page] = keys[layer, i]
+                self.pool.kv.values[layer][page] = values[layer, i]
+            self.shadow[index][block] = keys[:, i], values[:, i]
 
     def is_shared(self, table, row, slot):
         page = int(table.pages[row, slot])
-        return sum(page in t.pages[r].tolist() for t in self.tables for r in range(t.num_rows)) > 1
+        return sum(int((other.pages == page).sum()) for other in self.tables) > 1
 
     def is_scaled(self, table, row, slot):
         refs = [table.ref(row, slot, layer) for layer in range(LAYERS)]
@@ -203,14 +197,16 @@ class PoolMachine(RuleBasedStateMachine):
             return
         rows, slots = torch.tensor(blocks).T
         old = table.pages[rows, slots]
-        # The first of `own` keeps its page, which becomes the direction; others join it or a page of their own.
-        group = torch.tensor([i if i in own and data.draw(st.booleans()) else own[0] for i in range(len(blocks))])
-        leaders, group = group.unique(return_inverse=True)
-        if own[0] not in leaders.tolist() or not all(group[leader] == g for g, leader in enumerate(leaders)):
-            return
+        # The first of `own` leads; the others of `own` lead themselves or join it, as shared blocks must.
+        leads = {
+            i: i if i == own[0] or (i in own and data.draw(st.booleans())) else own[0]
+            for i in range(len(blocks))
+        }
+        leaders, group = torch.tensor(list(leads.values())).unique(return_inverse=True)
         keys, values = self.random_content(LAYERS, len(leaders))
         k_scale, v_scale = self.draw_scales(data, len(blocks))
-        plan = self.plan(table, rows, slots, old[leaders][group], k_scale, v_scale, old[leaders], keys, values)
+        pages = old[leaders]
+        plan = self.plan(table, rows, slots, pages[group], k_scale, v_scale, pages, keys, values)
         self.apply(table, plan)
         for i, block in enumerate(blocks):
             scales = (scale[:, i].view(-1, 1, 1, 1) for scale in (k_scale, v_scale))
@@ -227,21 +223,28 @@ class PoolMachine(RuleBasedStateMachine):
 
     def apply(self, table, plan):
         used = self.pool.num_used
-        stale = FusionPlan(plan.row, plan.slot, plan.old_page + 1, *list(vars(plan).values())[3:])
-        before, version = table.pages.clone(), table.version
-        try:
-            table.apply(stale)
-        except StalePlan:
-            assert torch.equal(before, table.pages) and version == table.version
-        else:
-            raise AssertionError("a stale plan was applied")
+        stale = dataclasses.replace(plan, old_page=plan.old_page + 1)
+        self.refused(StalePlan, lambda: table.apply(stale))
         assert table.apply(plan) == used - self.pool.num_used
         assert torch.equal(table.pages[plan.row, plan.slot], plan.page)
+
+    def refused(self, error, action):
+        """`action` raises `error` and changes nothing."""
+        before = [(table.pages.clone(), table.version) for table in self.tables]
+        references, free = self.pool.references.clone(), self.pool.num_free
+        with pytest.raises(error) as raised:
+            action()
+        assert torch.equal(references, self.pool.references) and free == self.pool.num_free
+        for table, (pages, version) in zip(self.tables, before, strict=True):
+            assert torch.equal(table.pages, pages) and table.version == version
+        return raised.value
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data(), drop=st.booleans())
     def release(self, data, drop):
         index = self.pick_table(data)
+        if index < 2 and not data.draw(st.booleans(), label="also the first tables"):
+            return
         self.tables[index].release()
         self.shadow[index] = {}
         assert not len(self.tables[index].held())
@@ -251,28 +254,24 @@ class PoolMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.pool.num_free > 0)
     @rule(data=st.data())
-    def free_twice(self, data):
-        free = [page for page in range(1, self.pool.num_pages + 1) if page not in self.used]
-        references = self.pool.references.clone()
+    def touch_free_pages(self, data):
+        free = sorted(set(range(1, self.pool.num_pages + 1)) - self.used)
         page = data.draw(st.sampled_from(free))
-        over = [[page], [NULL_PAGE], [*self.used, page], [p for p in self.used for _ in range(99)]]
-        for pages in over:
-            for verb in (self.pool.free, self.pool.share):
-                if not pages or (verb == self.pool.share and page not in pages and NULL_PAGE not in pages):
-                    continue
-                try:
-                    verb(torch.tensor(pages))
-                except IntegrityError:
-                    assert torch.equal(references, self.pool.references)
-                else:
-                    raise AssertionError(f"{verb.__name__}({pages}) was accepted")
+        too_often = [p for p in self.used for _ in range(int(self.pool.references[p]) + 1)]
+        for verb, pages in [
+            (self.pool.free, [page]),
+            (self.pool.free, [*self.used, page]),
+            (self.pool.free, [NULL_PAGE]),
+            (self.pool.share, [page]),
+            (self.pool.share, [NULL_PAGE]),
+            (self.pool.free, too_often or [page]),
+        ]:
+            self.refused(IntegrityError, lambda verb=verb, pages=pages: verb(torch.tensor(pages)))
 
     # What holds after every step.
 
     @invariant()
     def counts_are_right(self):
-        if not hasattr(self, "pool"):
-            return
         pool = self.pool
         pool.check_integrity()
         for table in self.tables:
@@ -281,13 +280,11 @@ class PoolMachine(RuleBasedStateMachine):
         assert pool.num_free + len(used) == pool.num_pages and pool.num_used == len(used)
         assert pool.max_pages is None or pool.num_pages <= pool.max_pages
         assert pool.peak_used >= len(used) and pool.nbytes == len(used) * pool.kv.page_nbytes
-        assert sorted(self.freed) == sorted(self.used - used)  # every page that became free was announced, once
+        assert sorted(self.freed) == sorted(self.used - used), "freed pages are announced, each once"
         self.used, self.freed = used, []
 
     @invariant()
     def contents_are_unchanged(self):
-        if not hasattr(self, "pool"):
-            return
         for layer in (*self.pool.kv.keys, *self.pool.kv.values):
             assert not layer[NULL_PAGE].any()
         for table, shadow in zip(self.tables, self.shadow, strict=True):
@@ -296,10 +293,10 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_version_tells_every_change(self):
-        for table, version, pages in self.seen:
-            assert table.version != version or torch.equal(table.pages[table.pages >= 0], pages)
-        self.seen = [(table, table.version, table.held().clone()) for table in self.tables]
+        for table, version, state in self.seen:
+            assert table.version != version or state == state_of(table)
+        self.seen = [(table, table.version, state_of(table)) for table in self.tables]
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+TestPool.settings = settings(deadline=None, max_examples=100, stateful_step_count=40)

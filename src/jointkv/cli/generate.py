@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from jointkv.cli.console import named_errors, stages, stderr_console, write_json
+from jointkv.cli.console import named_errors, stderr_console, write_json
+from jointkv.cli.inspect import load, request_tokens
 from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Generated:
 
 
 class BatchStreamer:
-    """Collects the new tokens of every row of a batch, up to the row's end token; for `generate(streamer=...)`.
+    """Collects the new tokens of every row of a batch, up to the row's end token; a streamer for `generate`.
 
     transformers' own `TextStreamer` takes one row only.
 
@@ -140,42 +141,6 @@ def register(app: typer.Typer) -> None:
     app.command()(generate)
 
 
-def load(
-    name: str, attn_implementation: str | None = None
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """Load a model and its tokenizer, fetching a known one if it is missing, and show the stages.
-
-    Raises `BadInput`, `UnsupportedModel`, `FetchError`, `ChecksumError`.
-    """
-    with stages(f"loading {name}") as show:
-        from jointkv.hf.models import KNOWN_MODELS, fetch_model, load_model
-
-        if name in KNOWN_MODELS:
-            fetch_model(name, progress=show)
-        return load_model(name, attn_implementation=attn_implementation)
-
-
-def request_tokens(tokenizer: "PreTrainedTokenizerBase", request: "UserRequest", chat: bool) -> list[int]:
-    """Token ids to prefill for `request`; with `chat` a plain prompt becomes a user message where possible.
-
-    Raises `BadInput` when there are messages and the tokenizer has no chat template, or refuses them.
-    """
-    from jinja2 import TemplateError
-
-    from jointkv.evaluate.traffic.base import encode
-
-    if request.prompt is not None and not (chat and tokenizer.chat_template):
-        return list(encode(tokenizer, request.prompt))
-    if not tokenizer.chat_template:
-        raise BadInput(f"line {request.line}: messages, but this model's tokenizer has no chat template")
-    messages = list(request.messages) or [{"role": "user", "content": request.prompt}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise BadInput(f"line {request.line}: the chat template refuses the messages: {error}") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
 def answer(
     pool: "JointPool",
     model: "PreTrainedModel",
@@ -206,20 +171,19 @@ def answer(
         **options,
     )
     seconds = time.perf_counter() - start
-    # The last token of an answer is never fed back. A finished row however is fed padding until the last row ends,
-    # in blocks that are alike in all rows and would make the ratio look better than it is.
+    # The last token of an answer is never fed back. But a finished row is fed padding until the last row
+    # ends, in blocks that are alike in all rows and would make the ratio look better than it is.
     held = [len(row) + len(tokens) - 1 for row, tokens in zip(rows, streamer.tokens, strict=True)]
     for table in cache.tables:
         table.truncate(-(-torch.tensor(held) // pool.block_size))
+    answers = [streamer.text(row) for row in range(len(rows))]
     generated = sum(len(tokens) for tokens in streamer.tokens)
     stats = {
         "prompt_tokens": sum(len(row) for row in rows),
         "generated_tokens": generated,
         "tokens_per_second": generated / seconds,
-        "ratio": cache.references / cache.pages if cache.pages else 1.0,
-        **pool.stats(),
     }
-    return Generated([streamer.text(row) for row in range(len(rows))], stats, seconds)
+    return Generated(answers, {**stats, "ratio": cache.stats()["ratio"], **pool.stats()}, seconds)
 
 
 def _chosen_policy(
@@ -260,17 +224,15 @@ def _check_lengths(rows: Sequence[Sequence[int]], model: "PreTrainedModel", new_
 
 
 def _sampling(temperature: float, seed: int) -> dict[str, Any]:
-    if temperature == 0:
-        return {"do_sample": False}
     import torch
 
     torch.manual_seed(seed)
-    return {"do_sample": True, "temperature": temperature}
+    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
 
 
 @contextmanager
 def _display(console: "Console", prompts: Sequence[str]) -> Iterator[Callable[[BatchStreamer], None]]:
-    """Yields `show(streamer)`: a panel per prompt that grows, or off a terminal each answer when it is complete."""
+    """Yields `show(streamer)`: on a terminal a growing panel per prompt, else each answer when complete."""
     from rich.live import Live
     from rich.text import Text
 
@@ -322,7 +284,7 @@ def _summary(result: Generated) -> str:
     unfused = stats["references"] * stats["page_bytes"]
     lines = [
         f"KV pages   {stats['pages_used']} held, {stats['references']} without fusion: {stats['ratio']:.2f}x "
-        f"(measured at the allocator; at most {stats['pages_peak']} at once)",
+        "(measured at the allocator)",
         f"KV bytes   {stats['bytes_used'] / 1e6:.2f} MB held, {unfused / 1e6:.2f} MB without fusion",
         f"speed      {stats['generated_tokens']} tokens in {result.seconds:.1f} s: "
         f"{stats['tokens_per_second']:.1f} tokens/s, prefill included",

@@ -5,22 +5,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from jointkv.cli.console import named_errors, stages, stderr_console, write_json
-from jointkv.cli.generate import load, request_tokens
 from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from jointkv.blocks import PagedKV
+    from jointkv.evaluate.jsonl import UserRequest
     from jointkv.evaluate.similarity import Relation, Similarity
 
+RELATIONS: "dict[str, tuple[Relation, ...]]" = {
+    "batch": ("across",),
+    "chunk": ("within",),
+    "both": ("across", "within"),
+}
 PIPE_WIDTH = 100
 STAGE_LINES = 8
 """Progress messages per stage at the most, for logs."""
@@ -34,19 +37,10 @@ class InspectScope(StrEnum):
     BOTH = "both"
 
 
-@dataclass(frozen=True)
-class Prefilled:
-    """K and V of some requests: all layers' pages, per request the pages of its full blocks, layer numbers."""
-
-    kv: "PagedKV"
-    tables: list["Tensor"]
-    layers: list[int]
-
-
 def inspect(
     model: str = typer.Option("smollm2", help="Known name, local folder or hub name."),
     data: Path | None = typer.Option(None, help="JSONL file of requests; without it, built-in traffic."),
-    traffic: str = typer.Option("near_prefix", help="Built-in traffic: near_prefix, names or unrelated."),
+    traffic: str = typer.Option("near_prefix", help="Without --data: near_prefix, names or unrelated."),
     requests: int = typer.Option(16, min=1, help="Requests to prefill, at the most."),
     tokens: int = typer.Option(512, min=1, help="Tokens of each request, at the most."),
     block_size: int = typer.Option(16, min=1, help="Tokens per KV block."),
@@ -66,31 +60,18 @@ def inspect(
     with named_errors():
         if chunk_tokens % block_size:
             raise BadInput(f"chunk_tokens: {chunk_tokens} is no multiple of the block size {block_size}")
-        texts = _Source(data, traffic, requests, tokens, seed)
-        texts.check()
+        source = _Source(data, traffic, requests, seed)
+        source.check()
         loaded, tokenizer = load(model)
-        rows = texts.tokenize(tokenizer)
-        relations: list[Relation] = [
-            *(["across"] if scope is not InspectScope.CHUNK else []),
-            *(["within"] if scope is not InspectScope.BATCH else []),
-        ]
-        found = _measure(loaded, rows, block_size, chunk_tokens, relations)
-        longest = max(len(row) for row in rows) // block_size * block_size
-        within = "all blocks of a request" if longest <= chunk_tokens else f"chunks of {chunk_tokens} tokens"
-        settings = {
-            "model": model,
-            "source": str(data) if data is not None else traffic,
-            "requests": len(rows),
-            "tokens": sum(len(row) for row in rows),
-            "block_size": block_size,
-            "within": within,
-        }
+        rows = source.tokenize(tokenizer, min(tokens, _context(loaded, tokens)))
+        found = _measure(loaded, rows, block_size, chunk_tokens, RELATIONS[scope])
+        described = _described(model, data or traffic, rows, block_size, chunk_tokens)
         image = output / "similarity.png"
-        _draw(found, image, settings)
         if json is not None:
-            write_json(json, {**settings, "image": image, "rows": [row.as_row() for row in found]})
-    if json != "-":
-        _print_tables(found, within)
+            write_json(json, {**described, "image": image, "rows": [row.as_row() for row in found]})
+        if json != "-":
+            _print_tables(found, described["within"])
+        _draw(found, image, described)
     stderr_console().print(f"wrote {image}", soft_wrap=True, highlight=False)
 
 
@@ -106,7 +87,6 @@ class _Source:
     data: Path | None
     traffic: str
     requests: int
-    tokens: int
     seed: int
 
     def check(self) -> None:
@@ -119,7 +99,7 @@ class _Source:
         else:
             read_requests(self.data)
 
-    def tokenize(self, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    def tokenize(self, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> list[list[int]]:
         """Token ids of every request, cut to `tokens`."""
         from jointkv.evaluate.jsonl import read_requests
         from jointkv.evaluate.traffic import get_traffic
@@ -128,41 +108,45 @@ class _Source:
             made = get_traffic(self.traffic).requests(
                 tokenizer, self.requests, continuation_tokens=1, seed=self.seed
             )
-            return [list(request.prompt[: self.tokens]) for request in made]
+            return [list(request.prompt[:tokens]) for request in made]
         chosen = read_requests(self.data)[: self.requests]
-        return [request_tokens(tokenizer, request, chat=False)[: self.tokens] for request in chosen]
+        return [request_tokens(tokenizer, request, chat=False)[:tokens] for request in chosen]
 
 
-def prefill(
-    model: "PreTrainedModel",
-    rows: Sequence[Sequence[int]],
-    block_size: int,
-    progress: Callable[[int], None] | None = None,
-) -> Prefilled:
-    """Prefill every request (token ids) on its own, on the pages of one unfused pool.
+def load(
+    name: str, attn_implementation: str | None = None
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load a model and its tokenizer, fetching a known one if it is missing, and show the stages.
 
-    `progress` is called with the number of requests done. Raises `UnsupportedModel`.
+    Raises `BadInput`, `UnsupportedModel`, `FetchError`, `ChecksumError`.
     """
-    import torch
+    with stages(f"loading {name}") as show:
+        from jointkv.hf.models import KNOWN_MODELS, fetch_model, load_model
 
-    from jointkv.hf.cache import JointCache
-    from jointkv.hf.pool import JointPool
+        if name in KNOWN_MODELS:
+            fetch_model(name, progress=show)
+        return load_model(name, attn_implementation=attn_implementation)
 
-    pool = JointPool(model, "off", block_size=block_size)
-    caches = []
-    for done, row in enumerate(rows, start=1):
-        caches.append(JointCache(pool))
-        ids = torch.tensor([list(row)], device=model.device)
-        with torch.inference_mode():
-            model(input_ids=ids, past_key_values=caches[-1], use_cache=True, logits_to_keep=1)
-        if progress is not None:
-            progress(done)
-    assert pool.blocks is not None
-    tables = [
-        cache.tables[0].pages[0, : len(row) // block_size] for cache, row in zip(caches, rows, strict=True)
-    ]
-    # The pages stay readable after the caches are gone: nothing else allocates from this pool.
-    return Prefilled(pool.blocks.kv, tables, pool.full_layers)
+
+def request_tokens(tokenizer: "PreTrainedTokenizerBase", request: "UserRequest", chat: bool) -> list[int]:
+    """Token ids to prefill for `request`; with `chat` a plain prompt becomes a user message where possible.
+
+    Raises `BadInput` when there are messages and the tokenizer has no chat template, or refuses them.
+    """
+    from jinja2 import TemplateError
+
+    from jointkv.evaluate.traffic.base import encode
+
+    if request.prompt is not None and not (chat and tokenizer.chat_template):
+        return list(encode(tokenizer, request.prompt))
+    if not tokenizer.chat_template:
+        raise BadInput(f"line {request.line}: messages, but this model's tokenizer has no chat template")
+    messages = list(request.messages) or [{"role": "user", "content": request.prompt}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise BadInput(f"line {request.line}: the chat template refuses the messages: {error}") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _measure(
@@ -172,7 +156,7 @@ def _measure(
     chunk_tokens: int,
     relations: Sequence["Relation"],
 ) -> "list[Similarity]":
-    from jointkv.evaluate.similarity import similarities
+    from jointkv.evaluate.similarity import prefill, similarities
 
     if not any(len(row) >= block_size for row in rows):
         raise BadInput(
@@ -193,6 +177,25 @@ def _measure(
     return found
 
 
+def _described(
+    model: str, source: Path | str, rows: Sequence[Sequence[int]], block_size: int, chunk_tokens: int
+) -> dict[str, Any]:
+    single = all(len(row) // block_size * block_size <= chunk_tokens for row in rows)
+    return {
+        "model": model,
+        "source": source,
+        "requests": len(rows),
+        "tokens": sum(len(row) for row in rows),
+        "block_size": block_size,
+        "within": "all blocks of a request" if single else f"equal places of chunks of {chunk_tokens} tokens",
+    }
+
+
+def _context(model: "PreTrainedModel", unknown: int) -> int:
+    text = model.config.get_text_config(decoder=True)
+    return getattr(text, "max_position_embeddings", None) or unknown
+
+
 def _counted(show: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:
     every = -(-total // STAGE_LINES)
 
@@ -203,12 +206,14 @@ def _counted(show: Callable[[str], None], what: str, total: int) -> Callable[[in
     return progress
 
 
-def _draw(found: "Sequence[Similarity]", image: Path, settings: dict[str, object]) -> None:
+def _draw(found: "Sequence[Similarity]", image: Path, described: dict[str, Any]) -> None:
     from jointkv.report.plots import draw_similarity
 
+    # Only the last part of a path, or a long one would not fit the picture.
+    model, source = (Path(str(described[name])).name for name in ("model", "source"))
     title = (
-        f"{settings['model']}: {settings['requests']} requests ({settings['source']}), blocks of "
-        f"{settings['block_size']} tokens\nacross: equal positions of different requests; within: {settings['within']}"
+        f"{model}: {described['requests']} requests ({source}), blocks of {described['block_size']} tokens\n"
+        f"across: equal positions of different requests; within: {described['within']}"
     )
     draw_similarity(found, image, title)
 
@@ -223,25 +228,28 @@ def _print_tables(found: "Sequence[Similarity]", within: str) -> None:
     for relation, title in titles.items():
         chosen = [row for row in found if row.relation == relation]
         if chosen:
-            console.print(_table(chosen, title))
+            console.print(_table(chosen, title), "")
 
 
 def _table(found: "Sequence[Similarity]", title: str) -> "Table":
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from jointkv.evaluate.similarity import ERROR_BOUNDS, SIDES
 
     pairs = max(row.pairs for row in found)
-    caption = "cosine: mean, median, 99th percentile, largest; <=e: share of pairs within relative error e"
-    table = Table(title=f"{title} ({pairs} pairs per layer)", caption=caption)
+    caption = "cosine: mean, median, 99th percentile\n≤ e: share of pairs within relative error e"
+    table = Table(
+        title=f"{title} ({pairs} pairs per layer)", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("layer", justify="right")
     for letter in "KV":
-        for name in ("mean", "p50", "p99", "max", *(f"<={bound:g}" for bound in ERROR_BOUNDS)):
-            table.add_column(f"{letter} {name}", justify="right", no_wrap=True)
+        for name in ("mean", "p50", "p99", *(f"≤{bound:g}" for bound in ERROR_BOUNDS)):
+            table.add_column(f"{letter}\n{name}", justify="right", no_wrap=True)
     by_layer = {(row.layer, row.side): row for row in found}
     for layer in sorted({row.layer for row in found}):
         rows = [by_layer[layer, side] for side in SIDES]
-        numbers = [(row.mean, row.p50, row.p99, row.max, *row.share_within) for row in rows]
+        numbers = [(row.mean, row.p50, row.p99, *row.share_within) for row in rows]
         table.add_row(str(layer), *(_number(value) for side in numbers for value in side))
     return table
 

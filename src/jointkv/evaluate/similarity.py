@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from jointkv.errors import LayoutError
 from jointkv.fusion.pairs import pair_statistics, position_chunks
 from jointkv.policy import FusionPolicy
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Side = Literal["key", "value"]
 Relation = Literal["across", "within"]
 
@@ -25,8 +28,23 @@ ERROR_BOUNDS = (0.1, 0.2)
 """Relative errors for which the share of pairs is counted."""
 
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
-# Only says which statistics are wanted: cosines and relative errors of K and V, whatever their size.
-_EVERYTHING = FusionPolicy(key_threshold=-1.0, value_threshold=-1.0)
+# Only says which statistics are wanted, whatever their size.
+_COSINE_AND_ERROR = FusionPolicy(key_threshold=-1.0, max_relative_error=ERROR_BOUNDS[-1])
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """K and V of some requests.
+
+    Attributes:
+        kv: the pages of all full-attention layers.
+        tables: per request the pages of its full blocks, long `[blocks]`.
+        layers: numbers of these layers in the model.
+    """
+
+    kv: PagedKV
+    tables: list[Tensor]
+    layers: list[int]
 
 
 @dataclass(frozen=True)
@@ -36,11 +54,11 @@ class Similarity:
     Attributes:
         layer: number of the layer in the model.
         side: K or V.
-        relation: `"across"`: blocks of different requests at equal positions. `"within"`: blocks of one request.
+        relation: `"across"`: blocks of different requests at equal positions. `"within"`: of one request.
         pairs: pairs compared; with none, all numbers below are NaN.
         mean, p50, p90, p99, max: of the cosines.
-        share_within: for each of `ERROR_BOUNDS`, the share of pairs in which one of the two blocks, as it stands,
-            serves the other within that relative error.
+        share_within: for each of `ERROR_BOUNDS`, the share of pairs in which one of the two blocks, as it
+            stands, serves the other within that relative error.
     """
 
     layer: int
@@ -58,7 +76,40 @@ class Similarity:
         """The same as a flat dictionary, with one entry `share_within_<bound>` for each bound."""
         row = dict(vars(self))
         shares = row.pop("share_within")
-        return {**row, **{f"share_within_{bound:g}": share for bound, share in zip(ERROR_BOUNDS, shares)}}
+        return {
+            **row,
+            **{f"share_within_{bound:g}": share for bound, share in zip(ERROR_BOUNDS, shares, strict=True)},
+        }
+
+
+def prefill(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    block_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> Prefilled:
+    """Prefill every request (token ids) on its own, on the pages of one unfused pool.
+
+    `progress` is called with the number of requests done. Raises `UnsupportedModel`.
+    """
+    from jointkv.hf.cache import JointCache
+    from jointkv.hf.pool import JointPool
+
+    pool = JointPool(model, "off", block_size=block_size)
+    caches = []
+    for done, row in enumerate(rows, start=1):
+        caches.append(JointCache(pool))
+        ids = torch.tensor([list(row)], device=model.device)
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=caches[-1], use_cache=True, logits_to_keep=1)
+        if progress is not None:
+            progress(done)
+    assert pool.blocks is not None
+    tables = [
+        cache.tables[0].pages[0, : len(row) // block_size] for cache, row in zip(caches, rows, strict=True)
+    ]
+    # The pages stay readable after the caches are gone: nothing else allocates from this pool.
+    return Prefilled(pool.blocks.kv, tables, pool.full_layers)
 
 
 def similarities(
@@ -70,7 +121,7 @@ def similarities(
     layers: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Similarity]:
-    """Compare the blocks of some requests layer by layer; changes nothing.
+    """Compare the blocks of some requests: per layer, relation and side one `Similarity`, in this order.
 
     Args:
         kv: the pages of all layers to compare.
@@ -79,9 +130,6 @@ def similarities(
         relations: what to compare.
         layers: numbers of the layers of `kv` in the model; None for 0, 1, ...
         progress: called with the number of layers done, after each.
-
-    Returns:
-        Per layer, relation and side one `Similarity`, in this order.
 
     Raises:
         LayoutError: no request, or layer numbers that do not fit `kv`.
@@ -98,10 +146,9 @@ def similarities(
     matrices = {relation: arrange[relation]() for relation in relations}
     found = []
     for index, number in enumerate(numbers):
-        layer = PagedKV([kv.keys[index]], [kv.values[index]])
         for relation, pages in matrices.items():
-            for side, (cosine, error) in zip(SIDES, _compare(layer, pages), strict=True):
-                found.append(_summary(number, side, relation, cosine, error))
+            for side, layer in zip(SIDES, (kv.keys[index], kv.values[index]), strict=True):
+                found.append(_summary(number, side, relation, *_compare(layer, pages)))
         if progress is not None:
             progress(index + 1)
     return found
@@ -115,8 +162,8 @@ def across_requests(tables: Sequence[Tensor]) -> Tensor:
 def within_request(tables: Sequence[Tensor], chunk_blocks: int) -> Tensor:
     """Pages of one request on each line, `[P, N]`, -1 for none.
 
-    A line holds equal places of the chunks of `chunk_blocks` blocks of a request (the last may be shorter). If no
-    request is longer than a chunk, it holds all blocks of a request.
+    A line holds equal places of the chunks of `chunk_blocks` blocks of a request (the last may be shorter).
+    If no request is longer than a chunk, it holds all blocks of a request.
     """
     rows = across_requests(tables).T
     chunks = -(-rows.shape[1] // chunk_blocks)
@@ -132,7 +179,7 @@ def as_pages(
     """Dense K and V of a batch without padding as pages, and the table of each request; copies.
 
     Args:
-        keys, values: per layer `[B, h, S, d]`, as in a `DynamicCache`; a last block that is not full is left out.
+        keys, values: per layer `[B, h, S, d]`, as in a `DynamicCache`; a block that is not full is left out.
 
     Raises:
         LayoutError: not four dimensions, fewer tokens than a block, or layers that differ in shape.
@@ -151,44 +198,35 @@ def as_pages(
 
 
 def _cut(states: Tensor, block_size: int) -> Tensor:
-    rows, heads, tokens, size = states.shape
+    _, heads, tokens, size = states.shape
     full = tokens // block_size * block_size
     return states[:, :, :full].transpose(1, 2).reshape(-1, block_size, heads, size)
 
 
-def _compare(layer: PagedKV, pages: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Cosine and relative error of each pair on a line of `pages`, for K and for V: float32 `[pairs]` each."""
-    parts: list[list[Tensor]] = [[], [], [], []]
+def _compare(layer: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and relative error of the pairs on each line of `pages`: float32 `[pairs]`, on the CPU."""
+    # `pair_statistics` joins the errors of K and V; one side in both places gives that side's own.
+    side = PagedKV([layer], [layer])
+    cosines, errors = [torch.zeros(0)], [torch.zeros(0)]
     if pages.shape[1] > 1:
-        for part in position_chunks(layer, *pages.shape):
-            found = pair_statistics(layer, pages[part], _EVERYTHING, 0)
+        for part in position_chunks(*pages.shape):
+            found = pair_statistics(side, pages[part], _COSINE_AND_ERROR, 0)
+            assert found.key_cosine is not None and found.error is not None
             chosen = (found.valid[:, :, None] & found.valid[:, None, :]).triu(1)
-            matrices = (found.key_cosine, found.key_error, found.value_cosine, found.value_error)
-            for number, matrix in enumerate(matrices):
-                assert matrix is not None
-                # An error depends on which of the two serves the other; a fusion plan may choose.
-                best = torch.minimum(matrix, matrix.transpose(1, 2)).sqrt() if number % 2 else matrix
-                parts[number].append(best[chosen].cpu())
-    joined = [torch.cat(part) if part else torch.zeros(0) for part in parts]
-    return (joined[0], joined[1]), (joined[2], joined[3])
+            # An error depends on which of the two serves the other; a fusion plan may choose.
+            error = torch.minimum(found.error, found.error.transpose(1, 2)).sqrt()
+            # Rounding puts equal blocks a little beyond 1.
+            cosines.append(found.key_cosine[chosen].clamp(-1, 1).cpu())
+            errors.append(error[chosen].cpu())
+    return torch.cat(cosines), torch.cat(errors)
 
 
 def _summary(layer: int, side: Side, relation: Relation, cosine: Tensor, error: Tensor) -> Similarity:
     if not len(cosine):
-        unknown = math.nan
-        return Similarity(
-            layer,
-            side,
-            relation,
-            0,
-            unknown,
-            unknown,
-            unknown,
-            unknown,
-            unknown,
-            (unknown,) * len(ERROR_BOUNDS),
-        )
+        nothing = (math.nan,) * len(ERROR_BOUNDS)
+        return Similarity(layer, side, relation, 0, math.nan, math.nan, math.nan, math.nan, math.nan, nothing)
     # Not torch.quantile: it refuses more than 16 million numbers.
-    quantiles = (float(value) for value in np.quantile(cosine.numpy(), _QUANTILES))
+    p50, p90, p99, largest = (float(value) for value in np.quantile(cosine.numpy(), _QUANTILES))
+    mean = float(cosine.double().mean())
     shares = tuple(float((error <= bound).double().mean()) for bound in ERROR_BOUNDS)
-    return Similarity(layer, side, relation, len(cosine), float(cosine.double().mean()), *quantiles, shares)
+    return Similarity(layer, side, relation, len(cosine), mean, p50, p90, p99, largest, shares)

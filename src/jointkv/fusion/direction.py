@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jointkv.blocks import PagedKV
+from jointkv.blocks import PagedKV, as_vectors, relative
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ def shared_directions(
     The errors are those of what will be stored: directions rounded to the pages' dtype, times the scales.
     """
     group_of = group_of.to(kv.device)
-    results: list[list[tuple[Tensor, Tensor, Tensor]]] = [[], []]
-    for blocks in kv.vectors(pages):
-        for side, layers in enumerate((kv.keys, kv.values)):
-            results[side].append(_one_layer(blocks[side], group_of, num_groups, layers[0]))
-    keys, values = results
+    sides: list[list[tuple[Tensor, Tensor, Tensor]]] = [
+        [_one_layer(layer, pages.to(kv.device), group_of, num_groups) for layer in layers]
+        for layers in (kv.keys, kv.values)
+    ]
+    keys, values = sides
     return Directions(
         torch.stack([direction for direction, _, _ in keys]),
         torch.stack([direction for direction, _, _ in values]),
@@ -52,20 +52,30 @@ def shared_directions(
 
 
 def _one_layer(
-    blocks: Tensor, group_of: Tensor, num_groups: int, pages: Tensor
+    layer: Tensor, pages: Tensor, group_of: Tensor, num_groups: int, *, batch: int = 64
 ) -> tuple[Tensor, Tensor, Tensor]:
-    norm = torch.linalg.vector_norm(blocks, dim=-1, keepdim=True)
-    unit = torch.where(norm > 0, blocks / norm, torch.zeros_like(blocks))
-    total = blocks.new_zeros(num_groups, blocks.shape[-1]).index_add_(0, group_of, unit)
-    direction = torch.nn.functional.normalize(total, dim=-1).to(pages.dtype)
-    stored = direction.float()
-    length = torch.linalg.vector_norm(stored, dim=-1, keepdim=True)[group_of]
-    scale = torch.where(norm > 0, norm / length, torch.zeros_like(norm))
-    read = stored[group_of] * scale
-    error = (blocks - read).square().sum(-1)
-    square = norm.squeeze(-1).square()
-    error = torch.where(error == 0, torch.zeros_like(error), error / square)
-    return direction.view(num_groups, *pages.shape[1:]).cpu(), scale.squeeze(-1).cpu(), error.cpu()
+    """Stored directions `[m, t, h, d]`, scales `[n]` and squared errors `[n]` of one layer's K or V.
+
+    Blocks are read twice, a cache-sized batch at a time, instead of being kept in float32.
+    """
+    parts = [slice(start, start + batch) for start in range(0, len(pages), batch)]
+    total = torch.zeros(num_groups, layer[0].numel(), device=layer.device)
+    norms = []
+    for part in parts:
+        blocks = as_vectors(layer, pages[part])
+        norms.append(torch.linalg.vector_norm(blocks, dim=-1))
+        inverse = torch.where(norms[-1] > 0, 1 / norms[-1], 0.0)
+        total.index_add_(0, group_of[part], blocks.mul_(inverse[:, None]))
+    norm = torch.cat(norms)
+    direction = torch.nn.functional.normalize(total, dim=-1).to(layer.dtype)
+    length = torch.linalg.vector_norm(direction, dim=-1, dtype=torch.float32)[group_of]
+    scale = torch.where(norm > 0, norm / length, 0.0)
+    errors = []
+    for part in parts:
+        read = direction.index_select(0, group_of[part]).float().mul_(scale[part, None])
+        errors.append(torch.linalg.vector_norm(read.sub_(as_vectors(layer, pages[part])), dim=-1).square())
+    error = relative(torch.cat(errors), norm.square())
+    return direction.view(num_groups, *layer.shape[1:]).cpu(), scale.cpu(), error.cpu()
 
 
 def _over_layers(errors: list[Tensor], aggregate: str) -> Tensor:

@@ -17,6 +17,7 @@ from jointkv.fusion.tree import plan_matrix, within_bound
 from jointkv.plan import FusionPlan
 from jointkv.policy import FusionPolicy
 from jointkv.pool import BlockPool
+from jointkv.state import bookkeeping
 from jointkv.table import BlockTable
 
 SIGNATURE_SLACK = 1.5
@@ -68,6 +69,7 @@ class Fuser:
         self.counters: Counter[str] = Counter()
         pool.on_free(self.index.remove)
 
+    @bookkeeping
     def fuse(self, table: BlockTable, blocks: NewBlocks, group: int = 0) -> FusionPlan:
         """Plan and apply the fusion of `blocks`, then make those that kept their page resident.
 

@@ -41,7 +41,7 @@ def merge_resident(allowed: Tensor, score: Tensor, valid: Tensor) -> Tensor:
         left_leads = left == torch.arange(half, device=valid.device)
         right_leader = right - half
         pairs = _right_left(score, half)
-        best, target = _first_maximum(pairs.masked_fill(~left_leads[:, :, None, :], NO_MATCH))
+        best, target = pairs.masked_fill(~left_leads[:, :, None, :], NO_MATCH).max(3)
         new = target.gather(2, right_leader)
         found = (best > NO_MATCH).gather(2, right_leader)
         may_move = found & _right_left(allowed, half).gather(3, new[..., None]).squeeze(3)
@@ -82,16 +82,17 @@ def merge_directions(
         width = 2 * half
         starts = _subtree_starts(size, width, valid.device).view(1, -1, 1)
         local = representative.view(positions, -1, width) - starts
-        members = torch.nn.functional.one_hot(local, width).to(key_gram.dtype)
+        members = torch.zeros(*local.shape, width, dtype=key_gram.dtype, device=local.device)
+        members.scatter_(3, local[..., None], 1.0)
         leads = (local == torch.arange(width, device=valid.device)) & present.reshape(positions, -1, width)
         open_pairs = leads[:, :, half:, None] & leads[:, :, None, :half]
         decisive: Tensor | None = None
         for gram, threshold in grams:
-            cosine = _group_cosines(gram, members, width)[:, :, half:, :half]
+            cosine = _right_left_cosines(gram, members, half)
             open_pairs = open_pairs & (cosine >= threshold)
             decisive = cosine if decisive is None else decisive
         assert decisive is not None
-        best, target = _first_maximum(decisive.masked_fill(~open_pairs, NO_MATCH))
+        best, target = decisive.masked_fill(~open_pairs, NO_MATCH).max(3)
         identity = torch.arange(half, width, device=valid.device).expand_as(target)
         joined = torch.where(best > NO_MATCH, target, identity)
         lower = torch.arange(half, device=valid.device).expand_as(target)
@@ -101,20 +102,20 @@ def merge_directions(
     return representative[:, :count]
 
 
-def _group_cosines(gram: Tensor, members: Tensor, width: int) -> Tensor:
-    """Cosines between the summed unit vectors of the groups in each subtree: `[P, subtrees, width, width]`."""
-    subtree = _diagonal_subtrees(gram, width)
-    products = members.transpose(2, 3) @ subtree @ members
-    norm = products.diagonal(dim1=2, dim2=3).clamp(min=1e-12).rsqrt()
-    return products * norm[..., :, None] * norm[..., None, :]
+def _right_left_cosines(gram: Tensor, members: Tensor, half: int) -> Tensor:
+    """Cosines of the summed unit vectors of right groups with those of left groups: `[P, subtrees, half, half]`.
 
-
-def _first_maximum(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum over the last axis and the lowest index that attains it: ties never depend on the kernel."""
-    best = values.amax(-1)
-    positions = torch.arange(values.shape[-1], device=values.device)
-    index = torch.where(values == best[..., None], positions, values.shape[-1] - 1).amin(-1)
-    return best, index
+    `members [P, subtrees, width, width]` says which group each block of a subtree is in. Groups never reach across
+    the halves before they are merged, so each half has its own membership.
+    """
+    subtree = _diagonal_subtrees(gram, 2 * half)
+    left, right = members[:, :, :half, :half], members[:, :, half:, half:]
+    products = right.transpose(2, 3) @ subtree[:, :, half:, :half] @ left
+    right_norm, left_norm = (
+        ((side.transpose(2, 3) @ block).mul_(side.transpose(2, 3))).sum(3).clamp_(min=1e-12).rsqrt_()
+        for side, block in ((right, subtree[:, :, half:, half:]), (left, subtree[:, :, :half, :half]))
+    )
+    return products.mul_(right_norm[..., :, None]).mul_(left_norm[..., None, :])
 
 
 def _diagonal_subtrees(pairs: Tensor, width: int) -> Tensor:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from jointkv.blocks import PagedKV, as_vectors, combine_layers, relative
+from jointkv.blocks import PagedKV, as_vectors
 from jointkv.policy import FusionPolicy
 
-WORKSPACE_BYTES = 8 << 20
+BLOCKS_BYTES = 4 << 20
 """Blocks held in float32 at a time: small enough to stay in the last-level cache between copy and product."""
+
+PAIRS_BYTES = 32 << 20
+"""Size of one pair matrix at the most."""
+
+TINY = 1e-30
+"""Stands for a squared norm of zero: 0 / TINY is 0 and anything else over TINY exceeds every bound."""
 
 
 @dataclass(frozen=True)
@@ -22,56 +28,68 @@ class PairStatistics:
     Attributes:
         valid: `[P, N]`; False where there is no block, or it holds NaN or infinity.
         key_cosine, value_cosine: `[P, N, N]`, mean over layers.
-        key_error, value_error: `[P, N, N]`; entry `[i, j]` is the squared relative error of block `i` served by
-            block `j` as it stands. Rounded in float32 (about 1e-6), so the final check is made on the difference.
+        error: `[P, N, N]`; entry `[i, j]` is the squared relative error of block `i` served by block `j` as it
+            stands, the larger one of K and V. Rounded in float32 (about 1e-6), so the final check is made on the
+            difference itself.
     """
 
     valid: Tensor
     key_cosine: Tensor | None = None
     value_cosine: Tensor | None = None
-    key_error: Tensor | None = None
-    value_error: Tensor | None = None
-
-    @property
-    def finite(self) -> Tensor:
-        return self.valid
+    error: Tensor | None = None
 
 
-def position_chunks(kv: PagedKV, positions: int, blocks: int) -> Iterator[slice]:
-    """Cut `positions` so that one layer's K blocks of a chunk, and its pair matrices, fit the workspace."""
-    per_position = 4 * blocks * max(kv.keys[0][0].numel(), blocks)
-    step = max(1, WORKSPACE_BYTES // per_position)
+def position_chunks(positions: int, blocks: int) -> Iterator[slice]:
+    """Cut `positions` so that the pair matrices `[chunk, blocks, blocks]` stay small."""
+    step = max(1, PAIRS_BYTES // (4 * blocks * blocks))
     for start in range(0, positions, step):
         yield slice(start, start + step)
 
 
 def pair_statistics(kv: PagedKV, pages: Tensor, policy: FusionPolicy, group: int) -> PairStatistics:
     """Compare the blocks `pages [P, N]` (-1: none) within each position, as far as `policy` needs it."""
-    needs_errors = (
-        policy.representative == "resident" and policy.threshold("max_relative_error", group) is not None
-    )
-    sides = [
-        (kv.keys, policy.threshold("key_threshold", group) is not None),
-        (kv.values, policy.threshold("value_threshold", group) is not None),
-    ]
+    needs_errors = policy.representative == "resident" and policy.threshold("max_relative_error", group) is not None
     index = pages.clamp(min=0).to(kv.device)
     valid = (pages >= 0).to(kv.device)
-    cosines: list[Tensor | None] = [None, None]
-    errors: list[Tensor | None] = [None, None]
-    for side, (layers, needs_cosine) in enumerate(sides):
-        if not (needs_cosine or needs_errors):
-            continue
+    cosines, errors = [], []
+    for layers, name in ((kv.keys, "key_threshold"), (kv.values, "value_threshold")):
+        needs_cosine = policy.threshold(name, group) is not None
+        cosine = torch.zeros(*pages.shape, pages.shape[1], device=kv.device) if needs_cosine else None
+        error = torch.zeros(*pages.shape, pages.shape[1], device=kv.device) if needs_errors else None
+        if needs_cosine or needs_errors:
+            _accumulate(layers, index, valid, cosine, error, policy.across_layers)
+        cosines.append(cosine)
+        errors.append(error)
+    worse = torch.maximum(errors[0], errors[1]) if errors[0] is not None and errors[1] is not None else None
+    return PairStatistics(valid, cosines[0], cosines[1], worse)
+
+
+def _accumulate(
+    layers: Sequence[Tensor],
+    index: Tensor,
+    valid: Tensor,
+    cosine: Tensor | None,
+    error: Tensor | None,
+    aggregate: str,
+) -> None:
+    """Add the layers' statistics to `cosine` and `error`, and clear `valid` where a norm is not finite; in place."""
+    step = max(1, BLOCKS_BYTES // (4 * index.shape[1] * layers[0][0].numel()))
+    for start in range(0, len(index), step):
+        part = slice(start, start + step)
         for layer in layers:
-            blocks = as_vectors(layer, index)
+            blocks = as_vectors(layer, index[part])
             gram = blocks @ blocks.transpose(1, 2)
-            norm = gram.diagonal(dim1=1, dim2=2)
-            valid = valid & norm.isfinite()
-            if needs_cosine:
-                inverse = torch.where(norm > 0, norm.rsqrt(), torch.zeros_like(norm))
-                cosine = gram * inverse[:, :, None] * inverse[:, None, :]
-                cosines[side] = combine_layers(cosines[side], cosine, kv.num_layers, "rms")
-            if needs_errors:
-                difference = (norm[:, :, None] + norm[:, None, :] - 2 * gram).clamp(min=0)
-                error = relative(difference, norm[:, :, None])
-                errors[side] = combine_layers(errors[side], error, kv.num_layers, policy.across_layers)
-    return PairStatistics(valid, cosines[0], cosines[1], errors[0], errors[1])
+            norm = gram.diagonal(dim1=1, dim2=2).clone()
+            valid[part] &= norm.isfinite()
+            if cosine is not None:
+                inverse = norm.clamp(min=TINY).rsqrt()
+                mean = inverse[:, None, :] / len(layers)
+                cosine[part] += (gram * inverse[:, :, None]).mul_(mean)
+            if error is not None:
+                weight = 1 / len(layers) if aggregate == "rms" else 1.0
+                squared = gram.mul_(-2).add_(norm[:, :, None]).add_(norm[:, None, :]).clamp_(min=0)
+                squared.mul_(weight / norm[:, :, None].clamp(min=TINY))
+                if aggregate == "rms":
+                    error[part] += squared
+                else:
+                    torch.maximum(error[part], squared, out=error[part])

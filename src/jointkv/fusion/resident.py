@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from jointkv.errors import IntegrityError
+from jointkv.state import bookkeeping
 
 NO_ENTRY = -1
 
@@ -23,6 +24,7 @@ class ResidentIndex:
         device: where signatures live (the pages' device); everything else is on the CPU.
     """
 
+    @bookkeeping
     def __init__(self, signature_size: int, device: torch.device | str = "cpu") -> None:
         self._signature = torch.zeros(64, signature_size, device=device)
         self._tokens = torch.zeros(64, dtype=torch.long)
@@ -47,6 +49,7 @@ class ResidentIndex:
         found = self._entry_of_page[pages.clamp(max=len(self._entry_of_page) - 1)] != NO_ENTRY
         return known & found
 
+    @bookkeeping
     def add(
         self,
         keys: Sequence[Hashable],
@@ -87,6 +90,7 @@ class ResidentIndex:
         self._entry_of_page[pages] = entries
         self._place(rows, entries)
 
+    @bookkeeping
     def remove(self, pages: Tensor) -> None:
         """Forget `pages [n]`; those that are not in the index are passed over."""
         pages = pages[self.contains(pages)]

@@ -83,7 +83,7 @@ def plan_matrix(
         return FusionPlan.empty()
     parts = [
         group_blocks(pair_statistics(kv, pages[part], policy, group), policy, group).cpu()
-        for part in position_chunks(kv, *pages.shape)
+        for part in position_chunks(*pages.shape)
     ]
     if not parts:
         return FusionPlan.empty()
@@ -111,9 +111,8 @@ def group_blocks(pairs: PairStatistics, policy: FusionPolicy, group: int) -> Ten
     if bound is None:
         assert pairs.key_cosine is not None
         return merge_resident(allowed, pairs.key_cosine, pairs.valid)
-    assert pairs.key_error is not None and pairs.value_error is not None
-    worse = torch.maximum(pairs.key_error, pairs.value_error)
-    return merge_resident(allowed & (worse <= bound**2 + GRAM_SLACK), -worse, pairs.valid)
+    assert pairs.error is not None
+    return merge_resident(allowed & (pairs.error <= bound**2 + GRAM_SLACK), -pairs.error, pairs.valid)
 
 
 def _plan_resident(

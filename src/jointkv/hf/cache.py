@@ -19,6 +19,7 @@ from jointkv.fusion.fuser import NewBlocks
 from jointkv.fusion.signature import token_hashes
 from jointkv.hf.attention import PagedLayer, attach_pages
 from jointkv.hf.pool import JointPool
+from jointkv.state import bookkeeping
 from jointkv.table import BlockTable
 
 
@@ -115,6 +116,7 @@ class JointCache(Cache):
             attention_mask = None
         self._announced = (attention_mask, input_ids)
 
+    @bookkeeping
     def write_layer(
         self, layer: PagedCacheLayer, index: int, key_states: Tensor, value_states: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -139,6 +141,7 @@ class JointCache(Cache):
             return attach_pages(key_states, paged), value_states
         return paged.read()
 
+    @bookkeeping
     def end_step(self) -> None:
         """Fuse the blocks that the forward pass has filled (called by the pool's forward hook)."""
         self._announced = (None, None)
@@ -277,6 +280,7 @@ class JointCache(Cache):
 
     # Operations on the whole cache.
 
+    @bookkeeping
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens: `-n` drops `n`; a positive number is the length to keep (as in transformers)."""
         for layer in self.layers:
@@ -320,6 +324,7 @@ class JointCache(Cache):
         rows = torch.arange(len(self.padding)).repeat_interleave(repeats)
         self._select(rows, "batch_repeat_interleave", repeats)
 
+    @bookkeeping
     def _select(self, rows: Tensor, method: str, argument: Any) -> None:
         for layer in self.layers:
             if not isinstance(layer, PagedCacheLayer):
@@ -387,6 +392,7 @@ class JointCache(Cache):
 
         return load_cache(cls(pool, isolation_key), path)
 
+    @bookkeeping
     def restore(self, length: int, tensors: dict[str, Tensor]) -> None:
         """Take over a saved cache (see `jointkv.hf.saving`), then fuse its blocks into what is resident.
 

@@ -23,8 +23,8 @@ Value = Callable[[Similarity], float]
 def draw_similarity(found: Sequence[Similarity], path: Path, title: str) -> None:
     """Write a PNG with layers from left to right, and K and V across and within requests from top to bottom.
 
-    One map shows the median cosine, and one per error bound the share of pairs within it. Cells without a pair
-    are grey.
+    One map shows the mean cosine, and one per error bound the share of pairs within it. Cells without a
+    pair are grey.
 
     Raises:
         BadInput: matplotlib is not installed, or the file cannot be written.
@@ -33,7 +33,7 @@ def draw_similarity(found: Sequence[Similarity], path: Path, title: str) -> None
         from matplotlib.figure import Figure
     except ImportError:
         raise BadInput("the heat map needs matplotlib; run: pip install 'jointkv[plot]'") from None
-    maps: list[tuple[str, str, Value]] = [("Median cosine of two blocks", "cosine", lambda row: row.p50)]
+    maps: list[tuple[str, str, Value]] = [("Mean cosine of two blocks", "cosine", lambda row: row.mean)]
     for number, bound in enumerate(ERROR_BOUNDS):
         maps.append(
             (
@@ -45,9 +45,9 @@ def draw_similarity(found: Sequence[Similarity], path: Path, title: str) -> None
     layers = sorted({row.layer for row in found})
     present = {(row.side, row.relation) for row in found}
     lines = [(side, relation) for side in SIDES for relation in RELATIONS if (side, relation) in present]
-    width = min(24.0, max(7.0, 3.0 + 0.4 * len(layers)))
+    width = min(24.0, max(7.5, 3.0 + 0.4 * len(layers)))
     figure = Figure(figsize=(width, len(maps) * (1.0 + 0.42 * len(lines)) + 0.8), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=10)
     all_axes = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
     for axes, (heading, unit, value) in zip(all_axes, maps, strict=True):
         cells = {(row.side, row.relation, row.layer): value(row) for row in found}

@@ -1,0 +1,132 @@
+"""`jointkv inspect` measures the K and V of real prefills and writes table, JSON and picture."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_generate import run, save_tiny
+
+from jointkv.evaluate.similarity import as_pages, prefill, similarities
+from jointkv.hf.models import load_model
+
+PNG = b"\x89PNG\r\n"
+TEXTS = (
+    "Tom buys 12 pens and Ann has 7.",
+    "Tom buys 15 pens and Ann has 9.",
+    "Nobody knows how many there are.",
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    file = tmp_path / "requests.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    return str(file)
+
+
+def inspect_json(*arguments: str) -> dict[str, Any]:
+    code, out, err = run("inspect", *arguments, "--json", "-")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_rows_of_a_file(tiny: str, data: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    result = inspect_json("--model", tiny, "--data", data, "--block-size", "4", "--output", str(output))
+    rows = result.pop("rows")
+    assert [(row["layer"], row["relation"], row["side"]) for row in rows] == [
+        (layer, relation, side)
+        for layer in range(4)
+        for relation in ("across", "within")
+        for side in ("key", "value")
+    ]
+    for row in rows:
+        assert row["pairs"] > 0 and -1 <= row["p50"] <= row["p90"] <= row["p99"] <= row["max"] <= 1
+        assert 0 <= row["share_within_0.1"] <= row["share_within_0.2"] <= 1
+    assert result["requests"] == 3 and result["block_size"] == 4 and result["source"] == data
+    assert (output / "similarity.png").read_bytes().startswith(PNG)
+
+
+def test_built_in_traffic_needs_no_data(tiny: str, tmp_path: Path) -> None:
+    arguments = ("--model", tiny, "--requests", "3", "--tokens", "96", "--output", str(tmp_path))
+    code, out, err = run("inspect", *arguments, "--chunk-tokens", "32", "--json", str(tmp_path / "a.json"))
+    assert code == 0, err
+    assert "Across requests" in out and "equal places of chunks of 32 tokens" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert "prefilled request 3 of 3" in err and f"wrote {tmp_path / 'similarity.png'}" in err
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    # 6 blocks at equal positions of 3 requests; per request 2 places in 3 chunks.
+    assert {(row["relation"], row["pairs"]) for row in rows} == {("across", 18), ("within", 18)}
+
+
+@pytest.mark.parametrize(("scope", "relation"), [("batch", "across"), ("chunk", "within")])
+def test_scope(tiny: str, data: str, tmp_path: Path, scope: str, relation: str) -> None:
+    arguments = ("--model", tiny, "--data", data, "--block-size", "4", "--output", str(tmp_path))
+    rows = inspect_json(*arguments, "--scope", scope)["rows"]
+    assert {row["relation"] for row in rows} == {relation} and len(rows) == 8
+
+
+def test_prefill_holds_what_the_stock_cache_holds(tiny: str) -> None:
+    model, _ = load_model(tiny)
+    ids = torch.randint(3, 400, (2, 13), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stock = model(input_ids=ids, use_cache=True).past_key_values
+    dense = as_pages([layer.keys for layer in stock.layers], [layer.values for layer in stock.layers], 4)
+    done: list[int] = []
+    held = prefill(model, ids.tolist(), 4, done.append)
+    assert done == [1, 2] and held.layers == [0, 1, 2, 3]
+    for found, expected in zip(similarities(held.kv, held.tables, 8), similarities(*dense, 8), strict=True):
+        assert found.pairs == expected.pairs == (3 if found.relation == "across" else 6)
+        assert found.mean == pytest.approx(expected.mean, abs=1e-2)
+
+
+def test_messages_need_a_chat_template_and_a_single_request_has_nothing_across(
+    tiny: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "one.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": TEXTS[0] * 3}]}))
+    arguments = ("--model", tiny, "--data", str(file), "--block-size", "4", "--output", str(tmp_path))
+    rows = inspect_json(*arguments)["rows"]
+    assert {row["mean"] for row in rows if row["relation"] == "across"} == {None}
+    code, out, _ = run("inspect", *arguments)
+    assert code == 0 and "(0 pairs per layer)" in out and " - " in out
+    code, _, err = run("inspect", *arguments, "--scope", "batch")
+    assert code == 2 and "no two blocks to compare" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--chunk-tokens", "100"), "chunk_tokens: 100 is no multiple of the block size 16"),
+        (("--traffic", "heavy"), "unknown traffic 'heavy'"),
+        (("--data", "nowhere.jsonl"), "nowhere.jsonl: cannot be read"),
+        (("--model", "./nowhere"), "no model './nowhere'"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = run("inspect", *arguments)
+    assert code == 2 and out == "" and message in err.splitlines()[-1]
+
+
+def test_short_requests_and_unwritable_pictures_are_refused(tiny: str, data: str, tmp_path: Path) -> None:
+    code, _, err = run("inspect", "--model", tiny, "--data", data, "--tokens", "15")
+    assert code == 2 and "no request fills a block of 16 tokens" in err.splitlines()[-1]
+    code, _, err = run("inspect", "--model", tiny, "--data", data, "--block-size", "4", "--output", data)
+    assert code == 2 and "cannot write" in err.splitlines()[-1]
+
+
+def test_without_matplotlib_the_tables_still_come(
+    tiny: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    arguments = ("--model", tiny, "--data", data, "--block-size", "4", "--output", str(tmp_path))
+    code, out, err = run("inspect", *arguments)
+    assert code == 2 and "Across requests" in out and "pip install 'jointkv[plot]'" in err.splitlines()[-1]
