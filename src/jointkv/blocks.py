@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,28 +77,61 @@ def as_vectors(layer: Tensor, pages: Tensor) -> Tensor:
     return rows.float().view(*pages.shape, -1)
 
 
-def squared_error(block: Tensor, served: Tensor) -> Tensor:
-    """`|x - x_hat|^2 / |x|^2` over the last axis; 0 for two zero blocks, infinity where only `x` is zero.
-
-    Args:
-        block, served: `[..., r]`, float32.
-    """
-    difference = torch.linalg.vector_norm(block - served, dim=-1).square()
-    return relative(difference, torch.linalg.vector_norm(block, dim=-1).square())
-
-
 def relative(difference: Tensor, norm: Tensor) -> Tensor:
     """`difference / norm`, both squared, where 0/0 is 0 and x/0 is infinity."""
     ratio = difference / norm
     return torch.where(difference == 0, torch.zeros_like(ratio), ratio)
 
 
-def combine_layers(total: Tensor | None, layer: Tensor, count: int, aggregate: str) -> Tensor:
-    """Fold one layer's squared errors into the total over `count` layers: mean (`"rms"`) or maximum (`"max"`)."""
-    share = layer / count if aggregate == "rms" else layer
-    if total is None:
-        return share
-    return total + share if aggregate == "rms" else torch.maximum(total, share)
+class ServedErrors(NamedTuple):
+    """Relative errors of `n` members over the layers of their group, float32 `[n]`, on the CPU.
+
+    Attributes:
+        key, value: of the whole block.
+        token: of the worst single token, the larger one of K and V.
+    """
+
+    key: Tensor
+    value: Tensor
+    token: Tensor
+
+    def take(self, selected: Tensor) -> ServedErrors:
+        """The members that the mask or index `selected` picks."""
+        return ServedErrors(*(error[selected] for error in self))
+
+
+class ErrorSum:
+    """Squared relative errors of `n` blocks of `t` tokens, collected layer by layer.
+
+    Args:
+        count: number of layers.
+        aggregate: `"rms"` takes the mean over layers, `"max"` the worst layer.
+    """
+
+    def __init__(self, count: int, aggregate: str) -> None:
+        self._count, self._aggregate = count, aggregate
+        self._block: Tensor | None = None
+        self._token: Tensor | None = None
+
+    def add(self, blocks: Tensor, read: Tensor, block_size: int) -> None:
+        """Add one layer: `blocks [n, r]` and what is read in their place. `read` is overwritten."""
+        difference, norm = (
+            torch.linalg.vector_norm(vectors.unflatten(-1, (block_size, -1)), dim=-1).square()
+            for vectors in (read.sub_(blocks), blocks)
+        )
+        self._token = self._fold(self._token, relative(difference, norm))
+        self._block = self._fold(self._block, relative(difference.sum(-1), norm.sum(-1)))
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Relative errors of the blocks and of their worst tokens, both `[n]`, on the CPU."""
+        assert self._block is not None and self._token is not None
+        return self._block.sqrt().cpu(), self._token.amax(-1).sqrt().cpu()
+
+    def _fold(self, total: Tensor | None, layer: Tensor) -> Tensor:
+        if self._aggregate == "rms":
+            layer = layer / self._count
+            return layer if total is None else total + layer
+        return layer if total is None else torch.maximum(total, layer)
 
 
 def served_errors(
@@ -109,32 +143,28 @@ def served_errors(
     v_scale: Tensor | None = None,
     *,
     batch: int = 64,
-) -> tuple[Tensor, Tensor]:
-    """Relative errors of K and V when block `pages[i]` is read from page `served_by[i]`, times its scales.
+) -> ServedErrors:
+    """Relative errors when block `pages[i]` is read from page `served_by[i]`, times its scales.
 
     Args:
         pages, served_by: page numbers, `[n]`.
         aggregate: `"rms"` or `"max"` over the layers.
         k_scale, v_scale: factors `[layers, n]` on the page read; None means 1.
-        batch: blocks compared at a time, which bounds the workspace.
-
-    Returns:
-        Two float32 tensors `[n]`, on the CPU.
+        batch: blocks compared at a time: few enough to stay in the cache.
     """
-    key_errors, value_errors = [], []
+    parts = []
     for start in range(0, len(pages), batch):
         part = slice(start, start + batch)
-        totals: list[Tensor | None] = [None, None]
+        sums = [ErrorSum(kv.num_layers, aggregate) for _ in range(2)]
         both = zip(kv.vectors(pages[part]), kv.vectors(served_by[part]), strict=True)
         for layer, (blocks, served) in enumerate(both):
             for side, scale in enumerate((k_scale, v_scale)):
                 read = served[side]
                 if scale is not None:
                     read = read * scale[layer, part, None].to(read.device)
-                error = squared_error(blocks[side], read)
-                totals[side] = combine_layers(totals[side], error, kv.num_layers, aggregate)
-        key_errors.append(totals[0].sqrt())  # type: ignore[union-attr]
-        value_errors.append(totals[1].sqrt())  # type: ignore[union-attr]
-    if not key_errors:
-        return torch.zeros(0), torch.zeros(0)
-    return torch.cat(key_errors).cpu(), torch.cat(value_errors).cpu()
+                sums[side].add(blocks[side], read, kv.block_size)
+        (key, key_token), (value, value_token) = (total.result() for total in sums)
+        parts.append(ServedErrors(key, value, torch.maximum(key_token, value_token)))
+    if not parts:
+        return ServedErrors(torch.zeros(0), torch.zeros(0), torch.zeros(0))
+    return ServedErrors(*(torch.cat(errors) for errors in zip(*parts, strict=True)))

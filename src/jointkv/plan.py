@@ -47,6 +47,7 @@ class FusionPlan:
         row, slot: the member's sequence and logical block, `[n]`.
         old_page, page: the page it read when the plan was made and the page it is to read, `[n]`.
         key_error, value_error: achieved relative errors over the group's layers, `[n]`.
+        token_error: achieved relative error of the worst single token, in K or V, `[n]`.
         k_scale, v_scale: `[L, n]`, or None where every scale is 1.
         direction_page: pages to be overwritten with a shared direction, `[m]`, or None.
         key_direction, value_direction: what to write, `[L, m, t, h, d]` in the pages' dtype.
@@ -58,6 +59,7 @@ class FusionPlan:
     page: Tensor
     key_error: Tensor
     value_error: Tensor
+    token_error: Tensor
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     direction_page: Tensor | None = None
@@ -65,7 +67,7 @@ class FusionPlan:
     value_direction: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("slot", "old_page", "page", "key_error", "value_error"):
+        for name in ("slot", "old_page", "page", "key_error", "value_error", "token_error"):
             if getattr(self, name).shape != self.row.shape:
                 raise LayoutError(f"plan: {name} and row differ in length")
 
@@ -77,7 +79,7 @@ class FusionPlan:
     def empty(cls) -> FusionPlan:
         """A plan that changes nothing."""
         none, zero = torch.zeros(0, dtype=torch.long), torch.zeros(0)
-        return cls(none, none, none, none, zero, zero)
+        return cls(none, none, none, none, zero, zero, zero)
 
     @property
     def pages_released(self) -> int:

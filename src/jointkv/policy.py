@@ -18,6 +18,7 @@ CandidateSource = Literal["signature", "tokens", "either"]
 Threshold = float | tuple[float, ...] | None
 
 PER_LAYER = "per_layer"
+THRESHOLDS = ("key_threshold", "value_threshold", "max_relative_error", "max_token_error")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class FusionPolicy:
         key_threshold: least cosine of two K blocks, in [-1, 1] (mean over the layers of a group).
         value_threshold: least cosine of two V blocks; only with `similarity="key_value"`.
         max_relative_error: bound on `|x - x_hat| / |x|` of every member, for K and for V.
+        max_token_error: bound on the same ratio of every single token of a member. A block of 16 tokens in which one
+            differs can be within 0.15 as a whole while that token's V is off by half: the bound that keeps one
+            changed word or digit from being read as another.
         across_layers: how the errors of a group's layers become one number: root mean square, or worst layer.
         representative: `"resident"`: an existing page as it stands. `"direction"`: the normalised mean of the
             members' unit vectors, each member keeping its own norms (paper, Algorithm 1).
@@ -50,6 +54,7 @@ class FusionPolicy:
     key_threshold: Threshold = None
     value_threshold: Threshold = None
     max_relative_error: Threshold = 0.2
+    max_token_error: Threshold = 0.3
     across_layers: LayerAggregate = "rms"
     representative: RepresentativeKind = "resident"
     scope: Scope = "batch"
@@ -62,7 +67,7 @@ class FusionPolicy:
 
     def __post_init__(self) -> None:
         self._check_choices()
-        for name in ("key_threshold", "value_threshold", "max_relative_error"):
+        for name in THRESHOLDS:
             self._check_threshold(name)
         self._check_counts()
         self._check_combination()
@@ -90,7 +95,7 @@ class FusionPolicy:
         numbers = value if isinstance(value, tuple) else (value,)
         if not numbers:
             raise InvalidPolicy(f"{name}: an empty list of thresholds")
-        low, high = (0.0, math.inf) if name == "max_relative_error" else (-1.0, 1.0)
+        low, high = (0.0, math.inf) if name.endswith("_error") else (-1.0, 1.0)
         for number in numbers:
             numeric = isinstance(number, int | float) and not isinstance(number, bool)
             if not numeric or not low <= number <= high:
@@ -107,9 +112,7 @@ class FusionPolicy:
                 raise InvalidPolicy(f"{name}: {value!r} is not a whole number of at least {minimum}")
         groups = self.layer_groups
         if groups != PER_LAYER and (not isinstance(groups, int) or isinstance(groups, bool) or groups < 1):
-            raise InvalidPolicy(
-                f"layer_groups: {groups!r} is neither a whole number of at least 1 nor 'per_layer'"
-            )
+            raise InvalidPolicy(f"layer_groups: {groups!r} is neither a whole number of at least 1 nor 'per_layer'")
 
     def _check_combination(self) -> None:
         if not self.enabled:
@@ -120,16 +123,10 @@ class FusionPolicy:
             raise InvalidPolicy("key_threshold: give it or max_relative_error, else every pair would match")
         if self.representative == "direction" and self.key_threshold is None:
             raise InvalidPolicy("key_threshold: representative='direction' groups by cosine and needs it")
-        if (
-            self.similarity == "key_value"
-            and self.representative == "direction"
-            and self.value_threshold is None
-        ):
+        if self.similarity == "key_value" and self.representative == "direction" and self.value_threshold is None:
             raise InvalidPolicy("value_threshold: similarity='key_value' with directions needs it")
         if self.scope == "both" and self.representative == "direction":
-            raise InvalidPolicy(
-                "scope: 'both' needs representative='resident'; a direction overwrites its page"
-            )
+            raise InvalidPolicy("scope: 'both' needs representative='resident'; a direction overwrites its page")
         if self.layer_groups == 1 and (self.skip_first_layers or self.skip_last_layers):
             name = "skip_first_layers" if self.skip_first_layers else "skip_last_layers"
             raise InvalidPolicy(f"{name}: one layer group cannot leave layers out; raise layer_groups")
@@ -180,6 +177,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "similarity": "key",
         "key_threshold": 0.75,
         "max_relative_error": None,
+        "max_token_error": None,
         "representative": "direction",
         "layer_groups": PER_LAYER,
         "skip_first_layers": 2,
@@ -218,7 +216,7 @@ class LayerGroups:
         for name in ("skip_first_layers", "skip_last_layers"):
             if getattr(policy, name) % layers:
                 raise InvalidPolicy(f"{name}: {getattr(policy, name)} cuts a group of {layers} layers")
-        for name in ("key_threshold", "value_threshold", "max_relative_error"):
+        for name in THRESHOLDS:
             value = getattr(policy, name)
             if isinstance(value, tuple) and len(value) != count:
                 raise InvalidPolicy(f"{name}: {len(value)} thresholds for {count} layer groups")

@@ -50,10 +50,7 @@ class BlockPool:
         self.max_pages = max_pages
         first = FIRST_PAGES if max_pages is None else min(FIRST_PAGES, max_pages)
         self._keys, self._values = (
-            [
-                torch.empty(first + 1, block_size, *shape, dtype=dtype, device=device)
-                for _ in range(num_layers)
-            ]
+            [torch.empty(first + 1, block_size, *shape, dtype=dtype, device=device) for _ in range(num_layers)]
             for shape in (key_shape, value_shape)
         )
         for layer in (*self._keys, *self._values):
@@ -144,9 +141,7 @@ class BlockPool:
         return len(released)
 
     @bookkeeping
-    def copy_pages(
-        self, source: Tensor, target: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
-    ) -> None:
+    def copy_pages(self, source: Tensor, target: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
         """Write pages `source` into `target`, times the scales `[layers, n]` where given."""
         device = self.kv.device
         source, target = source.to(device), target.to(device)

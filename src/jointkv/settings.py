@@ -12,9 +12,7 @@ from jointkv.errors import BadInput
 class Settings(BaseSettings):
     """What the environment says: `JOINTKV_CACHE_DIR`, `XDG_CACHE_HOME` and `HF_HUB_OFFLINE`. Frozen."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="JOINTKV_", env_ignore_empty=True, frozen=True, populate_by_name=True
-    )
+    model_config = SettingsConfigDict(env_prefix="JOINTKV_", env_ignore_empty=True, frozen=True, populate_by_name=True)
 
     cache_dir: Path | None = None
     xdg_cache_home: Path | None = Field(default=None, validation_alias="XDG_CACHE_HOME")

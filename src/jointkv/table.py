@@ -177,9 +177,7 @@ class BlockTable:
     ) -> None:
         self.pages[rows, slots] = pages
         if k_scale is not None and v_scale is not None and self.k_scale is None:
-            self.k_scale, self.v_scale = (
-                torch.ones(self.pool.kv.num_layers, *self.pages.shape) for _ in range(2)
-            )
+            self.k_scale, self.v_scale = (torch.ones(self.pool.kv.num_layers, *self.pages.shape) for _ in range(2))
         if self.k_scale is not None and self.v_scale is not None:
             self.k_scale[:, rows, slots] = 1.0 if k_scale is None else k_scale
             self.v_scale[:, rows, slots] = 1.0 if v_scale is None else v_scale

@@ -98,7 +98,7 @@ def _check(
         raise LayoutError("query lengths, queries and tables differ in number")
     size = keys.shape[1]
     for ref in (ref for table in tables for ref in table):
-        if not (0 <= ref.first and 0 < ref.count and ref.first + ref.count <= size):
+        if not (ref.first >= 0 and ref.count > 0 and ref.first + ref.count <= size):
             raise LayoutError(f"tokens {ref.first}..{ref.first + ref.count} lie outside a page of {size}")
         if not 0 <= ref.page < len(keys):
             raise LayoutError(f"page {ref.page} does not exist")

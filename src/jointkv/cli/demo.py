@@ -155,7 +155,19 @@ def _print_table(rows: list[Row]) -> None:
     from rich.table import Table
 
     table = Table(title="KV pages at the allocator, and next-token fidelity against the unfused model")
-    headings = ("traffic", "policy", "ratio", "pages", "MB", "KL", "worst KL", "top-1", "NLL", "fuse s", "prefill s")
+    headings = (
+        "traffic",
+        "policy",
+        "ratio",
+        "pages",
+        "MB",
+        "KL",
+        "worst KL",
+        "top-1",
+        "NLL",
+        "fuse s",
+        "prefill s",
+    )
     for number, name in enumerate(headings):
         table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
     for row in rows:

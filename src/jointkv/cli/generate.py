@@ -186,9 +186,7 @@ def answer(
     return Generated(answers, {**stats, "ratio": cache.stats()["ratio"], **pool.stats()}, seconds)
 
 
-def _chosen_policy(
-    name: str, max_relative_error: float | None, key_threshold: float | None
-) -> "FusionPolicy":
+def _chosen_policy(name: str, max_relative_error: float | None, key_threshold: float | None) -> "FusionPolicy":
     from jointkv.policy import FusionPolicy
 
     given = {"max_relative_error": max_relative_error, "key_threshold": key_threshold}
@@ -290,7 +288,5 @@ def _summary(result: Generated) -> str:
         f"{stats['tokens_per_second']:.1f} tokens/s, prefill included",
     ]
     if stats["fusion"] == "faulted":
-        lines.append(
-            "fusion     switched off after an internal fault; the answers are those of an unfused cache"
-        )
+        lines.append("fusion     switched off after an internal fault; the answers are those of an unfused cache")
     return "\n".join(lines)

@@ -105,17 +105,13 @@ class _Source:
         from jointkv.evaluate.traffic import get_traffic
 
         if self.data is None:
-            made = get_traffic(self.traffic).requests(
-                tokenizer, self.requests, continuation_tokens=1, seed=self.seed
-            )
+            made = get_traffic(self.traffic).requests(tokenizer, self.requests, continuation_tokens=1, seed=self.seed)
             return [list(request.prompt[:tokens]) for request in made]
         chosen = read_requests(self.data)[: self.requests]
         return [request_tokens(tokenizer, request, chat=False)[:tokens] for request in chosen]
 
 
-def load(
-    name: str, attn_implementation: str | None = None
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def load(name: str, attn_implementation: str | None = None) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a model and its tokenizer, fetching a known one if it is missing, and show the stages.
 
     Raises `BadInput`, `UnsupportedModel`, `FetchError`, `ChecksumError`.
@@ -159,9 +155,7 @@ def _measure(
     from jointkv.evaluate.similarity import prefill, similarities
 
     if not any(len(row) >= block_size for row in rows):
-        raise BadInput(
-            f"no request fills a block of {block_size} tokens; give longer ones or a smaller --block-size"
-        )
+        raise BadInput(f"no request fills a block of {block_size} tokens; give longer ones or a smaller --block-size")
     with stages(f"prefilling {len(rows)} requests") as show:
         held = prefill(model, rows, block_size, _counted(show, "prefilled request", len(rows)))
         found = similarities(
@@ -239,9 +233,7 @@ def _table(found: "Sequence[Similarity]", title: str) -> "Table":
 
     pairs = max(row.pairs for row in found)
     caption = "cosine: mean, median, 99th percentile\n≤ e: share of pairs within relative error e"
-    table = Table(
-        title=f"{title} ({pairs} pairs per layer)", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=f"{title} ({pairs} pairs per layer)", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("layer", justify="right")
     for letter in "KV":
         for name in ("mean", "p50", "p99", *(f"≤{bound:g}" for bound in ERROR_BOUNDS)):

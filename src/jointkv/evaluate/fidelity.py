@@ -165,9 +165,7 @@ def _check_row(logits: Tensor, reference: Tensor, targets: Tensor, mask: Tensor 
     if not (logits.is_floating_point() and reference.is_floating_point()):
         raise LayoutError(f"logits must be floating point, got {logits.dtype} and {reference.dtype}")
     if targets.shape != logits.shape[:1]:
-        raise LayoutError(
-            f"targets of a request must be {tuple(logits.shape[:1])}, got {tuple(targets.shape)}"
-        )
+        raise LayoutError(f"targets of a request must be {tuple(logits.shape[:1])}, got {tuple(targets.shape)}")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise LayoutError(f"targets must be integer token ids, got {targets.dtype}")
     if mask is not None and (mask.shape != targets.shape or mask.dtype != torch.bool):

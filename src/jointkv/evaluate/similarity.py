@@ -105,9 +105,7 @@ def prefill(
         if progress is not None:
             progress(done)
     assert pool.blocks is not None
-    tables = [
-        cache.tables[0].pages[0, : len(row) // block_size] for cache, row in zip(caches, rows, strict=True)
-    ]
+    tables = [cache.tables[0].pages[0, : len(row) // block_size] for cache, row in zip(caches, rows, strict=True)]
     # The pages stay readable after the caches are gone: nothing else allocates from this pool.
     return Prefilled(pool.blocks.kv, tables, pool.full_layers)
 
@@ -173,9 +171,7 @@ def within_request(tables: Sequence[Tensor], chunk_blocks: int) -> Tensor:
     return padded.view(len(rows), chunks, chunk_blocks).transpose(1, 2).flatten(0, 1)
 
 
-def as_pages(
-    keys: Sequence[Tensor], values: Sequence[Tensor], block_size: int
-) -> tuple[PagedKV, list[Tensor]]:
+def as_pages(keys: Sequence[Tensor], values: Sequence[Tensor], block_size: int) -> tuple[PagedKV, list[Tensor]]:
     """Dense K and V of a batch without padding as pages, and the table of each request; copies.
 
     Args:
@@ -188,9 +184,7 @@ def as_pages(
     for layers in (keys, values):
         for states in layers:
             if states.dim() != 4 or states.shape[2] < block_size:
-                raise LayoutError(
-                    f"[B, h, S, d] with S of at least {block_size} expected, got {list(states.shape)}"
-                )
+                raise LayoutError(f"[B, h, S, d] with S of at least {block_size} expected, got {list(states.shape)}")
         paged.append([_cut(states, block_size) for states in layers])
     kv = PagedKV(*paged)
     requests = keys[0].shape[0]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from jointkv.blocks import PagedKV, as_vectors, relative
+from jointkv.blocks import ErrorSum, PagedKV, ServedErrors, as_vectors
+
+BATCH = 64
+"""Blocks held in float32 at a time: few enough to stay in the cache. They are read twice instead of being kept."""
 
 
 @dataclass(frozen=True)
@@ -17,51 +21,51 @@ class Directions:
     Attributes:
         keys, values: `[L, m, t, h, d]`, unit norm up to the rounding of the pages' dtype.
         k_scale, v_scale: `[L, n]`: a member's norm over the norm of the stored direction.
-        key_error, value_error: `[n]`: relative errors of the members read back, over the layers.
+        errors: of the members read back, `[n]`.
     """
 
     keys: Tensor
     values: Tensor
     k_scale: Tensor
     v_scale: Tensor
-    key_error: Tensor
-    value_error: Tensor
+    errors: ServedErrors
 
 
-def shared_directions(
-    kv: PagedKV, pages: Tensor, group_of: Tensor, num_groups: int, aggregate: str
-) -> Directions:
+def shared_directions(kv: PagedKV, pages: Tensor, group_of: Tensor, num_groups: int, aggregate: str) -> Directions:
     """Compute the directions of the groups of blocks `pages [n]`, numbered by `group_of [n]`.
 
     The errors are those of what will be stored: directions rounded to the pages' dtype, times the scales.
     """
-    group_of = group_of.to(kv.device)
-    sides: list[list[tuple[Tensor, Tensor, Tensor]]] = [
-        [_one_layer(layer, pages.to(kv.device), group_of, num_groups) for layer in layers]
-        for layers in (kv.keys, kv.values)
-    ]
-    keys, values = sides
-    return Directions(
-        torch.stack([direction for direction, _, _ in keys]),
-        torch.stack([direction for direction, _, _ in values]),
-        torch.stack([scale for _, scale, _ in keys]),
-        torch.stack([scale for _, scale, _ in values]),
-        _over_layers([error for _, _, error in keys], aggregate),
-        _over_layers([error for _, _, error in values], aggregate),
-    )
+    pages, group_of = pages.to(kv.device), group_of.to(kv.device)
+    key, value = (_one_side(layers, pages, group_of, num_groups, aggregate) for layers in (kv.keys, kv.values))
+    errors = ServedErrors(key[2], value[2], torch.maximum(key[3], value[3]))
+    return Directions(key[0], value[0], key[1], value[1], errors)
 
 
-def _one_layer(
-    layer: Tensor, pages: Tensor, group_of: Tensor, num_groups: int, *, batch: int = 64
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Stored directions `[m, t, h, d]`, scales `[n]` and squared errors `[n]` of one layer's K or V.
+def _one_side(
+    layers: Sequence[Tensor], pages: Tensor, group_of: Tensor, num_groups: int, aggregate: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Directions, scales, block errors and worst token errors of K or of V."""
+    made = [_one_layer(layer, pages, group_of, num_groups) for layer in layers]
+    errors = []
+    for start in range(0, len(pages), BATCH):
+        part = slice(start, start + BATCH)
+        total = ErrorSum(len(layers), aggregate)
+        for layer, (direction, scale) in zip(layers, made, strict=True):
+            read = as_vectors(direction, group_of[part]).mul_(scale[part, None])
+            total.add(as_vectors(layer, pages[part]), read, layer.shape[1])
+        errors.append(total.result())
+    block, token = (torch.cat(parts) for parts in zip(*errors, strict=True))
+    directions, scales = zip(*made, strict=True)
+    return torch.stack(directions).cpu(), torch.stack(scales).cpu(), block, token
 
-    Blocks are read twice, a cache-sized batch at a time, instead of being kept in float32.
-    """
-    parts = [slice(start, start + batch) for start in range(0, len(pages), batch)]
+
+def _one_layer(layer: Tensor, pages: Tensor, group_of: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Stored directions `[m, t, h, d]` and the members' scales `[n]`."""
     total = torch.zeros(num_groups, layer[0].numel(), device=layer.device)
     norms = []
-    for part in parts:
+    for start in range(0, len(pages), BATCH):
+        part = slice(start, start + BATCH)
         blocks = as_vectors(layer, pages[part])
         norms.append(torch.linalg.vector_norm(blocks, dim=-1))
         inverse = torch.where(norms[-1] > 0, 1 / norms[-1], 0.0)
@@ -70,14 +74,4 @@ def _one_layer(
     direction = torch.nn.functional.normalize(total, dim=-1).to(layer.dtype)
     length = torch.linalg.vector_norm(direction, dim=-1, dtype=torch.float32)[group_of]
     scale = torch.where(norm > 0, norm / length, 0.0)
-    errors = []
-    for part in parts:
-        read = direction.index_select(0, group_of[part]).float().mul_(scale[part, None])
-        errors.append(torch.linalg.vector_norm(read.sub_(as_vectors(layer, pages[part])), dim=-1).square())
-    error = relative(torch.cat(errors), norm.square())
-    return direction.view(num_groups, *layer.shape[1:]).cpu(), scale.cpu(), error.cpu()
-
-
-def _over_layers(errors: list[Tensor], aggregate: str) -> Tensor:
-    stacked = torch.stack(errors)
-    return (stacked.mean(0) if aggregate == "rms" else stacked.amax(0)).sqrt()
+    return direction.view(num_groups, *layer.shape[1:]), scale

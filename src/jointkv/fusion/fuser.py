@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jointkv.blocks import served_errors
+from jointkv.blocks import ServedErrors, served_errors
 from jointkv.errors import IntegrityError
 from jointkv.fusion.resident import ResidentIndex
 from jointkv.fusion.signature import BlockSignature
@@ -97,9 +97,7 @@ class Fuser:
         self.counters["pages_freed"] += freed
         return _join(resident, merged)
 
-    def plan_resident(
-        self, table: BlockTable, blocks: NewBlocks, signatures: Tensor, group: int = 0
-    ) -> FusionPlan:
+    def plan_resident(self, table: BlockTable, blocks: NewBlocks, signatures: Tensor, group: int = 0) -> FusionPlan:
         """Plan which of `blocks` resident pages may serve. Changes nothing but the counters."""
         candidates = self._candidates(blocks, signatures, group)
         if not candidates.numel() or not (candidates >= 0).any():
@@ -108,13 +106,11 @@ class Fuser:
         member, place = (candidates >= 0).nonzero(as_tuple=True)
         served_by = candidates[member, place]
         scales = self._own_norm_scales(own[member], served_by)
-        key_error, value_error = served_errors(
-            self.pool.kv, own[member], served_by, self.policy.across_layers, *scales
-        )
-        accepted = self._accepted(own[member], served_by, key_error, value_error, group)
+        errors = served_errors(self.pool.kv, own[member], served_by, self.policy.across_layers, *scales)
+        accepted = self._accepted(own[member], served_by, errors, group)
         tried = torch.zeros(len(blocks), dtype=torch.bool)
         tried[member] = True
-        cost = torch.maximum(key_error, value_error).masked_fill(~accepted, torch.inf)
+        cost = torch.maximum(errors.key, errors.value).masked_fill(~accepted, torch.inf)
         table_of_costs = torch.full(candidates.shape, torch.inf)
         table_of_costs[member, place] = cost
         best, choice = table_of_costs.min(1)
@@ -124,15 +120,17 @@ class Fuser:
         pair[member, place] = torch.arange(len(member))
         chosen = pair[hit].gather(1, choice[hit][:, None]).squeeze(1)
         k_scale, v_scale = (None if scale is None else scale[:, chosen] for scale in scales)
+        key_error, value_error, token_error = errors.take(chosen)
         return FusionPlan(
-            blocks.row[hit],
-            blocks.slot[hit],
-            own[hit],
-            served_by[chosen],
-            key_error[chosen],
-            value_error[chosen],
-            k_scale,
-            v_scale,
+            row=blocks.row[hit],
+            slot=blocks.slot[hit],
+            old_page=own[hit],
+            page=served_by[chosen],
+            key_error=key_error,
+            value_error=value_error,
+            token_error=token_error,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
 
     def plan_new(self, table: BlockTable, blocks: NewBlocks, group: int = 0) -> FusionPlan:
@@ -217,11 +215,9 @@ class Fuser:
                 scales[side].append((own / held).cpu())
         return torch.stack(scales[0]), torch.stack(scales[1])
 
-    def _accepted(
-        self, pages: Tensor, served_by: Tensor, key_error: Tensor, value_error: Tensor, group: int
-    ) -> Tensor:
-        """Which pairs meet the bound and every cosine threshold of the policy."""
-        accepted = within_bound(key_error, value_error, self.policy, group)
+    def _accepted(self, pages: Tensor, served_by: Tensor, errors: ServedErrors, group: int) -> Tensor:
+        """Which pairs meet the bounds and every cosine threshold of the policy."""
+        accepted = within_bound(errors, self.policy, group)
         for side, name in enumerate(("key_threshold", "value_threshold")):
             threshold = self.policy.threshold(name, group)
             if threshold is not None:
@@ -234,9 +230,7 @@ class Fuser:
             total += torch.nn.functional.cosine_similarity(blocks[side], served[side], dim=-1).cpu()
         return total / self.pool.kv.num_layers
 
-    def _make_resident(
-        self, table: BlockTable, blocks: NewBlocks, signatures: Tensor, merged: FusionPlan
-    ) -> None:
+    def _make_resident(self, table: BlockTable, blocks: NewBlocks, signatures: Tensor, merged: FusionPlan) -> None:
         """Index the pages that new blocks hold now: their own, or the shared one, each once."""
         moved = _among(blocks, merged, merged.page != merged.old_page)
         blocks, signatures = self._take(blocks, signatures, ~moved)
@@ -257,5 +251,5 @@ def _among(blocks: NewBlocks, plan: FusionPlan, selected: Tensor | None = None) 
 
 def _join(first: FusionPlan, second: FusionPlan) -> FusionPlan:
     """Both plans' members in one, for statistics; scales and directions are left out."""
-    names = ("row", "slot", "old_page", "page", "key_error", "value_error")
-    return FusionPlan(*(torch.cat((getattr(first, name), getattr(second, name))) for name in names))
+    names = ("row", "slot", "old_page", "page", "key_error", "value_error", "token_error")
+    return FusionPlan(**{name: torch.cat((getattr(first, name), getattr(second, name))) for name in names})

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping
 import torch
 from torch import Tensor
 
-from jointkv.blocks import PagedKV, served_errors
+from jointkv.blocks import PagedKV, ServedErrors, served_errors
 from jointkv.errors import InvalidPolicy, LayoutError
 from jointkv.fusion.direction import shared_directions
 from jointkv.fusion.merge import merge_directions, merge_resident
@@ -19,9 +19,7 @@ GRAM_SLACK = 1e-5
 """Room for float32 rounding when squared errors come from a Gram matrix; the bound itself is checked exactly."""
 
 
-def plan_batch(
-    kv: PagedKV, tables: Mapping[Hashable, Tensor], policy: FusionPolicy, group: int = 0
-) -> FusionPlan:
+def plan_batch(kv: PagedKV, tables: Mapping[Hashable, Tensor], policy: FusionPolicy, group: int = 0) -> FusionPlan:
     """Fuse the full blocks of several requests at equal positions (batch scope, BFF).
 
     Args:
@@ -43,9 +41,7 @@ def plan_batch(
     return plan_matrix(kv, pages, rows, slots, policy, group)
 
 
-def plan_chunks(
-    kv: PagedKV, pages: Tensor, policy: FusionPolicy, group: int = 0, *, row: int = 0
-) -> FusionPlan:
+def plan_chunks(kv: PagedKV, pages: Tensor, policy: FusionPolicy, group: int = 0, *, row: int = 0) -> FusionPlan:
     """Fuse the full blocks of one request's chunks at equal places in the chunk (chunk scope, CFF).
 
     Args:
@@ -56,9 +52,7 @@ def plan_chunks(
     """
     per_chunk, remainder = divmod(policy.chunk_tokens, kv.block_size)
     if remainder:
-        raise InvalidPolicy(
-            f"chunk_tokens: {policy.chunk_tokens} is no multiple of the block size {kv.block_size}"
-        )
+        raise InvalidPolicy(f"chunk_tokens: {policy.chunk_tokens} is no multiple of the block size {kv.block_size}")
     chunks = -(-len(pages) // per_chunk)
     padded = torch.nn.functional.pad(pages.cpu(), (0, chunks * per_chunk - len(pages)), value=-1)
     slots = torch.arange(chunks * per_chunk).view(chunks, per_chunk).T
@@ -120,10 +114,17 @@ def _plan_resident(
 ) -> FusionPlan:
     follows = (leader != torch.arange(pages.shape[1])) & (pages >= 0)
     old, new = pages[follows], pages.gather(1, leader)[follows]
-    key_error, value_error = served_errors(kv, old, new, policy.across_layers)
-    keep = within_bound(key_error, value_error, policy, group)
+    errors = served_errors(kv, old, new, policy.across_layers)
+    keep = within_bound(errors, policy, group)
+    key_error, value_error, token_error = errors.take(keep)
     return FusionPlan(
-        rows[follows][keep], slots[follows][keep], old[keep], new[keep], key_error[keep], value_error[keep]
+        row=rows[follows][keep],
+        slot=slots[follows][keep],
+        old_page=old[keep],
+        page=new[keep],
+        key_error=key_error,
+        value_error=value_error,
+        token_error=token_error,
     )
 
 
@@ -140,29 +141,34 @@ def _plan_directions(
     _, group_id = group_id[shared].unique(return_inverse=True)
     num_groups = int(group_id.max()) + 1
     found = shared_directions(kv, old, group_id, num_groups, policy.across_layers)
-    keep = within_bound(found.key_error, found.value_error, policy, group)
+    keep = within_bound(found.errors, policy, group)
     keep &= torch.bincount(group_id[keep], minlength=num_groups)[group_id] > 1
     kept_groups, new_id = group_id[keep].unique(return_inverse=True)
     order = torch.arange(int(keep.sum()))
     first = torch.full((len(kept_groups),), len(order)).scatter_reduce(0, new_id, order, "amin")
     direction_page = old[keep][first]
+    key_error, value_error, token_error = found.errors.take(keep)
     return FusionPlan(
-        row[keep],
-        slot[keep],
-        old[keep],
-        direction_page[new_id],
-        found.key_error[keep],
-        found.value_error[keep],
-        found.k_scale[:, keep],
-        found.v_scale[:, keep],
-        direction_page,
-        found.keys[:, kept_groups],
-        found.values[:, kept_groups],
+        row=row[keep],
+        slot=slot[keep],
+        old_page=old[keep],
+        page=direction_page[new_id],
+        key_error=key_error,
+        value_error=value_error,
+        token_error=token_error,
+        k_scale=found.k_scale[:, keep],
+        v_scale=found.v_scale[:, keep],
+        direction_page=direction_page,
+        key_direction=found.keys[:, kept_groups],
+        value_direction=found.values[:, kept_groups],
     )
 
 
-def within_bound(key_error: Tensor, value_error: Tensor, policy: FusionPolicy, group: int) -> Tensor:
-    """Which members meet the policy's bound on K and on V; errors that are no numbers never do."""
+def within_bound(errors: ServedErrors, policy: FusionPolicy, group: int) -> Tensor:
+    """Which members meet the policy's bounds on K, on V and on every token; a NaN never does."""
+    keep = errors.key.isfinite() & errors.value.isfinite()
     bound = policy.threshold("max_relative_error", group)
-    finite = key_error.isfinite() & value_error.isfinite()
-    return finite if bound is None else finite & (key_error <= bound) & (value_error <= bound)
+    if bound is not None:
+        keep &= (errors.key <= bound) & (errors.value <= bound)
+    token_bound = policy.threshold("max_token_error", group)
+    return keep if token_bound is None else keep & (errors.token <= token_bound)

@@ -41,9 +41,7 @@ class PagedLayer:
         """Dense K and V of some rows: `[rows, h, length, d]`."""
         k_scale = None if self.k_scale is None else self.k_scale[rows]
         v_scale = None if self.v_scale is None else self.v_scale[rows]
-        return read_tokens(self.keys, self.slots[rows], k_scale), read_tokens(
-            self.values, self.slots[rows], v_scale
-        )
+        return read_tokens(self.keys, self.slots[rows], k_scale), read_tokens(self.values, self.slots[rows], v_scale)
 
     def rows_at_a_time(self) -> int:
         """Rows whose dense K and V fit the workspace; one at the least."""

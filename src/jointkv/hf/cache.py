@@ -39,9 +39,7 @@ class PagedCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new states `[rows, h, n, d]`; returns what attention needs: pages, or dense K and V."""
         cache = self._cache()
         assert cache is not None
@@ -185,8 +183,7 @@ class JointCache(Cache):
         self.length = length
         device = key_states.device
         self._slots = [
-            token_slots(table.pages, self.pool.block_size, self.padding, length).to(device)
-            for table in self.tables
+            token_slots(table.pages, self.pool.block_size, self.padding, length).to(device) for table in self.tables
         ]
         inside = torch.arange(length - new, length) >= self.padding[:, None]
         self._padded_step = None if inside.all() else inside.flatten().nonzero().squeeze(1).to(device)
@@ -256,14 +253,14 @@ class JointCache(Cache):
 
     def _buckets(self, scope: str, group: int, row: Tensor, slot: Tensor) -> tuple[list[Hashable], Tensor]:
         """Buckets of blocks: equal positions of one tenant, or equal places in the chunks of one request."""
+        names: list[tuple[Hashable, ...]]
         if scope == "chunk":
             slot = slot % (self.pool.policy.chunk_tokens // self.pool.block_size)
-            owner, names = row, [("chunk", self._tenant(i), int(n)) for i, n in enumerate(self._sequence)]
+            owner, names = row, [("chunk", self._tenant(i), number) for i, number in enumerate(self._sequence.tolist())]
         else:
             tenants = [self._tenant(i) for i in range(len(self.padding))]
-            names = [("batch", tenant) for tenant in dict.fromkeys(tenants)]
-            number = {name[1]: index for index, name in enumerate(names)}
-            owner = torch.tensor([number[tenant] for tenant in tenants])[row]
+            place = {tenant: index for index, tenant in enumerate(dict.fromkeys(tenants))}
+            owner, names = torch.tensor([place[tenant] for tenant in tenants])[row], [("batch", t) for t in place]
         pairs, which = torch.stack((owner, slot), 1).unique(dim=0, return_inverse=True)
         return [(*names[i], group, place) for i, place in pairs.tolist()], which
 
@@ -378,9 +375,7 @@ class JointCache(Cache):
         save_cache(self, path)
 
     @classmethod
-    def load(
-        cls, path: Path | str, pool: JointPool, isolation_key: Hashable | Sequence[Hashable] = ""
-    ) -> JointCache:
+    def load(cls, path: Path | str, pool: JointPool, isolation_key: Hashable | Sequence[Hashable] = "") -> JointCache:
         """Read what `save` wrote into pages of `pool`.
 
         Raises:

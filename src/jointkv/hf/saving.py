@@ -45,7 +45,10 @@ def pack(cache: JointCache) -> dict[str, Tensor]:
     distinct, local = distinct[offset:].to(kv.device), local - offset
     tensors: dict[str, Tensor] = {"padding": cache.padding, "fusable": cache.fusable}
     for index in range(kv.num_layers):
-        tensors[f"key.{index}"], tensors[f"value.{index}"] = kv.keys[index][distinct], kv.values[index][distinct]
+        tensors[f"key.{index}"], tensors[f"value.{index}"] = (
+            kv.keys[index][distinct],
+            kv.values[index][distinct],
+        )
     for group, (table, pages) in enumerate(zip(cache.tables, local.split(widths), strict=True)):
         tensors[f"table.{group}"] = pages.view_as(table.pages)
         if table.k_scale is not None and table.v_scale is not None:

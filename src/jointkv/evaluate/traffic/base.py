@@ -80,9 +80,7 @@ def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return token_ids
 
 
-def split_request(
-    tokenizer: Tokenizer, prompt_text: str, answer: str, continuation_tokens: int
-) -> Request | None:
+def split_request(tokenizer: Tokenizer, prompt_text: str, answer: str, continuation_tokens: int) -> Request | None:
     """The request whose continuation is the start of `answer`; None if the answer is too short.
 
     Prompt and answer are tokenized together, as a model that writes the answer would see them. None also when
