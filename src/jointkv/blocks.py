@@ -77,10 +77,18 @@ def as_vectors(layer: Tensor, pages: Tensor) -> Tensor:
     return rows.float().view(*pages.shape, -1)
 
 
+TINY = 1e-30
+"""Squared norms below this have lost their digits in float32; such blocks are only equal or not."""
+
+
 def relative(difference: Tensor, norm: Tensor) -> Tensor:
     """`difference / norm`, both squared, where 0/0 is 0 and x/0 is infinity."""
     ratio = difference / norm
     return torch.where(difference == 0, torch.zeros_like(ratio), ratio)
+
+
+def _squares(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, dim=-1).square()
 
 
 class ServedErrors(NamedTuple):
@@ -115,10 +123,13 @@ class ErrorSum:
 
     def add(self, blocks: Tensor, read: Tensor, block_size: int) -> None:
         """Add one layer: `blocks [n, r]` and what is read in their place. `read` is overwritten."""
-        difference, norm = (
-            torch.linalg.vector_norm(vectors.unflatten(-1, (block_size, -1)), dim=-1).square()
-            for vectors in (read.sub_(blocks), blocks)
-        )
+        tokens = blocks.unflatten(-1, (block_size, -1))
+        apart = read.sub_(blocks).unflatten(-1, (block_size, -1))
+        difference, norm = _squares(apart), _squares(tokens)
+        vanishing = norm < TINY
+        if vanishing.any():
+            unequal = vanishing & (apart != 0).any(-1)
+            difference = difference.masked_fill(unequal, torch.inf)
         self._token = self._fold(self._token, relative(difference, norm))
         self._block = self._fold(self._block, relative(difference.sum(-1), norm.sum(-1)))
 

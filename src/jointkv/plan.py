@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from jointkv.errors import BadInput, LayoutError
 
 FORMAT = "jointkv.plan/1"
+MEMBER_FIELDS = ("row", "slot", "old_page", "page", "key_error", "value_error", "token_error")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class FusionPlan:
     value_direction: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("slot", "old_page", "page", "key_error", "value_error", "token_error"):
+        for name in MEMBER_FIELDS:
             if getattr(self, name).shape != self.row.shape:
                 raise LayoutError(f"plan: {name} and row differ in length")
 
@@ -80,6 +82,14 @@ class FusionPlan:
         """A plan that changes nothing."""
         none, zero = torch.zeros(0, dtype=torch.long), torch.zeros(0)
         return cls(none, none, none, none, zero, zero, zero)
+
+    @classmethod
+    def join(cls, plans: Sequence[FusionPlan]) -> FusionPlan:
+        """One plan with the members of several that use no scales and no directions."""
+        plans = [plan for plan in plans if len(plan)]
+        if len(plans) < 2:
+            return plans[0] if plans else cls.empty()
+        return cls(**{name: torch.cat([getattr(plan, name) for plan in plans]) for name in MEMBER_FIELDS})
 
     @property
     def pages_released(self) -> int:
@@ -114,5 +124,5 @@ class FusionPlan:
                     raise BadInput(f"{path}: not a fusion plan ({FORMAT})")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls(**tensors)
-        except (SafetensorError, OSError, TypeError) as error:
+        except (SafetensorError, OSError, TypeError, LayoutError) as error:
             raise BadInput(f"{path}: not a fusion plan: {error}") from None

@@ -66,6 +66,8 @@ class FusionPolicy:
     max_candidates: int = 4
 
     def __post_init__(self) -> None:
+        if not isinstance(self.enabled, bool):
+            raise InvalidPolicy(f"enabled: {self.enabled!r} is neither true nor false")
         self._check_choices()
         for name in THRESHOLDS:
             self._check_threshold(name)
@@ -119,6 +121,14 @@ class FusionPolicy:
             return
         if self.value_threshold is not None and self.similarity == "key":
             raise InvalidPolicy("value_threshold: has no effect with similarity='key'; use 'key_value'")
+        if (
+            self.similarity == "key_value"
+            and self.key_threshold is not None
+            and (self.value_threshold, self.max_relative_error, self.max_token_error) == (None, None, None)
+        ):
+            raise InvalidPolicy(
+                "value_threshold: nothing tests the values; give it, an error bound, or similarity='key'"
+            )
         if self.key_threshold is None and self.max_relative_error is None:
             raise InvalidPolicy("key_threshold: give it or max_relative_error, else every pair would match")
         if self.representative == "direction" and self.key_threshold is None:
@@ -138,6 +148,10 @@ class FusionPolicy:
         Raises:
             InvalidPolicy: unknown preset or field, or the fields do not go together.
         """
+        return cls._from_fields(name, changes)
+
+    @classmethod
+    def _from_fields(cls, name: str, changes: dict[str, Any]) -> FusionPolicy:
         if name not in PRESETS:
             raise InvalidPolicy(f"preset: {name!r} is none of {', '.join(PRESETS)}")
         known = {field.name for field in dataclasses.fields(cls)}
@@ -168,7 +182,7 @@ class FusionPolicy:
             raise InvalidPolicy(f"policy: not JSON ({error})") from None
         if not isinstance(fields, dict):
             raise InvalidPolicy("policy: not a JSON object")
-        return cls.preset("safe", **fields)
+        return cls._from_fields("safe", fields)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

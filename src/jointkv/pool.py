@@ -59,6 +59,7 @@ class BlockPool:
         self.references = torch.zeros(first + 1, dtype=torch.long)
         self._free = torch.arange(first, 0, -1)
         self._free_count = first
+        # The tables hold the pool; the pool must not keep them alive.
         self._tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
         self._on_free: list[Callable[[Tensor], None]] = []
         self.peak_used = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ NO_PAGE = -1
 
 
 class BlockTable:
-    """The block table of a batch of sequences in one layer group, backed by a pool.
+    """The block table of a batch of sequences in one layer group, backed by a pool. Dropping it frees its pages.
 
     Attributes:
         pages: long `[rows, slots]`, on the CPU; -1 where there is no block.
@@ -30,6 +32,10 @@ class BlockTable:
         self.v_scale: Tensor | None = None
         self.version = 0
         pool.register(self)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.release()
 
     @property
     def num_rows(self) -> int:
@@ -95,6 +101,12 @@ class BlockTable:
         self.pages, self.k_scale, self.v_scale = pages, k_scale, v_scale
         self.version += 1
 
+    def scaled(self, rows: Tensor, slots: Tensor) -> Tensor:
+        """Which of the named blocks read their page with a scale other than 1, bool `[n]`."""
+        if self.k_scale is None or self.v_scale is None:
+            return torch.zeros(len(rows), dtype=torch.bool)
+        return (torch.cat((self.k_scale, self.v_scale))[:, rows, slots] != 1).any(0)
+
     def count_shared(self, rows: Tensor, slots: Tensor) -> int:
         """How many of the named blocks `make_writable` would copy."""
         return int(self._needs_copy(rows, slots).sum())
@@ -125,13 +137,16 @@ class BlockTable:
             The number of pages that became free.
 
         Raises:
-            StalePlan: an entry has changed since the plan was made; nothing was changed.
+            StalePlan: an entry has changed since the plan was made; nothing was changed. A page that was freed and
+                handed out again meanwhile cannot be told from the old one: apply a plan before the pool changes.
         """
         if not len(plan):
             return 0
         inside = (plan.row < self.num_rows).all() and (plan.slot < self.pages.shape[1]).all()
         if not inside or not torch.equal(self.pages[plan.row, plan.slot], plan.old_page):
             raise StalePlan("the block table has changed since the plan was made")
+        if self.scaled(plan.row, plan.slot).any():
+            raise StalePlan("a member reads a shared direction already; plans are made on what pages hold")
         if (self.pool.references[plan.page] <= 0).any():
             raise StalePlan("a representative's page has been freed since the plan was made")
         self._write_directions(plan)
@@ -184,11 +199,7 @@ class BlockTable:
         self.version += 1
 
     def _needs_copy(self, rows: Tensor, slots: Tensor) -> Tensor:
-        copy = self.pool.references[self.pages[rows, slots]] > 1
-        if self.k_scale is not None and self.v_scale is not None:
-            scales = torch.cat((self.k_scale, self.v_scale))[:, rows, slots]
-            copy = copy | (scales != 1).any(0)
-        return copy
+        return (self.pool.references[self.pages[rows, slots]] > 1) | self.scaled(rows, slots)
 
     def _scales_at(self, rows: Tensor, slots: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self.k_scale is None or self.v_scale is None:

@@ -45,3 +45,9 @@ def naive_error(block: Iterable[np.ndarray], served: Iterable[np.ndarray], aggre
         difference, norm = ((own - read) ** 2).sum(), (own**2).sum()
         squares.append(0.0 if difference == 0 else np.inf if norm == 0 else difference / norm)
     return float(np.sqrt(np.mean(squares) if aggregate == "rms" else np.max(squares)))
+
+
+def naive_token_error(block: np.ndarray, served: np.ndarray, tokens: int, aggregate: str) -> float:
+    """The worst relative error of a single token, of `[layers, r]` whose `r` numbers are `tokens` tokens."""
+    blocks, reads = (side.reshape(len(side), tokens, -1) for side in (block, served))
+    return max(naive_error(blocks[:, token], reads[:, token], aggregate) for token in range(tokens))

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.shadow import naive_error
+from core.shadow import naive_error, naive_token_error
 from jointkv.blocks import PagedKV, served_errors
 from jointkv.errors import LayoutError
 
@@ -84,44 +84,41 @@ def test_served_errors_are_the_definition(seed, layers, pages, aggregate, dtype,
     own, served_by = torch.randint(pages, (2, 7), generator=generator)
     scales = [random(layers, 7) if scaled else None for _ in sides]
     found = served_errors(PagedKV(*sides), own, served_by, aggregate, *scales, batch=batch)
-    for side, scale, errors in zip(sides, scales, found, strict=True):
-        blocks = [tensor.double().flatten(1).numpy() for tensor in side]
+    token_errors = np.zeros(7)
+    for side, scale, errors in zip(sides, scales, (found.key, found.value), strict=True):
+        blocks = np.stack([tensor.double().flatten(1).numpy() for tensor in side])
         factors = np.ones((layers, 7)) if scale is None else scale.double().numpy()
-        expected = [
-            naive_error(
-                [block[own[i]] for block in blocks],
-                [block[served_by[i]] * factors[n, i] for n, block in enumerate(blocks)],
-                aggregate,
-            )
-            for i in range(7)
-        ]
+        pairs = [(blocks[:, own[i]], blocks[:, served_by[i]] * factors[:, i, None]) for i in range(7)]
+        expected = [naive_error(*pair, aggregate) for pair in pairs]
+        worst = [naive_token_error(*pair, TOKENS, aggregate) for pair in pairs]
+        token_errors = np.maximum(token_errors, worst)
         np.testing.assert_allclose(errors.numpy(), expected, rtol=ROUNDING, atol=ROUNDING)
+    np.testing.assert_allclose(found.token.numpy(), token_errors, rtol=ROUNDING, atol=ROUNDING)
+    np.testing.assert_array_equal(found.take(own > 0).token, found.token[own > 0])
 
 
 def test_no_blocks_have_no_errors():
     none = torch.zeros(0, dtype=torch.long)
-    key_error, value_error = served_errors(PagedKV([layer()], [layer()]), none, none, "rms")
-    assert key_error.shape == value_error.shape == (0,)
+    errors = served_errors(PagedKV([layer()], [layer()]), none, none, "rms")
+    assert [error.shape for error in errors] == [(0,)] * 3
 
 
 def test_a_zero_block_is_served_by_a_zero_block_only():
     keys = torch.stack((torch.zeros(2, 1, 2), torch.zeros(2, 1, 2), torch.ones(2, 1, 2)))
     kv = PagedKV([keys], [keys])
-    key_error, value_error = served_errors(kv, torch.tensor([0, 0, 2]), torch.tensor([1, 2, 0]), "rms")
-    assert key_error.tolist() == value_error.tolist() == [0.0, np.inf, 1.0]
+    errors = served_errors(kv, torch.tensor([0, 0, 2]), torch.tensor([1, 2, 0]), "rms")
+    assert [error.tolist() for error in errors] == [[0.0, np.inf, 1.0]] * 3
 
 
 def test_blocks_that_are_no_numbers_have_no_finite_error():
     keys = layer()
     keys[0, 0, 0, 0] = torch.nan
     keys[1, 0, 0, 0] = torch.inf
-    errors, _ = served_errors(
-        PagedKV([keys], [layer()]), torch.tensor([0, 1, 2, 2]), torch.tensor([2, 2, 0, 1]), "max"
-    )
-    assert not errors.isfinite().any()
+    errors = served_errors(PagedKV([keys], [layer()]), torch.tensor([0, 1, 2, 2]), torch.tensor([2, 2, 0, 1]), "max")
+    assert not errors.key.isfinite().any()
 
 
 def test_tiny_blocks_do_not_pass_for_equal_because_their_squares_vanish():
     keys = torch.stack((torch.full((2, 1, 2), 1e-25), torch.full((2, 1, 2), -1e-25)))
-    key_error, _ = served_errors(PagedKV([keys], [keys]), torch.tensor([0]), torch.tensor([1]), "rms")
-    assert not key_error[0] < 2 - ROUNDING  # the truth is 2; "not a number" would do as well
+    errors = served_errors(PagedKV([keys], [keys]), torch.tensor([0]), torch.tensor([1]), "rms")
+    assert not errors.key[0] < 2 - ROUNDING  # the truth is 2; "not a number" would do as well

@@ -23,18 +23,21 @@ def plan_of(members, *, layers=2, groups=0, scales=False, dtype=torch.float32, s
     def numbers(*shape):
         return torch.rand(*shape, generator=generator)
 
+    k_scale, v_scale = (numbers(layers, members) if scales or groups else None for _ in range(2))
+    directions = [numbers(layers, groups, *PAGE_SHAPE).to(dtype) if groups else None for _ in range(2)]
     return FusionPlan(
-        pages(members),
-        pages(members),
-        pages(members),
-        pages(members),
-        numbers(members),
-        numbers(members),
-        numbers(layers, members) if scales or groups else None,
-        numbers(layers, members) if scales or groups else None,
-        pages(groups) if groups else None,
-        numbers(layers, groups, *PAGE_SHAPE).to(dtype) if groups else None,
-        numbers(layers, groups, *PAGE_SHAPE).to(dtype) if groups else None,
+        row=pages(members),
+        slot=pages(members),
+        old_page=pages(members),
+        page=pages(members),
+        key_error=numbers(members),
+        value_error=numbers(members),
+        token_error=numbers(members),
+        k_scale=k_scale,
+        v_scale=v_scale,
+        direction_page=pages(groups) if groups else None,
+        key_direction=directions[0],
+        value_direction=directions[1],
     )
 
 
@@ -56,9 +59,7 @@ def assert_same(first, second):
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 999),
 )
-def test_every_kind_of_plan_is_read_back_as_saved(
-    tmp_path_factory, members, layers, groups, scales, dtype, seed
-):
+def test_every_kind_of_plan_is_read_back_as_saved(tmp_path_factory, members, layers, groups, scales, dtype, seed):
     plan = plan_of(members, layers=layers, groups=groups, scales=scales, dtype=dtype, seed=seed)
     path = tmp_path_factory.mktemp("plans") / "plan.safetensors"
     plan.save(path)
@@ -68,7 +69,7 @@ def test_every_kind_of_plan_is_read_back_as_saved(
 def test_views_and_the_empty_plan_can_be_saved(tmp_path):
     FusionPlan.empty().save(tmp_path / "empty")
     assert len(FusionPlan.load(tmp_path / "empty")) == 0
-    numbers, errors = torch.arange(12).view(3, 4).T, torch.rand(2, 3)
+    numbers, errors = torch.arange(12).view(3, 4).T, torch.rand(3, 3)
     plan = FusionPlan(*numbers, *errors)
     plan.save(tmp_path / "views")
     assert_same(FusionPlan.load(tmp_path / "views"), plan)
@@ -112,7 +113,7 @@ def test_what_is_no_safetensors_file_is_bad_input(tmp_path):
             FusionPlan.load(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["slot", "old_page", "page", "key_error", "value_error"])
+@pytest.mark.parametrize("name", ["slot", "old_page", "page", "key_error", "value_error", "token_error"])
 def test_members_must_agree_in_number(name):
     with pytest.raises(LayoutError, match=name):
         FusionPlan(**{**fields_of(plan_of(3)), name: torch.zeros(2)})

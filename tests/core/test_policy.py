@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jointkv.errors import InvalidPolicy, JointKVError
-from jointkv.policy import PER_LAYER, FusionPolicy, LayerGroups
+from jointkv.policy import PER_LAYER, THRESHOLDS, FusionPolicy, LayerGroups
 
 DIRECTION = {"representative": "direction", "similarity": "key", "key_threshold": 0.8}
 
@@ -36,6 +36,9 @@ REFUSED = [
     ("max_relative_error", {"max_relative_error": math.nan}),
     ("max_relative_error", {"max_relative_error": (0.1, -0.1), "layer_groups": 2}),
     ("max_relative_error", {"max_relative_error": (0.1, 0.1, 0.1), "layer_groups": 2}),
+    ("max_token_error", {"max_token_error": -0.1}),
+    ("max_token_error", {"max_token_error": "0.3"}),
+    ("max_token_error", {"max_token_error": (0.1, 0.1, 0.1), "layer_groups": 2}),
     ("chunk_tokens", {"chunk_tokens": 0}),
     ("chunk_tokens", {"chunk_tokens": 512.0}),
     ("chunk_tokens", {"chunk_tokens": True}),
@@ -54,7 +57,10 @@ REFUSED = [
     ("scope", {**DIRECTION, "scope": "both"}),
     ("enabled", {"enabled": "no"}),
     # Values would be compared with nothing, although `key_value` promises that both must agree.
-    ("value_threshold", {"similarity": "key_value", "key_threshold": 0.9, "max_relative_error": None}),
+    (
+        "value_threshold",
+        {"similarity": "key_value", "key_threshold": 0.9, "max_relative_error": None, "max_token_error": None},
+    ),
 ]
 
 
@@ -69,13 +75,13 @@ def test_safe_is_the_default_and_compares_both_sides_under_a_bound():
     safe = FusionPolicy.preset("safe")
     assert safe == FusionPolicy()
     assert safe.enabled and safe.representative == "resident" and safe.similarity == "key_value"
-    assert safe.max_relative_error == 0.2
+    assert (safe.max_relative_error, safe.max_token_error) == (0.2, 0.3)
 
 
 def test_paper_is_algorithm_1_by_keys_alone_without_the_outer_layers():
     paper = FusionPolicy.preset("paper")
     assert (paper.similarity, paper.representative) == ("key", "direction")
-    assert paper.max_relative_error is None and paper.key_threshold == 0.75
+    assert paper.max_relative_error is paper.max_token_error is None and paper.key_threshold == 0.75
     assert (paper.skip_first_layers, paper.skip_last_layers) == (2, 2)
     assert LayerGroups.of(paper, 6).fused == (False, False, True, True, False, False)
 
@@ -129,6 +135,7 @@ def policies(draw: st.DrawFn) -> FusionPolicy:
         "max_candidates": draw(st.integers(1, 9)),
         "key_threshold": threshold(cosines),
         "max_relative_error": threshold(st.floats(0, 4) | st.just(math.inf)),
+        "max_token_error": threshold(st.floats(0, 4)),
         "representative": draw(st.sampled_from(["resident", "direction"])),
         "scope": draw(st.sampled_from(["batch", "chunk"])),
     }
@@ -183,9 +190,7 @@ def test_json_fields_left_out_are_the_safe_ones():
     enabled=st.booleans(),
 )
 def test_groups_leave_out_exactly_the_skipped_layers_or_are_refused(layers, groups, first, last, enabled):
-    policy = FusionPolicy(
-        layer_groups=groups, skip_first_layers=first, skip_last_layers=last, enabled=enabled
-    )
+    policy = FusionPolicy(layer_groups=groups, skip_first_layers=first, skip_last_layers=last, enabled=enabled)
     count = layers if groups == PER_LAYER else groups
     if layers % count:
         refused = "layer_groups"
@@ -203,7 +208,7 @@ def test_groups_leave_out_exactly_the_skipped_layers_or_are_refused(layers, grou
         LayerGroups.of(policy, layers)
 
 
-@pytest.mark.parametrize("field", ["key_threshold", "value_threshold", "max_relative_error"])
+@pytest.mark.parametrize("field", THRESHOLDS)
 def test_a_list_per_layer_must_have_one_entry_per_layer(field):
     policy = FusionPolicy(**{field: [0.5, 0.5, 0.5]}, layer_groups=PER_LAYER)
     assert LayerGroups.of(policy, 3).count == 3

@@ -60,9 +60,7 @@ class PoolMachine(RuleBasedStateMachine):
         entries = [e for e in entries_of(self.tables[index]) if not written or e in self.shadow[index]]
         if not entries:
             return []
-        return data.draw(
-            st.lists(st.sampled_from(entries), unique=True, min_size=1, max_size=6), label="blocks"
-        )
+        return data.draw(st.lists(st.sampled_from(entries), unique=True, min_size=1, max_size=6), label="blocks")
 
     def random_content(self, *shape):
         sides = (KEY_SHAPE, VALUE_SHAPE)
@@ -123,10 +121,7 @@ class PoolMachine(RuleBasedStateMachine):
         table.select(torch.tensor(rows))
         old = self.shadow[index]
         self.shadow[index] = {
-            (new, slot): content
-            for new, row in enumerate(rows)
-            for (r, slot), content in old.items()
-            if r == row
+            (new, slot): content for new, row in enumerate(rows) for (r, slot), content in old.items() if r == row
         }
 
     @precondition(lambda self: self.tables)
@@ -183,7 +178,8 @@ class PoolMachine(RuleBasedStateMachine):
         factors = [1.0 if scale is None else scale.view(LAYERS, -1, 1, 1, 1) for scale in scales]
         sides = zip((self.pool.kv.keys, self.pool.kv.values), factors, strict=True)
         keys, values = (torch.stack([layer[served_by] for layer in side]) * factor for side, factor in sides)
-        self.apply(table, plan)
+        if not self.apply(table, plan):
+            return
         self.shadow[index].update({b: (keys[:, i], values[:, i]) for i, b in enumerate(blocks)})
 
     @precondition(lambda self: any(self.shadow))
@@ -198,16 +194,14 @@ class PoolMachine(RuleBasedStateMachine):
         rows, slots = torch.tensor(blocks).T
         old = table.pages[rows, slots]
         # The first of `own` leads; the others of `own` lead themselves or join it, as shared blocks must.
-        leads = {
-            i: i if i == own[0] or (i in own and data.draw(st.booleans())) else own[0]
-            for i in range(len(blocks))
-        }
+        leads = {i: i if i == own[0] or (i in own and data.draw(st.booleans())) else own[0] for i in range(len(blocks))}
         leaders, group = torch.tensor(list(leads.values())).unique(return_inverse=True)
         keys, values = self.random_content(LAYERS, len(leaders))
         k_scale, v_scale = self.draw_scales(data, len(blocks))
         pages = old[leaders]
         plan = self.plan(table, rows, slots, pages[group], k_scale, v_scale, pages, keys, values)
-        self.apply(table, plan)
+        if not self.apply(table, plan):
+            return
         for i, block in enumerate(blocks):
             scales = (scale[:, i].view(-1, 1, 1, 1) for scale in (k_scale, v_scale))
             read = [side[:, group[i]] * scale for side, scale in zip((keys, values), scales, strict=True)]
@@ -219,14 +213,18 @@ class PoolMachine(RuleBasedStateMachine):
 
     def plan(self, table, rows, slots, pages, *rest):
         errors = torch.zeros(len(rows))
-        return FusionPlan(rows, slots, table.pages[rows, slots], pages, errors, errors, *rest)
+        return FusionPlan(rows, slots, table.pages[rows, slots], pages, *[errors] * 3, *rest)
 
     def apply(self, table, plan):
         used = self.pool.num_used
         stale = dataclasses.replace(plan, old_page=plan.old_page + 1)
         self.refused(StalePlan, lambda: table.apply(stale))
+        if any(self.is_scaled(table, *block) for block in zip(plan.row.tolist(), plan.slot.tolist(), strict=True)):
+            self.refused(StalePlan, lambda: table.apply(plan))
+            return False
         assert table.apply(plan) == used - self.pool.num_used
         assert torch.equal(table.pages[plan.row, plan.slot], plan.page)
+        return True
 
     def refused(self, error, action):
         """`action` raises `error` and changes nothing."""
@@ -245,12 +243,13 @@ class PoolMachine(RuleBasedStateMachine):
         index = self.pick_table(data)
         if index < 2 and not data.draw(st.booleans(), label="also the first tables"):
             return
-        self.tables[index].release()
-        self.shadow[index] = {}
-        assert not len(self.tables[index].held())
         if drop:
             self.seen = []
             del self.tables[index], self.shadow[index]
+        else:
+            self.tables[index].release()
+            self.shadow[index] = {}
+            assert not len(self.tables[index].held())
 
     @precondition(lambda self: self.pool.num_free > 0)
     @rule(data=st.data())

@@ -34,7 +34,7 @@ def moving(table, row, slot, page, **fields):
     """A plan that lets one block read `page`."""
     at = torch.tensor([row]), torch.tensor([slot])
     zero = torch.zeros(1)
-    return FusionPlan(*at, table.pages[at], torch.tensor([int(page)]), zero, zero, **fields)
+    return FusionPlan(*at, table.pages[at], torch.tensor([int(page)]), zero, zero, zero, **fields)
 
 
 def test_growth_keeps_content_and_doubles():
@@ -194,6 +194,22 @@ def test_a_table_that_is_dropped_without_release_gives_its_pages_back():
     assert gone() is None
     pool.check_integrity()
     assert pool.num_used == 0
+
+
+def test_what_a_forward_pass_in_inference_mode_made_can_be_changed_after_it():
+    with torch.inference_mode():
+        pool = pool_of()
+        table = table_of(pool, 1, 1)
+        fill(pool, table.pages[:, 0], 1.0)
+        scales = torch.full((1, 1), 2.0)
+        table.apply(moving(table, 1, 0, table.pages[0, 0], k_scale=scales, v_scale=scales))
+    pages = table.make_writable(torch.tensor([1]), torch.tensor([0]))
+    assert (pool.kv.keys[0][pages] == 2).all()
+    table.truncate(torch.tensor([1, 0]))
+    table.extend(torch.tensor([2, FIRST_PAGES + 1]))
+    table.select(torch.tensor([1]))
+    table.release()
+    pool.check_integrity()
 
 
 def test_broken_counts_and_tables_are_noticed():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,13 +17,19 @@ from jointkv.pool import BlockPool
 from jointkv.table import BlockTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NOISES = (0.0, 1e-3, 0.03, 0.1, 0.3, 1.0)
+NOISES = (0.0, 1e-3, 0.03, 0.07, 0.1, 0.2, 0.3, 1.0)
 """Standard deviation of a block around its cluster's centre, whose entries have 1."""
 PER_CHUNK = 2
 """Blocks in a chunk, in the chunk scope."""
 
 Block = tuple[np.ndarray, np.ndarray]
 """K and V of one logical block as read, float64 `[layers, r]` each."""
+
+
+RESIDENT = FusionPolicy(max_relative_error=0.3, max_token_error=None)
+UNBOUNDED = {"max_relative_error": None, "max_token_error": None}
+KEYS_ONLY = FusionPolicy(similarity="key", key_threshold=0.9, **UNBOUNDED)
+DIRECTION = FusionPolicy(representative="direction", similarity="key", key_threshold=0.8, **UNBOUNDED)
 
 
 @dataclass
@@ -33,7 +40,7 @@ class Case:
     table: BlockTable
     lengths: list[int]
     policy: FusionPolicy
-    generator: torch.Generator = field(repr=False)
+    generator: torch.Generator = dataclasses.field(repr=False)
 
     def place(self, row: int, slot: int) -> tuple[int, int]:
         return (-1, slot) if self.policy.scope == "batch" else (row, slot % PER_CHUNK)
@@ -90,10 +97,11 @@ def write_block(pool: BlockPool, page: int, keys: torch.Tensor, values: torch.Te
 
 @dataclass(frozen=True)
 class Texture:
-    """How alike the blocks of a place are."""
+    """How alike the blocks of a place are; `value_noise` is how much more the values differ than the keys."""
 
     clusters: int = 2
     noise: float = 0.1
+    value_noise: float = 1.0
     spread: float = 0.0
     key_mean: float = 0.0
     zeros: float = 0.0
@@ -129,27 +137,34 @@ def make_case(
         if torch.rand((), generator=generator) < texture.zeros:
             magnitude = 0.0
         noises = [texture.noise * torch.randn(layers, size, generator=generator) for size in sizes]
-        sides = [(c + n) * magnitude for c, n in zip(centres[cluster], noises, strict=True)]
+        noises[1] *= texture.value_noise
+        # "+ 0.0" makes -0.0 a 0.0: zero blocks are then equal bit by bit.
+        sides = [(c + n) * magnitude + 0.0 for c, n in zip(centres[cluster], noises, strict=True)]
         write_block(pool, case.page(row, slot), *sides)
     return case
 
 
-bounds = st.sampled_from([0.0, 0.02, 0.1, 0.3, 1.0])
-thresholds = st.sampled_from([0.3, 0.5, 0.8, 0.95, 0.999])
+BOUNDS = [0.0, 0.02, 0.1, 0.3, 0.5, 1.0]
+THRESHOLDS = [0.3, 0.5, 0.8, 0.9, 0.99]
+
+
+def often_none(values: list[float]) -> st.SearchStrategy[float | None]:
+    return st.sampled_from([None] * len(values) + values)
 
 
 @st.composite
 def policies(draw: st.DrawFn, representative: str | None = None, scope: str | None = None) -> FusionPolicy:
     """Policies of one layer group, of every kind that makes sense."""
     representative = representative or draw(st.sampled_from(["resident", "direction"]))
-    value = draw(st.none() | thresholds)
-    bound = draw(st.none() | bounds)
+    value = draw(often_none(THRESHOLDS))
+    bound = draw(st.sampled_from([None, *BOUNDS]))
     needs_key = representative == "direction" or bound is None
     return FusionPolicy(
         similarity="key" if value is None else "key_value",
-        key_threshold=draw(thresholds if needs_key else st.none() | thresholds),
+        key_threshold=draw(st.sampled_from(THRESHOLDS) if needs_key else often_none(THRESHOLDS)),
         value_threshold=value,
         max_relative_error=bound,
+        max_token_error=draw(often_none(BOUNDS)),
         across_layers=draw(st.sampled_from(["rms", "max"])),
         representative=representative,
         scope=scope or draw(st.sampled_from(["batch", "chunk"])),
@@ -160,11 +175,12 @@ def policies(draw: st.DrawFn, representative: str | None = None, scope: str | No
 @st.composite
 def textures(draw: st.DrawFn) -> Texture:
     return Texture(
-        clusters=draw(st.integers(1, 3)),
+        clusters=draw(st.sampled_from([1, 1, 2, 3])),
         noise=draw(st.sampled_from(NOISES)),
+        value_noise=draw(st.sampled_from([1.0, 3.0])),
         spread=draw(st.sampled_from([0.0, 0.05, 0.7])),
         key_mean=draw(st.sampled_from([0.0, 2.0])),
-        zeros=draw(st.sampled_from([0.0, 0.0, 0.2])),
+        zeros=draw(st.sampled_from([0.0, 0.0, 0.0, 0.2])),
     )
 
 
@@ -176,9 +192,9 @@ def cases(draw: st.DrawFn, policy: st.SearchStrategy[FusionPolicy] | None = None
     chosen = FusionPolicy.preset("safe", **{**vars(chosen), "chunk_tokens": PER_CHUNK * tokens})
     batch = chosen.scope == "batch"
     lengths = draw(
-        st.lists(st.integers(0, 3), min_size=1, max_size=9)
+        st.lists(st.sampled_from([0, 1, 2, 2, 3]), min_size=2, max_size=9)
         if batch
-        else st.lists(st.integers(0, 11), min_size=1, max_size=2)
+        else st.lists(st.integers(3, 11), min_size=1, max_size=2)
     )
     shape = (tokens, draw(st.integers(1, 2)), draw(st.sampled_from([2, 4, 8])), draw(st.sampled_from([3, 8])))
     return make_case(
@@ -190,3 +206,14 @@ def cases(draw: st.DrawFn, policy: st.SearchStrategy[FusionPolicy] | None = None
         shape=shape,
         dtype=draw(st.sampled_from(DTYPES)),
     )
+
+
+def members_of(plan: FusionPlan) -> list[tuple[int, int]]:
+    return list(zip(plan.row.tolist(), plan.slot.tolist(), strict=True))
+
+
+def assert_same_plan(first: FusionPlan, second: FusionPlan) -> None:
+    for name in (entry.name for entry in dataclasses.fields(FusionPlan)):
+        one, other = getattr(first, name), getattr(second, name)
+        assert (one is None) == (other is None), name
+        assert one is None or torch.equal(one, other), name

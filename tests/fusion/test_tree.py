@@ -1,6 +1,7 @@
-"""The promise: whatever the blocks and the policy, every member reads what its plan says, within the bound."""
+"""The promise: whatever blocks and policy are, every member reads what its plan says, within the bound."""
 
 import dataclasses
+from contextlib import suppress
 from unittest.mock import patch
 
 import numpy as np
@@ -9,31 +10,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.shadow import naive_error
-from fusion.strategies import NOISES, Texture, cases, make_case, policies, textures
+from core.shadow import naive_error, naive_token_error
+from fusion.strategies import (
+    DIRECTION,
+    KEYS_ONLY,
+    NOISES,
+    RESIDENT,
+    UNBOUNDED,
+    Texture,
+    assert_same_plan,
+    cases,
+    make_case,
+    members_of,
+    policies,
+    textures,
+)
 from jointkv.errors import InvalidPolicy, JointKVError, LayoutError
+from jointkv.fusion import pairs
 from jointkv.fusion.tree import plan_batch, plan_chunks, plan_matrix
-from jointkv.plan import FusionPlan
 from jointkv.policy import FusionPolicy
 
 BOUND_ROUNDING = 1e-6
 REPORT_ROUNDING = 1e-5
 COSINE_ROUNDING = 1e-4
-RESIDENT = FusionPolicy(max_relative_error=0.3)
-DIRECTION = FusionPolicy(
-    representative="direction", similarity="key", key_threshold=0.8, max_relative_error=None
-)
 
 
-def members_of(plan):
-    return list(zip(plan.row.tolist(), plan.slot.tolist(), strict=True))
-
-
-def assert_same_plan(first, second):
-    for field in dataclasses.fields(FusionPlan):
-        one, other = getattr(first, field.name), getattr(second, field.name)
-        assert (one is None) == (other is None), field.name
-        assert one is None or torch.equal(one, other), field.name
+def only_exact(scope):
+    return FusionPolicy(max_relative_error=0.0, scope=scope)
 
 
 def cosine(first, second):
@@ -42,27 +45,53 @@ def cosine(first, second):
     return float(((first * second).sum(1) / np.where(norms == 0, 1, norms)).mean())
 
 
-@settings(deadline=None, max_examples=150)
-@given(cases())
-def test_the_promise(case):
+def check_promise(case):
     before, pages_before = case.read(), len(case.table.held().unique())
     plans = case.apply()
     after = case.read()
-    bound, aggregate = case.policy.max_relative_error, case.policy.across_layers
+    policy, tokens = case.policy, case.pool.block_size
     members = [(entry, i, plan) for plan in plans for i, entry in enumerate(members_of(plan))]
     for entry, i, plan in members:
-        for side, reported in enumerate((plan.key_error, plan.value_error)):
-            error = naive_error(before[entry][side], after[entry][side], aggregate)
+        sides = list(zip(before[entry], after[entry], strict=True))
+        key, value = (naive_error(block, read, policy.across_layers) for block, read in sides)
+        token = max(naive_token_error(block, read, tokens, policy.across_layers) for block, read in sides)
+        for error, reported, bound in (
+            (key, plan.key_error, policy.max_relative_error),
+            (value, plan.value_error, policy.max_relative_error),
+            (token, plan.token_error, policy.max_token_error),
+        ):
             assert bound is None or error <= bound + BOUND_ROUNDING
-            assert abs(error - float(reported[i])) <= REPORT_ROUNDING * max(1.0, error)
+            assert error == pytest.approx(float(reported[i]), rel=REPORT_ROUNDING, abs=REPORT_ROUNDING)
     moved = {entry for entry, _, _ in members}
     assert len(moved) == len(members)
     for entry in set(before) - moved:
         assert all(np.array_equal(b, a) for b, a in zip(before[entry], after[entry], strict=True))
-    assert len(case.table.held().unique()) <= pages_before
+    assert len(case.table.held().unique()) == pages_before - sum(plan.pages_released for plan in plans)
+    if policy.representative == "direction":
+        assert all(plan.page.unique(return_counts=True)[1].gt(1).all() for plan in plans)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=400)
+@given(cases())
+def test_the_promise(case):
+    check_promise(case)
+
+
+@settings(deadline=None, max_examples=250)
+@given(cases(), st.sampled_from(["key_error", "value_error", "token_error"]), st.sampled_from([0.999, 1.001]))
+def test_a_bound_between_errors_parts_the_members(case, which, factor):
+    case.policy = dataclasses.replace(case.policy, **{**UNBOUNDED, "key_threshold": case.policy.key_threshold or 0.3})
+    errors = torch.cat([getattr(plan, which) for plan in case.plans()])
+    errors = errors[errors > COSINE_ROUNDING]
+    if not len(errors):
+        return
+    name = "max_token_error" if which == "token_error" else "max_relative_error"
+    bound = float(errors.sort().values[len(errors) // 2]) * factor
+    case.policy = dataclasses.replace(case.policy, **{name: bound})
+    check_promise(case)
+
+
+@settings(deadline=None, max_examples=150)
 @given(cases(policies("resident")))
 def test_residents_serve_their_page_as_it_stands_and_never_move(case):
     before = case.read()
@@ -84,12 +113,13 @@ def test_residents_serve_their_page_as_it_stands_and_never_move(case):
                     assert found >= threshold - COSINE_ROUNDING
 
 
-@settings(deadline=None, max_examples=80)
-@given(cases(policies("direction").map(lambda p: dataclasses.replace(p, max_relative_error=None))))
+@settings(deadline=None, max_examples=150)
+@given(cases(policies("direction").map(lambda p: dataclasses.replace(p, **UNBOUNDED))))
 def test_directions_are_the_normalised_mean_of_unit_vectors_times_own_norms(case):
     before = case.read()
     owner = {case.page(*entry): entry for entry in case.entries()}
     plans = case.apply()
+    after = case.read()
     for plan in plans:
         for page in plan.page.unique().tolist():
             group = [e for e, p in zip(members_of(plan), plan.page.tolist(), strict=True) if p == page]
@@ -101,13 +131,13 @@ def test_directions_are_the_normalised_mean_of_unit_vectors_times_own_norms(case
                     total = sum(block / max(np.linalg.norm(block), 1e-30) for block in blocks)
                     mean = total / max(np.linalg.norm(total), 1e-30)
                     eps = torch.finfo(stored.dtype).eps
-                    assert np.abs(stored[page].double().numpy().ravel() - mean).max() <= eps
+                    assert np.abs(stored[page].double().numpy().ravel() - mean).max() <= 2 * eps
                     for entry, block in zip(group, blocks, strict=True):
-                        read = case.read()[entry][side][layer]
+                        read = after[entry][side][layer]
                         assert np.linalg.norm(read) == pytest.approx(np.linalg.norm(block), rel=1e-5)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=150)
 @given(cases(), st.randoms(use_true_random=False))
 def test_plans_depend_on_nothing_but_the_blocks(case, random):
     first, second = case.plans(), case.plans()
@@ -137,16 +167,12 @@ def test_a_block_alone_at_its_position_is_left_alone(case):
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    cases(policies("resident").map(lambda p: FusionPolicy(max_relative_error=0.0, scope=p.scope))), textures()
-)
+@given(cases(policies("resident").map(lambda p: FusionPolicy(max_relative_error=0.0, scope=p.scope))), textures())
 def test_bound_zero_merges_exact_copies_and_nothing_else(case, texture):
     texture = dataclasses.replace(texture, noise=0.0, spread=0.0)
     kv = case.pool.kv
     shape = (*kv.keys[0].shape[1:], kv.values[0].shape[-1])
-    case = make_case(
-        7, case.policy, case.lengths, texture, layers=kv.num_layers, shape=shape, dtype=kv.keys[0].dtype
-    )
+    case = make_case(7, case.policy, case.lengths, texture, layers=kv.num_layers, shape=shape, dtype=kv.keys[0].dtype)
     before = case.read()
     case.apply()
     for entry, block in case.read().items():
@@ -164,42 +190,19 @@ def test_a_near_copy_that_the_bound_forbids_does_not_cost_the_exact_ones():
     assert members_of(plan) == [(3, 0)]
 
 
-@settings(deadline=None, max_examples=80)
-@given(cases(), st.sampled_from([torch.nan, torch.inf, -torch.inf]), st.data())
-def test_blocks_that_are_no_numbers_count_as_absent(case, poison, data):
-    entries = case.entries()
-    if not entries:
-        return
-    bad = data.draw(st.lists(st.sampled_from(entries), min_size=1, max_size=3, unique=True))
-    kv = case.pool.kv
-    for entry in bad:
-        layer = data.draw(st.sampled_from([*kv.keys, *kv.values]))
-        layer[case.page(*entry)].view(-1)[0] = poison
-    poisoned = torch.tensor([case.page(*entry) for entry in bad])
-    plans = case.plans()
-    for plan in plans:
-        assert not torch.isin(torch.cat((plan.page, plan.old_page)), poisoned).any()
-    case.table.pages[torch.isin(case.table.pages, poisoned)] = -1
-    for plan, without in zip(plans, case.plans(), strict=True):
-        assert_same_plan(plan, without)
-
-
-@pytest.mark.parametrize("value", [1e-25, 1e25], ids=["vanish", "overflow"])
-@pytest.mark.parametrize("policy", [RESIDENT, DIRECTION], ids=["resident", "direction"])
-def test_the_bound_holds_where_squares_leave_float32(policy, value):
-    policy = dataclasses.replace(policy, max_relative_error=0.3)
-    case = make_case(0, policy, [1, 1], Texture(clusters=1, noise=0.0))
-    for layer in case.pool.kv.values:
-        layer[case.page(0, 0)], layer[case.page(1, 0)] = value, -value
-    before = case.read()
-    case.apply()
-    for entry, block in case.read().items():
-        assert naive_error(before[entry][1] / value, block[1] / value, "rms") <= 0.3 + BOUND_ROUNDING
+def test_copies_that_differ_in_one_token_keep_merging_among_themselves():
+    """Two texts that differ in one word: the blocks are alike as a whole, but the token bound keeps them apart."""
+    policy = FusionPolicy(max_relative_error=0.3, max_token_error=0.3)
+    case = make_case(0, policy, [1, 1, 1, 1], Texture(clusters=1, noise=0.0), shape=(16, 1, 4, 4))
+    for layer in (*case.pool.kv.keys, *case.pool.kv.values):
+        for row in (2, 3):
+            layer[case.page(row, 0), 5] *= 0.4
+    (plan,) = case.apply()
+    assert members_of(plan) == [(1, 0), (3, 0)]
 
 
 def test_keys_alone_decide_when_values_are_not_asked():
-    policy = FusionPolicy(similarity="key", key_threshold=0.9, max_relative_error=None)
-    for kind in (policy, DIRECTION):
+    for kind in (KEYS_ONLY, DIRECTION):
         case = make_case(3, kind, [2] * 5, Texture(clusters=2, noise=0.05))
         (plan,) = case.plans()
         assert len(plan)
@@ -213,7 +216,9 @@ def test_keys_alone_decide_when_values_are_not_asked():
 def test_cutting_the_work_into_parts_changes_no_group(policy):
     case = make_case(5, policy, [7, 4, 7, 6, 5], Texture(clusters=2, noise=NOISES[2]))
     (whole,) = case.plans()
-    with patch("jointkv.fusion.pairs.WORKSPACE_BYTES", 1):
+    sizes = [name for name in vars(pairs) if name.endswith("_BYTES")]
+    assert sizes
+    with patch.multiple(pairs, **dict.fromkeys(sizes, 1)):
         (cut,) = case.plans()
     assert len(whole) and members_of(whole) == members_of(cut) and torch.equal(whole.page, cut.page)
 
@@ -226,11 +231,9 @@ def test_blocks_that_already_read_scaled_directions_keep_the_promise_or_are_refu
     pages = case.table.pages[:, 0][None]
     first = plan_matrix(case.pool.kv, pages[:, 1:], rows[:, 1:], slots[:, 1:], policy)
     assert len(first) == 2 and case.table.apply(first) == 1
-    try:
-        pages = case.table.pages[:, 0][None]
+    pages = case.table.pages[:, 0][None]
+    with suppress(JointKVError):
         case.table.apply(plan_matrix(case.pool.kv, pages, rows, slots, policy))
-    except JointKVError:
-        pass
     for entry, block in case.read().items():
         # Twice the bound: a direction of directions may be off by both.
         assert naive_error(before[entry][0], block[0], "rms") <= 2 * 0.1

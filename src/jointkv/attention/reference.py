@@ -97,6 +97,8 @@ def _check(
     if sum(query_lengths) != len(query) or len(query_lengths) != len(tables):
         raise LayoutError("query lengths, queries and tables differ in number")
     size = keys.shape[1]
+    if any(not table for table in tables):
+        raise LayoutError("a sequence without tokens has no attention")
     for ref in (ref for table in tables for ref in table):
         if not (ref.first >= 0 and ref.count > 0 and ref.first + ref.count <= size):
             raise LayoutError(f"tokens {ref.first}..{ref.first + ref.count} lie outside a page of {size}")

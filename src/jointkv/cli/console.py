@@ -17,6 +17,7 @@ from rich.text import Text
 from jointkv.errors import BadInput, JointKVError
 
 FAILURE = 2
+EXTRAS = {"transformers": "hf", "gguf": "hf", "matplotlib": "plot", "vllm": "vllm"}
 
 
 def stderr_console() -> Console:
@@ -36,11 +37,19 @@ def fail(message: str) -> NoReturn:
 
 @contextmanager
 def named_errors() -> Iterator[None]:
-    """Turn a `JointKVError` inside the block into `fail`; anything else is a bug and keeps its traceback."""
+    """Turn a `JointKVError` or a missing optional package inside the block into `fail`.
+
+    Anything else is a bug and keeps its traceback.
+    """
     try:
         yield
     except JointKVError as error:
         fail(str(error) or type(error).__name__)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        fail(f"this needs the package {error.name}: pip install 'jointkv[{extra}]'")
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def demo(
     block_size: int = typer.Option(16, min=1, help="Tokens per KV block."),
     dtype: str = typer.Option("float32", help="Of the model and its KV cache; see below."),
     seed: int = typer.Option(0, help="Seed of the requests."),
-    output: Path = typer.Option(Path("out/demo"), help="Folder for demo.json and demo.png."),
+    output: Path = typer.Option(Path("out/demo"), help="Folder for demo.json, demo.md and demo.png."),
     json: Path | None = typer.Option(None, help="Write the JSON here as well ('-' for stdout)."),
 ) -> None:
     """Prefill, fuse and score real requests on a real model, and show memory freed beside fidelity lost.
@@ -43,6 +43,7 @@ def demo(
     with named_errors():
         from jointkv.hf.models import load_model
         from jointkv.policy import FusionPolicy
+        from jointkv.report.demo_chart import draw, markdown
 
         policies = {
             "safe": FusionPolicy.preset("safe", max_relative_error=max_relative_error),
@@ -62,10 +63,11 @@ def demo(
         write_json(output / "demo.json", result)
         if json is not None:
             write_json(json, result)
-        _draw(rows, output / "demo.png")
+        (output / "demo.md").write_text(markdown(rows))
+        draw(rows, output / "demo.png")
     if json is None or str(json) != "-":
         _print_table(rows)
-    console.print(f"wrote {output / 'demo.json'} and {output / 'demo.png'}")
+    console.print(f"wrote demo.json, demo.md and demo.png to {output}")
 
 
 def _rows(model: Any, tokenizer: Any, policies: Any, settings: dict[str, int], step: Any) -> Iterator[Row]:
@@ -138,16 +140,6 @@ def _result(model: str, rows: list[Row], policies: Any, settings: dict[str, Any]
         },
         "rows": rows,
     }
-
-
-def _draw(rows: list[Row], path: Path) -> None:
-    from jointkv.errors import BadInput
-    from jointkv.report.demo_chart import draw
-
-    try:
-        draw(rows, path)
-    except ImportError:
-        raise BadInput("the chart needs matplotlib: pip install 'jointkv[plot]'") from None
 
 
 def _print_table(rows: list[Row]) -> None:

@@ -69,6 +69,9 @@ def _one_layer(layer: Tensor, pages: Tensor, group_of: Tensor, num_groups: int) 
         blocks = as_vectors(layer, pages[part])
         norms.append(torch.linalg.vector_norm(blocks, dim=-1))
         inverse = torch.where(norms[-1] > 0, 1 / norms[-1], 0.0)
+        broken = ~norms[-1].isfinite()
+        if broken.any():  # out of the mean; its own error is no number, so it keeps its page
+            blocks[broken], inverse[broken] = 0.0, 0.0
         total.index_add_(0, group_of[part], blocks.mul_(inverse[:, None]))
     norm = torch.cat(norms)
     direction = torch.nn.functional.normalize(total, dim=-1).to(layer.dtype)

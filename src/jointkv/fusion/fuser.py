@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,9 @@ from jointkv.table import BlockTable
 SIGNATURE_SLACK = 1.5
 """A signature's squared distance may exceed the true one by this factor and still be looked at: more than four
 standard deviations for 30 layers. A candidate missed costs compression, never correctness."""
+
+
+_NO_SCALES: dict[str, Any] = dict.fromkeys(("k_scale", "v_scale", "direction_page", "key_direction", "value_direction"))
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Fuser:
         """Plan and apply the fusion of `blocks`, then make those that kept their page resident.
 
         Returns:
-            The applied plan of resident matches and of matches among the new blocks, for statistics.
+            The members of both applied plans and their errors, for statistics; scales and directions are left out.
         """
         blocks = self._unknown(table, blocks)
         self.counters["blocks_considered"] += len(blocks)
@@ -84,7 +89,7 @@ class Fuser:
         signatures = self.signature(self.pool.kv, pages)
         usable = signatures.isfinite().all(1).cpu()
         self.counters["blocks_not_finite"] += int((~usable).sum())
-        own = self.pool.references[pages] == 1
+        own = (self.pool.references[pages] == 1) & ~table.scaled(blocks.row, blocks.slot)
         movable, found = self._take(blocks, signatures, usable & own)
         resident = self.plan_resident(table, movable, found, group)
         freed = table.apply(resident)
@@ -95,7 +100,7 @@ class Fuser:
         self._make_resident(table, *self._take(blocks, signatures, usable & ~own), FusionPlan.empty())
         self.counters["blocks_fused"] += len(resident) + int((merged.page != merged.old_page).sum())
         self.counters["pages_freed"] += freed
-        return _join(resident, merged)
+        return FusionPlan.join([dataclasses.replace(plan, **_NO_SCALES) for plan in (resident, merged)])
 
     def plan_resident(self, table: BlockTable, blocks: NewBlocks, signatures: Tensor, group: int = 0) -> FusionPlan:
         """Plan which of `blocks` resident pages may serve. Changes nothing but the counters."""
@@ -247,9 +252,3 @@ def _among(blocks: NewBlocks, plan: FusionPlan, selected: Tensor | None = None) 
     rows, slots = (plan.row, plan.slot) if selected is None else (plan.row[selected], plan.slot[selected])
     width = int(blocks.slot.max()) + 1 if len(blocks) else 1
     return torch.isin(blocks.row * width + blocks.slot, rows * width + slots)
-
-
-def _join(first: FusionPlan, second: FusionPlan) -> FusionPlan:
-    """Both plans' members in one, for statistics; scales and directions are left out."""
-    names = ("row", "slot", "old_page", "page", "key_error", "value_error", "token_error")
-    return FusionPlan(**{name: torch.cat((getattr(first, name), getattr(second, name))) for name in names})

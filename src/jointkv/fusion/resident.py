@@ -68,19 +68,15 @@ class ResidentIndex:
         count = len(pages)
         if not count:
             return
-        if self.contains(pages).any():
+        if self.contains(pages).any() or len(pages.unique()) < count:
             raise IntegrityError("a page is added to the index twice")
-        rows = torch.tensor([self._row(key) for key in keys])[which]
         if signatures is not None:
             finite = signatures.isfinite().all(1).cpu()
             if not finite.all():
-                rows, pages, signatures = (
-                    rows[finite],
-                    pages[finite],
-                    signatures[finite.to(signatures.device)],
-                )
                 tokens = None if tokens is None else tokens[finite]
-                count = len(pages)
+                return self.add(keys, which[finite], pages[finite], signatures[finite.to(signatures.device)], tokens)
+        used, which = which.unique(return_inverse=True)
+        rows = torch.tensor([self._row(keys[index]) for index in used.tolist()])[which]
         entries = self._take(count)
         self._page[entries], self._bucket_of[entries] = pages, rows
         if signatures is not None:
@@ -93,7 +89,7 @@ class ResidentIndex:
     @bookkeeping
     def remove(self, pages: Tensor) -> None:
         """Forget `pages [n]`; those that are not in the index are passed over."""
-        pages = pages[self.contains(pages)]
+        pages = pages[self.contains(pages)].unique()
         if not len(pages):
             return
         entries = self._entry_of_page[pages]

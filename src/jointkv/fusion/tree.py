@@ -18,6 +18,9 @@ from jointkv.policy import FusionPolicy
 GRAM_SLACK = 1e-5
 """Room for float32 rounding when squared errors come from a Gram matrix; the bound itself is checked exactly."""
 
+ROUNDS = 4
+"""Blocks that fail the exact check of one round are grouped again among themselves, this often at the most."""
+
 
 def plan_batch(kv: PagedKV, tables: Mapping[Hashable, Tensor], policy: FusionPolicy, group: int = 0) -> FusionPlan:
     """Fuse the full blocks of several requests at equal positions (batch scope, BFF).
@@ -28,10 +31,10 @@ def plan_batch(kv: PagedKV, tables: Mapping[Hashable, Tensor], policy: FusionPol
         policy: what may be fused; `group` selects its thresholds.
 
     Returns:
-        A plan whose rows number the requests in the order of `sorted(tables, key=str)`: the order of the mapping
+        A plan whose rows number the requests in the order of their names (`name_order`): the order of the mapping
         plays no part. Slots are positions in the request's own table.
     """
-    names = sorted(tables, key=str)
+    names = sorted(tables, key=name_order)
     longest = max((len(tables[name]) for name in names), default=0)
     pages = torch.full((longest, len(names)), -1, dtype=torch.long)
     for column, name in enumerate(names):
@@ -39,6 +42,11 @@ def plan_batch(kv: PagedKV, tables: Mapping[Hashable, Tensor], policy: FusionPol
     rows = torch.arange(len(names)).expand_as(pages)
     slots = torch.arange(longest)[:, None].expand_as(pages)
     return plan_matrix(kv, pages, rows, slots, policy, group)
+
+
+def name_order(name: Hashable) -> tuple[str, str]:
+    """Sorts names of any type: by type, then by text."""
+    return type(name).__name__, str(name)
 
 
 def plan_chunks(kv: PagedKV, pages: Tensor, policy: FusionPolicy, group: int = 0, *, row: int = 0) -> FusionPlan:
@@ -75,15 +83,24 @@ def plan_matrix(
         raise LayoutError(f"pages, rows and slots must share one shape [P, N], got {list(pages.shape)}")
     if not policy.enabled or pages.shape[1] < 2:
         return FusionPlan.empty()
+    if policy.representative == "direction":
+        leader = _leaders(kv, pages, policy, group)
+        return _plan_directions(kv, pages, rows, slots, leader, policy, group)
+    rounds: list[FusionPlan] = []
+    left = pages
+    while len(rounds) < ROUNDS and (left >= 0).any():
+        leader = _leaders(kv, left, policy, group)
+        plan, left = _plan_resident(kv, left, rows, slots, leader, policy, group)
+        rounds.append(plan)
+    return FusionPlan.join(rounds)
+
+
+def _leaders(kv: PagedKV, pages: Tensor, policy: FusionPolicy, group: int) -> Tensor:
     parts = [
         group_blocks(pair_statistics(kv, pages[part], policy, group), policy, group).cpu()
         for part in position_chunks(*pages.shape)
     ]
-    if not parts:
-        return FusionPlan.empty()
-    leader = torch.cat(parts)
-    make_plan = _plan_directions if policy.representative == "direction" else _plan_resident
-    return make_plan(kv, pages, rows, slots, leader, policy, group)
+    return torch.cat(parts) if parts else pages
 
 
 def group_blocks(pairs: PairStatistics, policy: FusionPolicy, group: int) -> Tensor:
@@ -111,13 +128,16 @@ def group_blocks(pairs: PairStatistics, policy: FusionPolicy, group: int) -> Ten
 
 def _plan_resident(
     kv: PagedKV, pages: Tensor, rows: Tensor, slots: Tensor, leader: Tensor, policy: FusionPolicy, group: int
-) -> FusionPlan:
+) -> tuple[FusionPlan, Tensor]:
+    """The plan of one round, and the blocks (-1: none) that their leader may not serve but another one still may."""
     follows = (leader != torch.arange(pages.shape[1])) & (pages >= 0)
     old, new = pages[follows], pages.gather(1, leader)[follows]
     errors = served_errors(kv, old, new, policy.across_layers)
     keep = within_bound(errors, policy, group)
     key_error, value_error, token_error = errors.take(keep)
-    return FusionPlan(
+    left = torch.full_like(pages, -1)
+    left[follows] = old.masked_fill(keep, -1)
+    plan = FusionPlan(
         row=rows[follows][keep],
         slot=slots[follows][keep],
         old_page=old[keep],
@@ -126,6 +146,7 @@ def _plan_resident(
         value_error=value_error,
         token_error=token_error,
     )
+    return plan, left
 
 
 def _plan_directions(

@@ -32,6 +32,7 @@ class PagedCacheLayer(CacheLayerMixin):
 
     def __init__(self, cache: JointCache, index: int) -> None:
         super().__init__()
+        # Weak, so that pages return to the pool as soon as the cache is dropped.
         self._cache = weakref.ref(cache)
         self._index = index
         self.length = 0
@@ -83,8 +84,6 @@ class JointCache(Cache):
         )
         self.tables: list[BlockTable] = []
         self._clear()
-        # The pages must return to the pool when the cache is dropped, without waiting for the cycle collector.
-        weakref.finalize(self, _release, self.tables)
 
     def _clear(self) -> None:
         self.length = 0
@@ -197,14 +196,14 @@ class JointCache(Cache):
 
     def _start(self, rows: int) -> None:
         assert self.pool.blocks is not None
-        self.tables.extend(BlockTable(self.pool.blocks, rows) for _ in range(self.pool.groups.count))
+        self.tables = [BlockTable(self.pool.blocks, rows) for _ in range(self.pool.groups.count)]
         self.padding = torch.zeros(rows, dtype=torch.long)
         self._considered = torch.zeros(rows, dtype=torch.long)
         self.fusable = torch.ones(rows, dtype=torch.bool)
         self._sequence = self.pool.new_sequences(rows)
         keys = self.isolation_key
         if isinstance(keys, list | tuple) and len(keys) != rows:
-            self.tables.clear()
+            self.tables = []
             raise LayoutError(f"{len(keys)} isolation keys for {rows} sequences")
 
     def _note_text(self, mask: Tensor | None, input_ids: Tensor | None, new: int) -> None:
@@ -304,7 +303,7 @@ class JointCache(Cache):
                 layer.reset()
             else:
                 layer.length, layer.is_initialized = 0, False
-        _release(self.tables)
+        self.tables = []
         self._clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -417,9 +416,3 @@ class JointCache(Cache):
         for table in self.tables:
             table.check_integrity()
         self.pool.check_integrity()
-
-
-def _release(tables: list[BlockTable]) -> None:
-    for table in tables:
-        table.release()
-    tables.clear()

@@ -1,4 +1,4 @@
-"""The chart of `jointkv demo`: memory that stays in use beside what it costs, per traffic and policy."""
+"""What `jointkv demo` shows: memory that stays in use beside what it costs, per traffic and policy."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ from jointkv.evaluate.held import Row
 COLOURS = {"unfused": "#9aa0a6", "safe": "#1a73e8", "paper": "#d93025"}
 NO_CHANGE_KL = 1e-5
 """Where smaller divergences are drawn on the logarithmic axis."""
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| traffic | policy | ratio | pages | KV MB | KL | KL, worst request | top-1 equal | NLL (unfused) | fuse s |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row.traffic.replace('_', '-')} | {row.policy} | {row.ratio:.2f} | {row.pages_before} → {row.pages_after} "
+            f"| {row.bytes_before / 1e6:.0f} → {row.bytes_after / 1e6:.0f} "
+            f"| {row.kl:.5f} | {row.kl_worst_request:.5f} "
+            f"| {row.top1:.3f} | {row.nll:.4f} ({row.nll_unfused:.4f}) | {row.seconds_fuse:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

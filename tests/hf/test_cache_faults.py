@@ -1,0 +1,210 @@
+"""A full pool, and faults inside the fusion: the caches stay whole and the answers stay right."""
+
+import gc
+import logging
+
+import pytest
+import torch
+from tiny_models import (
+    BLOCK,
+    EXACT,
+    assert_same_output,
+    build_model,
+    duplicates,
+    generate,
+    joint,
+    prompts,
+    step,
+    stock_cache,
+)
+
+from jointkv.errors import IntegrityError, PoolFull
+from jointkv.fusion.fuser import Fuser
+from jointkv.hf.cache import JointCache
+from jointkv.policy import FusionPolicy
+
+
+@pytest.mark.parametrize("groups", [1, "per_layer"])
+def test_a_full_pool_names_what_is_missing_and_changes_nothing(groups):
+    policy = FusionPolicy(max_relative_error=0.0, layer_groups=groups)
+    per_block = 1 if groups == 1 else 3
+    stock = build_model("llama")
+    model, pool = joint("llama", policy, max_pages=10 * per_block)
+    other, cache, theirs = JointCache(pool), JointCache(pool), stock_cache(stock)
+    ids, _ = prompts(26, 26)
+    step(model, other, prompts(3 * BLOCK, seed=8)[0])
+    step(model, cache, ids[:, :10])
+    step(stock, theirs, ids[:, :10])
+    assert pool.stats()["pages_used"] == 9 * per_block
+    before = [table.pages.clone() for table in cache.tables]
+    with pytest.raises(PoolFull, match=f"{8 * per_block} pages requested, {7 * per_block} missing") as caught:
+        model(input_ids=ids[:, 10:], past_key_values=cache)
+    assert (caught.value.missing, caught.value.total) == (7 * per_block, 10 * per_block)
+    del caught
+    assert all(torch.equal(old, table.pages) for old, table in zip(before, cache.tables, strict=True))
+    assert cache.get_seq_length() == 10 and pool.stats()["pages_used"] == 9 * per_block
+    cache.check_integrity()
+    del other
+    gc.collect()
+    more = ids[:, 10:14]
+    assert torch.equal(step(stock, theirs, more), step(model, cache, more))
+    with pytest.raises(PoolFull):
+        model(input_ids=ids[:, :12], past_key_values=cache)
+    assert torch.equal(step(stock, theirs, ids[:, 14:16]), step(model, cache, ids[:, 14:16]))
+    assert pool.faults == 0
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_full_pool_counts_the_copies_that_a_write_needs(groups):
+    """Copies of a row share their unfilled block; going on needs a page for every copy."""
+    stock = build_model("llama")
+    policy = FusionPolicy(max_relative_error=0.0, layer_groups=groups)
+    model, pool = joint("llama", policy, max_pages=4 * groups + groups // 2)
+    cache, theirs = JointCache(pool), stock_cache(stock)
+    ids, _ = prompts(BLOCK + 2)
+    step(model, cache, ids)
+    step(stock, theirs, ids)
+    cache.batch_repeat_interleave(4)
+    theirs.batch_repeat_interleave(4)
+    tokens = torch.tensor([[5], [6], [7], [8]])
+    before = [table.pages.clone() for table in cache.tables]
+    with pytest.raises(PoolFull):
+        model(input_ids=tokens, past_key_values=cache)
+    cache.check_integrity()
+    assert all(torch.equal(old, table.pages) for old, table in zip(before, cache.tables, strict=True))
+    assert cache.pages == 2 * groups and cache.references == 8 * groups
+    for each in (cache, theirs):
+        each.batch_select_indices(torch.tensor([0, 3]))
+    assert torch.equal(step(model, cache, tokens[:2]), step(stock, theirs, tokens[:2]))
+    assert cache.pages == 3 * groups
+
+
+def test_an_empty_cache_that_was_refused_pages_takes_another_batch():
+    model, pool = joint("llama", "off", max_pages=6)
+    cache = JointCache(pool)
+    with pytest.raises(PoolFull, match="14 missing"):
+        generate(model, prompts(20, 20, 20, 20), cache)
+    assert cache.get_seq_length() == 0 and pool.stats()["pages_used"] == 0
+    generate(model, prompts(10), cache, tokens=5)
+    assert cache.references == 4
+
+
+def test_a_full_pool_leaves_sliding_layers_as_they_were():
+    """They come before the first full layer, so they have seen the tokens by the time that pages are missing."""
+    stock = build_model("gemma3")
+    model, pool = joint("gemma3", "off", max_pages=7)
+    ids, _ = prompts(21)
+    other, cache, theirs = JointCache(pool), JointCache(pool), stock_cache(stock)
+    step(model, other, ids[:, :7])
+    step(model, cache, ids[:, :12])
+    step(stock, theirs, ids[:, :12])
+    with pytest.raises(PoolFull):
+        model(input_ids=ids[:, 12:], past_key_values=cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [12] * 4
+    del other
+    gc.collect()
+    assert torch.equal(step(stock, theirs, ids[:, 12:]), step(model, cache, ids[:, 12:]))
+
+
+def test_fusion_makes_room_in_a_small_pool():
+    """Duplicates that arrive one after the other fit where an unfused pool is full."""
+    prompt = prompts(6 * BLOCK)
+    for policy, fits in (("off", False), (EXACT, True)):
+        model, pool = joint("llama", policy, max_pages=14)
+        caches = [JointCache(pool) for _ in range(6)]
+        if fits:
+            for cache in caches:
+                step(model, cache, *prompt)
+            assert pool.stats()["pages_used"] == 6 and pool.stats()["pages_peak"] == 12
+        else:
+            with pytest.raises(PoolFull):
+                for cache in caches:
+                    step(model, cache, *prompt)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), IntegrityError("broken")])
+@pytest.mark.parametrize("call", [1, 3])
+def test_an_internal_fault_switches_fusion_off(monkeypatch, caplog, call, error):
+    """From the first fault on nothing is fused; what is fused already stays valid."""
+    stock = build_model("llama")
+    model, pool = joint("llama", EXACT)
+    original, calls = Fuser.fuse, []
+
+    def fuse(self, *arguments):
+        calls.append(arguments)
+        if len(calls) >= call:
+            raise error
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Fuser, "fuse", fuse)
+    prompt = duplicates(3, 18)
+    expected = generate(stock, prompt, stock_cache(stock))
+    caches = [JointCache(pool), JointCache(pool)]
+    with caplog.at_level(logging.DEBUG, logger="jointkv"):
+        for cache in caches:
+            assert_same_output(expected, generate(model, prompt, cache))
+            cache.check_integrity()
+    lines = [record for record in caplog.records if record.name == "jointkv"]
+    assert len(lines) == 1 and lines[0].levelno == logging.ERROR
+    assert "fusion switched off" in lines[0].message and type(error).__name__ in lines[0].message
+    assert len(calls) == call and pool.faults == 1
+    assert pool.stats()["fusion"] == "faulted" and pool.stats()["faults"] == 1
+    assert caches[1].pages == caches[1].references == 24
+    assert (caches[0].pages < 24) == (call > 1)
+
+
+def test_counters_survive_a_fault(monkeypatch):
+    """What was freed before the fault is still freed, and the statistics must go on saying so."""
+    model, pool = joint("llama", EXACT)
+    cache = JointCache(pool)
+    step(model, cache, *duplicates(2, 3 * BLOCK))
+    assert pool.stats()["blocks_fused"] == 3
+
+    def fuse(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Fuser, "fuse", fuse)
+    step(model, cache, duplicates(2, BLOCK)[0])
+    assert pool.stats()["fusion"] == "faulted"
+    assert pool.stats()["blocks_fused"] == pool.stats()["pages_freed"] == 3
+
+
+def test_a_failed_forward_pass_can_be_repeated(monkeypatch):
+    """Out of memory, or an interrupt, in the middle of the layers."""
+    stock = build_model("llama")
+    model, pool = joint("llama", EXACT)
+    prompt = duplicates(2, 14)
+    cache, theirs = JointCache(pool), stock_cache(stock)
+    step(model, cache, *prompt)
+    step(stock, theirs, *prompt)
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        model(input_ids=duplicates(2, 3, seed=2)[0], past_key_values=cache)
+    hook.remove()
+    cache.check_integrity()
+    cache.crop(14)
+    assert [layer.get_seq_length() for layer in cache.layers] == [14] * 3
+    more, _ = prompts(7, 7)
+    assert torch.equal(step(stock, theirs, more), step(model, cache, more))
+
+
+def test_statistics_describe_what_is_held():
+    model, pool = joint("llama", EXACT)
+    cache = JointCache(pool)
+    assert cache.stats() == {"sequences": 0, "tokens": 0, "references": 0, "pages": 0, "bytes": 0, "ratio": 1.0}
+    ids, mask = prompts(22, 9)
+    generate(model, (ids.repeat(2, 1), mask.repeat(2, 1)), cache, tokens=3)
+    page = 3 * 2 * BLOCK * 2 * 8 * 4
+    # 24 and 11 tokens per row; 6 + 2 full blocks are shared, the third one of the short rows is not full.
+    assert cache.stats() == {
+        "sequences": 4,
+        "tokens": 70,
+        "references": 18,
+        "pages": 10,
+        "bytes": 10 * page,
+        "ratio": 1.8,
+    }
+    stats = pool.stats()
+    assert (stats["pages_used"], stats["references"], stats["bytes_used"]) == (10, 18, 10 * page)
+    assert stats["blocks_considered"] == 16 and stats["blocks_fused"] == stats["pages_freed"] == 8
+    assert stats["seconds_fusing"] > 0 and stats["fusion"] == "on"
