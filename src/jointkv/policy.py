@@ -38,7 +38,8 @@ class FusionPolicy:
             changed word or digit from being read as another.
         across_layers: how the errors of a group's layers become one number: root mean square, or worst layer.
         representative: `"resident"`: an existing page as it stands. `"direction"`: the normalised mean of the
-            members' unit vectors, each member keeping its own norms (paper, Algorithm 1).
+            unit vectors of all matched blocks, each member keeping its own norms (paper, Algorithm 1). A block that
+            misses the error bound keeps its page, but has had its share in the mean.
         scope: `"batch"` compares requests at equal positions, `"chunk"` the chunks of one request.
         chunk_tokens: length of a chunk in tokens, for the chunk scope.
         layer_groups: number of groups of consecutive layers that share one decision and one block table, or

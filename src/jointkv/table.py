@@ -107,6 +107,11 @@ class BlockTable:
             return torch.zeros(len(rows), dtype=torch.bool)
         return (torch.cat((self.k_scale, self.v_scale))[:, rows, slots] != 1).any(0)
 
+    def adopt_copy(self, other: BlockTable) -> None:
+        """Make this empty table read what `other` reads."""
+        scales = (None if scale is None else scale.clone() for scale in (other.k_scale, other.v_scale))
+        self.adopt(other.pages.clone(), *scales)
+
     def count_shared(self, rows: Tensor, slots: Tensor) -> int:
         """How many of the named blocks `make_writable` would copy."""
         return int(self._needs_copy(rows, slots).sum())

@@ -43,10 +43,7 @@ def test_rows_of_a_file(tiny: str, data: str, tmp_path: Path) -> None:
     result = inspect_json("--model", tiny, "--data", data, "--block-size", "4", "--output", str(output))
     rows = result.pop("rows")
     assert [(row["layer"], row["relation"], row["side"]) for row in rows] == [
-        (layer, relation, side)
-        for layer in range(4)
-        for relation in ("across", "within")
-        for side in ("key", "value")
+        (layer, relation, side) for layer in range(4) for relation in ("across", "within") for side in ("key", "value")
     ]
     for row in rows:
         assert row["pairs"] > 0 and -1 <= row["p50"] <= row["p90"] <= row["p99"] <= row["max"] <= 1
@@ -88,9 +85,7 @@ def test_prefill_holds_what_the_stock_cache_holds(tiny: str) -> None:
         assert found.mean == pytest.approx(expected.mean, abs=1e-2)
 
 
-def test_messages_need_a_chat_template_and_a_single_request_has_nothing_across(
-    tiny: str, tmp_path: Path
-) -> None:
+def test_messages_need_a_chat_template_and_a_single_request_has_nothing_across(tiny: str, tmp_path: Path) -> None:
     file = tmp_path / "one.jsonl"
     file.write_text(json.dumps({"messages": [{"role": "user", "content": TEXTS[0] * 3}]}))
     arguments = ("--model", tiny, "--data", str(file), "--block-size", "4", "--output", str(tmp_path))

@@ -54,9 +54,7 @@ def test_help_without_a_verb_and_version() -> None:
 
 
 def test_help_loads_no_heavy_library() -> None:
-    code = (
-        "import sys, jointkv.cli.main; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
-    )
+    code = "import sys, jointkv.cli.main; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

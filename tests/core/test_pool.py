@@ -241,15 +241,14 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data(), drop=st.booleans())
     def release(self, data, drop):
         index = self.pick_table(data)
-        if index < 2 and not data.draw(st.booleans(), label="also the first tables"):
+        if index < 2 and data.draw(st.booleans(), label="spare the first tables"):
             return
+        self.tables[index].release()
+        self.shadow[index] = {}
+        assert not len(self.tables[index].held())
         if drop:
             self.seen = []
             del self.tables[index], self.shadow[index]
-        else:
-            self.tables[index].release()
-            self.shadow[index] = {}
-            assert not len(self.tables[index].held())
 
     @precondition(lambda self: self.pool.num_free > 0)
     @rule(data=st.data())

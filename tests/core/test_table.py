@@ -163,28 +163,6 @@ def test_a_direction_does_not_overwrite_a_page_that_others_read():
     pool.check_integrity()
 
 
-def test_a_plan_is_stale_when_its_representatives_page_was_given_to_another_block():
-    pool = pool_of()
-    table = table_of(pool, 1, 1)
-    plan = moving(table, 1, 0, table.pages[0, 0])
-    table.truncate(torch.tensor([0, 1]))
-    other = table_of(pool, 1)
-    assert other.pages[0, 0] == plan.page[0], "the premise: freed pages are handed out again first"
-    with pytest.raises(StalePlan):
-        table.apply(plan)
-
-
-def test_a_plan_is_stale_when_its_member_was_dropped_and_the_page_came_back():
-    pool = pool_of()
-    table = table_of(pool, 1, 1)
-    plan = moving(table, 1, 0, table.pages[0, 0])
-    table.truncate(torch.tensor([1, 0]))
-    table.extend(torch.tensor([1, 1]))
-    assert table.pages[1, 0] == plan.old_page[0], "the premise: the same page, now of a new block"
-    with pytest.raises(StalePlan):
-        table.apply(plan)
-
-
 def test_a_table_that_is_dropped_without_release_gives_its_pages_back():
     pool = pool_of()
     table = table_of(pool, 3)

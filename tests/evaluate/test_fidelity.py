@@ -65,9 +65,7 @@ def test_equals_torch(positions: int) -> None:
     noise=st.sampled_from([0.0, 1e-6, 1e-3, 1.0, 30.0]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_bounds(
-    seed: int, requests: int, positions: int, vocab: int, noise: float, dtype: torch.dtype
-) -> None:
+def test_bounds(seed: int, requests: int, positions: int, vocab: int, noise: float, dtype: torch.dtype) -> None:
     logits, reference, targets = random_case(seed, requests, positions, vocab, noise)
     fidelity = score(logits.to(dtype), reference.to(dtype), targets)
     assert 0 <= fidelity.kl <= fidelity.kl_worst_request + 1e-12

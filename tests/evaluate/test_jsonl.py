@@ -98,9 +98,7 @@ PROMPTS = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 
 @settings(max_examples=50, deadline=None)
 @given(prompts=st.lists(PROMPTS, min_size=1, max_size=5), ascii_only=st.booleans())
-def test_any_prompts_come_back(
-    tmp_path_factory: pytest.TempPathFactory, prompts: list[str], ascii_only: bool
-) -> None:
+def test_any_prompts_come_back(tmp_path_factory: pytest.TempPathFactory, prompts: list[str], ascii_only: bool) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "requests.jsonl"
     lines = (json.dumps({"prompt": prompt}, ensure_ascii=ascii_only) + "\n" for prompt in prompts)
     path.write_bytes("".join(lines).encode("utf-8"))
@@ -109,9 +107,7 @@ def test_any_prompts_come_back(
 
 @settings(max_examples=100, deadline=None)
 @given(content=st.binary(max_size=200))
-def test_any_bytes_are_read_or_refused_by_name(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes
-) -> None:
+def test_any_bytes_are_read_or_refused_by_name(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "requests.jsonl"
     path.write_bytes(content)
     try:

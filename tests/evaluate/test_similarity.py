@@ -31,9 +31,7 @@ def naive(pages: Tensor, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """Cosines, and errors in the better direction, pair by pair."""
     blocks = pages.flatten(1)
     cosines = [torch.cosine_similarity(blocks[i], blocks[j], dim=0) for i, j in pairs]
-    errors = [
-        (blocks[i] - blocks[j]).norm() / torch.maximum(blocks[i].norm(), blocks[j].norm()) for i, j in pairs
-    ]
+    errors = [(blocks[i] - blocks[j]).norm() / torch.maximum(blocks[i].norm(), blocks[j].norm()) for i, j in pairs]
     return torch.stack(cosines), torch.stack(errors)
 
 

@@ -161,9 +161,7 @@ def test_names_have_headers_of_many_lengths(tokenizer: Tokenizer) -> None:
 def test_unrelated_prompts_have_256_tokens_and_share_no_text(tokenizer: Tokenizer) -> None:
     requests = get_traffic("unrelated").requests(tokenizer, 24)
     assert {len(request.prompt) for request in requests} == {PROMPT_TOKENS}
-    questions = [
-        line for request in requests for line in set(request.text.split("\n")) if "Question:" in line
-    ]
+    questions = [line for request in requests for line in set(request.text.split("\n")) if "Question:" in line]
     assert len(questions) == len(set(questions))
 
 
@@ -188,9 +186,7 @@ def test_prompt_starts_with_bos_where_the_tokenizer_adds_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", traffic_names())
-def test_too_many_requests_are_refused_with_the_possible_number(
-    name: str, small_tokenizer: Tokenizer
-) -> None:
+def test_too_many_requests_are_refused_with_the_possible_number(name: str, small_tokenizer: Tokenizer) -> None:
     traffic = get_traffic(name)
     with pytest.raises(BadInput, match=r"can make \d+ distinct requests .* 100000 requested") as refusal:
         traffic.requests(small_tokenizer, 100_000)

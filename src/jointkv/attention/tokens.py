@@ -21,6 +21,8 @@ def token_slots(pages: Tensor, block_size: int, padding: Tensor, length: int) ->
         offsets = torch.arange(block_size, device=pages.device)
         blocks = pages[:, : -(-length // block_size)]
         return (blocks[:, :, None] * block_size + offsets).flatten(1)[:, :length]
+    if not pages.shape[1]:
+        return pages.new_zeros(len(pages), length)
     token = torch.arange(length, device=pages.device) - padding[:, None]
     block = token.clamp(min=0) // block_size
     slots = pages.gather(1, block) * block_size + token % block_size

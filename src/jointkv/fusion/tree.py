@@ -44,9 +44,9 @@ def plan_batch(kv: PagedKV, tables: Mapping[Hashable, Tensor], policy: FusionPol
     return plan_matrix(kv, pages, rows, slots, policy, group)
 
 
-def name_order(name: Hashable) -> tuple[str, str]:
-    """Sorts names of any type: by type, then by text."""
-    return type(name).__name__, str(name)
+def name_order(name: Hashable) -> tuple[str, float, str]:
+    """Sorts names of any type: by type, then numbers by value and all others by text."""
+    return type(name).__name__, name if isinstance(name, int | float) else 0, str(name)
 
 
 def plan_chunks(kv: PagedKV, pages: Tensor, policy: FusionPolicy, group: int = 0, *, row: int = 0) -> FusionPlan:
@@ -88,10 +88,12 @@ def plan_matrix(
         return _plan_directions(kv, pages, rows, slots, leader, policy, group)
     rounds: list[FusionPlan] = []
     left = pages
-    while len(rounds) < ROUNDS and (left >= 0).any():
+    while len(rounds) < ROUNDS and len(left):
         leader = _leaders(kv, left, policy, group)
         plan, left = _plan_resident(kv, left, rows, slots, leader, policy, group)
         rounds.append(plan)
+        several = (left >= 0).sum(1) > 1
+        left, rows, slots = left[several], rows[several], slots[several]
     return FusionPlan.join(rounds)
 
 

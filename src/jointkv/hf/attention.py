@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,15 @@ def attach_pages(key: Tensor, pages: PagedLayer) -> Tensor:
     return key
 
 
+def watch(key: Tensor, value: Tensor, arrived: Callable[[], None]) -> None:
+    """Have `arrived` called when this very `key` and `value` reach the attention function.
+
+    Some models change K or V between cache and attention (latent attention, expert heads). What rides on the tensors
+    is lost then, and their layers go on with dense K and V.
+    """
+    key.jointkv_arrived = value.jointkv_arrived = arrived  # type: ignore[attr-defined]
+
+
 def register_attention() -> None:
     """Make `attn_implementation="jointkv"` known to transformers. Repeating it changes nothing."""
     AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)
@@ -81,9 +91,12 @@ def paged_attention_forward(
         UnsupportedModel: the model asks for logits soft-capping, a position bias or sinks, which this cannot do.
     """
     pages: PagedLayer | None = getattr(key, "jointkv_pages", None)
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise UnsupportedModel(f"attention with {name}: load the model with attn_implementation='eager'")
+    arrived = getattr(key, "jointkv_arrived", None)
+    if pages is not None or arrived is not None:
+        _refuse_unsupported(kwargs)
+    together = arrived is getattr(value, "jointkv_arrived", None)
+    if arrived is not None and together:
+        arrived()
     if pages is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -94,6 +107,12 @@ def paged_attention_forward(
         for start in range(0, len(query), step)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs), None
+
+
+def _refuse_unsupported(arguments: dict[str, Any]) -> None:
+    for name in _UNSUPPORTED:
+        if arguments.get(name) is not None:
+            raise UnsupportedModel(f"attention with {name}: load the model with attn_implementation='eager'")
 
 
 def _attend(

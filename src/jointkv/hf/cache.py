@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import time
 import weakref
 from collections.abc import Hashable, Sequence
@@ -17,7 +19,7 @@ from jointkv.attention.tokens import token_scales, token_slots, write_tokens
 from jointkv.errors import LayoutError, PoolFull
 from jointkv.fusion.fuser import NewBlocks
 from jointkv.fusion.signature import token_hashes
-from jointkv.hf.attention import PagedLayer, attach_pages
+from jointkv.hf.attention import PagedLayer, attach_pages, watch
 from jointkv.hf.pool import JointPool
 from jointkv.state import bookkeeping
 from jointkv.table import BlockTable
@@ -74,7 +76,7 @@ class JointCache(Cache):
     def __init__(self, pool: JointPool, isolation_key: Hashable | Sequence[Hashable] = "") -> None:
         stock = DynamicCache(config=pool.config).layers
         self.pool = pool
-        self.isolation_key = isolation_key
+        self._given_key = self.isolation_key = isolation_key
         self._paged = {layer: index for index, layer in enumerate(pool.full_layers)}
         super().__init__(
             layers=[
@@ -94,12 +96,18 @@ class JointCache(Cache):
         self.tokens: Tensor | None = None
         self._announced: tuple[Tensor | None, Tensor | None] = (None, None)
         self._slots: list[Tensor] = []
+        self._sliding_before: list[tuple[Any, dict[str, Any]]] = []
         self._fresh = False
         self._padded_step: Tensor | None = None
 
     @property
     def paged_layers(self) -> list[PagedCacheLayer]:
         return [layer for layer in self.layers if isinstance(layer, PagedCacheLayer)]
+
+    @property
+    def other_layers(self) -> list[Any]:
+        """The layers that keep transformers' own cache."""
+        return [layer for layer in self.layers if not isinstance(layer, PagedCacheLayer)]
 
     @property
     def batch_size(self) -> int:
@@ -109,8 +117,9 @@ class JointCache(Cache):
 
     def begin_step(self, attention_mask: Tensor | None, input_ids: Tensor | None) -> None:
         """Note the padding and the text of the coming forward pass (called by the pool's forward hook)."""
-        if attention_mask is not None and attention_mask.dim() != 2:
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
             attention_mask = None
+        self._sliding_before = [(layer, copy.copy(layer.__dict__)) for layer in self.other_layers]
         self._announced = (attention_mask, input_ids)
 
     @bookkeeping
@@ -132,11 +141,18 @@ class JointCache(Cache):
                 states = states[self._padded_step]
             write_tokens(pages, new if self._padded_step is None else new[self._padded_step], states)
         if self._fresh:
-            return key_states, value_states
+            return self._whole(index, key_states, value_states)
         paged = PagedLayer(keys, values, slots, *self._scales(group, member))
-        if self.pool.reads_pages:
+        if self.pool.reads_pages and index in self.pool.page_readers:
             return attach_pages(key_states, paged), value_states
-        return paged.read()
+        dense_keys, dense_values = paged.read()
+        return self._whole(index, dense_keys.contiguous(), dense_values.contiguous())
+
+    def _whole(self, index: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole K and V, right wherever they go; a layer that hands them on untouched is given pages from then on."""
+        if self.pool.reads_pages:
+            watch(key_states, value_states, functools.partial(self.pool.page_readers.add, index))
+        return key_states, value_states
 
     @bookkeeping
     def end_step(self) -> None:
@@ -169,6 +185,7 @@ class JointCache(Cache):
         count = sum(table.missing_blocks(needed) + table.count_shared(partial, slot) for table in self.tables)
         missing = blocks.missing(count)
         if missing:
+            self._roll_back()
             raise PoolFull(missing, count, blocks.max_pages or 0)
         for table in self.tables:
             if len(partial):
@@ -186,6 +203,13 @@ class JointCache(Cache):
         ]
         inside = torch.arange(length - new, length) >= self.padding[:, None]
         self._padded_step = None if inside.all() else inside.flatten().nonzero().squeeze(1).to(device)
+
+    def _roll_back(self) -> None:
+        """Undo what a refused forward pass has done before the first paged layer."""
+        for layer, before in self._sliding_before:
+            layer.__dict__.update(before)
+        if not self.length:
+            self.tables = []
 
     def _extended_padding(self, mask: Tensor | None, new: int) -> Tensor:
         """Left padding per row after this step: a row that has no token yet may go on with padding."""
@@ -279,9 +303,8 @@ class JointCache(Cache):
     @bookkeeping
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens: `-n` drops `n`; a positive number is the length to keep (as in transformers)."""
-        for layer in self.layers:
-            if not isinstance(layer, PagedCacheLayer):
-                layer.crop(tokens_to_remove)
+        for layer in self.other_layers:
+            layer.crop(tokens_to_remove)
         keep = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.length)
         keep = max(0, keep)
         if keep == self.length:
@@ -298,11 +321,11 @@ class JointCache(Cache):
 
     def reset(self) -> None:
         """Give every page back and start empty."""
-        for layer in self.layers:
-            if not isinstance(layer, PagedCacheLayer):
-                layer.reset()
-            else:
-                layer.length, layer.is_initialized = 0, False
+        for layer in self.other_layers:
+            layer.reset()
+        for layer in self.paged_layers:
+            layer.length, layer.is_initialized = 0, False
+        self.isolation_key = self._given_key
         self.tables = []
         self._clear()
 
@@ -322,9 +345,8 @@ class JointCache(Cache):
 
     @bookkeeping
     def _select(self, rows: Tensor, method: str, argument: Any) -> None:
-        for layer in self.layers:
-            if not isinstance(layer, PagedCacheLayer):
-                getattr(layer, method)(argument)
+        for layer in self.other_layers:
+            getattr(layer, method)(argument)
         if not self.tables:
             return
         rows = rows.cpu()
@@ -336,6 +358,22 @@ class JointCache(Cache):
         self._sequence = self.pool.new_sequences(len(rows))
         if isinstance(self.isolation_key, list | tuple):
             self.isolation_key = [self.isolation_key[row] for row in rows.tolist()]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> JointCache:
+        """A cache that reads the same pages; either one copies a page before it writes to it."""
+        twin = JointCache(self.pool, self._given_key)
+        twin.isolation_key = copy.copy(self.isolation_key)
+        for name in ("length", "padding", "_considered", "fusable", "tokens"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        twin._sequence = self.pool.new_sequences(len(self.padding))
+        for table in self.tables:
+            twin.tables.append(BlockTable(table.pool, table.num_rows))
+            twin.tables[-1].adopt_copy(table)
+        for mine, theirs in zip(self.paged_layers, twin.paged_layers, strict=True):
+            theirs.length, theirs.is_initialized = mine.length, mine.is_initialized
+        for mine, theirs in zip(self.other_layers, twin.other_layers, strict=True):
+            theirs.__dict__.update(copy.deepcopy(mine.__dict__, memo))
+        return twin
 
     # What it holds.
 
@@ -395,11 +433,15 @@ class JointCache(Cache):
         """
         states = (tensors[name].transpose(1, 2)[:1, :, :0] for name in ("key.0", "value.0"))
         blocks = self.pool.prepare(*states)
-        pages = blocks.allocate(len(tensors["key.0"]))
+        self._start(len(tensors["padding"]))
+        try:
+            pages = blocks.allocate(len(tensors["key.0"]))
+        except PoolFull:
+            self.tables = []
+            raise
         for index in range(self.pool.groups.layers):
             blocks.kv.keys[index][pages] = tensors[f"key.{index}"].to(blocks.kv.device)
             blocks.kv.values[index][pages] = tensors[f"value.{index}"].to(blocks.kv.device)
-        self._start(len(tensors["padding"]))
         self.length, self.padding, self.fusable = length, tensors["padding"], tensors["fusable"]
         self.tokens = tensors.get("tokens")
         for group, table in enumerate(self.tables):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
+from collections import Counter
 from typing import Any
 
 import torch
@@ -36,6 +38,8 @@ class JointPool:
     Attributes:
         blocks: the `BlockPool`, None until the first forward pass has shown the shapes.
         groups: how the full-attention layers are grouped.
+        page_readers: full-attention layers, by number, whose K and V reach the attention function unchanged, so that
+            it may read pages instead; the others are handed dense K and V.
         fingerprint: identifies the model in saved caches.
 
     Raises:
@@ -68,6 +72,8 @@ class JointPool:
         self.blocks: BlockPool | None = None
         self.fusers: dict[str, Fuser] = {}
         self.faults = 0
+        self.page_readers: set[int] = set()
+        self._counters = Counter(blocks_considered=0, blocks_fused=0, pages_freed=0)
         self.seconds_fusing = 0.0
         self._next_sequence = 0
         register_attention()
@@ -119,15 +125,16 @@ class JointPool:
         self.faults += 1
         if self.fusers:
             logger.error("fusion switched off after an internal fault: %s: %s", type(error).__name__, error)
+        for fuser in self.fusers.values():
+            self._counters.update(fuser.counters)
         self.fusers = {}
 
     def stats(self) -> dict[str, Any]:
         """Pages and bytes at the allocator, and the counters of the search."""
         blocks = self.blocks
-        counters = {"blocks_considered": 0, "blocks_fused": 0, "pages_freed": 0}
+        counters = self._counters.copy()
         for fuser in self.fusers.values():
-            for name, value in fuser.counters.items():
-                counters[name] = counters.get(name, 0) + value
+            counters.update(fuser.counters)
         return {
             "pages_used": blocks.num_used if blocks else 0,
             "pages_peak": blocks.peak_used if blocks else 0,
@@ -158,7 +165,7 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{type(model).__name__} is an encoder-decoder; only decoder-only models are supported")
     decoder = config.get_text_config(decoder=True)
-    if not getattr(decoder, "use_cache", False) or not hasattr(decoder, "num_hidden_layers"):
+    if not _takes_cache(model) or not hasattr(decoder, "num_hidden_layers"):
         raise UnsupportedModel(f"{type(model).__name__} has no KV cache")
     try:
         layers = DynamicCache(config=decoder).layers
@@ -182,7 +189,6 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         "hidden_size",
         "num_attention_heads",
         "num_key_value_heads",
-        "head_dim",
     )
     shape = {name: getattr(config, name, None) for name in names}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
@@ -192,8 +198,13 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:32]
 
 
+def _takes_cache(module: nn.Module) -> bool:
+    return "past_key_values" in inspect.signature(module.forward).parameters
+
+
 def _attach_hooks(model: PreTrainedModel) -> None:
-    decoder = model.get_decoder()
+    # `get_decoder` goes by the attribute `decoder`, which in some models is the output layer.
+    decoder = next(module for module in (model.get_decoder(), model.base_model, model) if _takes_cache(module))
     if getattr(decoder, "_jointkv_attached", False):
         return
     decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)

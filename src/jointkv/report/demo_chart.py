@@ -20,7 +20,8 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         lines.append(
-            f"| {row.traffic.replace('_', '-')} | {row.policy} | {row.ratio:.2f} | {row.pages_before} → {row.pages_after} "
+            f"| {row.traffic.replace('_', '-')} | {row.policy} | {row.ratio:.2f} "
+            f"| {row.pages_before} → {row.pages_after} "
             f"| {row.bytes_before / 1e6:.0f} → {row.bytes_after / 1e6:.0f} "
             f"| {row.kl:.5f} | {row.kl_worst_request:.5f} "
             f"| {row.top1:.3f} | {row.nll:.4f} ({row.nll_unfused:.4f}) | {row.seconds_fuse:.2f} |"
