@@ -75,47 +75,34 @@ def merge_directions(
         for gram, threshold in ((key_gram, key_threshold), (value_gram, value_threshold))
         if gram is not None
     ]
-    present = _pad_pairs(both, size).diagonal(dim1=1, dim2=2)
-    representative = torch.arange(size, device=valid.device).expand(positions, size).contiguous()
+    present = torch.nn.functional.pad(valid, (0, size - count))
+    # Groups are numbered by their first block, counted from the start of the subtree: [P, subtrees, half].
+    group = torch.zeros(positions, size, 1, dtype=torch.long, device=valid.device)
     half = 1
     while half < size:
-        width = 2 * half
-        starts = _subtree_starts(size, width, valid.device).view(1, -1, 1)
-        local = representative.view(positions, -1, width) - starts
-        members = torch.zeros(*local.shape, width, dtype=key_gram.dtype, device=local.device)
-        members.scatter_(3, local[..., None], 1.0)
-        leads = (local == torch.arange(width, device=valid.device)) & present.reshape(positions, -1, width)
-        open_pairs = leads[:, :, half:, None] & leads[:, :, None, :half]
-        decisive: Tensor | None = None
-        for gram, threshold in grams:
-            cosine = _right_left_cosines(gram, members, half)
-            open_pairs = open_pairs & (cosine >= threshold)
-            decisive = cosine if decisive is None else decisive
-        assert decisive is not None
-        best, target = decisive.masked_fill(~open_pairs, NO_MATCH).max(3)
-        identity = torch.arange(half, width, device=valid.device).expand_as(target)
-        joined = torch.where(best > NO_MATCH, target, identity)
-        lower = torch.arange(half, device=valid.device).expand_as(target)
-        local = torch.cat((lower, joined), 2).gather(2, local)
-        representative = (local + starts).view(positions, size)
-        half = width
-    return representative[:, :count]
+        place = torch.arange(half, device=valid.device)
+        leads = (group == place) & present.view(positions, -1, half)
+        open_pairs = leads[:, 1::2, :, None] & leads[:, 0::2, None, :]
+        cosines = [_right_left_cosines(gram, group, half) for gram, _ in grams]
+        for cosine, (_, threshold) in zip(cosines, grams, strict=True):
+            open_pairs &= cosine >= threshold
+        best, target = cosines[0].masked_fill_(~open_pairs, NO_MATCH).max(3)
+        joined = torch.where(best > NO_MATCH, target, place + half)
+        group = torch.cat((group[:, 0::2], joined.gather(2, group[:, 1::2])), 2)
+        half *= 2
+    return group.view(positions, size)[:, :count]
 
 
-def _right_left_cosines(gram: Tensor, members: Tensor, half: int) -> Tensor:
-    """Cosines of the summed unit vectors of right groups with those of left groups: `[P, subtrees, half, half]`.
+def _right_left_cosines(gram: Tensor, group: Tensor, half: int) -> Tensor:
+    """Cosines of the summed unit vectors of right groups with those of left groups: `[P, subtrees / 2, half, half]`.
 
-    `members [P, subtrees, width, width]` says which group each block of a subtree is in. Groups never reach across
-    the halves before they are merged, so each half has its own membership.
+    `group [P, subtrees, half]` says which group of its subtree each block is in.
     """
-    subtree = _diagonal_subtrees(gram, 2 * half)
-    left, right = members[:, :, :half, :half], members[:, :, half:, half:]
-    products = right.transpose(2, 3) @ subtree[:, :, half:, :half] @ left
-    right_norm, left_norm = (
-        ((side.transpose(2, 3) @ block).mul_(side.transpose(2, 3))).sum(3).clamp_(min=1e-12).rsqrt_()
-        for side, block in ((right, subtree[:, :, half:, half:]), (left, subtree[:, :, :half, :half]))
-    )
-    return products.mul_(right_norm[..., :, None]).mul_(left_norm[..., None, :])
+    weights = torch.zeros(*group.shape, half, dtype=gram.dtype, device=gram.device)
+    weights.scatter_(3, group[..., None], 1.0)
+    squared_norm = (_diagonal_subtrees(gram, half) @ weights).mul_(weights).sum(2, keepdim=True)
+    weights.mul_(squared_norm.clamp_(min=1e-12).rsqrt_())
+    return weights[:, 1::2].transpose(2, 3) @ _right_left(gram, half) @ weights[:, 0::2]
 
 
 def _diagonal_subtrees(pairs: Tensor, width: int) -> Tensor:

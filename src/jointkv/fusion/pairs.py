@@ -11,7 +11,7 @@ from torch import Tensor
 from jointkv.blocks import PagedKV, as_vectors
 from jointkv.policy import FusionPolicy
 
-BLOCKS_BYTES = 4 << 20
+BLOCKS_BYTES = 2 << 20
 """Blocks held in float32 at a time: small enough to stay in the last-level cache between copy and product."""
 
 PAIRS_BYTES = 32 << 20
@@ -37,6 +37,11 @@ class PairStatistics:
     key_cosine: Tensor | None = None
     value_cosine: Tensor | None = None
     error: Tensor | None = None
+
+    def take(self, lines: Tensor) -> PairStatistics:
+        """The positions that the mask `lines [P]` picks."""
+        parts = (self.key_cosine, self.value_cosine, self.error)
+        return PairStatistics(self.valid[lines], *(None if part is None else part[lines] for part in parts))
 
 
 def position_chunks(positions: int, blocks: int) -> Iterator[slice]:
@@ -74,22 +79,21 @@ def _accumulate(
 ) -> None:
     """Add the layers' statistics to `cosine` and `error`, and clear `valid` where a norm is not finite; in place."""
     step = max(1, BLOCKS_BYTES // (4 * index.shape[1] * layers[0][0].numel()))
-    for start in range(0, len(index), step):
-        part = slice(start, start + step)
-        for layer in layers:
-            blocks = as_vectors(layer, index[part])
-            gram = blocks @ blocks.transpose(1, 2)
-            norm = gram.diagonal(dim1=1, dim2=2).clone()
-            valid[part] &= norm.isfinite()
-            if cosine is not None:
-                inverse = norm.clamp(min=TINY).rsqrt()
-                mean = inverse[:, None, :] / len(layers)
-                cosine[part] += (gram * inverse[:, :, None]).mul_(mean)
-            if error is not None:
-                weight = 1 / len(layers) if aggregate == "rms" else 1.0
-                squared = gram.mul_(-2).add_(norm[:, :, None]).add_(norm[:, None, :]).clamp_(min=0)
-                squared.mul_(weight / norm[:, :, None].clamp(min=TINY))
-                if aggregate == "rms":
-                    error[part] += squared
-                else:
-                    torch.maximum(error[part], squared, out=error[part])
+    gram = torch.empty(*index.shape, index.shape[1], device=index.device)
+    for layer in layers:
+        for start in range(0, len(index), step):
+            blocks = as_vectors(layer, index[start : start + step])
+            torch.bmm(blocks, blocks.transpose(1, 2), out=gram[start : start + step])
+        norm = gram.diagonal(dim1=1, dim2=2).clone()
+        valid &= norm.isfinite()
+        if cosine is not None:
+            inverse = norm.clamp(min=TINY).rsqrt()
+            scaled = gram * inverse[:, :, None]
+            cosine.addcmul_(scaled, inverse[:, None, :], value=1 / len(layers))
+        if error is not None:
+            squared = gram.mul_(-2).add_(norm[:, :, None]).add_(norm[:, None, :]).clamp_(min=0)
+            inverse = 1 / norm[:, :, None].clamp(min=TINY)
+            if aggregate == "rms":
+                error.addcmul_(squared, inverse, value=1 / len(layers))
+            else:
+                torch.maximum(error, squared.mul_(inverse), out=error)

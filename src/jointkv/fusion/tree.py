@@ -107,25 +107,36 @@ def _leaders(kv: PagedKV, pages: Tensor, policy: FusionPolicy, group: int) -> Te
 
 def group_blocks(pairs: PairStatistics, policy: FusionPolicy, group: int) -> Tensor:
     """The leader of each block's group, `[P, N]` long; a block that fits nowhere leads itself."""
-    key_threshold = policy.threshold("key_threshold", group)
-    value_threshold = policy.threshold("value_threshold", group)
+    allowed = _alike(pairs, policy, group)
+    leader = torch.arange(allowed.shape[1], device=allowed.device).expand(allowed.shape[:2]).contiguous()
+    # Where no earlier block may serve a later one there is nothing to merge: most positions of unrelated traffic.
+    lines = allowed.tril(-1).flatten(1).any(1)
+    if not lines.any():
+        return leader
+    pairs, allowed = pairs.take(lines), allowed[lines]
     if policy.representative == "direction":
-        assert pairs.key_cosine is not None and key_threshold is not None
-        return merge_directions(
-            pairs.key_cosine, pairs.value_cosine, pairs.valid, key_threshold, value_threshold or 0.0
-        )
-    bound = policy.threshold("max_relative_error", group)
-    tests = [(pairs.key_cosine, key_threshold), (pairs.value_cosine, value_threshold)]
-    allowed = pairs.valid[:, :, None] & pairs.valid[:, None, :]
-    for cosine, threshold in tests:
-        if threshold is not None:
-            assert cosine is not None
-            allowed = allowed & (cosine >= threshold)
-    if bound is None:
+        thresholds = [policy.threshold(name, group) or 0.0 for name in ("key_threshold", "value_threshold")]
         assert pairs.key_cosine is not None
-        return merge_resident(allowed, pairs.key_cosine, pairs.valid)
-    assert pairs.error is not None
-    return merge_resident(allowed & (pairs.error <= bound**2 + GRAM_SLACK), -pairs.error, pairs.valid)
+        merged = merge_directions(pairs.key_cosine, pairs.value_cosine, pairs.valid, *thresholds)
+    else:
+        score = pairs.key_cosine if pairs.error is None else -pairs.error
+        assert score is not None
+        merged = merge_resident(allowed, score, pairs.valid)
+    leader[lines] = merged
+    return leader
+
+
+def _alike(pairs: PairStatistics, policy: FusionPolicy, group: int) -> Tensor:
+    """Which pairs pass every test of the policy: `[P, N, N]` bool; entry `[i, j]`: block `j` may serve block `i`."""
+    alike = pairs.valid[:, :, None] & pairs.valid[:, None, :]
+    for cosine, name in ((pairs.key_cosine, "key_threshold"), (pairs.value_cosine, "value_threshold")):
+        threshold = policy.threshold(name, group)
+        if cosine is not None and threshold is not None:
+            alike &= cosine >= threshold
+    bound = policy.threshold("max_relative_error", group)
+    if pairs.error is not None and bound is not None:
+        alike &= pairs.error <= bound**2 + GRAM_SLACK
+    return alike
 
 
 def _plan_resident(
