@@ -102,10 +102,13 @@ def test_other_caches_of_the_model_are_not_affected():
 
 
 def test_soft_capping_is_refused_by_name_unless_eager():
-    stock = build_model("gemma2")
+    try:
+        stock = build_model("gemma2")
+    except ValueError as error:
+        pytest.skip(f"this release refuses the stock attention first: {error}")
     expected = generate(stock, PROMPTS["single"], stock_cache(stock))
+    model, pool = joint("gemma2")
     with pytest.raises(UnsupportedModel, match=r"softcap.*eager"):
-        model, pool = joint("gemma2")
         generate(model, PROMPTS["single"], JointCache(pool))
     # What the pool refuses must go on working with another cache.
     assert_same_output(expected, generate(model, PROMPTS["single"], stock_cache(model)))

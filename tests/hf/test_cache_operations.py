@@ -17,10 +17,18 @@ from tiny_models import (
     step,
     stock_cache,
 )
+from transformers import Cache
 
 from jointkv.errors import LayoutError
 from jointkv.hf.cache import JointCache
 from jointkv.policy import FusionPolicy
+
+
+def crop_to(cache, length):
+    """Crop to a length; the stock cache no longer takes a positive number in newer releases."""
+    stock = isinstance(cache, Cache) and not isinstance(cache, JointCache)
+    cache.crop(min(0, length - cache.get_seq_length()) if stock else length)
+
 
 POLICIES = {
     "off": "off",
@@ -32,8 +40,8 @@ OPERATIONS = {
     "crop": lambda cache: cache.crop(-5),
     "crop_block": lambda cache: cache.crop(-(2 * BLOCK + 2)),
     "crop_nothing": lambda cache: cache.crop(0),
-    "crop_to": lambda cache: cache.crop(9),
-    "crop_to_more": lambda cache: cache.crop(500),
+    "crop_to": lambda cache: crop_to(cache, 9),
+    "crop_to_more": lambda cache: crop_to(cache, 500),
     "crop_deep": lambda cache: cache.crop(-20),
     "select": lambda cache: cache.batch_select_indices(torch.tensor([2, 0])),
     "select_one": lambda cache: cache.batch_select_indices(torch.tensor([1])),

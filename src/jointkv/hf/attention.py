@@ -101,11 +101,18 @@ def paged_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    step = pages.rows_at_a_time()
-    outputs = [
-        _attend(module, query, pages, slice(start, start + step), attention_mask, dropout, scaling)
-        for start in range(0, len(query), step)
-    ]
+    outputs = []
+    for start in range(0, len(query), pages.rows_at_a_time()):
+        rows = slice(start, start + pages.rows_at_a_time())
+        keys, values = pages.read(rows)
+        mask = attention_mask
+        if mask is not None and len(mask) > 1:
+            mask = mask[rows]
+        # The stock function, so that the same K and V give the same bits whichever way this release computes them.
+        output, _ = sdpa_attention_forward(
+            module, query[rows], keys, values, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        outputs.append(output)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs), None
 
 
@@ -113,29 +120,3 @@ def _refuse_unsupported(arguments: dict[str, Any]) -> None:
     for name in _UNSUPPORTED:
         if arguments.get(name) is not None:
             raise UnsupportedModel(f"attention with {name}: load the model with attn_implementation='eager'")
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    pages: PagedLayer,
-    rows: slice,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-) -> Tensor:
-    keys, values = pages.read(rows)
-    query = query[rows]
-    mask = attention_mask
-    if mask is not None:
-        mask = mask[rows] if mask.shape[0] > 1 else mask
-        mask = mask[..., : keys.shape[2]]
-    groups = query.shape[1] // keys.shape[1]
-    if groups > 1 and mask is not None and query.is_cuda:
-        # Masked grouped-query attention has no fast CUDA kernel; repeating K and V has.
-        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-        groups = 1
-    output = nn.functional.scaled_dot_product_attention(
-        query, keys, values, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1
-    )
-    return output.transpose(1, 2).contiguous()

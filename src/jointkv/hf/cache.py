@@ -303,10 +303,10 @@ class JointCache(Cache):
     @bookkeeping
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens: `-n` drops `n`; a positive number is the length to keep (as in transformers)."""
-        for layer in self.other_layers:
-            layer.crop(tokens_to_remove)
         keep = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.length)
         keep = max(0, keep)
+        for layer in self.other_layers:
+            layer.crop(keep - self.length)
         if keep == self.length:
             return
         self.length = keep

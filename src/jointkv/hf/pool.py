@@ -172,7 +172,7 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
     except (KeyError, AttributeError, TypeError) as error:
         raise UnsupportedModel(f"{type(model).__name__}: its cache layers are unknown ({error})") from error
     for index, layer in enumerate(layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and type(layer).__name__ != "DummyLayer":
             raise UnsupportedModel(f"layer {index} of {type(model).__name__} needs a {type(layer).__name__}")
     full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
     if not full:
