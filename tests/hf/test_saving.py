@@ -1,0 +1,121 @@
+"""A saved cache reads back bit for bit, fuses into what is resident, and is refused by name where it does not fit."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import duplicates, generate, joint, prompts, step
+
+from jointkv.errors import BadInput, ModelMismatch, PoolFull
+from jointkv.hf import JointCache, JointPool
+from jointkv.hf.saving import FORMAT
+from jointkv.policy import FusionPolicy
+
+DIRECTION = FusionPolicy.preset("paper", key_threshold=0.2, skip_first_layers=1, skip_last_layers=0)
+PROMPT = prompts(21, 9, 14)
+
+
+def filled(name="llama", policy="safe", prompt=PROMPT, isolation_key=""):
+    model, pool = joint(name, policy)
+    cache = JointCache(pool, isolation_key)
+    generate(model, prompt, cache)
+    return model, pool, cache
+
+
+def next_logits(model, cache, mask):
+    ids = torch.full((len(mask), 1), 5)
+    longer = torch.nn.functional.pad(mask, (0, cache.length + 1 - mask.shape[1]), value=1)
+    return step(model, cache, ids, longer)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("policy", ["off", "safe", "direction"])
+def test_a_loaded_cache_goes_on_like_the_saved_one(tmp_path, name, policy):
+    chosen = FusionPolicy.preset("paper", key_threshold=0.2, skip_first_layers=0, skip_last_layers=0)
+    model, pool, cache = filled(name, chosen if policy == "direction" else policy)
+    cache.save(tmp_path / "cache")
+    loaded = JointCache.load(tmp_path / "cache", JointPool(model, pool.policy, block_size=pool.block_size))
+    assert loaded.references == cache.references and loaded.get_seq_length() == cache.get_seq_length()
+    assert torch.equal(next_logits(model, loaded, PROMPT[1]), next_logits(model, cache, PROMPT[1]))
+
+
+def test_distinct_pages_are_written_once(tmp_path):
+    _, _, cache = filled(prompt=duplicates(4, 16))
+    assert cache.pages < cache.references
+    cache.save(tmp_path / "cache")
+    assert len(load_file(tmp_path / "cache")["key.0"]) == cache.pages
+
+
+def test_a_loaded_cache_fuses_into_what_is_resident_of_its_own_tenant(tmp_path):
+    _, pool, cache = filled(isolation_key="a")
+    cache.save(tmp_path / "cache")
+    alone = pool.stats()["pages_used"]
+    full_blocks = int((cache.length - cache.padding).div(pool.block_size, rounding_mode="floor").sum())
+    again = JointCache.load(tmp_path / "cache", pool, "a")
+    assert pool.stats()["pages_used"] == 2 * alone - full_blocks
+    other = JointCache.load(tmp_path / "cache", pool, "b")
+    assert pool.stats()["pages_used"] == 3 * alone - full_blocks
+    for held in (cache, again, other):
+        held.check_integrity()
+
+
+def test_a_full_pool_leaves_nothing_behind(tmp_path):
+    model, pool, cache = filled()
+    cache.save(tmp_path / "cache")
+    small = JointPool(model, "safe", block_size=pool.block_size, max_pages=cache.pages - 1)
+    with pytest.raises(PoolFull, match="1 missing"):
+        JointCache.load(tmp_path / "cache", small)
+    small.check_integrity()
+    assert small.stats()["pages_used"] == 0
+
+
+def test_what_belongs_to_another_model_or_layout_is_refused(tmp_path):
+    model, pool, cache = filled()
+    cache.save(tmp_path / "cache")
+    with pytest.raises(ModelMismatch, match="block_size"):
+        JointCache.load(tmp_path / "cache", JointPool(model, "safe", block_size=pool.block_size * 2))
+    with pytest.raises(ModelMismatch, match="layer"):
+        JointCache.load(tmp_path / "cache", JointPool(model, DIRECTION, block_size=pool.block_size))
+    with pytest.raises(ModelMismatch, match="model"):
+        JointCache.load(tmp_path / "cache", joint("llama", seed=1)[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("padding"),
+        lambda tensors: tensors.pop("value.2"),
+        lambda tensors: tensors["table.0"].fill_(10**6),
+        lambda tensors: tensors["table.0"].fill_(-1),
+        lambda tensors: tensors.update({"table.0": tensors["table.0"].float()}),
+        lambda tensors: tensors.update({"fusable": tensors["fusable"][:1]}),
+        lambda tensors: tensors["padding"].fill_(-3),
+        lambda tensors: tensors.update({"k_scale.0": torch.ones(1)}),
+        lambda tensors: tensors.update({"key.1": tensors["key.1"][:, :, :, :1]}),
+    ],
+)
+def test_a_damaged_file_is_bad_input(tmp_path, change):
+    _, pool, cache = filled()
+    cache.save(tmp_path / "cache")
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "cache", "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / "cache")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "bad", metadata=metadata)
+    used = pool.stats()["pages_used"]
+    with pytest.raises(BadInput, match="damaged"):
+        JointCache.load(tmp_path / "bad", pool)
+    assert pool.stats()["pages_used"] == used
+    pool.check_integrity()
+
+
+def test_files_that_are_no_saved_cache(tmp_path):
+    _, pool, _ = filled()
+    (tmp_path / "text").write_text("hello")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other", metadata={"format": FORMAT + "0"})
+    for name in ("text", "other", "missing"):
+        with pytest.raises(BadInput, match=name):
+            JointCache.load(tmp_path / name, pool)
+    with pytest.raises(BadInput, match="empty"):
+        JointCache(pool).save(tmp_path / "cache")
