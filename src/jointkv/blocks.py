@@ -11,6 +11,9 @@ from torch import Tensor
 
 from jointkv.errors import LayoutError
 
+VECTORS_BYTES = 4 << 20
+"""Blocks widened to float32 at a time, all layers together: small enough to stay in the last-level cache."""
+
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,11 +67,20 @@ class PagedKV:
         """Bytes of one page: K and V of all layers of the group."""
         return sum(layer[0].nbytes for layer in (*self.keys, *self.values))
 
-    def vectors(self, pages: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield per layer the float32 K and V blocks `[*pages.shape, r]` that `pages` name."""
+    def vectors(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """The float32 K and V blocks `[layers, n, r]` of `pages [n]`; see `batches` for how many to take."""
         index = pages.to(self.device)
-        for keys, values in zip(self.keys, self.values, strict=True):
-            yield as_vectors(keys, index), as_vectors(values, index)
+        keys, values = (
+            torch.stack([layer.flatten(1).index_select(0, index) for layer in layers]).float()
+            for layers in (self.keys, self.values)
+        )
+        return keys, values
+
+    def batches(self, count: int) -> Iterator[slice]:
+        """Cut `count` blocks so that the K vectors of a part stay in the cache."""
+        step = max(1, VECTORS_BYTES // (4 * self.num_layers * self.keys[0][0].numel()))
+        for start in range(0, count, step):
+            yield slice(start, start + step)
 
 
 def as_vectors(layer: Tensor, pages: Tensor) -> Tensor:
@@ -108,41 +120,29 @@ class ServedErrors(NamedTuple):
         return ServedErrors(*(error[selected] for error in self))
 
 
-class ErrorSum:
-    """Squared relative errors of `n` blocks of `t` tokens, collected layer by layer.
+def block_errors(blocks: Tensor, read: Tensor, block_size: int, aggregate: str) -> tuple[Tensor, Tensor]:
+    """Relative errors when `read` stands in for `blocks`, both `[layers, n, r]` in float32; `read` is overwritten.
 
     Args:
-        count: number of layers.
-        aggregate: `"rms"` takes the mean over layers, `"max"` the worst layer.
+        aggregate: `"rms"` takes the root mean square over layers, `"max"` the worst layer.
+
+    Returns:
+        The errors of the blocks and of their worst tokens, `[n]` each, on the CPU.
     """
-
-    def __init__(self, count: int, aggregate: str) -> None:
-        self._count, self._aggregate = count, aggregate
-        self._block: Tensor | None = None
-        self._token: Tensor | None = None
-
-    def add(self, blocks: Tensor, read: Tensor, block_size: int) -> None:
-        """Add one layer: `blocks [n, r]` and what is read in their place. `read` is overwritten."""
-        tokens = blocks.unflatten(-1, (block_size, -1))
-        apart = read.sub_(blocks).unflatten(-1, (block_size, -1))
-        difference, norm = _squares(apart), _squares(tokens)
-        vanishing = norm < TINY
-        if vanishing.any():
-            unequal = vanishing & (apart != 0).any(-1)
-            difference = difference.masked_fill(unequal, torch.inf)
-        self._token = self._fold(self._token, relative(difference, norm))
-        self._block = self._fold(self._block, relative(difference.sum(-1), norm.sum(-1)))
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Relative errors of the blocks and of their worst tokens, both `[n]`, on the CPU."""
-        assert self._block is not None and self._token is not None
-        return self._block.sqrt().cpu(), self._token.amax(-1).sqrt().cpu()
-
-    def _fold(self, total: Tensor | None, layer: Tensor) -> Tensor:
-        if self._aggregate == "rms":
-            layer = layer / self._count
-            return layer if total is None else total + layer
-        return layer if total is None else torch.maximum(total, layer)
+    tokens = blocks.unflatten(-1, (block_size, -1))
+    apart = read.sub_(blocks).unflatten(-1, (block_size, -1))
+    difference, norm = _squares(apart), _squares(tokens)
+    vanishing = norm < TINY
+    if vanishing.any():
+        unequal = vanishing & (apart != 0).any(-1)
+        difference = difference.masked_fill(unequal, torch.inf)
+    block = relative(difference.sum(-1), norm.sum(-1))
+    token = relative(difference, norm)
+    if aggregate == "rms":
+        block, token = block.mean(0), token.mean(0)
+    else:
+        block, token = block.amax(0), token.amax(0)
+    return block.sqrt().cpu(), token.amax(-1).sqrt().cpu()
 
 
 def served_errors(
@@ -152,8 +152,6 @@ def served_errors(
     aggregate: str,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    *,
-    batch: int = 64,
 ) -> ServedErrors:
     """Relative errors when block `pages[i]` is read from page `served_by[i]`, times its scales.
 
@@ -161,21 +159,16 @@ def served_errors(
         pages, served_by: page numbers, `[n]`.
         aggregate: `"rms"` or `"max"` over the layers.
         k_scale, v_scale: factors `[layers, n]` on the page read; None means 1.
-        batch: blocks compared at a time: few enough to stay in the cache.
     """
-    parts = []
-    for start in range(0, len(pages), batch):
-        part = slice(start, start + batch)
-        sums = [ErrorSum(kv.num_layers, aggregate) for _ in range(2)]
-        both = zip(kv.vectors(pages[part]), kv.vectors(served_by[part]), strict=True)
-        for layer, (blocks, served) in enumerate(both):
-            for side, scale in enumerate((k_scale, v_scale)):
-                read = served[side]
-                if scale is not None:
-                    read = read * scale[layer, part, None].to(read.device)
-                sums[side].add(blocks[side], read, kv.block_size)
-        (key, key_token), (value, value_token) = (total.result() for total in sums)
-        parts.append(ServedErrors(key, value, torch.maximum(key_token, value_token)))
-    if not parts:
-        return ServedErrors(torch.zeros(0), torch.zeros(0), torch.zeros(0))
+    parts = [(torch.zeros(0),) * 3]
+    for part in kv.batches(len(pages)):
+        sides = []
+        for blocks, read, scale in zip(
+            kv.vectors(pages[part]), kv.vectors(served_by[part]), (k_scale, v_scale), strict=True
+        ):
+            if scale is not None:
+                read = read.mul_(scale[:, part, None].to(read.device))
+            sides.append(block_errors(blocks, read, kv.block_size, aggregate))
+        (key, key_token), (value, value_token) = sides
+        parts.append((key, value, torch.maximum(key_token, value_token)))
     return ServedErrors(*(torch.cat(errors) for errors in zip(*parts, strict=True)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,7 @@ class BlockPool:
         # The tables hold the pool; the pool must not keep them alive.
         self._tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
         self._on_free: list[Callable[[Tensor], None]] = []
+        self._dropped: deque[Tensor] = deque()
         self.peak_used = 0
 
     @property
@@ -76,11 +78,12 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Pages free now, without those that growing would add."""
+        self._collect_dropped()
         return self._free_count
 
     @property
     def num_used(self) -> int:
-        return self.num_pages - self._free_count
+        return self.num_pages - self.num_free
 
     @property
     def nbytes(self) -> int:
@@ -95,6 +98,14 @@ class BlockPool:
         """Call `callback(pages)` when pages become free, before any of them can be handed out again."""
         self._on_free.append(callback)
 
+    def off_free(self, callback: Callable[[Tensor], None]) -> None:
+        """Undo `on_free`."""
+        self._on_free.remove(callback)
+
+    def drop(self, pages: Tensor) -> None:
+        """Free `pages` at the next call: for destructors, which may run in the middle of another one."""
+        self._dropped.append(pages)
+
     def missing(self, count: int) -> int:
         """How many of `count` pages the pool could not give, growth included."""
         if self.max_pages is None:
@@ -108,6 +119,7 @@ class BlockPool:
         Raises:
             PoolFull: fewer are left; nothing was taken.
         """
+        self._collect_dropped()
         missing = self.missing(count)
         if missing:
             raise PoolFull(missing, count, self.max_pages or 0)
@@ -135,10 +147,12 @@ class BlockPool:
             raise IntegrityError("a page was freed more often than it was referenced")
         released = pages[self.references[pages] == 0].unique()
         if len(released):
-            for callback in self._on_free:
-                callback(released)
-            self._free[self._free_count : self._free_count + len(released)] = released.flip(0)
-            self._free_count += len(released)
+            try:
+                for callback in self._on_free:
+                    callback(released)
+            finally:
+                self._free[self._free_count : self._free_count + len(released)] = released.flip(0)
+                self._free_count += len(released)
         return len(released)
 
     @bookkeeping
@@ -160,6 +174,7 @@ class BlockPool:
             IntegrityError: `free + used != total`, a free page is referenced, or a count differs from the number of
                 (table row, slot) entries that name the page.
         """
+        self._collect_dropped()
         free = self._free[: self._free_count]
         if len(free.unique()) != len(free):
             raise IntegrityError("a page is on the free list twice")
@@ -176,6 +191,10 @@ class BlockPool:
             raise IntegrityError(
                 f"page {page}: {int(self.references[page])} references counted, {int(expected[page])} held"
             )
+
+    def _collect_dropped(self) -> None:
+        while self._dropped:
+            self.free(self._dropped.popleft())
 
     def _assert_used(self, pages: Tensor) -> None:
         if len(pages) and (self.references[pages] <= 0).any():

@@ -20,6 +20,8 @@ class BlockTable:
 
     Attributes:
         pages: long `[rows, slots]`, on the CPU; -1 where there is no block.
+        served: bool `[rows, slots]`: the block is read from another one's content. It is never fused again, because
+            a second error would come on top of the first.
         k_scale, v_scale: float32 `[layers, rows, slots]`, or None while every scale is 1.
         version: changes whenever an entry changes, so that what was derived from the table can be kept until then.
     """
@@ -28,6 +30,7 @@ class BlockTable:
     def __init__(self, pool: BlockPool, rows: int) -> None:
         self.pool = pool
         self.pages = torch.full((rows, 0), NO_PAGE, dtype=torch.long)
+        self.served = torch.zeros(rows, 0, dtype=torch.bool)
         self.k_scale: Tensor | None = None
         self.v_scale: Tensor | None = None
         self.version = 0
@@ -35,7 +38,7 @@ class BlockTable:
 
     def __del__(self) -> None:
         if not sys.is_finalizing():
-            self.release()
+            self.pool.drop(self.held())
 
     @property
     def num_rows(self) -> int:
@@ -81,13 +84,13 @@ class BlockTable:
     def release(self) -> None:
         """Free every block and keep the rows."""
         self._free_entries(self.pages >= 0)
-        self.pages = self.pages[:, :0]
+        self.pages, self.served = self.pages[:, :0], self.served[:, :0]
         self.k_scale = self.v_scale = None
 
     @bookkeeping
     def select(self, rows: Tensor) -> None:
         """Make row `i` what row `rows[i]` was; rows may repeat (beams) or go."""
-        old, self.pages = self.pages, self.pages[rows]
+        old, self.pages, self.served = self.pages, self.pages[rows], self.served[rows]
         self.pool.share(self.pages[self.pages >= 0])
         self.pool.free(old[old >= 0])
         if self.k_scale is not None and self.v_scale is not None:
@@ -95,10 +98,10 @@ class BlockTable:
         self.version += 1
 
     @bookkeeping
-    def adopt(self, pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
-        """Make `pages` (-1: none) and scales the content of this empty table; adds a reference per entry."""
+    def adopt(self, pages: Tensor, served: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+        """Make `pages` (-1: none), flags and scales the content of this empty table; adds a reference per entry."""
         self.pool.share(pages[pages >= 0])
-        self.pages, self.k_scale, self.v_scale = pages, k_scale, v_scale
+        self.pages, self.served, self.k_scale, self.v_scale = pages, served, k_scale, v_scale
         self.version += 1
 
     def scaled(self, rows: Tensor, slots: Tensor) -> Tensor:
@@ -110,7 +113,7 @@ class BlockTable:
     def adopt_copy(self, other: BlockTable) -> None:
         """Make this empty table read what `other` reads."""
         scales = (None if scale is None else scale.clone() for scale in (other.k_scale, other.v_scale))
-        self.adopt(other.pages.clone(), *scales)
+        self.adopt(other.pages.clone(), other.served.clone(), *scales)
 
     def count_shared(self, rows: Tensor, slots: Tensor) -> int:
         """How many of the named blocks `make_writable` would copy."""
@@ -158,6 +161,7 @@ class BlockTable:
         moved = plan.page != plan.old_page
         self.pool.share(plan.page[moved])
         self._replace(plan.row, plan.slot, plan.page, plan.k_scale, plan.v_scale)
+        self.served[plan.row, plan.slot] = (plan.key_error > 0) | (plan.value_error > 0)
         return self.pool.free(plan.old_page[moved])
 
     def ref(self, row: int, slot: int, layer: int = 0) -> BlockRef:
@@ -173,6 +177,8 @@ class BlockTable:
             raise IntegrityError("a block table row has a hole")
         if (self.k_scale is None) != (self.v_scale is None):
             raise IntegrityError("K scales without V scales")
+        if self.served.shape != self.pages.shape or (self.served & ~present).any():
+            raise IntegrityError("flags and block table differ")
         if self.k_scale is not None and self.k_scale.shape[1:] != self.pages.shape:
             raise IntegrityError("scales and block table differ in shape")
 
@@ -216,6 +222,7 @@ class BlockTable:
             return
         freed = self.pages[entries]
         self.pages = self.pages.masked_fill(entries, NO_PAGE)
+        self.served = self.served & ~entries
         if self.k_scale is not None and self.v_scale is not None:
             self.k_scale = self.k_scale.masked_fill(entries, 1.0)
             self.v_scale = self.v_scale.masked_fill(entries, 1.0)
@@ -229,6 +236,7 @@ class BlockTable:
         # Room for as much again: a decoding sequence would otherwise copy its table at every new block.
         extra = max(extra, self.pages.shape[1])
         self.pages = torch.nn.functional.pad(self.pages, (0, extra), value=NO_PAGE)
+        self.served = torch.nn.functional.pad(self.served, (0, extra))
         if self.k_scale is not None and self.v_scale is not None:
             self.k_scale = torch.nn.functional.pad(self.k_scale, (0, extra), value=1.0)
             self.v_scale = torch.nn.functional.pad(self.v_scale, (0, extra), value=1.0)

@@ -1,5 +1,7 @@
 """`PagedKV` refuses layouts it does not know; relative errors are what their definition says, in float64."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.shadow import naive_error, naive_token_error
+from jointkv import blocks
 from jointkv.blocks import PagedKV, served_errors
 from jointkv.errors import LayoutError
 
@@ -51,12 +54,18 @@ def test_sizes_count_every_layer_and_both_sides():
 def test_vectors_are_the_pages_asked_for_in_order():
     keys = torch.arange(5 * 2 * 1 * 3).view(5, 2, 1, 3).to(torch.float16)
     kv = PagedKV([keys, keys + 1], [keys + 2, keys + 3])
-    index = torch.tensor([[4, 0], [2, 2]])
-    for shift, blocks in zip((0, 1), kv.vectors(index), strict=True):
-        for side in (0, 1):
-            expected = (keys + shift + 2 * side).flatten(1)[index].float()
-            assert blocks[side].dtype == torch.float32
-            assert torch.equal(blocks[side], expected)
+    index = torch.tensor([4, 0, 2, 2])
+    for side, vectors in enumerate(kv.vectors(index)):
+        assert vectors.dtype == torch.float32
+        for shift in (0, 1):
+            assert torch.equal(vectors[shift], (keys + shift + 2 * side).flatten(1)[index].float())
+
+
+def test_batches_cover_every_block_once_whatever_their_size(monkeypatch):
+    kv = PagedKV([layer()] * 2, [layer()] * 2)
+    for bytes_at_a_time in (1, 200, 1 << 20):
+        monkeypatch.setattr(blocks, "VECTORS_BYTES", bytes_at_a_time)
+        assert [i for part in kv.batches(7) for i in range(7)[part]] == list(range(7))
 
 
 @settings(deadline=None, max_examples=60)
@@ -68,9 +77,9 @@ def test_vectors_are_the_pages_asked_for_in_order():
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     scaled=st.booleans(),
     zeros=st.booleans(),
-    batch=st.integers(1, 4),
+    bytes_at_a_time=st.sampled_from([1, 200, 1 << 20]),
 )
-def test_served_errors_are_the_definition(seed, layers, pages, aggregate, dtype, scaled, zeros, batch):
+def test_served_errors_are_the_definition(seed, layers, pages, aggregate, dtype, scaled, zeros, bytes_at_a_time):
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -83,12 +92,13 @@ def test_served_errors_are_the_definition(seed, layers, pages, aggregate, dtype,
                 tensor[torch.rand(pages, generator=generator) < 0.4] = 0
     own, served_by = torch.randint(pages, (2, 7), generator=generator)
     scales = [random(layers, 7) if scaled else None for _ in sides]
-    found = served_errors(PagedKV(*sides), own, served_by, aggregate, *scales, batch=batch)
+    with mock.patch.object(blocks, "VECTORS_BYTES", bytes_at_a_time):
+        found = served_errors(PagedKV(*sides), own, served_by, aggregate, *scales)
     token_errors = np.zeros(7)
     for side, scale, errors in zip(sides, scales, (found.key, found.value), strict=True):
-        blocks = np.stack([tensor.double().flatten(1).numpy() for tensor in side])
+        vectors = np.stack([tensor.double().flatten(1).numpy() for tensor in side])
         factors = np.ones((layers, 7)) if scale is None else scale.double().numpy()
-        pairs = [(blocks[:, own[i]], blocks[:, served_by[i]] * factors[:, i, None]) for i in range(7)]
+        pairs = [(vectors[:, own[i]], vectors[:, served_by[i]] * factors[:, i, None]) for i in range(7)]
         expected = [naive_error(*pair, aggregate) for pair in pairs]
         worst = [naive_token_error(*pair, TOKENS, aggregate) for pair in pairs]
         token_errors = np.maximum(token_errors, worst)

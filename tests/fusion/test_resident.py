@@ -182,7 +182,7 @@ def test_keys_that_no_block_uses_leave_no_bucket_behind():
     for request in range(3):
         index.add([("used", request), ("unused", request)], long([0]), long([7]), torch.zeros(1, SIZE))
         index.remove(long([7]))
-    assert len(index._rows) == 0
+    assert not index._buckets
 
 
 def test_a_broken_index_is_noticed():
@@ -196,10 +196,10 @@ def test_a_broken_index_is_noticed():
         index._entry_of_page[3] = -1
 
     def mistake_a_bucket(index):
-        index._bucket_of[index._entry_of_page[5]] = 0
+        index._bucket_of[int(index._entry_of_page[5])] = "a"
 
     def forget_a_member(index):
-        index._members[0, 1] = -1
+        index._buckets["a"] = index._buckets["a"][:1]
 
     def free_a_live_entry(index):
         index._free_count += 1

@@ -140,7 +140,9 @@ def regroup(state: dict[str, Tensor], layers_per_group: int) -> dict[str, Tensor
     layers = sum(name.startswith("key.") for name in state)
     groups = layers // layers_per_group
     pages = len(state["key.0"])
-    other = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in ("key", "value", "table")}
+    other = {
+        name: tensor for name, tensor in state.items() if name.split(".")[0] not in ("key", "value", "table", "served")
+    }
     for side in ("key", "value"):
         for member in range(layers_per_group):
             parts = [state[f"{side}.{group * layers_per_group + member}"] for group in range(groups)]
@@ -148,6 +150,7 @@ def regroup(state: dict[str, Tensor], layers_per_group: int) -> dict[str, Tensor
     table = state["table.0"]
     for group in range(groups):
         other[f"table.{group}"] = torch.where(table < 0, table, table + group * pages)
+        other[f"served.{group}"] = state["served.0"].clone()
     return other
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jointkv.blocks import ErrorSum, PagedKV, ServedErrors, as_vectors
+from jointkv.blocks import PagedKV, ServedErrors, as_vectors, block_errors
 
 BATCH = 64
 """Blocks held in float32 at a time: few enough to stay in the cache. They are read twice instead of being kept."""
@@ -47,17 +47,15 @@ def _one_side(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Directions, scales, block errors and worst token errors of K or of V."""
     made = [_one_layer(layer, pages, group_of, num_groups) for layer in layers]
+    directions, scales = (torch.stack(parts) for parts in zip(*made, strict=True))
     errors = []
-    for start in range(0, len(pages), BATCH):
-        part = slice(start, start + BATCH)
-        total = ErrorSum(len(layers), aggregate)
-        for layer, (direction, scale) in zip(layers, made, strict=True):
-            read = as_vectors(direction, group_of[part]).mul_(scale[part, None])
-            total.add(as_vectors(layer, pages[part]), read, layer.shape[1])
-        errors.append(total.result())
+    for start in range(0, len(pages), max(1, BATCH // len(layers))):
+        part = slice(start, start + max(1, BATCH // len(layers)))
+        blocks = torch.stack([as_vectors(layer, pages[part]) for layer in layers])
+        read = directions[:, group_of[part]].flatten(2).float().mul_(scales[:, part, None])
+        errors.append(block_errors(blocks, read, layers[0].shape[1], aggregate))
     block, token = (torch.cat(parts) for parts in zip(*errors, strict=True))
-    directions, scales = zip(*made, strict=True)
-    return torch.stack(directions).cpu(), torch.stack(scales).cpu(), block, token
+    return directions.cpu(), scales.cpu(), block, token
 
 
 def _one_layer(layer: Tensor, pages: Tensor, group_of: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:

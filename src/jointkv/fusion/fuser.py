@@ -23,8 +23,8 @@ from jointkv.state import bookkeeping
 from jointkv.table import BlockTable
 
 SIGNATURE_SLACK = 1.5
-"""A signature's squared distance may exceed the true one by this factor and still be looked at: more than four
-standard deviations for 30 layers. A candidate missed costs compression, never correctness."""
+"""A signature's squared distance may exceed the true one by this factor and still be looked at: four
+standard deviations at the least. A candidate missed costs compression, never correctness."""
 
 
 _NO_SCALES: dict[str, Any] = dict.fromkeys(("k_scale", "v_scale", "direction_page", "key_direction", "value_direction"))
@@ -89,7 +89,8 @@ class Fuser:
         signatures = self.signature(self.pool.kv, pages)
         usable = signatures.isfinite().all(1).cpu()
         self.counters["blocks_not_finite"] += int((~usable).sum())
-        own = (self.pool.references[pages] == 1) & ~table.scaled(blocks.row, blocks.slot)
+        own = (self.pool.references[pages] == 1) & ~table.served[blocks.row, blocks.slot]
+        own &= ~table.scaled(blocks.row, blocks.slot)
         movable, found = self._take(blocks, signatures, usable & own)
         resident = self.plan_resident(table, movable, found, group)
         freed = table.apply(resident)
@@ -158,6 +159,11 @@ class Fuser:
         """Take pages that are about to be written out of the index."""
         self.index.remove(pages)
 
+    def close(self) -> None:
+        """Forget everything and stop following the pool."""
+        self.pool.off_free(self.index.remove)
+        self.index.clear()
+
     def check_integrity(self) -> None:
         """Raises IntegrityError when the index is inconsistent or knows a free page."""
         self.index.check_integrity()
@@ -213,12 +219,12 @@ class Fuser:
         if self.policy.representative != "direction":
             return None, None
         scales: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for blocks, served in zip(self.pool.kv.vectors(pages), self.pool.kv.vectors(served_by), strict=True):
-            for side in (0, 1):
-                own = torch.linalg.vector_norm(blocks[side], dim=-1)
-                held = torch.linalg.vector_norm(served[side], dim=-1)
+        for part in self.pool.kv.batches(len(pages)):
+            vectors = zip(self.pool.kv.vectors(pages[part]), self.pool.kv.vectors(served_by[part]), strict=True)
+            for side, (blocks, served) in enumerate(vectors):
+                own, held = (torch.linalg.vector_norm(x, dim=-1) for x in (blocks, served))
                 scales[side].append((own / held).cpu())
-        return torch.stack(scales[0]), torch.stack(scales[1])
+        return torch.cat(scales[0], 1), torch.cat(scales[1], 1)
 
     def _accepted(self, pages: Tensor, served_by: Tensor, errors: ServedErrors, group: int) -> Tensor:
         """Which pairs meet the bounds and every cosine threshold of the policy."""
@@ -230,10 +236,11 @@ class Fuser:
         return accepted
 
     def _mean_cosine(self, pages: Tensor, served_by: Tensor, side: int) -> Tensor:
-        total = torch.zeros(len(pages))
-        for blocks, served in zip(self.pool.kv.vectors(pages), self.pool.kv.vectors(served_by), strict=True):
-            total += torch.nn.functional.cosine_similarity(blocks[side], served[side], dim=-1).cpu()
-        return total / self.pool.kv.num_layers
+        cosines = []
+        for part in self.pool.kv.batches(len(pages)):
+            blocks, served = (self.pool.kv.vectors(x[part])[side] for x in (pages, served_by))
+            cosines.append(torch.nn.functional.cosine_similarity(blocks, served, dim=-1).mean(0).cpu())
+        return torch.cat(cosines)
 
     def _make_resident(self, table: BlockTable, blocks: NewBlocks, signatures: Tensor, merged: FusionPlan) -> None:
         """Index the pages that new blocks hold now: their own, or the shared one, each once."""

@@ -6,7 +6,7 @@ import copy
 import functools
 import time
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,15 @@ class JointCache(Cache):
 
     Args:
         pool: shared pages and policy.
-        isolation_key: tenant: blocks are compared only inside one key. One for all rows, or one per row.
+        isolation_key: tenant: blocks are compared only inside one key. Any hashable value for all rows, or a list with
+            one per row.
 
     Raises:
         LayoutError: the number of isolation keys differs from the rows of the batch (at the first forward pass).
         PoolFull: from a forward pass that needs more pages than the pool can give; the cache is as before.
     """
 
-    def __init__(self, pool: JointPool, isolation_key: Hashable | Sequence[Hashable] = "") -> None:
+    def __init__(self, pool: JointPool, isolation_key: Hashable | list[Hashable] = "") -> None:
         stock = DynamicCache(config=pool.config).layers
         self.pool = pool
         self._given_key = self.isolation_key = isolation_key
@@ -119,6 +120,9 @@ class JointCache(Cache):
         """Note the padding and the text of the coming forward pass (called by the pool's forward hook)."""
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
             attention_mask = None
+        written = min(layer.length for layer in self.paged_layers)
+        if written < self.length:  # the last forward pass broke off between two layers
+            self._roll_back(written)
         self._sliding_before = [(layer, copy.copy(layer.__dict__)) for layer in self.other_layers]
         self._announced = (attention_mask, input_ids)
 
@@ -185,7 +189,7 @@ class JointCache(Cache):
         count = sum(table.missing_blocks(needed) + table.count_shared(partial, slot) for table in self.tables)
         missing = blocks.missing(count)
         if missing:
-            self._roll_back()
+            self._roll_back(self.length)
             raise PoolFull(missing, count, blocks.max_pages or 0)
         for table in self.tables:
             if len(partial):
@@ -204,12 +208,26 @@ class JointCache(Cache):
         inside = torch.arange(length - new, length) >= self.padding[:, None]
         self._padded_step = None if inside.all() else inside.flatten().nonzero().squeeze(1).to(device)
 
-    def _roll_back(self) -> None:
-        """Undo what a refused forward pass has done before the first paged layer."""
+    def _roll_back(self, length: int) -> None:
+        """Undo a forward pass that was refused or broke off; `length` tokens were there before it."""
         for layer, before in self._sliding_before:
             layer.__dict__.update(before)
-        if not self.length:
+        self._truncate(length)
+        if not length:
             self.tables = []
+            self._clear()
+
+    def _truncate(self, length: int) -> None:
+        """Keep the first `length` tokens in the paged layers."""
+        self.length = length
+        self.padding = self.padding.clamp(max=length)
+        left = length - self.padding
+        for table in self.tables:
+            table.truncate(-(-left // self.pool.block_size))
+        self._considered = torch.minimum(self._considered, left // self.pool.block_size)
+        self.tokens = None if self.tokens is None else self.tokens[:, :length]
+        for layer in self.paged_layers:
+            layer.length = length
 
     def _extended_padding(self, mask: Tensor | None, new: int) -> Tensor:
         """Left padding per row after this step: a row that has no token yet may go on with padding."""
@@ -226,7 +244,7 @@ class JointCache(Cache):
         self.fusable = torch.ones(rows, dtype=torch.bool)
         self._sequence = self.pool.new_sequences(rows)
         keys = self.isolation_key
-        if isinstance(keys, list | tuple) and len(keys) != rows:
+        if isinstance(keys, list) and len(keys) != rows:
             self.tables = []
             raise LayoutError(f"{len(keys)} isolation keys for {rows} sequences")
 
@@ -289,7 +307,7 @@ class JointCache(Cache):
 
     def _tenant(self, row: int) -> Hashable:
         keys = self.isolation_key
-        return keys[row] if isinstance(keys, list | tuple) else keys  # type: ignore[return-value]
+        return keys[row] if isinstance(keys, list) else keys  # type: ignore[return-value]
 
     def _hashes(self, row: Tensor, slot: Tensor) -> Tensor | None:
         if self.tokens is None:
@@ -307,17 +325,8 @@ class JointCache(Cache):
         keep = max(0, keep)
         for layer in self.other_layers:
             layer.crop(keep - self.length)
-        if keep == self.length:
-            return
-        self.length = keep
-        left = (keep - self.padding).clamp(min=0)
-        self.padding = self.padding.clamp(max=keep)
-        for table in self.tables:
-            table.truncate(-(-left // self.pool.block_size))
-        self._considered = torch.minimum(self._considered, left // self.pool.block_size)
-        self.tokens = None if self.tokens is None else self.tokens[:, :keep]
-        for layer in self.paged_layers:
-            layer.length = keep
+        if keep < self.length:
+            self._truncate(keep)
 
     def reset(self) -> None:
         """Give every page back and start empty."""
@@ -356,7 +365,7 @@ class JointCache(Cache):
         self.fusable = self.fusable[rows]
         self.tokens = None if self.tokens is None else self.tokens[rows]
         self._sequence = self.pool.new_sequences(len(rows))
-        if isinstance(self.isolation_key, list | tuple):
+        if isinstance(self.isolation_key, list):
             self.isolation_key = [self.isolation_key[row] for row in rows.tolist()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> JointCache:
@@ -412,7 +421,7 @@ class JointCache(Cache):
         save_cache(self, path)
 
     @classmethod
-    def load(cls, path: Path | str, pool: JointPool, isolation_key: Hashable | Sequence[Hashable] = "") -> JointCache:
+    def load(cls, path: Path | str, pool: JointPool, isolation_key: Hashable | list[Hashable] = "") -> JointCache:
         """Read what `save` wrote into pages of `pool`.
 
         Raises:
@@ -431,7 +440,7 @@ class JointCache(Cache):
         Raises:
             PoolFull: too few pages are free; the cache stays empty.
         """
-        states = (tensors[name].transpose(1, 2)[:1, :, :0] for name in ("key.0", "value.0"))
+        states = (tensors[name].transpose(1, 2)[:1, :, :0].to(self.pool.device) for name in ("key.0", "value.0"))
         blocks = self.pool.prepare(*states)
         self._start(len(tensors["padding"]))
         try:
@@ -443,11 +452,13 @@ class JointCache(Cache):
             blocks.kv.keys[index][pages] = tensors[f"key.{index}"].to(blocks.kv.device)
             blocks.kv.values[index][pages] = tensors[f"value.{index}"].to(blocks.kv.device)
         self.length, self.padding, self.fusable = length, tensors["padding"], tensors["fusable"]
-        self.tokens = tensors.get("tokens")
+        if self.pool.policy.enabled and self.pool.policy.candidates != "signature":
+            self.tokens = tensors.get("tokens")
         for group, table in enumerate(self.tables):
             local = tensors[f"table.{group}"]
             adopted = pages[local.clamp(min=0)].masked_fill(local < 0, -1)
-            table.adopt(adopted, tensors.get(f"k_scale.{group}"), tensors.get(f"v_scale.{group}"))
+            scales = (tensors.get(f"{side}_scale.{group}") for side in "kv")
+            table.adopt(adopted, tensors[f"served.{group}"], *scales)
         blocks.free(pages)
         for layer in self.paged_layers:
             layer.length, layer.is_initialized = length, True

@@ -69,6 +69,7 @@ class JointPool:
         self.groups = LayerGroups.of(self.policy, len(self.full_layers))
         self.config = model.config.get_text_config(decoder=True)
         self.fingerprint = model_fingerprint(model)
+        self.dtype, self.device = model.dtype, model.device
         self.blocks: BlockPool | None = None
         self.fusers: dict[str, Fuser] = {}
         self.faults = 0
@@ -127,6 +128,7 @@ class JointPool:
             logger.error("fusion switched off after an internal fault: %s: %s", type(error).__name__, error)
         for fuser in self.fusers.values():
             self._counters.update(fuser.counters)
+            fuser.close()
         self.fusers = {}
 
     def stats(self) -> dict[str, Any]:
@@ -183,15 +185,11 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
 def model_fingerprint(model: PreTrainedModel) -> str:
     """A hash of the model's shape and of a few weights of every parameter: equal for equal models."""
     config = model.config.get_text_config(decoder=True)
-    names = (
-        "model_type",
-        "num_hidden_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-    )
-    shape = {name: getattr(config, name, None) for name in names}
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    fields = config.to_dict()
+    names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    names += tuple(name for name in fields if name.startswith("rope"))
+    shape = {name: fields.get(name) for name in names}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         sample = parameter.detach().flatten()[:16].float().cpu().numpy()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())

@@ -51,6 +51,7 @@ def pack(cache: JointCache) -> dict[str, Tensor]:
         )
     for group, (table, pages) in enumerate(zip(cache.tables, local.split(widths), strict=True)):
         tensors[f"table.{group}"] = pages.view_as(table.pages)
+        tensors[f"served.{group}"] = table.served
         if table.k_scale is not None and table.v_scale is not None:
             tensors[f"k_scale.{group}"], tensors[f"v_scale.{group}"] = table.k_scale, table.v_scale
     if cache.tokens is not None:
@@ -102,6 +103,7 @@ def _layout(cache: JointCache) -> dict[str, str]:
         "block_size": str(cache.pool.block_size),
         "layers_per_group": str(cache.pool.groups.layers),
         "layer_groups": str(cache.pool.groups.count),
+        "dtype": str(cache.pool.blocks.kv.keys[0].dtype if cache.pool.blocks else cache.pool.dtype),
     }
 
 
@@ -115,6 +117,8 @@ def _check(cache: JointCache, tensors: dict[str, Tensor], length: int) -> None:
     rows = len(tensors["padding"])
     if size != cache.pool.block_size or length < 0 or len(tensors["fusable"]) != rows:
         raise ValueError("sizes do not agree")
+    if str(tensors["key.0"].dtype) != _layout(cache)["dtype"]:
+        raise ValueError("pages of another dtype than the file says")
     if ((tensors["padding"] < 0) | (tensors["padding"] > length)).any():
         raise ValueError("padding outside the sequence")
     for index in range(cache.pool.groups.layers):
@@ -131,6 +135,9 @@ def _check(cache: JointCache, tensors: dict[str, Tensor], length: int) -> None:
         present = torch.arange(table.shape[1]) < needed[:, None]
         if needed.max() > table.shape[1] or ((table >= 0) != present).any() or (table >= pages).any():
             raise ValueError(f"table.{group} names pages that the file lacks")
+        served = tensors[f"served.{group}"]
+        if served.dtype != torch.bool or served.shape != table.shape:
+            raise ValueError(f"served.{group} is malformed")
         scales = [tensors[name] for name in (f"k_scale.{group}", f"v_scale.{group}") if name in tensors]
         shape = (cache.pool.groups.layers, *table.shape)
         if len(scales) == 1 or any(scale.shape != shape or not scale.isfinite().all() for scale in scales):
