@@ -99,9 +99,10 @@ class BlockTable:
 
     @bookkeeping
     def adopt(self, pages: Tensor, served: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
-        """Make `pages` (-1: none), flags and scales the content of this empty table; adds a reference per entry."""
+        """Make copies of `pages` (-1: none), flags and scales the content of this empty table; adds the references."""
         self.pool.share(pages[pages >= 0])
-        self.pages, self.served, self.k_scale, self.v_scale = pages, served, k_scale, v_scale
+        self.pages, self.served = pages.clone(), served.clone()
+        self.k_scale, self.v_scale = (None if scale is None else scale.clone() for scale in (k_scale, v_scale))
         self.version += 1
 
     def scaled(self, rows: Tensor, slots: Tensor) -> Tensor:
@@ -112,8 +113,7 @@ class BlockTable:
 
     def adopt_copy(self, other: BlockTable) -> None:
         """Make this empty table read what `other` reads."""
-        scales = (None if scale is None else scale.clone() for scale in (other.k_scale, other.v_scale))
-        self.adopt(other.pages.clone(), other.served.clone(), *scales)
+        self.adopt(other.pages, other.served, other.k_scale, other.v_scale)
 
     def count_shared(self, rows: Tensor, slots: Tensor) -> int:
         """How many of the named blocks `make_writable` would copy."""

@@ -150,7 +150,7 @@ def regroup(state: dict[str, Tensor], layers_per_group: int) -> dict[str, Tensor
     table = state["table.0"]
     for group in range(groups):
         other[f"table.{group}"] = torch.where(table < 0, table, table + group * pages)
-        other[f"served.{group}"] = state["served.0"].clone()
+        other[f"served.{group}"] = state["served.0"]
     return other
 
 
