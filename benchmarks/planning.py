@@ -66,7 +66,7 @@ def measure(requests: int, dtype: torch.dtype, shared: float, name: str, repeats
     def decide() -> None:
         group_blocks(pair_statistics(kv, pages, policy, 0), policy, 0)
 
-    floor, decided, planned = paired([products, decide, lambda: plan_batch(kv, held, policy)], repeats)
+    floor, decided, planned = paired([products, decide, lambda: plan_batch(kv, held, policy)], repeats, warmup=3)
     plan = plan_batch(kv, held, policy)
     return {
         "policy": name,
