@@ -36,9 +36,8 @@ def demo(
     """Prefill, fuse and score real requests on a real model, and show memory freed beside fidelity lost.
 
     Pages and bytes are counted at the allocator. KL, top-1 and NLL compare the distributions over the true next
-    tokens with those of the same model unfused, on the same requests. float32 is the default because bfloat16
-    rounding alone (the same unfused requests in other batches) moves this small model by a KL of about 0.0015,
-    more than the fusion that is to be measured.
+    tokens with those of the same model unfused, on the same requests. float32 is the default because in bfloat16
+    rounding alone moves this small model by more than the fusion that is to be measured.
     """
     with named_errors():
         from jointkv.hf.models import load_model

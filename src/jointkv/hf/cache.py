@@ -116,6 +116,7 @@ class JointCache(Cache):
 
     # One forward pass: begin_step, write_layer once per layer, end_step.
 
+    @bookkeeping
     def begin_step(self, attention_mask: Tensor | None, input_ids: Tensor | None) -> None:
         """Note the padding and the text of the coming forward pass (called by the pool's forward hook)."""
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
