@@ -6,7 +6,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-NAMES = ("planning", "online", "decode", "memory")
+NAMES = ("planning", "online", "decode", "memory", "pair_sums")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,36 @@ VECTORS_BYTES = 4 << 20
 """Blocks widened to float32 at a time, all layers together: small enough to stay in the last-level cache."""
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class KVPages(Protocol):
+    """Pages of the layers of one layer group, in whatever layout: `PagedKV` here, `PackedPages` in packed.py."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def num_pages(self) -> int: ...
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def page_nbytes(self) -> int: ...
+
+    def vectors(self, pages: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def batches(self, count: int) -> Iterator[slice]: ...
+
+
+def cut_batches(count: int, numbers: int) -> Iterator[slice]:
+    """Cut `count` blocks of `numbers` numbers each, all layers together, so that a part stays in the cache."""
+    step = max(1, VECTORS_BYTES // (4 * numbers))
+    for start in range(0, count, step):
+        yield slice(start, start + step)
 
 
 @dataclass(frozen=True)
@@ -78,9 +108,7 @@ class PagedKV:
 
     def batches(self, count: int) -> Iterator[slice]:
         """Cut `count` blocks so that the K vectors of a part stay in the cache."""
-        step = max(1, VECTORS_BYTES // (4 * self.num_layers * self.keys[0][0].numel()))
-        for start in range(0, count, step):
-            yield slice(start, start + step)
+        return cut_batches(count, self.num_layers * self.keys[0][0].numel())
 
 
 def as_vectors(layer: Tensor, pages: Tensor) -> Tensor:
@@ -123,11 +151,7 @@ class ServedErrors(NamedTuple):
 def block_errors(blocks: Tensor, read: Tensor, block_size: int, aggregate: str) -> tuple[Tensor, Tensor]:
     """Relative errors when `read` stands in for `blocks`, both `[layers, n, r]` in float32; `read` is overwritten.
 
-    Args:
-        aggregate: `"rms"` takes the root mean square over layers, `"max"` the worst layer.
-
-    Returns:
-        The errors of the blocks and of their worst tokens, `[n]` each, on the CPU.
+    See `aggregate_errors` for `aggregate` and for what is returned.
     """
     tokens = blocks.unflatten(-1, (block_size, -1))
     apart = read.sub_(blocks).unflatten(-1, (block_size, -1))
@@ -136,6 +160,16 @@ def block_errors(blocks: Tensor, read: Tensor, block_size: int, aggregate: str) 
     if vanishing.any():
         unequal = vanishing & (apart != 0).any(-1)
         difference = difference.masked_fill(unequal, torch.inf)
+    return aggregate_errors(difference, norm, aggregate)
+
+
+def aggregate_errors(difference: Tensor, norm: Tensor, aggregate: str) -> tuple[Tensor, Tensor]:
+    """Relative errors of blocks and of their worst tokens, `[n]` each, on the CPU.
+
+    Args:
+        difference, norm: squared norms `[layers, n, tokens]` of what a token differs by, and of the token itself.
+        aggregate: `"rms"` takes the root mean square over layers, `"max"` the worst layer.
+    """
     block = relative(difference.sum(-1), norm.sum(-1))
     token = relative(difference, norm)
     if aggregate == "rms":
@@ -146,7 +180,7 @@ def block_errors(blocks: Tensor, read: Tensor, block_size: int, aggregate: str) 
 
 
 def served_errors(
-    kv: PagedKV,
+    kv: KVPages,
     pages: Tensor,
     served_by: Tensor,
     aggregate: str,

@@ -42,3 +42,11 @@ class UnsupportedModel(JointKVError, ValueError):
 
 class BadInput(JointKVError, ValueError):
     """A file or a command-line argument cannot be used. The message says where and why."""
+
+
+class UnsupportedEngine(JointKVError, RuntimeError):
+    """The serving engine is set up in a way the plugin was not written or never run for. Says what to do instead."""
+
+
+class NativeUnavailable(JointKVError, RuntimeError):
+    """A kernel could not be compiled or loaded on this machine. The message says why."""

@@ -10,13 +10,14 @@ from jointkv.errors import BadInput
 
 
 class Settings(BaseSettings):
-    """What the environment says: `JOINTKV_CACHE_DIR`, `XDG_CACHE_HOME` and `HF_HUB_OFFLINE`. Frozen."""
+    """What the environment says: `JOINTKV_CACHE_DIR`, `XDG_CACHE_HOME`, `HF_HUB_OFFLINE` and `CC`. Frozen."""
 
     model_config = SettingsConfigDict(env_prefix="JOINTKV_", env_ignore_empty=True, frozen=True, populate_by_name=True)
 
     cache_dir: Path | None = None
     xdg_cache_home: Path | None = Field(default=None, validation_alias="XDG_CACHE_HOME")
     hf_hub_offline: bool = Field(default=False, validation_alias="HF_HUB_OFFLINE")
+    cc: str = Field(default="cc", validation_alias="CC")
 
     @classmethod
     def from_environment(cls) -> Self:
@@ -31,9 +32,18 @@ class Settings(BaseSettings):
     @property
     def models_dir(self) -> Path:
         """The folder that holds one folder per fetched model. It need not exist."""
+        return self._cache_root / "models"
+
+    @property
+    def native_dir(self) -> Path:
+        """The folder of compiled kernels. It need not exist."""
+        return self._cache_root / "native"
+
+    @property
+    def _cache_root(self) -> Path:
         if self.cache_dir is not None:
-            return self.cache_dir.expanduser().absolute() / "models"
+            return self.cache_dir.expanduser().absolute()
         # The XDG specification says that a relative path must be ignored.
         if self.xdg_cache_home is not None and self.xdg_cache_home.is_absolute():
-            return self.xdg_cache_home / "jointkv" / "models"
-        return Path.home() / ".cache" / "jointkv" / "models"
+            return self.xdg_cache_home / "jointkv"
+        return Path.home() / ".cache" / "jointkv"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jointkv.blocks import PagedKV
+from jointkv.blocks import KVPages
 
 LEAST_PROJECTIONS, PROJECTIONS_OF_A_GROUP = 4, 64
 """Random projections per layer and side: 64 shared out over the layers of a group, 4 at the least. The squared distance
@@ -24,16 +24,16 @@ class BlockSignature:
         seed: of the projections; the same seed gives the same signatures in every process.
     """
 
-    def __init__(self, kv: PagedKV, seed: int = 0) -> None:
+    def __init__(self, kv: KVPages, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
-        sizes = (kv.keys[0][0].numel(), kv.values[0][0].numel())
+        sizes = [blocks.shape[-1] for blocks in kv.vectors(torch.zeros(0, dtype=torch.long))]
         count = max(LEAST_PROJECTIONS, PROJECTIONS_OF_A_GROUP // kv.num_layers)
         self.size = 2 * count * kv.num_layers
         self._projections = [
             torch.randn(size, count, generator=generator).to(kv.device) * self.size**-0.5 for size in sizes
         ]
 
-    def __call__(self, kv: PagedKV, pages: Tensor) -> Tensor:
+    def __call__(self, kv: KVPages, pages: Tensor) -> Tensor:
         """Signatures of the blocks `pages [n]`: float32 `[n, size]` on the pages' device.
 
         A block with NaN or infinity gets a signature that is not finite.
@@ -41,7 +41,7 @@ class BlockSignature:
         parts = [self._signatures(kv, pages[part]) for part in kv.batches(len(pages))]
         return torch.cat(parts) if parts else torch.zeros(0, self.size, device=kv.device)
 
-    def _signatures(self, kv: PagedKV, pages: Tensor) -> Tensor:
+    def _signatures(self, kv: KVPages, pages: Tensor) -> Tensor:
         columns = []
         for blocks, projection in zip(kv.vectors(pages), self._projections, strict=True):
             norm = torch.linalg.vector_norm(blocks, dim=-1, keepdim=True)

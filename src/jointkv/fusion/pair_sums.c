@@ -1,0 +1,242 @@
+/* Compares pairs of KV pages: squared norms per token, whatever the order of the elements inside a page.
+ *
+ * A page is read as rows of LANES elements. Rows whose lanes belong to the same tokens share a pattern: they are added
+ * up lane by lane, and only the LANES totals of a pattern are dealt out to tokens. Vectors are those of GCC and Clang,
+ * WIDTH floats each, so that the totals of one pattern stay in registers.
+ */
+#include <float.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "written for little-endian processors"
+#endif
+
+enum { LANES = 32, WIDTH = 8, PARTS = LANES / WIDTH, LINE = 64 };
+enum dtype { FLOAT32, BFLOAT16, FLOAT16, FLOAT8_E4M3FN, FLOAT8_E5M2 };
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t words __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+
+/* The tables of `RowPatterns` in packed.py. A slot is a token of K or a token of V. */
+typedef struct {
+    int64_t elements, slots, patterns;
+    const int32_t *slot;        /* [rows, LANES], the last row filled up */
+    const int64_t *pattern_row; /* [patterns], a row that has the pattern */
+    const int64_t *fold;        /* [patterns], a power of two: the slots repeat after so many lanes */
+    const int64_t *first_run;   /* [patterns + 1], into the runs */
+    const int64_t *run_row;     /* [runs] */
+    const int64_t *run_length;  /* [runs], rows */
+} row_patterns;
+
+/* The processor's own conversion reads subnormals at full speed, and right where a library has made the processor
+ * read subnormal floats as zero; the other branch shifts them into the normal range and back for the same reasons. */
+INLINE floats from_half(halves half)
+{
+#ifdef __F16C__
+    return (floats)_mm256_cvtph_ps((__m128i)half);
+#else
+    words bits = __builtin_convertvector(half, words);
+    words magnitude = bits & 0x7fff, sign = (bits >> 15) << 31;
+    words subnormal = magnitude < 0x0400, not_finite = magnitude >= 0x7c00;
+    words wide = (magnitude << 13) + (112 << 23);
+    floats value = (floats)(wide + (subnormal & (1 << 23))) - (floats)(subnormal & (113 << 23));
+    return (floats)((words)value | sign | (not_finite & 0x7f800000));
+#endif
+}
+
+/* `byte`: of float8_e4m3fn, in the upper half. The result lacks the factor E4M3_SCALE; its NaN stays a NaN. */
+INLINE floats from_e4m3(halves byte)
+{
+    typedef int16_t signed_halves __attribute__((vector_size(2 * WIDTH)));
+    halves half = (halves)((signed_halves)byte >> 1) & 0xbf80;
+    return from_half(half | (halves)((half | 0x8000) == 0xbf80));
+}
+#define E4M3_SCALE 256.0f
+
+/* Two parts of a row. Types that are unpacked from the two halves of a larger word come as the elements of even number
+ * and those of odd number; `lane_order` in packed.py says so too. */
+INLINE void decode(floats to[2], const uint8_t *from, enum dtype dtype)
+{
+    words word;
+    halves half[2];
+    switch (dtype) {
+    case FLOAT32:
+        memcpy(to, from, 2 * sizeof *to);
+        return;
+    case FLOAT16:
+        memcpy(half, from, sizeof half);
+        to[0] = from_half(half[0]);
+        to[1] = from_half(half[1]);
+        return;
+    case BFLOAT16:
+        memcpy(&word, from, sizeof word);
+        to[0] = (floats)(word << 16);
+        to[1] = (floats)(word & (int32_t)0xffff0000);
+        return;
+    default:
+        memcpy(half, from, sizeof *half);
+        half[1] = half[0] & 0xff00;
+        half[0] = half[0] << 8;
+        to[0] = dtype == FLOAT8_E4M3FN ? from_e4m3(half[0]) : from_half(half[0]);
+        to[1] = dtype == FLOAT8_E4M3FN ? from_e4m3(half[1]) : from_half(half[1]);
+    }
+}
+
+INLINE int64_t size_of(enum dtype dtype)
+{
+    return dtype == FLOAT32 ? 4 : dtype == BFLOAT16 || dtype == FLOAT16 ? 2 : 1;
+}
+
+/* Squared norms of own - other, own, other; by lanes. */
+typedef struct {
+    floats apart[PARTS], own[PARTS], other[PARTS];
+} totals;
+
+INLINE void add_row(totals *to, const uint8_t *own, const uint8_t *other, enum dtype dtype)
+{
+#pragma GCC unroll 2
+    for (int part = 0; part < PARTS; part += 2) {
+        floats x[2], y[2];
+        decode(x, own + part * WIDTH * size_of(dtype), dtype);
+        decode(y, other + part * WIDTH * size_of(dtype), dtype);
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            floats d = x[i] - y[i];
+            to->apart[part + i] += d * d;
+            to->own[part + i] += x[i] * x[i];
+            to->other[part + i] += y[i] * y[i];
+        }
+    }
+}
+
+/* Adds the lanes' totals to the slots `sums [slots, 3]`. */
+INLINE void deal_out(const totals *from, const int32_t *slot, int64_t fold, float *sums)
+{
+    float lanes[3][LANES];
+    memcpy(lanes, from, sizeof lanes);
+    for (int half = LANES / 2; half >= fold; half /= 2)
+        for (int which = 0; which < 3; which++)
+            for (int lane = 0; lane < half; lane++)
+                lanes[which][lane] += lanes[which][lane + half];
+    for (int lane = 0; lane < fold; lane++)
+        for (int which = 0; which < 3; which++)
+            sums[3 * slot[lane] + which] += lanes[which][lane];
+}
+
+/* A row of the page; `end` holds the last one where it has to be filled up with zeros. */
+INLINE const uint8_t *row_of(const row_patterns *rows, const uint8_t *page, int64_t row, uint8_t *end, int64_t size)
+{
+    int64_t start = row * LANES, left = rows->elements - start;
+    if (left >= LANES)
+        return page + start * size;
+    memset(end, 0, LANES * size);
+    return memcpy(end, page + start * size, left * size);
+}
+
+/* Gives tokens that differ a difference above zero, although the squares of tiny numbers vanish. */
+INLINE void keep_tiny(const row_patterns *rows, const uint8_t *own, const uint8_t *other, float tiny, float *sums,
+                      enum dtype dtype)
+{
+    int64_t size = size_of(dtype);
+    int lost = 0;
+    for (int64_t slot = 0; slot < rows->slots; slot++)
+        lost |= sums[3 * slot] < FLT_MIN && sums[3 * slot + 1] < tiny;
+    if (!lost || memcmp(own, other, rows->elements * size) == 0)
+        return;
+    uint8_t ends[2][LANES * 4];
+    for (int64_t row = 0; row * LANES < rows->elements; row++) {
+        const uint8_t *x = row_of(rows, own, row, ends[0], size), *y = row_of(rows, other, row, ends[1], size);
+        for (int part = 0; part < PARTS; part += 2) {
+            floats numbers[2][2];
+            decode(numbers[0], x + part * WIDTH * size, dtype);
+            decode(numbers[1], y + part * WIDTH * size, dtype);
+            for (int lane = 0; lane < 2 * WIDTH; lane++) {
+                float *sum = sums + 3 * rows->slot[row * LANES + part * WIDTH + lane];
+                int differ = numbers[0][lane / WIDTH][lane % WIDTH] != numbers[1][lane / WIDTH][lane % WIDTH];
+                if (differ && sum[0] < FLT_MIN)
+                    sum[0] = FLT_MIN;
+            }
+        }
+    }
+}
+
+/* `next`: the pages that come after these, fetched meanwhile: the processor foresees neither them nor the order in
+ * which patterns read a page. */
+INLINE void compare(const row_patterns *rows, const uint8_t *own, const uint8_t *other, const uint8_t *const next[2],
+                    float tiny, float *sums, enum dtype dtype)
+{
+    int64_t stride = LANES * size_of(dtype), whole = rows->elements / LANES;
+    memset(sums, 0, rows->slots * 3 * sizeof *sums);
+    for (int64_t pattern = 0; pattern < rows->patterns; pattern++) {
+        totals sum = {0};
+        for (int64_t run = rows->first_run[pattern]; run < rows->first_run[pattern + 1]; run++) {
+            int64_t row = rows->run_row[run], end = row + rows->run_length[run];
+            for (; row < end; row++) {
+                for (int64_t byte = row * stride; byte < (row + 1) * stride; byte += LINE) {
+                    __builtin_prefetch(next[0] + byte);
+                    __builtin_prefetch(next[1] + byte);
+                }
+                add_row(&sum, own + row * stride, other + row * stride, dtype);
+            }
+        }
+        deal_out(&sum, rows->slot + rows->pattern_row[pattern] * LANES, rows->fold[pattern], sums);
+    }
+    if (whole * LANES < rows->elements) {
+        totals sum = {0};
+        uint8_t ends[2][LANES * 4];
+        add_row(&sum, row_of(rows, own, whole, ends[0], size_of(dtype)),
+                row_of(rows, other, whole, ends[1], size_of(dtype)), dtype);
+        deal_out(&sum, rows->slot + whole * LANES, LANES, sums);
+    }
+    if (dtype == FLOAT8_E4M3FN)
+        for (int64_t i = 0; i < rows->slots * 3; i++)
+            sums[i] *= E4M3_SCALE * E4M3_SCALE;
+    keep_tiny(rows, own, other, tiny, sums, dtype);
+}
+
+typedef void comparison(const row_patterns *, const uint8_t *, const uint8_t *, const uint8_t *const[2], float,
+                        float *);
+
+#define COMPARISON(name, dtype)                                                                                        \
+    static void name(const row_patterns *rows, const uint8_t *own, const uint8_t *other, const uint8_t *const next[2], \
+                     float tiny, float *sums)                                                                          \
+    {                                                                                                                  \
+        compare(rows, own, other, next, tiny, sums, dtype);                                                            \
+    }
+COMPARISON(compare_float32, FLOAT32)
+COMPARISON(compare_bfloat16, BFLOAT16)
+COMPARISON(compare_float16, FLOAT16)
+COMPARISON(compare_float8_e4m3fn, FLOAT8_E4M3FN)
+COMPARISON(compare_float8_e5m2, FLOAT8_E5M2)
+
+static comparison *const comparisons[] = {
+    [FLOAT32] = compare_float32,
+    [BFLOAT16] = compare_bfloat16,
+    [FLOAT16] = compare_float16,
+    [FLOAT8_E4M3FN] = compare_float8_e4m3fn,
+    [FLOAT8_E5M2] = compare_float8_e5m2,
+};
+
+/* Writes `sums [pairs, layers, slots, 3]` for the pages `own [pairs]` and `other [pairs]` of every layer. */
+void jointkv_pair_sums(const row_patterns *rows, const uint8_t *const *layers, int64_t num_layers, int64_t page_bytes,
+                       int32_t dtype, const int64_t *own, const int64_t *other, int64_t pairs, float tiny, float *sums,
+                       int32_t threads)
+{
+    int64_t items = pairs * num_layers;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t item = 0; item < items; item++) {
+        const uint8_t *pages[2][2];
+        for (int ahead = 0; ahead < 2; ahead++) {
+            int64_t of = item + ahead < items ? item + ahead : item;
+            pages[ahead][0] = layers[of % num_layers] + own[of / num_layers] * page_bytes;
+            pages[ahead][1] = layers[of % num_layers] + other[of / num_layers] * page_bytes;
+        }
+        comparisons[dtype](rows, pages[0][0], pages[0][1], pages[1], tiny, sums + item * rows->slots * 3);
+    }
+}

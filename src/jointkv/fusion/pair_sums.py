@@ -1,0 +1,146 @@
+"""Compares pairs of packed pages in one pass over their bytes: squared norms per layer, side and token."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from jointkv import native
+from jointkv.blocks import TINY, ServedErrors, aggregate_errors
+from jointkv.errors import LayoutError, NativeUnavailable
+from jointkv.packed import PACKED_DTYPES, PackedPages, RowPatterns
+
+SOURCE = Path(__file__).with_suffix(".c")
+
+UNLIKE_NORMS = 1e4
+
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def pair_sums(pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
+    """Squared norms of `own - other`, `own` and `other`, by the kernel where it can be had.
+
+    Args:
+        own, other: page numbers, `[n]`.
+
+    Returns:
+        float32 `[n, layers, 2, tokens, 3]` on the CPU; K is side 0. Where `own` is below `TINY`, the difference is
+        zero only of tokens that are equal, even if its square vanishes in float32.
+
+    Raises:
+        IndexError: a page number is out of range.
+        LayoutError: `own` and `other` are not two vectors of one length.
+    """
+    own, other = (_checked(pages, index) for index in (own, other))
+    if own.shape != other.shape:
+        raise LayoutError(f"pairs of {len(own)} and {len(other)} pages")
+    kernel = _kernel() if pages.device.type == "cpu" else None
+    return pair_sums_reference(pages, own, other) if kernel is None else _pair_sums_native(kernel, pages, own, other)
+
+
+def pair_sums_reference(pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
+    """What `pair_sums` returns, in plain torch."""
+    parts = [torch.zeros(0, pages.num_layers, 2, pages.block_size, 3)]
+    for part in pages.batches(len(own)):
+        sides = []
+        for blocks, read in zip(pages.vectors(own[part]), pages.vectors(other[part]), strict=True):
+            x, y = (vectors.unflatten(-1, (pages.block_size, -1)) for vectors in (blocks, read))
+            apart = x - y
+            difference, norm, read_norm = (vectors.square().sum(-1) for vectors in (apart, x, y))
+            lost = (difference < SMALLEST) & (norm < TINY) & (apart != 0).any(-1)
+            sides.append(torch.stack((difference.masked_fill(lost, SMALLEST), norm, read_norm), -1))
+        parts.append(torch.stack(sides, 2).transpose(0, 1).cpu())
+    return torch.cat(parts)
+
+
+def pair_errors(sums: Tensor, aggregate: str) -> ServedErrors:
+    """Relative errors when each `own` of `pair_sums` is read from its `other`; equal to `blocks.served_errors`.
+
+    Args:
+        aggregate: `"rms"` or `"max"` over the layers.
+    """
+    difference, norm, _ = sums.unbind(-1)
+    difference = difference.masked_fill((norm < TINY) & (difference > 0), torch.inf)
+    (key, key_token), (value, value_token) = (
+        aggregate_errors(difference[:, :, side].transpose(0, 1), norm[:, :, side].transpose(0, 1), aggregate)
+        for side in range(2)
+    )
+    return ServedErrors(key, value, torch.maximum(key_token, value_token))
+
+
+def pair_cosines(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines of the K blocks and of the V blocks, mean over layers, `[n]` each.
+
+    A cosine is known to about 1e-7 times the ratio of the norms; beyond `UNLIKE_NORMS`, and at norm 0, it counts as 0.
+    """
+    difference, own, other = sums.sum(3).unbind(-1)
+    inverse = own.clamp(min=TINY).rsqrt() * other.clamp(min=TINY).rsqrt()
+    known = torch.minimum(own, other) * UNLIKE_NORMS**2 >= torch.maximum(own, other)
+    key, value = ((own + other - difference) / 2 * inverse * known).mean(1).unbind(1)
+    return key, value
+
+
+def _checked(pages: PackedPages, index: Tensor) -> Tensor:
+    if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        raise LayoutError(f"page numbers must be integers [n], got {index.dtype} {list(index.shape)}")
+    index = index.to("cpu", torch.long).contiguous()
+    if len(index):
+        least, most = (int(end) for end in index.aminmax())
+        if least < 0 or most >= pages.num_pages:
+            raise IndexError(f"pages {least} to {most} asked of {pages.num_pages}")
+    return index
+
+
+class _RowPatterns(ctypes.Structure):
+    """`row_patterns` of pair_sums.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("elements", "slots", "patterns")),
+        *((name, ctypes.c_void_p) for name in RowPatterns._fields),
+    )
+
+
+Kernel = Callable[..., None]
+
+
+@functools.cache
+def _kernel() -> Kernel | None:
+    """The compiled kernel; None, said once, where there is none."""
+    try:
+        kernel = native.load(SOURCE).jointkv_pair_sums
+    except NativeUnavailable as error:
+        warnings.warn(
+            "comparing KV pages runs some fifty times slower without a C compiler: "
+            f"install gcc or clang, or name one in CC ({error})",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    address, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    kernel.argtypes = [
+        *(ctypes.POINTER(_RowPatterns), address, int64, int64, int32),
+        *(address, address, int64, ctypes.c_float, address, int32),
+    ]
+    kernel.restype = None
+    return kernel
+
+
+def _pair_sums_native(kernel: Kernel, pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
+    first = pages.layers[0]
+    sums = torch.empty(len(own), pages.num_layers, 2, pages.block_size, 3)
+    patterns = pages.row_patterns
+    rows = _RowPatterns(
+        *(first.shape[1], 2 * pages.block_size, len(patterns.fold)), *(table.data_ptr() for table in patterns)
+    )
+    layers = (ctypes.c_void_p * pages.num_layers)(*(layer.data_ptr() for layer in pages.layers))
+    kernel(
+        *(rows, layers, pages.num_layers, first.stride(0) * first.itemsize, PACKED_DTYPES.index(first.dtype)),
+        *(own.data_ptr(), other.data_ptr(), len(own), TINY, sums.data_ptr(), torch.get_num_threads()),
+    )
+    return sums

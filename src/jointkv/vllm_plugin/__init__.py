@@ -1,0 +1,40 @@
+"""The vLLM plugin: fusion inside a serving engine. Only this package imports vllm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jointkv.vllm_plugin.settings import PluginSettings
+
+CONNECTOR = "JointConnector"
+CONNECTOR_MODULE = "jointkv.vllm_plugin.connector"
+WORKERS = {
+    "cpu": "jointkv.vllm_plugin.cpu_worker.JointCPUWorker",
+    "gpu": "jointkv.vllm_plugin.gpu_worker.JointGPUWorker",
+}
+
+
+def engine_args(**options: Any) -> dict[str, Any]:
+    """Engine arguments that turn fusion on: `LLM(model, **engine_args(max_relative_error=0.1))`.
+
+    Args:
+        options: as in `PluginSettings`.
+
+    Returns:
+        `kv_transfer_config` and `worker_cls`, for `vllm.LLM` or `vllm.EngineArgs`.
+
+    Raises:
+        BadInput, InvalidPolicy: see `PluginSettings.parse`.
+    """
+    PluginSettings.parse(options)
+    from vllm.platforms import current_platform
+
+    return {
+        "kv_transfer_config": {
+            "kv_connector": CONNECTOR,
+            "kv_connector_module_path": CONNECTOR_MODULE,
+            "kv_role": "kv_producer",
+            "kv_connector_extra_config": options,
+        },
+        "worker_cls": WORKERS["cpu" if current_platform.is_cpu() else "gpu"],
+    }

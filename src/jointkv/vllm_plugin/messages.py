@@ -1,0 +1,87 @@
+"""What scheduler and workers say to each other, once per engine step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+
+class Remap(NamedTuple):
+    """From now on `request_id` reads `page` at `slot` of its table of `group`."""
+
+    request_id: str
+    group: int
+    slot: int
+    page: int
+
+
+@dataclass
+class Inquiry(KVConnectorMetadata):
+    """Scheduler to workers: table entries to replace before the step, pages to compare after it.
+
+    Attributes:
+        step: number of the scheduler step, counted from 1.
+        remaps: already committed; every worker must apply them before it prepares the step.
+        group, own, other: per pair the layer group, the page of the new block and the resident page, int64 `[n]`.
+        tables: block ids per request and group as the scheduler knows them, only while integrity is checked.
+    """
+
+    step: int
+    remaps: list[Remap] = field(default_factory=list)
+    group: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    own: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    other: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    tables: dict[str, tuple[list[int], ...]] | None = None
+
+
+@dataclass
+class Verdict(KVConnectorWorkerMetadata):
+    """Workers to scheduler: which pairs of an inquiry are within the bounds.
+
+    Attributes:
+        step: of the inquiry.
+        accepted: bool `[n]`.
+        key_error, value_error, token_error: relative errors, float32 `[n]`.
+        seconds: spent on comparing.
+        apply_seconds: spent on replacing table entries since the last verdict.
+        fault: why the worker gave up, if it did; then there is no answer.
+    """
+
+    step: int
+    accepted: np.ndarray
+    key_error: np.ndarray
+    value_error: np.ndarray
+    token_error: np.ndarray
+    seconds: float = 0.0
+    apply_seconds: float = 0.0
+    fault: str | None = None
+
+    @classmethod
+    def given_up(cls, step: int, fault: str) -> Verdict:
+        """No answer, because of an internal error."""
+        none = np.zeros(0, np.float32)
+        return cls(step, np.zeros(0, bool), none, none, none, fault=fault)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Verdict:
+        """Join the ranks of one step: accepted is what every rank accepts; errors and seconds are the worst rank's.
+
+        With heads split over ranks, K and V within the bound on every rank are within it as a whole.
+        """
+        assert isinstance(other, Verdict)
+        fault = self.fault or other.fault
+        if fault is None and (self.step, len(self.accepted)) != (other.step, len(other.accepted)):
+            fault = f"ranks answer different inquiries (steps {self.step} and {other.step})"
+        if fault is not None:
+            return Verdict.given_up(self.step, fault)
+        return Verdict(
+            self.step,
+            self.accepted & other.accepted,
+            np.maximum(self.key_error, other.key_error),
+            np.maximum(self.value_error, other.value_error),
+            np.maximum(self.token_error, other.token_error),
+            max(self.seconds, other.seconds),
+            max(self.apply_seconds, other.apply_seconds),
+        )

@@ -1,0 +1,180 @@
+"""What the plugin counts, and how it appears in vLLM's own `/metrics`. Names and units are listed in `COUNTERS`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from prometheus_client import Counter as PromCounter
+from prometheus_client import Gauge, Histogram
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.v1.metrics.utils import create_metric_per_engine
+
+COUNTERS = {
+    "blocks_considered": "Newly filled KV blocks that were looked up among resident ones.",
+    "blocks_merged": "KV blocks that are read from another request's page since.",
+    "pages_freed": "Pages given back to the pool by merging.",
+    "isolation_refusals": "Blocks left alone because strict isolation is on and the request has no cache_salt.",
+    "compare_seconds": "Seconds workers spent comparing K and V.",
+    "schedule_seconds": "Seconds the scheduler spent choosing blocks and carrying out verdicts.",
+    "apply_seconds": "Seconds workers spent replacing block table entries.",
+    "faults": "Internal errors; the first one disables fusion.",
+}
+REASONS = {
+    "bound": "no resident block was within the bounds",
+    "page_shared": "an exact prefix that other requests hold too",
+    "request_gone": "the request finished or was preempted meanwhile",
+    "entry_changed": "the block table entry changed meanwhile",
+    "not_cached_yet": "the prefix cache has not taken the block in yet",
+    "representative_gone": "the resident page was handed out again meanwhile",
+}
+ERROR_BUCKETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0)
+READERS = ("1", "2", "3-4", "5-8", "9-16", "17+")
+STATES = ("inert", "active", "disabled", "off")
+
+
+def readers_of(count: int) -> str:
+    """The label in `READERS` for a page that `count` table entries read."""
+    for label in READERS[:-1]:
+        if count <= int(label.split("-")[-1]):
+            return label
+    return READERS[-1]
+
+
+class JointStats(KVConnectorStats):
+    """What happened since the last report: counts, rejections, errors of merged blocks, pages by readers, state."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.data = {}
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing to report."""
+        return not self.data
+
+    def aggregate(self, other: KVConnectorStats) -> JointStats:
+        """Add a later report; gauges take its value."""
+        for name in ("counters", "rejected"):
+            total = Counter(self.data.get(name, {}))
+            total.update(other.data.get(name, {}))
+            self.data[name] = dict(total)
+        self.data["errors"] = [*self.data.get("errors", ()), *other.data.get("errors", ())]
+        for gauge in ("shared", "state"):
+            if gauge in other.data:
+                self.data[gauge] = other.data[gauge]
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """One line for vLLM's log."""
+        counters = self.data.get("counters", {})
+        line = {f"jointkv {name}": counters.get(name, 0) for name in ("blocks_considered", "blocks_merged")}
+        return {**line, "jointkv rejected": sum(self.data.get("rejected", {}).values())}
+
+
+class Statistics:
+    """Totals since the start, and what is new since the last report."""
+
+    def __init__(self) -> None:
+        self._totals: Counter[str] = Counter()
+        self._rejected: Counter[str] = Counter()
+        self._reported: Counter[str] = Counter()
+        self._reported_rejected: Counter[str] = Counter()
+        self._errors: list[float] = []
+
+    def add(self, name: str, amount: float = 1) -> None:
+        """Count `amount` more of `name`, one of `COUNTERS`."""
+        self._totals[name] += amount  # type: ignore[assignment]  # a Counter of seconds is a Counter all the same
+
+    def reject(self, reason: str) -> None:
+        """Count a block that keeps its page for `reason`, one of `REASONS`."""
+        self._rejected[reason] += 1
+
+    def merged(self, error: float) -> None:
+        """Count a merged block, its freed page and its relative error."""
+        self.add("blocks_merged")
+        self.add("pages_freed")
+        self._errors.append(error)
+
+    def totals(self) -> dict[str, Any]:
+        """Everything counted so far, with `rejected` by reason."""
+        return {**{name: self._totals[name] for name in COUNTERS}, "rejected": dict(self._rejected)}
+
+    def take(self, state: str, shared: Counter[int] | None) -> JointStats:
+        """What is new since the last call, with the present state and pages by readers."""
+        data: dict[str, Any] = {
+            "counters": dict(self._totals - self._reported),
+            "rejected": dict(self._rejected - self._reported_rejected),
+            "errors": self._errors,
+            "state": state,
+        }
+        if shared is not None:
+            pages: Counter[str] = Counter()
+            for count, number in shared.items():
+                pages[readers_of(count)] += number
+            data["shared"] = {label: pages[label] for label in READERS}
+        self._reported, self._reported_rejected, self._errors = Counter(self._totals), Counter(self._rejected), []
+        return JointStats(data)
+
+
+class JointPromMetrics(KVConnectorPromMetrics):
+    """Registers the metrics with vLLM and fills them from `JointStats`."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._counters = {
+            name: self._per_engine(self._counter_cls(f"jointkv_{name}", text, labelnames=labelnames))
+            for name, text in COUNTERS.items()
+        }
+        rejected = self._counter_cls(
+            "jointkv_blocks_rejected",
+            "Blocks that keep their own page, by reason: "
+            + "; ".join(f"{name}: {text}" for name, text in REASONS.items()),
+            labelnames=[*labelnames, "reason"],
+        )
+        self._rejected = {reason: self._per_engine(rejected, reason) for reason in REASONS}
+        shared = self._gauge_cls(
+            "jointkv_pages_shared",
+            "Pages in use by how many block table entries read them.",
+            labelnames=[*labelnames, "readers"],
+        )
+        self._shared = {readers: self._per_engine(shared, readers) for readers in READERS}
+        state = self._gauge_cls(
+            "jointkv_state",
+            "1 for the present state. inert: nothing was ever considered; disabled: by an internal error.",
+            labelnames=[*labelnames, "state"],
+        )
+        self._state = {name: self._per_engine(state, name) for name in STATES}
+        self._error = self._per_engine(
+            self._histogram_cls(
+                "jointkv_relative_error",
+                "Relative error of merged blocks, the larger one of K and V.",
+                labelnames=labelnames,
+                buckets=ERROR_BUCKETS,
+            )
+        )
+        for engine in per_engine_labelvalues:
+            self._state["inert"][engine].set(1)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add one report."""
+        for name, amount in transfer_stats_data.get("counters", {}).items():
+            self._counters[name][engine_idx].inc(amount)
+        for reason, amount in transfer_stats_data.get("rejected", {}).items():
+            self._rejected[reason][engine_idx].inc(amount)
+        for error in transfer_stats_data.get("errors", ()):
+            self._error[engine_idx].observe(error)
+        for readers, pages in transfer_stats_data.get("shared", {}).items():
+            self._shared[readers][engine_idx].set(pages)
+        if "state" in transfer_stats_data:
+            for name, per_engine in self._state.items():
+                per_engine[engine_idx].set(float(name == transfer_stats_data["state"]))
+
+    def _per_engine(self, metric: PromCounter | Gauge | Histogram, *labels: str) -> dict[int, Any]:
+        values = {engine: [*values, *labels] for engine, values in self.per_engine_labelvalues.items()}
+        return create_metric_per_engine(metric, values)

@@ -1,0 +1,235 @@
+"""The scheduler's part: which blocks to compare, which verdicts to carry out. It owns the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
+
+from jointkv.errors import IntegrityError
+from jointkv.fusion.token_index import TokenIndex
+from jointkv.vllm_plugin.messages import Inquiry, Remap, Verdict
+from jointkv.vllm_plugin.metrics import Statistics
+from jointkv.vllm_plugin.settings import PluginSettings
+from jointkv.vllm_plugin.tables import BlockTables
+from jointkv.vllm_plugin.tracking import TrackedRequest, isolation_key, takes_part
+
+
+@dataclass
+class Member:
+    """A newly filled block that was sent to be compared, as it stood then."""
+
+    tracked: TrackedRequest
+    epoch: int
+    group: int
+    slot: int
+    page: int
+    buckets: tuple[Hashable, ...]
+    candidates: list[int]
+    pairs: slice
+
+
+class FusionScheduler:
+    """Asks the workers about newly filled blocks and, one verdict later, frees the duplicates.
+
+    Args:
+        settings: see `PluginSettings`.
+        manager: vLLM's; its block tables and pool are what is changed.
+        fused_groups: KV-cache groups that take part, by number.
+    """
+
+    def __init__(self, settings: PluginSettings, manager: KVCacheManager, fused_groups: Iterable[int]) -> None:
+        self.settings = settings
+        self.tables = BlockTables(manager)
+        self.index = TokenIndex()
+        self.statistics = Statistics()
+        self.enabled = settings.enabled
+        self._fused_groups = tuple(fused_groups)
+        self._block_size = self.tables.groups[self._fused_groups[0]].block_size
+        self._chunk_blocks = settings.chunk_tokens // self._block_size
+        self._requests: dict[str, TrackedRequest] = {}
+        self._step = 0
+        self._written = np.zeros(self.tables.pool.num_gpu_blocks, np.int64)
+        self._hash_map = self.tables.pool.cached_block_hash_to_block
+        self._asked: dict[int, list[Member]] = {}
+        self._remaps: list[Remap] = []
+
+    def admit(self, request: Request) -> None:
+        """Take note of a new request."""
+        if self.enabled and takes_part(request):
+            self._requests[request.request_id] = TrackedRequest(request, isolation_key(request))
+
+    def dismiss(self, request_id: str) -> None:
+        """Forget a request that has finished or was aborted. Its pages stay resident until they are reused."""
+        self._requests.pop(request_id, None)
+
+    def next_inquiry(self) -> Inquiry:
+        """The message of the next step: its number and the remaps committed since the last one. Asks nothing yet."""
+        self._step += 1
+        remaps, self._remaps = self._remaps, []
+        return Inquiry(self._step, remaps)
+
+    def ask(self, inquiry: Inquiry, output: SchedulerOutput) -> None:
+        """Add to `inquiry` what the workers shall compare after the step that `output` describes."""
+        if self.settings.check_integrity:
+            inquiry.tables = self._tables_of(output)
+        if not self.enabled:
+            return
+        self._forget_if_reset()
+        self._forget_written(output)
+        if self._requests and self.tables.pool.get_usage() >= self.settings.min_pool_usage:
+            self._ask_about_new_blocks(inquiry, output)
+
+    def settle(self, verdict: Verdict) -> None:
+        """Carry out what a verdict allows. Proposals whose blocks have changed since are dropped."""
+        for step in [step for step in self._asked if step < verdict.step]:
+            del self._asked[step]
+        members = self._asked.pop(verdict.step, ())
+        if not self.enabled:
+            return
+        self.statistics.add("compare_seconds", verdict.seconds)
+        self.statistics.add("apply_seconds", verdict.apply_seconds)
+        for member in members:
+            self._settle(member, verdict)
+
+    def disable(self) -> None:
+        """Fuse nothing from now on. What is shared stays shared; remaps already committed are still sent."""
+        self.enabled = False
+        self._asked.clear()
+        self._requests.clear()
+        self.index.clear()
+
+    def reset(self) -> None:
+        """Forget all resident pages, because their content is no longer what the model would compute."""
+        self.index.clear()
+        self._asked.clear()
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when tables, reference counts or the index are inconsistent."""
+        self.tables.check_integrity()
+        self.index.check_integrity()
+        for request_id, tracked in self._requests.items():
+            if tracked.epoch == tracked.request.num_preemptions:
+                for group, slot in tracked.served:
+                    if self.tables.block(request_id, group, slot) is None:
+                        raise IntegrityError(f"{request_id} is served at slot {slot}, which it does not hold")
+
+    def _ask_about_new_blocks(self, inquiry: Inquiry, output: SchedulerOutput) -> None:
+        members: list[Member] = []
+        pairs: list[tuple[int, int, int]] = []
+        for tracked, group, slot, buckets in self._new_blocks(output):
+            block = self.tables.block(tracked.request.request_id, group, slot)
+            if block is None or block.is_null or block.block_id in self.index or (group, slot) in tracked.served:
+                continue
+            self.statistics.add("blocks_considered")
+            candidates = self.index.candidates(buckets, self.settings.max_candidates)
+            if not candidates:
+                self.index.add(buckets, block.block_id)
+                continue
+            if block.ref_cnt > 1:  # an exact prefix that others hold too: replacing one entry would free nothing
+                self.statistics.reject("page_shared")
+                continue
+            first = len(pairs)
+            pairs.extend((group, block.block_id, candidate) for candidate in candidates)
+            span = slice(first, len(pairs))
+            members.append(Member(tracked, tracked.epoch, group, slot, block.block_id, buckets, candidates, span))
+        if members:
+            self._asked[inquiry.step] = members
+            inquiry.group, inquiry.own, inquiry.other = np.array(pairs, np.int64).T
+
+    def _new_blocks(self, output: SchedulerOutput) -> Iterator[tuple[TrackedRequest, int, int, tuple[Hashable, ...]]]:
+        """Blocks that will be full after this step and were not looked at: request, group, slot and buckets."""
+        budget = self.settings.max_blocks_per_step
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            tracked = self._requests.get(request_id)
+            if tracked is None:
+                continue
+            request = tracked.request
+            if request.num_preemptions != tracked.epoch:
+                tracked.restart()
+            # With asynchronous scheduling the last tokens are placeholders: their text is not known yet.
+            filled = min(request.num_computed_tokens + scheduled, request.num_tokens) // self._block_size
+            end = min(filled, tracked.next_slot + budget)
+            if end <= tracked.next_slot:
+                continue
+            slots = range(tracked.next_slot, end)
+            budget -= len(slots)
+            if self.settings.isolation == "strict" and request.cache_salt is None:
+                tracked.next_slot = end
+                self.statistics.add("isolation_refusals", len(slots))
+                continue
+            for slot, tokens in zip(slots, tracked.take_hashes(end, self._block_size), strict=True):
+                for group in self._fused_groups:
+                    yield tracked, group, slot, self._buckets(tracked, group, slot, tokens)
+
+    def _buckets(self, tracked: TrackedRequest, group: int, slot: int, tokens: int) -> tuple[Hashable, ...]:
+        buckets: list[Hashable] = []
+        if self.settings.scope != "chunk":
+            buckets.append((tracked.isolation, group, slot, tokens))
+        if self.settings.scope != "batch":
+            owner = tracked.request.request_id, tracked.epoch
+            buckets.append((owner, group, slot % self._chunk_blocks, tokens))
+        return tuple(buckets)
+
+    def _settle(self, member: Member, verdict: Verdict) -> None:
+        worst = np.maximum(verdict.key_error, verdict.value_error)[member.pairs]
+        allowed = np.flatnonzero(verdict.accepted[member.pairs])
+        request_id = member.tracked.request.request_id
+        reason = self.tables.may_replace(member.tracked.request, member.epoch, member.group, member.slot, member.page)
+        if reason is not None:
+            self.statistics.reject(reason)
+            return
+        for choice in allowed[worst[allowed].argsort(kind="stable")]:
+            page = member.candidates[choice]
+            if self._written[page] <= verdict.step:
+                break
+            self.statistics.reject("representative_gone")
+        else:
+            self.statistics.reject("bound")
+            self.index.add(member.buckets, member.page)
+            return
+        self._remaps.append(Remap(request_id, member.group, member.slot, page))
+        self.tables.replace(request_id, member.group, member.slot, page)
+        self.index.prefer(page)
+        member.tracked.served.add((member.group, member.slot))
+        error = max(float(worst[choice]), float(verdict.token_error[member.pairs][choice]))
+        if error > 0:
+            self.tables.stop_caching(request_id)
+        self.statistics.merged(float(worst[choice]))
+
+    def _forget_written(self, output: SchedulerOutput) -> None:
+        """Pages that this step hands out and will write leave the index before any worker can write them."""
+        size = self._block_size
+        for new in output.scheduled_new_reqs:
+            self._forget(page for ids in new.block_ids for page in ids[new.num_computed_tokens // size :])
+        cached = output.scheduled_cached_reqs
+        for request_id, groups, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if groups is not None:
+                hits = computed // size if request_id in cached.resumed_req_ids else 0
+                self._forget(page for ids in groups for page in ids[hits:])
+        self._forget(output.new_block_ids_to_zero or ())
+
+    def _forget(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            self.index.remove(page)
+            self._written[page] = self._step
+
+    def _forget_if_reset(self) -> None:
+        """vLLM empties its prefix cache when old pages must no longer be used, for example for new weights."""
+        if self.tables.pool.cached_block_hash_to_block is not self._hash_map:
+            self._hash_map = self.tables.pool.cached_block_hash_to_block
+            self.reset()
+
+    def _tables_of(self, output: SchedulerOutput) -> dict[str, tuple[list[int], ...]]:
+        return {
+            request_id: tuple(
+                [block.block_id for block in group.req_to_blocks.get(request_id, ())] for group in self.tables.groups
+            )
+            for request_id in output.num_scheduled_tokens
+        }

@@ -1,0 +1,104 @@
+"""What a user may set of the plugin: one model, one place where it is checked."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jointkv.errors import BadInput
+from jointkv.policy import FusionPolicy
+
+Bound = float | tuple[float, ...] | None
+
+
+class PluginSettings(BaseModel):
+    """The options in `kv_connector_extra_config`. Thresholds are one number, or one per layer group.
+
+    Attributes:
+        enabled: False starts the engine with the plugin attached and nothing fused.
+        max_relative_error, max_token_error, key_threshold, value_threshold, across_layers: as in `FusionPolicy`.
+        scope: `"batch"` compares requests at equal positions, `"chunk"` the chunks of one request, or both.
+        chunk_tokens: length of a chunk in tokens, a multiple of the engine's block size.
+        layer_groups: groups of consecutive layers, each with a block table of its own over the shared pool.
+        max_candidates: resident blocks compared with a new block at the most.
+        min_pool_usage: blocks are fused only while at least this fraction of the pool is in use, in [0, 1].
+        max_blocks_per_step: blocks compared in one engine step at the most; the rest wait for the next.
+        isolation: `"salt"`: blocks of requests with equal `cache_salt` (or both without) are compared.
+            `"strict"`: a request without a salt is left alone.
+        profile: JSON file with any of these options; options given beside it win.
+        allow_untested: start on an engine or device that was never run with this plugin.
+        check_integrity: check the block tables and reference counts at every step. For tests; slow.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = True
+    max_relative_error: Bound = 0.2
+    max_token_error: Bound = 0.3
+    key_threshold: Bound = None
+    value_threshold: Bound = None
+    across_layers: Literal["rms", "max"] = "rms"
+    scope: Literal["batch", "chunk", "both"] = "batch"
+    chunk_tokens: int = Field(default=512, ge=1)
+    layer_groups: int = Field(default=1, ge=1)
+    max_candidates: int = Field(default=2, ge=1)
+    min_pool_usage: float = Field(default=0.5, ge=0.0, le=1.0)
+    max_blocks_per_step: int = Field(default=256, ge=1)
+    isolation: Literal["salt", "strict"] = "salt"
+    profile: Path | None = None
+    allow_untested: bool = False
+    check_integrity: bool = False
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> Self:
+        """Read and check `options`.
+
+        Raises:
+            BadInput: an unknown option (the nearest valid one is named), a value of the wrong type or range, or a
+                profile that cannot be read.
+            InvalidPolicy: thresholds that make no sense together.
+        """
+        if options.get("profile") is not None:
+            options = {**_read_profile(Path(str(options["profile"]))), **options}
+        for name in options:
+            if name not in cls.model_fields:
+                near = difflib.get_close_matches(name, cls.model_fields, 1, 0.0)[0]
+                raise BadInput(f"jointkv: there is no option {name!r}; did you mean {near!r}?")
+        try:
+            settings = cls(**options)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = ".".join(str(part) for part in problem["loc"])
+            raise BadInput(f"jointkv: option {name}: {problem['msg']}, got {problem['input']!r}") from None
+        settings.policy()
+        return settings
+
+    def policy(self) -> FusionPolicy:
+        """The decision rule these options stand for. Raises `InvalidPolicy`."""
+        return FusionPolicy(
+            enabled=self.enabled,
+            max_relative_error=self.max_relative_error,
+            max_token_error=self.max_token_error,
+            key_threshold=self.key_threshold,
+            value_threshold=self.value_threshold,
+            across_layers=self.across_layers,
+            scope=self.scope,
+            chunk_tokens=self.chunk_tokens,
+            layer_groups=self.layer_groups,
+            candidates="tokens",
+            max_candidates=self.max_candidates,
+        )
+
+
+def _read_profile(path: Path) -> dict[str, Any]:
+    try:
+        options = json.loads(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"jointkv: cannot read profile {path}: {error}") from None
+    if not isinstance(options, dict) or "profile" in options:
+        raise BadInput(f"jointkv: profile {path} must be a JSON object of options, without a profile of its own")
+    return options

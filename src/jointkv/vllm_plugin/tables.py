@@ -1,0 +1,93 @@
+"""The scheduler's block tables: the one place where pages change hands."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request, RequestStatus
+
+from jointkv.errors import IntegrityError
+
+NEVER_CACHE = 1 << 60
+
+
+class BlockTables:
+    """A view of vLLM's block tables and page pool, with the one change the plugin makes to them.
+
+    Args:
+        manager: the scheduler's. Owned by vLLM; every change goes through its pool's own methods.
+    """
+
+    def __init__(self, manager: KVCacheManager) -> None:
+        self.pool = manager.block_pool
+        self.groups = manager.coordinator.single_type_managers
+        self.prefix_caching = manager.enable_caching
+
+    def block(self, request_id: str, group: int, slot: int) -> KVCacheBlock | None:
+        """The block that `request_id` holds at `slot`, or None."""
+        blocks = self.groups[group].req_to_blocks.get(request_id, ())
+        return blocks[slot] if slot < len(blocks) else None
+
+    def may_replace(self, request: Request, epoch: int, group: int, slot: int, own: int) -> str | None:
+        """Why page `own` cannot be replaced at `slot` of `request`'s table now; None if it can."""
+        if request.status != RequestStatus.RUNNING or request.num_preemptions != epoch:
+            return "request_gone"
+        block = self.block(request.request_id, group, slot)
+        if block is None or block.block_id != own:
+            return "entry_changed"
+        if block.ref_cnt != 1:
+            return "page_shared"
+        cached = self.groups[group].num_cached_block.get(request.request_id, 0)
+        if self.prefix_caching and slot >= cached:
+            return "not_cached_yet"
+        return None
+
+    def replace(self, request_id: str, group: int, slot: int, page: int) -> None:
+        """Read `page` at `slot` from now on and give the old page back to the pool.
+
+        The old page keeps its prefix-cache hash: its content is exactly what the hash stands for until the pool
+        hands it out again, which evicts the hash. So does the page that is read now.
+        """
+        blocks = self.groups[group].req_to_blocks[request_id]
+        old, new = blocks[slot], self.pool.blocks[page]
+        self.pool.touch([new])
+        blocks[slot] = new
+        self.pool.free_blocks([old])
+
+    def stop_caching(self, request_id: str) -> None:
+        """Enter no further block of `request_id` into the prefix cache.
+
+        What it computes from now on follows from approximated blocks, so it is not what an exact hash promises.
+        vLLM forgets this when the request is preempted, which is right: it then computes everything again.
+        """
+        for group in self.groups:
+            group.num_cached_block[request_id] = NEVER_CACHE
+
+    def shared_pages(self) -> Counter[int]:
+        """Number of pages by how many table entries read them, from 1 up."""
+        return Counter(block.ref_cnt for block in self.pool.blocks if block.ref_cnt and not block.is_null)
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when reference counts are not the number of table entries, or a page is free and used.
+
+        Only right between steps and without blocks retained by copy-on-write.
+        """
+        entries = Counter(
+            block.block_id
+            for group in self.groups
+            for blocks in group.req_to_blocks.values()
+            for block in blocks
+            if not block.is_null
+        )
+        for block in self.pool.blocks:
+            if not block.is_null and block.ref_cnt != entries[block.block_id]:
+                raise IntegrityError(
+                    f"page {block.block_id} has {block.ref_cnt} references and {entries[block.block_id]} entries"
+                )
+        free = {block.block_id for block in self.pool.free_block_queue.get_all_free_blocks()}
+        if free & set(entries):
+            raise IntegrityError(f"pages {sorted(free & set(entries))[:4]} are free and referenced")
+        if len(free) + len(entries) + 1 != self.pool.num_gpu_blocks:
+            raise IntegrityError("free and used pages do not add up to the pool")

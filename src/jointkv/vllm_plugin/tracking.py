@@ -1,0 +1,62 @@
+"""Which blocks of which requests may be compared with which: isolation, position, text."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from vllm.v1.request import Request
+
+from jointkv.fusion.signature import token_hashes
+
+OPT_OUT = "jointkv"
+
+
+@dataclass
+class TrackedRequest:
+    """What the plugin remembers of a request that takes part.
+
+    Attributes:
+        request: vLLM's own object.
+        isolation: requests are compared only when this is equal.
+        epoch: `num_preemptions` that the rest belongs to.
+        next_slot: first block not looked at yet.
+        served: (group, slot) of blocks read from another request's page; they are never fused again, because errors
+            would add up.
+    """
+
+    request: Request
+    isolation: Hashable
+    epoch: int = 0
+    next_slot: int = 0
+    served: set[tuple[int, int]] = field(default_factory=set)
+
+    def restart(self) -> None:
+        """Forget everything about blocks: the request was preempted and computes them again."""
+        self.epoch = self.request.num_preemptions
+        self.next_slot = 0
+        self.served.clear()
+
+    def take_hashes(self, end: int, block_size: int) -> list[int]:
+        """Hashes of the tokens of blocks `next_slot` to `end`, which count as looked at from now on."""
+        first, self.next_slot = self.next_slot, end
+        tokens = self.request.all_token_ids[first * block_size : end * block_size]
+        return token_hashes(torch.tensor(tokens), block_size).tolist()
+
+
+def takes_part(request: Request) -> bool:
+    """Whether blocks of `request` can be told apart by their tokens, and the request does not opt out."""
+    extra = request.sampling_params.extra_args if request.sampling_params is not None else None
+    if (extra or {}).get(OPT_OUT) is False:
+        return False
+    return request.prompt_embeds is None and request.prompt_token_ids is not None and not request.resumable
+
+
+def isolation_key(request: Request) -> Hashable:
+    """What two requests must have in common to be compared: salt, LoRA adapter, and media at the same places."""
+    adapter = request.lora_request
+    media = tuple(
+        (feature.identifier, feature.mm_position.offset, feature.mm_position.length) for feature in request.mm_features
+    )
+    return request.cache_salt, adapter and (adapter.lora_name, adapter.lora_int_id), media
