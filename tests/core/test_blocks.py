@@ -132,3 +132,12 @@ def test_tiny_blocks_do_not_pass_for_equal_because_their_squares_vanish():
     keys = torch.stack((torch.full((2, 1, 2), 1e-25), torch.full((2, 1, 2), -1e-25)))
     errors = served_errors(PagedKV([keys], [keys]), torch.tensor([0]), torch.tensor([1]), "rms")
     assert not errors.key[0] < 2 - ROUNDING  # the truth is 2; "not a number" would do as well
+
+
+def test_a_norm_too_large_for_float32_is_never_within_a_bound():
+    """inf in the denominator would make any finite difference look like none."""
+    keys = torch.full((2, 4, 1, 8), 2e19)
+    keys[1] *= -0.1
+    kv = PagedKV([keys], [torch.ones(2, 4, 1, 8)])
+    errors = served_errors(kv, torch.tensor([0]), torch.tensor([1]), "rms")
+    assert errors.key.item() == torch.inf

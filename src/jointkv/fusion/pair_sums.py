@@ -67,11 +67,9 @@ def pair_errors(sums: Tensor, aggregate: str) -> ServedErrors:
     """
     difference, norm, _ = sums.unbind(-1)
     difference = difference.masked_fill((norm < TINY) & (difference > 0), torch.inf)
-    (key, key_token), (value, value_token) = (
-        aggregate_errors(difference[:, :, side].transpose(0, 1), norm[:, :, side].transpose(0, 1), aggregate)
-        for side in range(2)
-    )
-    return ServedErrors(key, value, torch.maximum(key_token, value_token))
+    by_layer = [part.transpose(0, 1).flatten(1, 2) for part in (difference, norm)]
+    block, token = (error.view(-1, 2) for error in aggregate_errors(by_layer[0], by_layer[1], aggregate))
+    return ServedErrors(block[:, 0], block[:, 1], token.amax(1))
 
 
 def pair_cosines(sums: Tensor) -> tuple[Tensor, Tensor]:

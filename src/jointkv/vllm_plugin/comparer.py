@@ -30,6 +30,8 @@ class PageComparer:
         self.policy = policy
         self.groups = groups
         self._threshold_of = {number: place for place, number in enumerate(sorted(groups))}
+        for pages in groups.values():  # builds the kernel now rather than inside the first request
+            pair_sums(pages, torch.tensor([0]), torch.tensor([0]))
 
     @bookkeeping
     def answer(self, inquiry: Inquiry) -> Verdict:

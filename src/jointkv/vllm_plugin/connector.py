@@ -30,8 +30,8 @@ from jointkv.vllm_plugin.settings import PluginSettings
 logger = init_logger(f"vllm.{__name__}")
 
 R = TypeVar("R")
-REPORT_SHARED_EVERY = 64
-"""Steps between two counts of shared pages, which look at the whole pool."""
+REPORT_EVERY = 64
+"""Steps between two full reports; the count of shared pages in them looks at the whole pool."""
 
 
 def fail_safe(hook: Callable[..., R]) -> Callable[..., R | None]:
@@ -64,7 +64,7 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         self._comparer: PageComparer | None = None
         self._fault: str | None = None
         self._apply_seconds = 0.0
-        self._reports = 0
+        self._steps = 0
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -157,11 +157,11 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         """What is new since the last step, for vLLM's log and `/metrics`."""
         if self.scheduler is None:
             return None
-        self._reports += 1
-        count_shared = self._reports % REPORT_SHARED_EVERY == 1
-        return self.scheduler.statistics.take(
-            self.state, self.scheduler.tables.shared_pages() if count_shared else None
-        )
+        self._steps += 1
+        regular = self._steps % REPORT_EVERY == 1
+        if not regular and not self.scheduler.statistics.has_news():
+            return None
+        return self.scheduler.statistics.take(self.state, self.scheduler.tables.shared_pages() if regular else None)
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> JointStats:

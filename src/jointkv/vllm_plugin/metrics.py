@@ -44,6 +44,8 @@ def readers_of(count: int) -> str:
 class JointStats(KVConnectorStats):
     """What happened since the last report: counts, rejections, errors of merged blocks, pages by readers, state."""
 
+    data: dict[str, Any]
+
     def reset(self) -> None:
         """Forget everything."""
         self.data = {}
@@ -98,6 +100,11 @@ class Statistics:
     def totals(self) -> dict[str, Any]:
         """Everything counted so far, with `rejected` by reason."""
         return {**{name: self._totals[name] for name in COUNTERS}, "rejected": dict(self._rejected)}
+
+    def has_news(self) -> bool:
+        """Whether any block was looked at, or anything went wrong, since the last report."""
+        names = ("blocks_considered", "isolation_refusals", "faults")
+        return bool(self._errors) or any(self._totals[name] != self._reported[name] for name in names)
 
     def take(self, state: str, shared: Counter[int] | None) -> JointStats:
         """What is new since the last call, with the present state and pages by readers."""
