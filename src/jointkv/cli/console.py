@@ -8,13 +8,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from jointkv.errors import BadInput, JointKVError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 FAILURE = 2
 EXTRAS = {"transformers": "hf", "gguf": "hf", "matplotlib": "plot", "vllm": "vllm"}
@@ -50,6 +54,45 @@ def named_errors() -> Iterator[None]:
         if extra is None:
             raise
         fail(f"this needs the package {error.name}: pip install 'jointkv[{extra}]'")
+
+
+class Steps:
+    """Progress through a known number of steps: a bar on a terminal, else one line per step. See `progress`."""
+
+    def __init__(self, console: Console, bar: "Progress | None", total: int) -> None:
+        self._console, self._bar, self._done = console, bar, -1
+        self._task = None if bar is None else bar.add_task("", total=total)
+
+    def start(self, description: str) -> None:
+        """The step before is done; the one described begins."""
+        self._done += 1
+        if self._bar is None or self._task is None:
+            self.say(description)
+        else:
+            self._bar.update(self._task, completed=self._done, description=escape(description))
+
+    def part(self, fraction: float) -> None:
+        """Of the present step `fraction` is done; shown on the bar only."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done + fraction)
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        self._console.print(Text(line), soft_wrap=True)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Steps]:
+    """Show `total` steps on stderr; the bar is removed at the end."""
+    console = stderr_console()
+    if not console.is_terminal:
+        yield Steps(console, None, total)
+        return
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield Steps(console, bar, total)
 
 
 @contextmanager

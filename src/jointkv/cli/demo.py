@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from jointkv.cli.console import named_errors, stderr_console, write_json
+from jointkv.cli.console import named_errors, progress, stderr_console, write_json
 
 if TYPE_CHECKING:
     from jointkv.evaluate.held import Row
@@ -54,8 +54,8 @@ def demo(
         settings = {"block_size": block_size, "tokens": tokens, "seed": seed, "requests": requests}
         settings_of_run = {**settings, "dtype": dtype}
         rows = []
-        with _progress(len(TRAFFICS) * (2 + len(policies))) as step:
-            for row in _rows(loaded, tokenizer, policies, settings, step):
+        with progress(len(TRAFFICS) * (2 + len(policies))) as steps:
+            for row in _rows(loaded, tokenizer, policies, settings, steps.start):
                 rows.append(row)
         result = _result(model, rows, policies, settings_of_run)
         output.mkdir(parents=True, exist_ok=True)
@@ -88,33 +88,6 @@ def _rows(model: Any, tokenizer: Any, policies: Any, settings: dict[str, int], s
         for label, policy in policies.items():
             step(f"{name}: {label}")
             yield compare(name, label, batch, hold(model, batch, policy, block_size=size), unfused)
-
-
-def _progress(total: int) -> Any:
-    """A context manager yielding `step(description)`: a progress bar, or plain lines off a terminal."""
-    from contextlib import contextmanager
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    @contextmanager
-    def manager() -> Iterator[Any]:
-        console = stderr_console()
-        if not console.is_terminal:
-            yield console.print
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("", total=total)
-            done = -1
-
-            def step(description: str) -> None:
-                nonlocal done
-                done += 1
-                progress.update(task, completed=done, description=description)
-
-            yield step
-
-    return manager()
 
 
 def _result(model: str, rows: list[Row], policies: Any, settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 import typer
 
 import jointkv
-from jointkv.cli import demo, generate, inspect, model
+from jointkv.cli import bench, demo, doctor, generate, inspect, model, serve
 
-VERBS = (demo, generate, inspect, model)
+VERBS = (bench, demo, doctor, generate, inspect, model, serve)
 
 app = typer.Typer(name="jointkv", add_completion=False, pretty_exceptions_show_locals=False)
 

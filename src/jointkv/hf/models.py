@@ -109,7 +109,7 @@ def load_model(
     if name_or_path in KNOWN_MODELS:
         fetch_model(name_or_path)
     config = load_config(name_or_path)
-    location = _location(name_or_path)
+    location = locate_model(name_or_path)
     with _loading(name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(location)
         model = AutoModelForCausalLM.from_pretrained(
@@ -121,6 +121,16 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
+    """Load a model's tokenizer, without its weights; a known model must have been fetched. Raises `BadInput`."""
+    _require_transformers()
+    from transformers import AutoTokenizer
+
+    location = locate_model(name_or_path)
+    with _loading(name_or_path):
+        return AutoTokenizer.from_pretrained(location)
+
+
 def load_config(name_or_path: str) -> "PreTrainedConfig":
     """Read a model's configuration, without its weights; a known model must have been fetched.
 
@@ -129,7 +139,7 @@ def load_config(name_or_path: str) -> "PreTrainedConfig":
     _require_transformers()
     from transformers import AutoConfig
 
-    location = _location(name_or_path)
+    location = locate_model(name_or_path)
     with _loading(name_or_path):
         config = AutoConfig.from_pretrained(location)
     _require_kv_cache(config, name_or_path)
@@ -145,8 +155,11 @@ def _cache_folder(name: str) -> Path:
     return Settings.from_environment().models_dir / KNOWN_MODELS[name].folder
 
 
-def _location(name_or_path: str) -> str:
-    """The folder or hub name to hand to transformers, which takes a mistyped path for a hub name."""
+def locate_model(name_or_path: str) -> str:
+    """The folder or hub name to hand to transformers, which takes a mistyped path for a hub name.
+
+    Raises `BadInput` when a known model has not been fetched, or nothing can be there.
+    """
     if name_or_path in KNOWN_MODELS:
         folder = _cache_folder(name_or_path)
         if not _is_complete(folder, name_or_path, verify=False):

