@@ -1,6 +1,7 @@
 """What every verb shares: messages on stderr, one-line errors, JSON files."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -54,6 +55,12 @@ def named_errors() -> Iterator[None]:
         if extra is None:
             raise
         fail(f"this needs the package {error.name}: pip install 'jointkv[{extra}]'")
+
+
+def require(package: str) -> None:
+    """Raises ModuleNotFoundError, which `named_errors` explains, unless `package` is installed. Imports nothing."""
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
 class Steps:

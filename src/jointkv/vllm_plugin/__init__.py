@@ -13,6 +13,9 @@ WORKERS = {
     "gpu": "jointkv.vllm_plugin.gpu_worker.JointGPUWorker",
 }
 
+ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+"""vLLM takes its second model runner where it can; only the first one was made to work with the plugin."""
+
 
 def engine_args(**options: Any) -> dict[str, Any]:
     """Engine arguments that turn fusion on: `LLM(model, **engine_args(max_relative_error=0.1))`.
@@ -29,6 +32,11 @@ def engine_args(**options: Any) -> dict[str, Any]:
     PluginSettings.parse(options)
     from vllm.platforms import current_platform
 
+    return arguments_for("cpu" if current_platform.is_cpu() else "gpu", options)
+
+
+def arguments_for(device: str, options: dict[str, Any]) -> dict[str, Any]:
+    """`engine_args` for `device`, `"cpu"` or `"gpu"`, with options already checked. Imports no vllm."""
     return {
         "kv_transfer_config": {
             "kv_connector": CONNECTOR,
@@ -36,5 +44,5 @@ def engine_args(**options: Any) -> dict[str, Any]:
             "kv_role": "kv_producer",
             "kv_connector_extra_config": options,
         },
-        "worker_cls": WORKERS["cpu" if current_platform.is_cpu() else "gpu"],
+        "worker_cls": WORKERS[device],
     }

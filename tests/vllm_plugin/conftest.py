@@ -1,0 +1,52 @@
+"""Settings of vLLM for every test here. Without vLLM nothing in this folder is collected."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+ENVIRONMENT = {  # unless set outside
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_CI_ENV": "1",  # no warm-up
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONHASHSEED": "0",  # block hashes then agree between engines
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _vllm_environment() -> Iterator[None]:
+    import torch
+
+    # vLLM binds no threads of an engine inside the test's own process; two that share a busy core wait for each other.
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, os.environ.get(name, value))
+        yield
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model in which a different first line changes K and V of what follows a little."""
+    from engines import write_model
+
+    return write_model(tmp_path_factory.mktemp("calm"), context=0.15)
+
+
+@pytest.fixture(scope="session")
+def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model in which everything depends strongly on what was read before."""
+    from engines import write_model
+
+    return write_model(tmp_path_factory.mktemp("lively"), context=3.0)
