@@ -300,11 +300,6 @@ def test_a_failed_arm_is_named() -> None:
         quick.run_quick(SETTINGS, "folder", ROUNDS, fail, Log())
 
 
-def test_fusion_options_are_checked_as_the_plugin_does() -> None:
-    options = cli.fusion_options(["max_token_error=0.1", "scope=chunk", "chunk_tokens=64"], {"min_pool_usage": 0.0})
-    assert options == {"max_token_error": 0.1, "scope": "chunk", "chunk_tokens": 64, "min_pool_usage": 0.0}
-
-
 def run_command(*arguments: str) -> tuple[int, str, str]:
     result = CliRunner().invoke(main.app, ["bench", "quick", *arguments])
     return result.exit_code, result.stdout, result.stderr

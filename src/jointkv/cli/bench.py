@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json as json_format
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from jointkv.cli.console import named_errors, progress, stages, stderr_console, write_json
+from jointkv.cli.console import named_errors, progress, require, stages, stderr_console, write_json
+from jointkv.cli.fusion_options import fusion_options
 from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def quick(
     pool_blocks: int = typer.Option(200, min=2, help="Blocks in the KV pool; stock_large_pool has 8 times as many."),
     block_size: int = typer.Option(32, min=1, help="Tokens per KV block."),
     repeats: int = typer.Option(3, min=1, help="Rounds; each has requests of its own, the same for every arm."),
-    arm: list[str] | None = typer.Option(None, help="Run this arm only; may be repeated. [default: all]"),
+    arm: list[str] | None = typer.Option(None, help="Run this arm only; may be repeated. (default: all)"),
     max_relative_error: float | None = typer.Option(None, help="Error bound of the fused arm."),
     min_pool_usage: float | None = typer.Option(None, help="Pool usage from which the fused arm merges."),
     option: list[str] | None = typer.Option(
@@ -72,7 +71,7 @@ def quick(
             arms=tuple(chosen.name for chosen in choose_arms(arm or QuickSettings.arms)),
             dtype=fast_dtype() if dtype == "auto" else dtype,
             seed=seed,
-            fusion=fusion_options(option or [], {name: value for name, value in given.items() if value is not None}),
+            fusion=fusion_options(option or [], given, "--set"),
         )
         try:
             summaries, ratios = _run(settings, output, json)
@@ -82,30 +81,6 @@ def quick(
     if json is None or str(json) != "-":
         _print_table(summaries, ratios, settings)
     stderr_console().print(f"wrote quick.json and quick.md to {output}")
-
-
-def fusion_options(pairs: list[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` and the `KEY=VALUE` of `pairs`, checked as options of the plugin; values are JSON, or else text.
-
-    Raises:
-        BadInput: a pair without `=`, an option that is there twice, or one that the plugin refuses.
-        InvalidPolicy: thresholds that make no sense together.
-    """
-    from jointkv.vllm_plugin.settings import PluginSettings
-
-    options = dict(given)
-    for pair in pairs:
-        name, separator, text = pair.partition("=")
-        if not separator:
-            raise BadInput(f"--set {pair}: expected KEY=VALUE")
-        if name in options:
-            raise BadInput(f"the option {name} is given twice")
-        try:
-            options[name] = json_format.loads(text)
-        except ValueError:
-            options[name] = text
-    PluginSettings.parse(options)
-    return options
 
 
 def _run(
@@ -137,8 +112,7 @@ def _prepare(settings: QuickSettings) -> tuple[str, list[list[list[int]]], int]:
     from jointkv.evaluate.traffic import get_traffic
 
     traffic = get_traffic(settings.traffic)
-    if importlib.util.find_spec("vllm") is None:
-        raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
+    require("vllm")
     from jointkv.hf.models import KNOWN_MODELS, fetch_model, load_config, load_tokenizer, locate_model
 
     with stages(f"preparing {settings.model}") as show:

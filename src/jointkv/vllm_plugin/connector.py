@@ -137,6 +137,11 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         return {**self.scheduler.statistics.totals(), "state": self.state}
 
     @property
+    def fault(self) -> str | None:
+        """The error that switched fusion off, if one did."""
+        return self._fault
+
+    @property
     def state(self) -> str:
         """One of `metrics.STATES`."""
         if self._fault is not None:

@@ -177,7 +177,7 @@ def _check_kernel(rows: Rows) -> None:
 
 def _check_talk(rows: Rows, overheard: Overheard, scheduler: Any) -> None:
     """What scheduler and workers said to each other."""
-    fault = scheduler._fault
+    fault = scheduler.fault
     talk = overheard.counts
     rows.add("workers asked", talk["pairs"] > 0, f"{talk['pairs']} pairs of pages in {talk['inquiries']} steps")
     answered = talk["answered"] == talk["pairs"] > 0

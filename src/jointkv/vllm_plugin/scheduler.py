@@ -21,7 +21,12 @@ from jointkv.vllm_plugin.tracking import TrackedRequest, isolation_key, takes_pa
 
 @dataclass
 class Member:
-    """A newly filled block that was sent to be compared, as it stood then."""
+    """A newly filled block that was sent to be compared, as it stood then.
+
+    Attributes:
+        candidates: resident pages it is compared with in this step.
+        tried: those it was compared with before, in vain.
+    """
 
     tracked: TrackedRequest
     epoch: int
@@ -30,7 +35,7 @@ class Member:
     page: int
     buckets: tuple[Hashable, ...]
     candidates: list[int]
-    pairs: slice
+    tried: tuple[int, ...] = ()
 
 
 class FusionScheduler:
@@ -56,6 +61,7 @@ class FusionScheduler:
         self._written = np.zeros(self.tables.pool.num_gpu_blocks, np.int64)
         self._hash_map = self.tables.pool.cached_block_hash_to_block
         self._asked: dict[int, list[Member]] = {}
+        self._again: list[Member] = []
         self._remaps: list[Remap] = []
 
     def admit(self, request: Request) -> None:
@@ -81,8 +87,13 @@ class FusionScheduler:
             return
         self._forget_if_reset()
         self._forget_written(output)
+        members = list(self._members_again())
         if self._requests and self.tables.pool.get_usage() >= self.settings.min_pool_usage:
-            self._ask_about_new_blocks(inquiry, output)
+            members.extend(self._new_members(output))
+        if members:
+            self._asked[inquiry.step] = members
+            pairs = [(member.group, member.page, page) for member in members for page in member.candidates]
+            inquiry.group, inquiry.own, inquiry.other = np.array(pairs, np.int64).T
 
     def settle(self, verdict: Verdict) -> None:
         """Carry out what a verdict allows. Proposals whose blocks have changed since are dropped."""
@@ -93,20 +104,23 @@ class FusionScheduler:
             return
         self.statistics.add("compare_seconds", verdict.seconds)
         self.statistics.add("apply_seconds", verdict.apply_seconds)
+        first = 0
         for member in members:
-            self._settle(member, verdict)
+            last = first + len(member.candidates)
+            self._settle(member, verdict, slice(first, last))
+            first = last
 
     def disable(self) -> None:
         """Fuse nothing from now on. What is shared stays shared; remaps already committed are still sent."""
         self.enabled = False
-        self._asked.clear()
         self._requests.clear()
-        self.index.clear()
+        self.reset()
 
     def reset(self) -> None:
         """Forget all resident pages, because their content is no longer what the model would compute."""
         self.index.clear()
         self._asked.clear()
+        self._again.clear()
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when tables, reference counts or the index are inconsistent."""
@@ -118,9 +132,18 @@ class FusionScheduler:
                     if self.tables.block(request_id, group, slot) is None:
                         raise IntegrityError(f"{request_id} is served at slot {slot}, which it does not hold")
 
-    def _ask_about_new_blocks(self, inquiry: Inquiry, output: SchedulerOutput) -> None:
-        members: list[Member] = []
-        pairs: list[tuple[int, int, int]] = []
+    def _members_again(self) -> Iterator[Member]:
+        """Members whose first candidates were not within the bounds, with the others that are still resident."""
+        again, self._again = self._again, []
+        for member in again:
+            member.candidates = [page for page in member.candidates if page in self.index]
+            if member.candidates:
+                yield member
+            else:
+                self.statistics.reject("representative_gone")
+
+    def _new_members(self, output: SchedulerOutput) -> Iterator[Member]:
+        """Newly filled blocks that a resident page may serve. Those that none may serve become resident."""
         for tracked, group, slot, buckets in self._new_blocks(output):
             block = self.tables.block(tracked.request.request_id, group, slot)
             if block is None or block.is_null or block.block_id in self.index or (group, slot) in tracked.served:
@@ -129,17 +152,10 @@ class FusionScheduler:
             candidates = self.index.candidates(buckets, self.settings.max_candidates)
             if not candidates:
                 self.index.add(buckets, block.block_id)
-                continue
-            if block.ref_cnt > 1:  # an exact prefix that others hold too: replacing one entry would free nothing
+            elif block.ref_cnt > 1:  # an exact prefix that others hold too: replacing one entry would free nothing
                 self.statistics.reject("page_shared")
-                continue
-            first = len(pairs)
-            pairs.extend((group, block.block_id, candidate) for candidate in candidates)
-            span = slice(first, len(pairs))
-            members.append(Member(tracked, tracked.epoch, group, slot, block.block_id, buckets, candidates, span))
-        if members:
-            self._asked[inquiry.step] = members
-            inquiry.group, inquiry.own, inquiry.other = np.array(pairs, np.int64).T
+            else:
+                yield Member(tracked, tracked.epoch, group, slot, block.block_id, buckets, candidates)
 
     def _new_blocks(self, output: SchedulerOutput) -> Iterator[tuple[TrackedRequest, int, int, tuple[Hashable, ...]]]:
         """Blocks that will be full after this step and were not looked at: request, group, slot and buckets."""
@@ -175,35 +191,49 @@ class FusionScheduler:
             buckets.append((owner, group, slot % self._chunk_blocks, tokens))
         return tuple(buckets)
 
-    def _settle(self, member: Member, verdict: Verdict) -> None:
-        worst = np.maximum(verdict.key_error, verdict.value_error)[member.pairs]
-        allowed = np.flatnonzero(verdict.accepted[member.pairs])
-        request_id = member.tracked.request.request_id
-        reason = self.tables.may_replace(member.tracked.request, member.epoch, member.group, member.slot, member.page)
+    def _settle(self, member: Member, verdict: Verdict, pairs: slice) -> None:
+        request = member.tracked.request
+        reason = self.tables.may_replace(request, member.epoch, member.group, member.slot, member.page)
         if reason is not None:
             self.statistics.reject(reason)
             return
+        worst = np.maximum(verdict.key_error, verdict.value_error)[pairs]
+        allowed = np.flatnonzero(verdict.accepted[pairs])
         for choice in allowed[worst[allowed].argsort(kind="stable")]:
             page = member.candidates[choice]
             if self._written[page] <= verdict.step:
-                break
+                self._merge(member, page)
+                self.statistics.merged(float(worst[choice]))
+                if max(worst[choice], verdict.token_error[pairs][choice]) > 0:
+                    self.tables.stop_caching(request.request_id)
+                return
+        if len(allowed):
             self.statistics.reject("representative_gone")
         else:
-            self.statistics.reject("bound")
-            self.index.add(member.buckets, member.page)
-            return
+            self._turn_down(member)
+
+    def _merge(self, member: Member, page: int) -> None:
+        entry = member.tracked.request.request_id, member.group, member.slot
         try:
-            self.tables.replace(request_id, member.group, member.slot, page)
+            self.tables.replace(*entry, page)
         finally:  # whatever goes wrong, the workers' tables must follow the scheduler's
-            block = self.tables.block(request_id, member.group, member.slot)
+            block = self.tables.block(*entry)
             if block is not None and block.block_id == page:
-                self._remaps.append(Remap(request_id, member.group, member.slot, page))
+                self._remaps.append(Remap(*entry, page))
         self.index.prefer(page)
         member.tracked.served.add((member.group, member.slot))
-        error = max(float(worst[choice]), float(verdict.token_error[member.pairs][choice]))
-        if error > 0:
-            self.tables.stop_caching(request_id)
-        self.statistics.merged(float(worst[choice]))
+
+    def _turn_down(self, member: Member) -> None:
+        """No candidate is within the bounds: try those that became resident meanwhile, once, or become resident."""
+        tried = (*member.tried, *member.candidates)
+        found = self.index.candidates(member.buckets, self.settings.max_candidates + len(tried))
+        untried = [page for page in found if page not in tried]
+        if untried and not member.tried:
+            member.candidates, member.tried = untried[: self.settings.max_candidates], tried
+            self._again.append(member)
+            return
+        self.statistics.reject("bound")
+        self.index.add(member.buckets, member.page)
 
     def _forget_written(self, output: SchedulerOutput) -> None:
         """Pages that this step hands out and will write leave the index before any worker can write them."""
