@@ -11,9 +11,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 COUNTERS = {
-    "blocks_considered": "Newly filled KV blocks that were looked up among resident ones.",
-    "blocks_merged": "KV blocks that are read from another request's page since.",
-    "pages_freed": "Pages given back to the pool by merging.",
+    "blocks_considered": "Newly filled KV blocks, of one layer group, that were looked up among resident ones.",
+    "blocks_merged": "KV blocks, of one layer group, that are read from another request's page since.",
+    "pages_freed": "Pages, of one layer group, given back to the pool by merging.",
     "isolation_refusals": "Blocks left alone because strict isolation is on and the request has no cache_salt.",
     "compare_seconds": "Seconds workers spent comparing K and V.",
     "schedule_seconds": "Seconds the scheduler spent choosing blocks and carrying out verdicts.",
