@@ -40,13 +40,15 @@ class Census:
         engine.watchers.append(self.after_step)
 
     def after_step(self, engine: Engine) -> None:
-        """Reference counts are numbers of entries; readers of one page have one salt; free pages have no reader."""
+        """Reference counts are numbers of entries; readers of one page have one salt, the one the index knows."""
         entries: Counter[int] = Counter()
         readers: dict[int, set[str | None]] = {}
         for request_id, pages in self._tables().items():
             party = self._party(request_id)
             entries.update(pages)
-            for page in pages:
+            for slot, page in enumerate(pages):
+                for isolation, _, place, _ in engine.fusion.index._buckets.get(page, ()):
+                    assert (isolation[0], place) == (party[0], slot), "the index holds a page that was handed out again"
                 readers.setdefault(page, set()).add(party[0])
                 self._written_by[page] = party
         assert all(len(salts) == 1 for salts in readers.values())

@@ -73,10 +73,6 @@ def _check_setup(config: Any) -> None:
             "set the context parallel sizes to 1",
         ),
         "model runner V2": (config.use_v2_model_runner, "set VLLM_USE_V2_MODEL_RUNNER=0"),
-        "several KV connectors": (
-            config.kv_transfer_config.kv_connector_module_path != "jointkv.vllm_plugin.connector",
-            "use jointkv as the only connector",
-        ),
         "a sharing of KV between layers": (
             config.cache_config.kv_sharing_fast_prefill,
             "drop --kv-sharing-fast-prefill",

@@ -19,6 +19,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
+from jointkv.errors import LayoutError
 from jointkv.vllm_plugin.comparer import PageComparer, apply_remaps, check_tables
 from jointkv.vllm_plugin.compatibility import check_engine
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
@@ -159,7 +160,8 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
             self.scheduler.statistics.add("faults")
             self.scheduler.disable()
         if first:
-            logger.error("jointkv has switched itself off, requests go on unfused: %s", fault, exc_info=True)
+            logger.error("jointkv has switched itself off, requests go on unfused: %s", fault)
+            logger.debug("where it happened", exc_info=True)
 
     def get_kv_connector_stats(self) -> JointStats | None:
         """What is new since the last step, for vLLM's log and `/metrics`."""
@@ -220,6 +222,8 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         pages = {}
         for number in self.groups:
             group = self._kv_cache_config.kv_cache_groups[number]
+            if runner.input_batch.block_table[number].block_size != group.kv_cache_spec.block_size:
+                raise LayoutError("the attention kernel splits pages into smaller blocks; set --block-size to its size")
             chosen = [layers[name] for name in group.layer_names]
             pages[number] = packed_pages(chosen, self._kv_cache_config.num_blocks, group.kv_cache_spec.block_size)
         self._comparer = PageComparer(self.settings.policy(), pages)
@@ -245,8 +249,8 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
             verdict = self._comparer.answer(inquiry)
         except Exception as error:
             self._comparer = None
-            self.give_up(f"comparing: {type(error).__name__}: {error}")
-            return Verdict.given_up(inquiry.step, str(error))
+            logger.debug("comparing pages failed", exc_info=True)  # the scheduler says it once for all ranks
+            return Verdict.given_up(inquiry.step, f"{type(error).__name__}: {error}")
         verdict.apply_seconds, self._apply_seconds = self._apply_seconds, 0.0
         return verdict
 

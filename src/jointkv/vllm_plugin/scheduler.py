@@ -233,7 +233,8 @@ class FusionScheduler:
             self._again.append(member)
             return
         self.statistics.reject("bound")
-        self.index.add(member.buckets, member.page)
+        if member.page not in self.index:  # another request that hits it may have made it resident meanwhile
+            self.index.add(member.buckets, member.page)
 
     def _forget_written(self, output: SchedulerOutput) -> None:
         """Pages that this step hands out and will write leave the index before any worker can write them."""

@@ -1,0 +1,97 @@
+"""The index of pages by equal text against plain lists, under any sequence of changes and look-ups."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from jointkv.errors import IntegrityError
+from jointkv.fusion.token_index import TokenIndex
+
+BUCKETS = [("alice", 0, 0, 1), ("alice", 0, 1, 1), ("bob", 0, 0, 1), "chunk", 7]
+PAGES = st.integers(0, 12)
+SOME = st.lists(st.sampled_from(BUCKETS), min_size=1, max_size=3)
+
+
+class TokenIndexMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = TokenIndex()
+        self.pages: dict[object, list[int]] = {bucket: [] for bucket in BUCKETS}
+
+    def known(self) -> set[int]:
+        return {page for pages in self.pages.values() for page in pages}
+
+    @rule(buckets=SOME, page=PAGES)
+    def add(self, buckets: list, page: int) -> None:
+        if page in self.known():
+            with pytest.raises(IntegrityError):
+                self.index.add(buckets, page)
+            return
+        self.index.add(buckets, page)
+        for bucket in set(buckets):
+            self.pages[bucket].append(page)
+
+    @rule(page=PAGES)
+    def remove(self, page: int) -> None:
+        self.index.remove(page)
+        self.pages = {bucket: [held for held in pages if held != page] for bucket, pages in self.pages.items()}
+
+    @rule(page=PAGES)
+    def prefer(self, page: int) -> None:
+        self.index.prefer(page)
+        self.pages = {
+            bucket: sorted(pages, key=lambda held: held != page)  # stable
+            for bucket, pages in self.pages.items()
+        }
+
+    @rule(buckets=SOME, count=st.integers(1, 5))
+    def look_up(self, buckets: list, count: int) -> None:
+        expected: list[int] = []
+        for bucket in buckets:
+            expected += [page for page in self.pages[bucket] if page not in expected]
+        assert self.index.candidates(buckets, count) == expected[:count]
+
+    @rule()
+    def clear(self) -> None:
+        self.index.clear()
+        self.pages = {bucket: [] for bucket in BUCKETS}
+
+    @invariant()
+    def agrees(self) -> None:
+        self.index.check_integrity()
+        assert len(self.index) == len(self.known())
+        assert {page for page in range(13) if page in self.index} == self.known()
+        assert not self.index.candidates(["never used"], 3)
+
+
+TestTokenIndex = TokenIndexMachine.TestCase
+TestTokenIndex.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def damage_list(index: TokenIndex) -> None:
+    index._pages["chunk"].append(9)
+
+
+def damage_twice(index: TokenIndex) -> None:
+    index._pages["chunk"].append(1)
+
+
+def damage_empty(index: TokenIndex) -> None:
+    index._pages["other"] = []
+
+
+def damage_missing(index: TokenIndex) -> None:
+    del index._buckets[1]
+
+
+@pytest.mark.parametrize("damage", [damage_list, damage_twice, damage_empty, damage_missing])
+def test_damage_is_found(damage) -> None:
+    index = TokenIndex()
+    index.add(["chunk"], 1)
+    index.check_integrity()
+    damage(index)
+    with pytest.raises(IntegrityError):
+        index.check_integrity()

@@ -1,0 +1,88 @@
+"""Verdicts of several ranks, and what is counted: without an engine."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+
+from jointkv.vllm_plugin.messages import Verdict
+from jointkv.vllm_plugin.metrics import COUNTERS, READERS, JointStats, Statistics, readers_of
+
+
+def verdict(step: int = 1, accepted: tuple[bool, ...] = (True, True, False), **more: object) -> Verdict:
+    errors = {
+        name: np.asarray(more.pop(name, np.zeros(len(accepted))), np.float32)
+        for name in ("key_error", "value_error", "token_error")
+    }
+    return Verdict(step, np.array(accepted, bool), **errors, **more)  # type: ignore[arg-type]
+
+
+def test_ranks_agree_only_where_all_accept() -> None:
+    first = verdict(accepted=(True, True, False), key_error=[0.1, 0.2, 0.3], seconds=1.0)
+    second = verdict(accepted=(True, False, False), key_error=[0.2, 0.1, 0.3], token_error=[0, 9, 0], apply_seconds=2.0)
+    for joined in (first.aggregate(second), second.aggregate(first)):
+        assert joined.accepted.tolist() == [True, False, False]
+        assert np.allclose(joined.key_error, [0.2, 0.2, 0.3])
+        assert joined.token_error.tolist() == [0, 9, 0]
+        assert (joined.step, joined.seconds, joined.apply_seconds, joined.fault) == (1, 1.0, 2.0, None)
+
+
+def test_the_fault_of_one_rank_is_the_fault_of_all() -> None:
+    given_up = Verdict.given_up(1, "no memory")
+    for joined in (verdict().aggregate(given_up), given_up.aggregate(verdict())):
+        assert joined.fault == "no memory" and not len(joined.accepted)
+
+
+@pytest.mark.parametrize("other", [verdict(step=2), verdict(accepted=(True,))])
+def test_answers_to_different_inquiries_are_a_fault(other: Verdict) -> None:
+    assert "different inquiries" in str(verdict().aggregate(other).fault)
+
+
+@pytest.mark.parametrize(
+    ("count", "label"),
+    [
+        (1, "1"),
+        (2, "2"),
+        (3, "3-4"),
+        (4, "3-4"),
+        (5, "5-8"),
+        (8, "5-8"),
+        (9, "9-16"),
+        (16, "9-16"),
+        (17, "17+"),
+        (999, "17+"),
+    ],
+)
+def test_readers_of(count: int, label: str) -> None:
+    assert readers_of(count) == label and label in READERS
+
+
+def test_a_report_holds_what_is_new() -> None:
+    statistics = Statistics()
+    statistics.add("blocks_considered", 5)
+    statistics.merged(0.1)
+    statistics.reject("bound")
+    first = statistics.take("active", Counter({1: 3, 2: 1, 40: 2})).data
+    assert first["counters"] == {"blocks_considered": 5, "blocks_merged": 1, "pages_freed": 1}
+    assert (first["rejected"], first["errors"], first["state"]) == ({"bound": 1}, [0.1], "active")
+    assert first["shared"] == {"1": 3, "2": 1, "3-4": 0, "5-8": 0, "9-16": 0, "17+": 2}
+    statistics.merged(0.2)
+    second = statistics.take("active", None).data
+    assert second["counters"] == {"blocks_merged": 1, "pages_freed": 1} and second["errors"] == [0.2]
+    assert not second["rejected"] and "shared" not in second
+    assert statistics.totals()["blocks_merged"] == 2 and set(statistics.totals()) == {*COUNTERS, "rejected"}
+
+
+def test_reports_add_up() -> None:
+    total = JointStats({"counters": {"faults": 1}, "errors": [0.1], "state": "active", "shared": {"1": 2}})
+    total.aggregate(JointStats({"counters": {"faults": 2, "pages_freed": 1}, "rejected": {"bound": 1}, "state": "off"}))
+    assert total.data["counters"] == {"faults": 3, "pages_freed": 1}
+    assert total.data["errors"] == [0.1] and total.data["rejected"] == {"bound": 1}
+    assert total.data["state"] == "off" and total.data["shared"] == {"1": 2}
+    assert total.reduce()["jointkv rejected"] == 1
+    total.reset()
+    assert total.is_empty()

@@ -1,0 +1,103 @@
+"""Options of the plugin: what is accepted, what is refused and how."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from jointkv.errors import BadInput, InvalidPolicy
+from jointkv.vllm_plugin import CONNECTOR, CONNECTOR_MODULE, WORKERS, engine_args
+from jointkv.vllm_plugin.settings import PluginSettings
+
+
+def test_the_defaults_and_their_policy() -> None:
+    policy = PluginSettings.parse({}).policy()
+    assert (policy.max_relative_error, policy.max_token_error, policy.scope) == (0.2, 0.3, "batch")
+    assert policy.key_threshold is None and policy.value_threshold is None
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("max_relativ_error", "max_relative_error"),
+        ("min_pool", "min_pool_usage"),
+        ("layergroups", "layer_groups"),
+        ("Enabled", "enabled"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(BadInput, match=rf"no option '{name}'; did you mean '{nearest}'\?"):
+        PluginSettings.parse({name: 1})
+
+
+def test_an_option_like_no_other() -> None:
+    with pytest.raises(BadInput, match="no option ''"):
+        PluginSettings.parse({"": 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"min_pool_usage": 1.5}, "min_pool_usage"),
+        ({"min_pool_usage": -0.1}, "min_pool_usage"),
+        ({"max_candidates": 0}, "max_candidates"),
+        ({"max_blocks_per_step": 0}, "max_blocks_per_step"),
+        ({"layer_groups": 0}, "layer_groups"),
+        ({"chunk_tokens": 0}, "chunk_tokens"),
+        ({"scope": "everything"}, "scope"),
+        ({"isolation": "none"}, "isolation"),
+        ({"max_relative_error": "much"}, "max_relative_error"),
+        ({"across_layers": "mean"}, "across_layers"),
+    ],
+)
+def test_a_wrong_value_names_its_option(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(BadInput, match=named):
+        PluginSettings.parse(options)
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan")])
+def test_a_bound_that_makes_no_sense(value: float) -> None:
+    with pytest.raises((BadInput, InvalidPolicy), match="max_relative_error"):
+        PluginSettings.parse({"max_relative_error": value})
+
+
+def test_one_bound_per_layer_group() -> None:
+    settings = PluginSettings.parse({"max_relative_error": [0.1, 0.3], "layer_groups": 2})
+    assert settings.max_relative_error == (0.1, 0.3)
+    with pytest.raises((BadInput, InvalidPolicy)):
+        PluginSettings.parse({"max_relative_error": [0.1, 0.3, 0.2], "layer_groups": 2})
+
+
+def test_options_beside_a_profile_win(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps({"max_relative_error": 0.05, "scope": "both"}))
+    settings = PluginSettings.parse({"profile": str(profile), "scope": "chunk"})
+    assert (settings.max_relative_error, settings.scope) == (0.05, "chunk")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", json.dumps({"profile": "other"}), json.dumps({"scop": "chunk"})])
+def test_a_profile_that_cannot_be_used(tmp_path: Path, content: str) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text(content)
+    with pytest.raises(BadInput):
+        PluginSettings.parse({"profile": str(profile)})
+
+
+def test_a_profile_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="cannot read profile"):
+        PluginSettings.parse({"profile": str(tmp_path / "none")})
+
+
+def test_engine_arguments() -> None:
+    arguments = engine_args(max_relative_error=0.1)
+    assert arguments["worker_cls"] == WORKERS["cpu"]
+    transfer = arguments["kv_transfer_config"]
+    assert (transfer["kv_connector"], transfer["kv_connector_module_path"]) == (CONNECTOR, CONNECTOR_MODULE)
+    assert transfer["kv_connector_extra_config"]["max_relative_error"] == 0.1
+    with pytest.raises(BadInput, match="did you mean 'enabled'"):
+        engine_args(enable=True)
