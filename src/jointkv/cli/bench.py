@@ -140,9 +140,10 @@ def _launcher(
 ) -> Callable[[str, EngineRun, Callable[[int], None]], Measured]:
     from jointkv.bench.launch import engine_environment, launch
     from jointkv.bench.machine import allowed_cores
-    from jointkv.bench.quick import LARGE_POOL_FACTOR
+    from jointkv.bench.quick import choose_arms
 
-    kv_bytes = LARGE_POOL_FACTOR * settings.pool_blocks * settings.block_size * kv_bytes_per_token
+    largest = max(arm.pool_factor for arm in choose_arms(settings.arms))
+    kv_bytes = largest * settings.pool_blocks * settings.block_size * kv_bytes_per_token
     environment = engine_environment(os.environ, allowed_cores(), kv_bytes, Path(location).is_dir())
 
     def run(name: str, engine_run: EngineRun, finished: Callable[[int], None]) -> Measured:
