@@ -230,7 +230,8 @@ def test_cropping_into_a_fused_block_copies_it_before_writing():
 def test_a_block_that_is_rewritten_is_no_longer_offered_with_its_old_content():
     """One page, read by nobody else, is cropped and rewritten: later requests must not be served by it."""
     stock = build_model("llama")
-    model, pool = joint("llama", FusionPolicy(max_relative_error=1e-4, candidates="either")  # other shapes round otherwise)
+    # Not 0: K and V of the same text round otherwise in products of other shapes.
+    model, pool = joint("llama", FusionPolicy(max_relative_error=1e-4, candidates="either"))
     first = JointCache(pool)
     ids, mask = prompts(2 * BLOCK)
     step(model, first, ids, mask)
