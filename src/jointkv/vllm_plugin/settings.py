@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 from pathlib import Path
@@ -83,19 +84,8 @@ class PluginSettings(BaseModel):
 
     def policy(self) -> FusionPolicy:
         """The decision rule these options stand for. Raises `InvalidPolicy`."""
-        return FusionPolicy(
-            enabled=self.enabled,
-            max_relative_error=self.max_relative_error,
-            max_token_error=self.max_token_error,
-            key_threshold=self.key_threshold,
-            value_threshold=self.value_threshold,
-            across_layers=self.across_layers,
-            scope=self.scope,
-            chunk_tokens=self.chunk_tokens,
-            layer_groups=self.layer_groups,
-            candidates="tokens",
-            max_candidates=self.max_candidates,
-        )
+        shared = {field.name for field in dataclasses.fields(FusionPolicy)} & type(self).model_fields.keys()
+        return FusionPolicy(candidates="tokens", **self.model_dump(include=shared))
 
 
 def _read_profile(path: Path) -> dict[str, Any]:

@@ -38,7 +38,13 @@ class RemappingWorker:
         return split_layers(specs, groups)
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
-        """Allocate the KV cache, then let the connector read its layout."""
+        """Allocate the KV cache, then let the connector read its layout.
+
+        Raises:
+            UnsupportedEngine: the connector is missing, or is one of several.
+            LayoutError: see `JointConnector.attach`.
+        """
+        # Not at the top: the connector checks at start that the worker is of this class.
         from jointkv.vllm_plugin.connector import JointConnector
 
         result = super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
