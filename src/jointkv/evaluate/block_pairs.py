@@ -1,0 +1,124 @@
+"""Errors of all pairs of blocks of a prefilled batch that may be compared: what every prediction starts from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jointkv.evaluate.held import Prefilled
+from jointkv.fusion.pair_sums import pair_errors, pair_sums
+from jointkv.fusion.signature import token_hashes
+from jointkv.packed import PackedPages
+
+PAIRS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Blocks that may be compared: those on one line, `P` lines of at most `N` blocks.
+
+    Attributes:
+        pages: `[P, N]`, -1 where there is none. Batch scope: a line is a position, a column a request.
+            Chunk scope: a line is a place in the chunks of one request, a column a chunk.
+        request: which request a block belongs to, `[P, N]`.
+        text: hash of its tokens, `[P, N]`.
+    """
+
+    pages: Tensor
+    request: Tensor
+    text: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        return self.pages >= 0
+
+    @property
+    def equal_text(self) -> Tensor:
+        """`[P, N, N]`."""
+        return self.text[:, :, None] == self.text[:, None, :]
+
+
+def lines_of(batch: Prefilled, block_size: int, chunk_tokens: int | None = None) -> Lines:
+    """The full blocks of `batch`: by position, or with `chunk_tokens` by their place in the chunks of a request."""
+    table = batch.state["table.0"]
+    full = (batch.length - batch.state["padding"]) // block_size
+    pages = torch.where(torch.arange(table.shape[1]) < full[:, None], table, -1)
+    text = torch.zeros_like(pages)
+    for row, request in enumerate(batch.requests):
+        tokens = torch.tensor(request.prompt[: int(full[row]) * block_size])
+        if len(tokens):
+            text[row, : int(full[row])] = token_hashes(tokens[None], block_size)[0]
+    request = torch.arange(len(pages))[:, None].expand_as(pages)
+    if chunk_tokens is None:
+        return Lines(pages.T.contiguous(), request.T.contiguous(), text.T.contiguous())
+    width = chunk_tokens // block_size
+    missing = -pages.shape[1] % width
+    chunked = [
+        torch.nn.functional.pad(part, (0, missing), value=-1).view(len(part), -1, width).transpose(1, 2).flatten(0, 1)
+        for part in (pages, request, text)
+    ]
+    return Lines(*chunked)
+
+
+def pair_error_matrices(
+    batch: Prefilled,
+    lines: Lines,
+    groups: Sequence[Sequence[int]],
+    *,
+    token_slack: float,
+    token_limit: float = math.inf,
+    aggregate: str = "rms",
+    progress: Callable[[float], None] | None = None,
+) -> Tensor:
+    """The least bound under which each block may be served by each other one of its line: `[groups, P, N, N]`.
+
+    Entry `[g, p, i, j]` is for block `i` read from block `j`'s page in the layers `groups[g]`: the larger one of its
+    relative error (K or V) and its worst token's over `token_slack`. Infinite where one of the two is missing or a token
+    is off by more than `token_limit`; 0 on the diagonal. Groups may overlap.
+
+    Args:
+        aggregate: over the layers of a group, `"rms"` or `"max"`.
+        progress: called with the fraction that is done.
+    """
+    count = lines.pages.shape[1]
+    valid = lines.valid
+    line, first, second = (valid[:, :, None] & valid[:, None, :]).triu(1).nonzero(as_tuple=True)
+    found = torch.full((len(groups), *lines.pages.shape, count), math.inf)
+    found.diagonal(dim1=2, dim2=3).masked_fill_(valid, 0.0)
+    own, other = lines.pages[line, first], lines.pages[line, second]
+    for number, layers in enumerate(groups):
+        both = [torch.zeros(0), torch.zeros(0)]
+        for part in torch.arange(len(own)).split(PAIRS_AT_ONCE):
+            sums = _sums(batch, layers, own[part], other[part])
+            for side, order in enumerate(([0, 1, 2], [0, 2, 1])):
+                key, value, token = pair_errors(sums[..., order], aggregate)
+                least = torch.maximum(torch.maximum(key, value), token / token_slack)
+                least = least.masked_fill(token > token_limit, math.inf)
+                both[side] = torch.cat((both[side], least))
+            if progress is not None:
+                progress((number + (int(part[-1]) + 1) / len(own)) / len(groups))
+        found[number, line, first, second], found[number, line, second, first] = both
+    return found
+
+
+def _sums(batch: Prefilled, layers: Sequence[int], own: Tensor, other: Tensor) -> Tensor:
+    """`pair_sums` over `layers`; only the pages that appear are copied into the kernel's layout."""
+    pages, local = torch.cat((own, other)).unique(return_inverse=True)
+    shape = batch.state[f"key.{layers[0]}"].shape
+    value_size = batch.state[f"value.{layers[0]}"][0].numel()
+    tokens = torch.arange(shape[1])
+    key_size = shape[1:].numel()
+    token_of = torch.cat(
+        (tokens.repeat_interleave(key_size // shape[1]), tokens.repeat_interleave(value_size // shape[1]))
+    )
+    is_value = torch.arange(len(token_of)) >= key_size
+    packed = [
+        torch.cat([batch.state[f"{side}.{layer}"][pages].flatten(1) for side in ("key", "value")], 1)
+        for layer in layers
+    ]
+    left, right = local.split(len(own))
+    return pair_sums(PackedPages(packed, token_of, is_value), left, right)

@@ -1,0 +1,94 @@
+"""Prefilled batches as building blocks: join small ones, take some rows of a large one, keep them in files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from jointkv.errors import UnsupportedModel
+from jointkv.evaluate.held import Prefilled
+from jointkv.evaluate.traffic.base import Request
+
+ONE_TABLE = ("table.0", "served.0")
+
+
+def join(batches: Sequence[Prefilled]) -> Prefilled:
+    """One batch of all requests of `batches`, padded on the left to the longest.
+
+    Raises:
+        UnsupportedModel: the model has sliding-window layers, whose cache depends on the padding of its batch.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    if any(name.startswith("sliding.") for batch in batches for name in batch.state):
+        raise UnsupportedModel("batches of a model with sliding-window layers cannot be joined; prefill them as one")
+    length = max(batch.length for batch in batches)
+    slots = max(batch.state["table.0"].shape[1] for batch in batches)
+    states: list[dict[str, Tensor]] = []
+    pages = 0
+    for batch in batches:
+        state = dict(batch.state)
+        table = state["table.0"]
+        state["table.0"] = pad(torch.where(table < 0, table, table + pages), (0, slots - table.shape[1]), value=-1)
+        state["served.0"] = pad(state["served.0"], (0, slots - table.shape[1]))
+        state["padding"] = state["padding"] + (length - batch.length)
+        pages += len(state["key.0"])
+        states.append(state)
+    return Prefilled(
+        requests=[request for batch in batches for request in batch.requests],
+        state={name: torch.cat([state[name] for state in states]) for name in states[0] if name != "tokens"},
+        length=length,
+        mask=torch.cat([pad(batch.mask, (length - batch.length, 0)) for batch in batches]),
+        seconds=sum(batch.seconds for batch in batches),
+    )
+
+
+def take(batch: Prefilled, rows: Sequence[int]) -> Prefilled:
+    """The requests `rows` of `batch`, without padding that all of them have; K and V are copied."""
+    index = torch.tensor(rows)
+    state = {name: tensor[index] for name, tensor in batch.state.items() if not name.startswith(("key.", "value."))}
+    spare = int(state["padding"].min())
+    table = state["table.0"]
+    table = table[:, : int((table >= 0).sum(1).max())]
+    pages, local = table.unique(return_inverse=True)
+    empty = int((pages < 0).sum())
+    state["table.0"] = local - empty
+    state["served.0"] = state["served.0"][:, : table.shape[1]]
+    state["padding"] = state["padding"] - spare
+    for name, tensor in batch.state.items():
+        if name.startswith(("key.", "value.")):
+            state[name] = tensor[pages[empty:]]
+    if "tokens" in state:
+        state["tokens"] = state["tokens"][:, spare:]
+    requests = [batch.requests[row] for row in rows]
+    return Prefilled(requests, state, batch.length - spare, batch.mask[index, spare:], batch.seconds)
+
+
+def save(batch: Prefilled, path: Path) -> None:
+    """Write `batch`, without its requests, to `path` in one step."""
+    temporary = path.with_suffix(".tmp")
+    tensors = {name: tensor.contiguous() for name, tensor in batch.state.items()}
+    save_file(
+        {**tensors, "mask": batch.mask},
+        str(temporary),
+        metadata={"length": str(batch.length), "seconds": str(batch.seconds)},
+    )
+    temporary.replace(path)
+
+
+def load(path: Path, requests: Sequence[Request]) -> Prefilled | None:
+    """What `save` wrote for `requests`; None if there is no such file, or a damaged one."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            told = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        mask = state.pop("mask")
+        return Prefilled(requests, state, int(told["length"]), mask, float(told["seconds"]))
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None

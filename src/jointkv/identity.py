@@ -1,0 +1,88 @@
+"""Which model something belongs to: a profile, or whatever else must not be used with another one."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from jointkv.errors import ModelMismatch
+
+
+class ModelIdentity(BaseModel):
+    """A model by its shape and by hashes of its weights.
+
+    Attributes:
+        name: as the user gave it; never compared.
+        layers: layers with full attention.
+        kv_heads, head_size: of one layer's K.
+        checkpoint: hash of the files it was loaded from, see `checkpoint_fingerprint`; None if it came from no file.
+        weights: hash of the weights as loaded by transformers, see `jointkv.hf.pool.model_fingerprint`; None if it was
+            not loaded by transformers.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    layers: int
+    kv_heads: int
+    head_size: int
+    checkpoint: str | None = None
+    weights: str | None = None
+
+    def check(self, other: ModelIdentity, what: str) -> None:
+        """Raises ModelMismatch unless `other` is this model; `what` belongs to this one.
+
+        Equal shapes are not enough: one of the two hashes must be known of both, and agree.
+        """
+        for field in ("layers", "kv_heads", "head_size"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                raise ModelMismatch(f"{what} belongs to {self.name} with {field}={mine}; {other.name} has {theirs}")
+        known = [
+            (mine, theirs)
+            for mine, theirs in ((self.checkpoint, other.checkpoint), (self.weights, other.weights))
+            if mine is not None and theirs is not None
+        ]
+        if any(mine == theirs for mine, theirs in known):
+            return
+        if not known:
+            raise ModelMismatch(f"{what} belongs to {self.name}; whether {other.name} has the same weights is unknown")
+        raise ModelMismatch(f"{what} belongs to {self.name}; {other.name} has the same shape but other weights")
+
+
+def checkpoint_fingerprint(folder: Path | str) -> str | None:
+    """A hash of every tensor's name, shape, type and first row in the safetensors files of `folder`.
+
+    Files may be split in any way. None if there are no such files, or one is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, bytes] = {}
+    try:
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(str(path), framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    shape = part.get_shape()
+                    row = (part[:1] if shape else file.get_tensor(name)).flatten()
+                    head = row.float().numpy().tobytes()
+                    tensors[name] = f"{name}{shape}{part.get_dtype()}".encode() + head
+    except (OSError, SafetensorError):
+        return None
+    if not tensors:
+        return None
+    return hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()[:32]
+
+
+def checkpoint_folder(location: str, revision: str | None = None) -> Path | None:
+    """The folder with the files of a model: `location` itself, or what the hub's cache has of it. Never downloads."""
+    if Path(location).is_dir():
+        return Path(location)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(location, revision=revision, local_files_only=True))
+    except (ImportError, OSError, ValueError):  # the hub's own errors derive from these
+        return None

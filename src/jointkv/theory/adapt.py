@@ -1,0 +1,103 @@
+"""Online adaptation: while serving, hold the distortion that calibration promised by moving the bound, with hysteresis.
+
+A profile stands for a distortion: the mean squared relative error over all blocks. To second order the KL of the next
+token is proportional to it (a drift of the attention output is linear in the error, and KL is quadratic around its
+minimum), so traffic with more distortion than calibrated costs more KL than promised, and less leaves room.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jointkv.errors import IntegrityError
+
+Direction = Literal["tighten", "loosen"]
+
+
+@dataclass(frozen=True)
+class Move:
+    """The bound was multiplied by another factor.
+
+    Attributes:
+        factor: on the thresholds of the profile, from now on.
+        distortion, acceptance: of the window that led to it.
+    """
+
+    direction: Direction
+    factor: float
+    distortion: float
+    acceptance: float
+
+
+@dataclass
+class BoundController:
+    """Watches one layer group. The thresholds in force are those of the profile times `factor`.
+
+    After each window of `window` blocks the live distortion is compared with the profile's. Outside the dead band
+    `[1 / band, band]` for `patience` windows in a row the bound moves one step; inside it, nothing moves. It tightens
+    as far as needed, and loosens up to `ceiling` only, and only while the live acceptance is at least half of the
+    calibrated one: traffic in which little is accepted is not the traffic that was calibrated, and a looser bound
+    would begin to accept what was never measured.
+
+    Args:
+        distortion, acceptance: what the profile expects, see `jointkv.profile.GroupThresholds`.
+        ceiling: largest factor, from the user's bound.
+    """
+
+    distortion: float
+    acceptance: float
+    ceiling: float = 1.0
+    window: int = 256
+    band: float = 1.5
+    patience: int = 2
+    step: float = 0.85
+    factor: float = 1.0
+    moves: dict[Direction, int] = field(default_factory=lambda: {"tighten": 0, "loosen": 0})
+    _blocks: int = 0
+    _served: int = 0
+    _squared_error: float = 0.0
+    _streak: int = 0
+
+    def __post_init__(self) -> None:
+        self.factor = min(self.factor, self.ceiling)
+
+    def observe(self, blocks: int, served: int, squared_error: float) -> Move | None:
+        """Add `blocks` considered, `served` of them by another's page, with a sum of squared relative errors.
+
+        Returns:
+            The move, if a window ended and led to one.
+        """
+        self._blocks += blocks
+        self._served += served
+        self._squared_error += squared_error
+        if self._blocks < self.window:
+            return None
+        distortion, acceptance = self._squared_error / self._blocks, self._served / self._blocks
+        self._blocks = self._served = 0
+        self._squared_error = 0.0
+        self._streak = self._next_streak(distortion, acceptance)
+        if abs(self._streak) < self.patience:
+            return None
+        tighten = self._streak > 0
+        self._streak = 0
+        factor = self.factor * self.step if tighten else min(self.ceiling, self.factor / self.step)
+        if factor == self.factor:
+            return None
+        self.factor = factor
+        direction: Direction = "tighten" if tighten else "loosen"
+        self.moves[direction] += 1
+        return Move(direction, factor, distortion, acceptance)
+
+    def _next_streak(self, distortion: float, acceptance: float) -> int:
+        """Windows in a row above the band (positive) or below it (negative)."""
+        if distortion > self.distortion * self.band:
+            return max(self._streak, 0) + 1
+        if distortion < self.distortion / self.band and 2 * acceptance >= self.acceptance:
+            return min(self._streak, 0) - 1
+        return 0
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when the factor left its range."""
+        if not 0 <= self.factor <= self.ceiling or self._blocks >= self.window:
+            raise IntegrityError(f"a bound factor of {self.factor} with a ceiling of {self.ceiling}")
