@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jointkv.errors import BadInput
+from jointkv.files import replace_text
 from jointkv.identity import ModelIdentity
 from jointkv.policy import FusionPolicy, LayerAggregate, Scope
 
-FORMAT = "jointkv.profile/1"
+FORMAT: Literal["jointkv.profile/1"] = "jointkv.profile/1"
 
 TargetKind = Literal["kl", "ratio", "relative_error"]
 
@@ -177,12 +177,8 @@ class Profile(_Record):
     def save(self, path: Path | str) -> None:
         """Write the profile in one step: either all of it is there or what was before. Raises `BadInput`."""
         target = Path(path).expanduser()
-        temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            temporary.replace(target)
+            replace_text(target, self.model_dump_json(indent=2) + "\n")
         except OSError as error:
             raise BadInput(f"cannot write profile {path}: {error.strerror or error}") from None
-        finally:
-            temporary.unlink(missing_ok=True)

@@ -40,6 +40,7 @@ def quick(
     arm: list[str] | None = typer.Option(None, help="Run this arm only; may be repeated. (default: all)"),
     max_relative_error: float | None = typer.Option(None, help="Error bound of the fused arm."),
     min_pool_usage: float | None = typer.Option(None, help="Pool usage from which the fused arm merges."),
+    profile: Path | None = typer.Option(None, help="What `jointkv calibrate` wrote, for the fused arm."),
     option: list[str] | None = typer.Option(
         None, "--set", metavar="KEY=VALUE", help="Any option of the plugin, for the fused arm; may be repeated."
     ),
@@ -59,7 +60,11 @@ def quick(
 
         if dtype not in DTYPES:
             raise BadInput(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
-        given = {"max_relative_error": max_relative_error, "min_pool_usage": min_pool_usage}
+        given = {
+            "max_relative_error": max_relative_error,
+            "min_pool_usage": min_pool_usage,
+            "profile": None if profile is None else str(profile.expanduser().absolute()),
+        }
         settings = QuickSettings(
             model=model,
             traffic=traffic,

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from jointkv.errors import BadInput, JointKVError
+from jointkv.files import replace_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -130,18 +130,9 @@ def write_json(path: Path | str, data: Any) -> None:
             # A pipe or /dev/stdout must be written to, not replaced; a folder refuses.
             target.write_text(text, encoding="utf-8")
             return
-        _replace_text(target.resolve(), text)
+        replace_text(target.resolve(), text)
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _replace_text(target: Path, text: str) -> None:
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

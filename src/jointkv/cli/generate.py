@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jointkv.policy import FusionPolicy
 
 REFRESH_S = 0.1
+BLOCK_SIZE = 16
 TITLE_CHARACTERS = 60
 
 
@@ -98,10 +99,11 @@ def generate(
     prompts: list[str] | None = typer.Argument(None, help="One or more prompts.", show_default=False),
     model: str = typer.Option("smollm2", help="Known name, local folder or hub name."),
     policy: str = typer.Option("safe", help="What may be fused: safe, paper or off."),
+    profile: Path | None = typer.Option(None, help="What `jointkv calibrate` wrote, instead of a policy."),
     max_relative_error: float | None = typer.Option(None, help="Error bound instead of the policy's."),
     key_threshold: float | None = typer.Option(None, help="Least cosine of K instead of the policy's."),
     max_new_tokens: int = typer.Option(64, min=1, help="Longest answer, in tokens."),
-    block_size: int = typer.Option(16, min=1, help="Tokens per KV block."),
+    block_size: int | None = typer.Option(None, min=1, help="Tokens per KV block. Default 16, or the profile's."),
     max_pages: int | None = typer.Option(None, min=1, help="Pages in the pool; without it the pool grows."),
     chat: bool = typer.Option(True, "--chat/--raw", help="Use the model's chat template, if it has one."),
     file: Path | None = typer.Option(None, help="JSONL file with more prompts, one object per line."),
@@ -112,7 +114,9 @@ def generate(
 ) -> None:
     """Answer all prompts in one batch whose KV blocks are jointly encoded, and print the memory held."""
     with named_errors():
-        fusion = _chosen_policy(policy, max_relative_error, key_threshold)
+        from jointkv.profile import Profile
+
+        fusion = _chosen_policy(policy, max_relative_error, key_threshold) if profile is None else Profile.load(profile)
         requests = _gathered(prompts or [], file)
         if not math.isfinite(temperature):
             raise BadInput(f"temperature: {temperature} is no finite number")
@@ -123,7 +127,9 @@ def generate(
 
         from jointkv.hf.pool import JointPool
 
-        pool = JointPool(loaded, fusion, block_size=block_size, max_pages=max_pages)
+        bound = max_relative_error if profile is not None else None
+        size = block_size or (fusion.block_size if isinstance(fusion, Profile) else BLOCK_SIZE)
+        pool = JointPool(loaded, fusion, block_size=size, max_pages=max_pages, max_relative_error=bound)
         options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, seed)}
         names = [request.prompt or str(request.messages[-1]["content"]) for request in requests]
         console = stderr_console() if json == "-" else Console()
@@ -132,7 +138,7 @@ def generate(
         console.print(_summary(result), soft_wrap=True, highlight=False)
         if json is not None:
             asked = [request.prompt or list(request.messages) for request in requests]
-            described = {"model": model, "policy": asdict(fusion), "attention": attention, "prompts": asked}
+            described = {"model": model, "policy": asdict(pool.policy), "attention": attention, "prompts": asked}
             write_json(json, {**described, **asdict(result)})
 
 

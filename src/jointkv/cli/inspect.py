@@ -111,7 +111,9 @@ class _Source:
         return [request_tokens(tokenizer, request, chat=False)[:tokens] for request in chosen]
 
 
-def load(name: str, attn_implementation: str | None = None) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def load(
+    name: str, attn_implementation: str | None = None, dtype: str = "bfloat16"
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a model and its tokenizer, fetching a known one if it is missing, and show the stages.
 
     Raises `BadInput`, `UnsupportedModel`, `FetchError`, `ChecksumError`.
@@ -121,7 +123,7 @@ def load(name: str, attn_implementation: str | None = None) -> tuple["PreTrained
 
         if name in KNOWN_MODELS:
             fetch_model(name, progress=show)
-        return load_model(name, attn_implementation=attn_implementation)
+        return load_model(name, attn_implementation=attn_implementation, dtype=dtype)
 
 
 def request_tokens(tokenizer: "PreTrainedTokenizerBase", request: "UserRequest", chat: bool) -> list[int]:

@@ -3,9 +3,9 @@
 import typer
 
 import jointkv
-from jointkv.cli import bench, demo, doctor, generate, inspect, model, serve
+from jointkv.cli import bench, calibrate, demo, doctor, generate, inspect, model, serve
 
-VERBS = (bench, demo, doctor, generate, inspect, model, serve)
+VERBS = (bench, calibrate, demo, doctor, generate, inspect, model, serve)
 
 app = typer.Typer(name="jointkv", add_completion=False, pretty_exceptions_show_locals=False)
 

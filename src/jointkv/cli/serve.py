@@ -54,7 +54,7 @@ def serve(
         None, help="salt: compare requests of equal cache_salt; strict: only such with a salt. Default salt."
     ),
     layer_groups: int | None = typer.Option(None, help="Block tables, each for part of the layers. Default 1."),
-    profile: Path | None = typer.Option(None, help="JSON file with options; those given here win."),
+    profile: Path | None = typer.Option(None, help="What `jointkv calibrate` wrote; options given here win."),
     fuse: list[str] | None = typer.Option(
         None, metavar="KEY=VALUE", help="Any other option of the plugin; may be repeated."
     ),

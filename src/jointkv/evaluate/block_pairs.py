@@ -13,6 +13,7 @@ from jointkv.evaluate.held import Prefilled
 from jointkv.fusion.pair_sums import pair_errors, pair_sums
 from jointkv.fusion.signature import token_hashes
 from jointkv.packed import PackedPages
+from jointkv.theory.calibrate import effective_error
 
 PAIRS_AT_ONCE = 2048
 
@@ -52,14 +53,14 @@ def lines_of(batch: Prefilled, block_size: int, chunk_tokens: int | None = None)
         tokens = torch.tensor(request.prompt[: int(full[row]) * block_size])
         if len(tokens):
             text[row, : int(full[row])] = token_hashes(tokens[None], block_size)[0]
-    request = torch.arange(len(pages))[:, None].expand_as(pages)
+    owner = torch.arange(len(pages))[:, None].expand_as(pages)
     if chunk_tokens is None:
-        return Lines(pages.T.contiguous(), request.T.contiguous(), text.T.contiguous())
+        return Lines(pages.T.contiguous(), owner.T.contiguous(), text.T.contiguous())
     width = chunk_tokens // block_size
     missing = -pages.shape[1] % width
     chunked = [
         torch.nn.functional.pad(part, (0, missing), value=-1).view(len(part), -1, width).transpose(1, 2).flatten(0, 1)
-        for part in (pages, request, text)
+        for part in (pages, owner, text)
     ]
     return Lines(*chunked)
 
@@ -69,7 +70,6 @@ def pair_error_matrices(
     lines: Lines,
     groups: Sequence[Sequence[int]],
     *,
-    token_slack: float,
     token_limit: float = math.inf,
     aggregate: str = "rms",
     progress: Callable[[float], None] | None = None,
@@ -77,8 +77,8 @@ def pair_error_matrices(
     """The least bound under which each block may be served by each other one of its line: `[groups, P, N, N]`.
 
     Entry `[g, p, i, j]` is for block `i` read from block `j`'s page in the layers `groups[g]`: the larger one of its
-    relative error (K or V) and its worst token's over `token_slack`. Infinite where one of the two is missing or a token
-    is off by more than `token_limit`; 0 on the diagonal. Groups may overlap.
+    relative error (K or V) and its worst token's over `TOKEN_SLACK`. Infinite where one of the two is missing or a
+    token is off by more than `token_limit`; 0 on the diagonal. Groups may overlap.
 
     Args:
         aggregate: over the layers of a group, `"rms"` or `"max"`.
@@ -96,7 +96,7 @@ def pair_error_matrices(
             sums = _sums(batch, layers, own[part], other[part])
             for side, order in enumerate(([0, 1, 2], [0, 2, 1])):
                 key, value, token = pair_errors(sums[..., order], aggregate)
-                least = torch.maximum(torch.maximum(key, value), token / token_slack)
+                least = effective_error(key, value, token)
                 least = least.masked_fill(token > token_limit, math.inf)
                 both[side] = torch.cat((both[side], least))
             if progress is not None:

@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -212,7 +212,6 @@ class Calibration:
             self.halves[0].batch,
             self.lines,
             self.layers,
-            token_slack=TOKEN_SLACK,
             token_limit=self.settings.token_limit,
             aggregate=self.settings.across_layers,
             progress=self.progress.part,
@@ -264,9 +263,7 @@ class Calibration:
         for start in range(0, len(self.requests), PREFILL_ROWS):
             part = self.requests[start : start + PREFILL_ROWS]
             batches.append(
-                self._store.prefilled(
-                    part, lambda part=part: prefill(self.model, part, block_size=self.settings.block_size)
-                )
+                self._store.prefilled(part, partial(prefill, self.model, part, block_size=self.settings.block_size))
             )
             self.progress.part((start + len(part)) / len(self.requests))
         return prefilled.join(batches)
@@ -336,8 +333,8 @@ class Calibration:
         predict = predict_chunks if self.settings.scope == "chunk" else predict_batch
         state = self.halves[0].batch.state
         blocks = int((state["table.0"] >= 0).sum())
-        partial = (blocks - int(self.lines.valid.sum())) / len(self._rows[0])
-        return predict(self.errors, self.lines, setting, len(self._rows[1]), partial, equal_text=equal_text)
+        unfilled = (blocks - int(self.lines.valid.sum())) / len(self._rows[0])
+        return predict(self.errors, self.lines, setting, len(self._rows[1]), unfilled, equal_text=equal_text)
 
     def frontier(self, candidates: Sequence[Setting]) -> tuple[FrontierPoint, ...]:
         """Predicted ratio of every setting, with what was measured on the first half."""

@@ -291,7 +291,8 @@ class JointCache(Cache):
             for group, table in enumerate(self.tables):
                 if self.pool.groups.fused[group]:
                     keys, which = self._buckets(scope, group, row, slot)
-                    fuser.fuse(table, NewBlocks(row, slot, keys, which, tokens), group)
+                    plan = fuser.fuse(table, NewBlocks(row, slot, keys, which, tokens), group)
+                    self.pool.observe(group, len(row), plan)
 
     def _buckets(self, scope: str, group: int, row: Tensor, slot: Tensor) -> tuple[list[Hashable], Tensor]:
         """Buckets of blocks: equal positions of one tenant, or equal places in the chunks of one request."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import json
 import logging
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +19,13 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from jointkv.errors import InvalidPolicy, LayoutError, UnsupportedModel
 from jointkv.fusion.fuser import Fuser
 from jointkv.hf.attention import ATTENTION_NAME, register_attention
+from jointkv.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
+from jointkv.plan import FusionPlan
 from jointkv.policy import FusionPolicy, LayerGroups
 from jointkv.pool import BlockPool
+from jointkv.profile import Profile
+from jointkv.theory.adapt import Adaptation
+from jointkv.theory.calibrate import effective_error
 
 logger = logging.getLogger("jointkv")
 
@@ -31,11 +38,13 @@ class JointPool:
 
     Args:
         model: any decoder-only model of transformers with full-attention layers.
-        policy: a `FusionPolicy` or the name of a preset.
+        policy: a `FusionPolicy`, the name of a preset, or a `Profile`, whose thresholds are adapted to what is seen.
         block_size: tokens per page.
         max_pages: pages at the most; None grows without limit.
+        max_relative_error: with a profile, the user's bound: no adaptation exceeds it. None: the profile's thresholds.
 
     Attributes:
+        adaptation: the bounds in force, with a profile; else None.
         blocks: the `BlockPool`, None until the first forward pass has shown the shapes.
         groups: how the full-attention layers are grouped.
         page_readers: full-attention layers, by number, whose K and V reach the attention function unchanged, so that
@@ -45,17 +54,27 @@ class JointPool:
     Raises:
         UnsupportedModel: an encoder-decoder, no cache, no full-attention layer, or layers that are neither full nor
             sliding-window attention.
+        ModelMismatch: the profile belongs to another model.
+        BadInput: the profile was made for another block size.
         InvalidPolicy: the policy does not fit the model or the block size.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        policy: FusionPolicy | str = "safe",
+        policy: FusionPolicy | Profile | str = "safe",
         *,
         block_size: int = 16,
         max_pages: int | None = None,
+        max_relative_error: float | None = None,
     ) -> None:
+        self.adaptation: Adaptation | None = None
+        if isinstance(policy, Profile):
+            policy.check(model_identity(model), block_size)
+            self.adaptation = Adaptation(policy, max_relative_error)
+            policy = policy.policy()
+        elif max_relative_error is not None:
+            raise InvalidPolicy("max_relative_error: the user's bound goes with a profile; set it in the policy")
         self.policy = FusionPolicy.preset(policy) if isinstance(policy, str) else policy
         if block_size < 1:
             raise InvalidPolicy(f"block_size: {block_size!r} is not a whole number of at least 1")
@@ -72,6 +91,7 @@ class JointPool:
         self.dtype, self.device = model.dtype, model.device
         self.blocks: BlockPool | None = None
         self.fusers: dict[str, Fuser] = {}
+        self._bound_in_force()
         self.faults = 0
         self.page_readers: set[int] = set()
         self._counters = Counter(blocks_considered=0, blocks_fused=0, pages_freed=0)
@@ -121,6 +141,29 @@ class JointPool:
         self._next_sequence += count
         return torch.arange(self._next_sequence - count, self._next_sequence)
 
+    def observe(self, group: int, considered: int, plan: FusionPlan) -> None:
+        """Compare what fusion did with the profile, if there is one, and move the bound when that is due."""
+        if self.adaptation is None:
+            return
+        served = plan.page != plan.old_page
+        errors = effective_error(plan.key_error[served], plan.value_error[served], plan.token_error[served])
+        move = self.adaptation.observe(group, considered, errors.tolist())
+        if move is not None:
+            logger.info(self.adaptation.describe(group, move))
+            self._bound_in_force()
+
+    def _bound_in_force(self) -> None:
+        if self.adaptation is None:
+            return
+        bounds = [self.adaptation.bounds(group) for group in range(self.groups.count)]
+        self.policy = dataclasses.replace(
+            self.policy,
+            max_relative_error=tuple(block for block, _ in bounds),
+            max_token_error=tuple(token for _, token in bounds),
+        )
+        for fuser in self.fusers.values():
+            fuser.policy = self.policy
+
     def disable_fusion(self, error: Exception) -> None:
         """Switch fusion off after an internal fault: counted, logged once; caches go on unfused."""
         self.faults += 1
@@ -146,6 +189,7 @@ class JointPool:
             "fusion": "off" if not self.policy.enabled else "faulted" if self.faults else "on",
             "faults": self.faults,
             "seconds_fusing": self.seconds_fusing,
+            "bounds_moved": self.adaptation.moves if self.adaptation else {},
             **counters,
         }
 
@@ -180,6 +224,20 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
     if not full:
         raise UnsupportedModel(f"{type(model).__name__} has sliding-window layers only; they are left alone")
     return full
+
+
+def model_identity(model: PreTrainedModel) -> ModelIdentity:
+    """What a profile of `model` is bound to."""
+    config = model.config.get_text_config(decoder=True)
+    folder = checkpoint_folder(model.config._name_or_path) if model.config._name_or_path else None
+    return ModelIdentity(
+        name=Path(model.config._name_or_path).name or type(model).__name__,
+        layers=len(full_attention_layers(model)),
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        checkpoint=None if folder is None else checkpoint_fingerprint(folder),
+        weights=model_fingerprint(model),
+    )
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:

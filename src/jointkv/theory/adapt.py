@@ -7,10 +7,12 @@ minimum), so traffic with more distortion than calibrated costs more KL than pro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from jointkv.errors import IntegrityError
+from jointkv.profile import GroupThresholds, Profile
 
 Direction = Literal["tighten", "loosen"]
 
@@ -101,3 +103,60 @@ class BoundController:
         """Raises IntegrityError when the factor left its range."""
         if not 0 <= self.factor <= self.ceiling or self._blocks >= self.window:
             raise IntegrityError(f"a bound factor of {self.factor} with a ceiling of {self.ceiling}")
+
+
+class Adaptation:
+    """The bounds in force of every layer group, while a profile is served.
+
+    Args:
+        profile: where the thresholds and the expectations come from.
+        limit: the user's bound on a block's relative error, one for all groups or one each; no move exceeds it.
+            None: the profile's own thresholds.
+    """
+
+    def __init__(self, profile: Profile, limit: float | Sequence[float] | None = None) -> None:
+        self.groups: tuple[GroupThresholds, ...] = profile.groups
+        limits = (limit,) * len(self.groups) if limit is None or isinstance(limit, int | float) else tuple(limit)
+        self.controllers = [
+            BoundController(group.distortion, group.acceptance, _ceiling(group, most))
+            for group, most in zip(self.groups, limits, strict=True)
+        ]
+
+    def bounds(self, group: int) -> tuple[float, float]:
+        """The bound on blocks and the bound on tokens that are in force."""
+        factor, of = self.controllers[group].factor, self.groups[group]
+        return factor * of.max_relative_error, factor * of.max_token_error
+
+    def observe(self, group: int, blocks: int, errors: Sequence[float]) -> Move | None:
+        """Note that of `blocks` considered blocks those with `errors` were served by another's page.
+
+        Args:
+            errors: as calibration counts them, see `jointkv.theory.calibrate.effective_error`.
+        """
+        return self.controllers[group].observe(blocks, len(errors), sum(error * error for error in errors))
+
+    def describe(self, group: int, move: Move) -> str:
+        """A line for the log."""
+        expected = self.groups[group]
+        return (
+            f"{'tightened' if move.direction == 'tighten' else 'loosened'} the bound of layer group {group} to "
+            f"{self.bounds(group)[0]:.3f}: mean squared error of blocks {move.distortion:.2g}, calibrated "
+            f"{expected.distortion:.2g}; {move.acceptance:.0%} of blocks shared, calibrated {expected.acceptance:.0%}"
+        )
+
+    @property
+    def moves(self) -> dict[Direction, int]:
+        """How often any bound was tightened and loosened."""
+        kinds: tuple[Direction, ...] = ("tighten", "loosen")
+        return {kind: sum(one.moves[kind] for one in self.controllers) for kind in kinds}
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when a factor left its range."""
+        for controller in self.controllers:
+            controller.check_integrity()
+
+
+def _ceiling(group: GroupThresholds, limit: float | None) -> float:
+    if limit is None or not group.max_relative_error:
+        return 1.0
+    return limit / group.max_relative_error

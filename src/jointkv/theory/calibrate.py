@@ -44,6 +44,11 @@ TOKEN_SLACK = 1.5
 Setting = tuple[float, ...]
 
 
+def effective_error(key: Tensor, value: Tensor, token: Tensor) -> Tensor:
+    """The least bound under which a block may be served, from relative errors of its K, its V and its worst token."""
+    return torch.maximum(torch.maximum(key, value), token / TOKEN_SLACK)
+
+
 def cover(error: Tensor, valid: Tensor, bound: float) -> Tensor:
     """Online search on known errors: each block, in order, is served by the nearest representative within `bound`.
 
@@ -121,7 +126,8 @@ def upper_mean(values: Sequence[float], further: int, confidence: float = 0.95) 
     """What the mean of `further` more values stays below with `confidence`.
 
     The one-sided prediction limit of Student's t for the difference of two means, of `n` values known and `m` to come:
-    `mean + t * s * sqrt(1 / n + 1 / m)`. Infinite for fewer than two values.
+    `mean + t * s * sqrt(1 / n + 1 / m)`. Exact for normal values; skewed ones exceed it a little more often. Infinite
+    for fewer than two values.
     """
     if len(values) < 2:
         return math.inf

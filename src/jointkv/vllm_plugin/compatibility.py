@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import Path
 from typing import Any
 
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -17,6 +18,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from jointkv.errors import UnsupportedEngine
+from jointkv.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
 from jointkv.vllm_plugin.settings import PluginSettings
 from jointkv.vllm_plugin.spec import LayerGroupSpec
 from jointkv.vllm_plugin.worker import RemappingWorker
@@ -34,6 +36,7 @@ def check_engine(config: Any, kv_cache_config: KVCacheConfig, settings: PluginSe
     Raises:
         UnsupportedEngine: the engine is set up in a way that was not written for, or (unless
             `settings.allow_untested`) never run.
+        ModelMismatch, BadInput: the profile belongs to another model, or to blocks of another size.
     """
     _check_setup(config)
     if not settings.allow_untested:
@@ -57,7 +60,22 @@ def check_engine(config: Any, kv_cache_config: KVCacheConfig, settings: PluginSe
             f"layer_groups={settings.layer_groups}, but the engine keeps {len(groups)} block tables for full "
             f"attention; set layer_groups={len(groups)}"
         )
+    profile = settings.load_profile()
+    if profile is not None:
+        layers = sum(len(kv_cache_config.kv_cache_groups[number].layer_names) for number in groups)
+        profile.check(_model_identity(config.model_config, layers), block_size)
     return groups
+
+
+def _model_identity(config: Any, layers: int) -> ModelIdentity:
+    folder = checkpoint_folder(config.model, config.revision)
+    return ModelIdentity(
+        name=Path(config.model).name,
+        layers=layers,
+        kv_heads=config.get_total_num_kv_heads(),
+        head_size=config.get_head_size(),
+        checkpoint=None if folder is None else checkpoint_fingerprint(folder),
+    )
 
 
 def _check_setup(config: Any) -> None:

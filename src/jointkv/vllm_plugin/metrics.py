@@ -18,6 +18,8 @@ COUNTERS = {
     "compare_seconds": "Seconds workers spent comparing K and V.",
     "schedule_seconds": "Seconds the scheduler spent choosing blocks and carrying out verdicts.",
     "apply_seconds": "Seconds workers spent replacing block table entries.",
+    "bounds_tightened": "Times the bound of a layer group was tightened, because errors were above the profile's.",
+    "bounds_loosened": "Times it was loosened again, inside the user's bound.",
     "faults": "Internal errors; the first one disables fusion.",
 }
 REASONS = {

@@ -6,17 +6,22 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from jointkv.errors import IntegrityError
 from jointkv.fusion.token_index import TokenIndex
+from jointkv.theory.adapt import Adaptation
+from jointkv.theory.calibrate import TOKEN_SLACK
 from jointkv.vllm_plugin.messages import Inquiry, Remap, Verdict
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.settings import PluginSettings
 from jointkv.vllm_plugin.tables import BlockTables
 from jointkv.vllm_plugin.tracking import TrackedRequest, isolation_key, takes_part
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 @dataclass
@@ -54,6 +59,10 @@ class FusionScheduler:
         self.statistics = Statistics()
         self.enabled = settings.enabled
         self._fused_groups = tuple(fused_groups)
+        profile = settings.load_profile()
+        self.adaptation: Adaptation | None = None
+        if profile is not None and settings.adapt:
+            self.adaptation = Adaptation(profile, settings.max_relative_error)
         self._block_size = self.tables.groups[self._fused_groups[0]].block_size
         self._chunk_blocks = settings.chunk_tokens // self._block_size
         self._requests: dict[str, TrackedRequest] = {}
@@ -152,6 +161,7 @@ class FusionScheduler:
             candidates = self.index.candidates(buckets, self.settings.max_candidates)
             if not candidates:
                 self.index.add(buckets, block.block_id)
+                self._observe(group, [])
             elif block.ref_cnt > 1:  # an exact prefix that others hold too: replacing one entry would free nothing
                 self.statistics.reject("page_shared")
             else:
@@ -198,19 +208,38 @@ class FusionScheduler:
             self.statistics.reject(reason)
             return
         worst = np.maximum(verdict.key_error, verdict.value_error)[pairs]
-        allowed = np.flatnonzero(verdict.accepted[pairs])
+        token = verdict.token_error[pairs]
+        allowed = np.flatnonzero(verdict.accepted[pairs] & self._within_bounds_in_force(member, worst, token))
         for choice in allowed[worst[allowed].argsort(kind="stable")]:
             page = member.candidates[choice]
             if self._written[page] <= verdict.step:
                 self._merge(member, page)
                 self.statistics.merged(float(worst[choice]))
-                if max(worst[choice], verdict.token_error[pairs][choice]) > 0:
+                self._observe(member.group, [float(max(worst[choice], token[choice] / TOKEN_SLACK))])
+                if max(worst[choice], token[choice]) > 0:
                     self.tables.stop_caching(request.request_id)
                 return
         if len(allowed):
             self.statistics.reject("representative_gone")
         else:
             self._turn_down(member)
+
+    def _within_bounds_in_force(self, member: Member, block: np.ndarray, token: np.ndarray) -> np.ndarray:
+        """Which errors are within what adaptation has left of the bounds; the workers know the user's only."""
+        if self.adaptation is None:
+            return np.ones(len(block), bool)
+        block_bound, token_bound = self.adaptation.bounds(self._fused_groups.index(member.group))
+        return (block <= block_bound) & (token <= token_bound)
+
+    def _observe(self, number: int, errors: list[float]) -> None:
+        """Tell adaptation of one block of KV-cache group `number`: served by another's page with `errors`, or not."""
+        if self.adaptation is None:
+            return
+        group = self._fused_groups.index(number)
+        move = self.adaptation.observe(group, 1, errors)
+        if move is not None:
+            logger.info(self.adaptation.describe(group, move))
+            self.statistics.add("bounds_tightened" if move.direction == "tighten" else "bounds_loosened")
 
     def _merge(self, member: Member, page: int) -> None:
         entry = member.tracked.request.request_id, member.group, member.slot
@@ -233,6 +262,7 @@ class FusionScheduler:
             self._again.append(member)
             return
         self.statistics.reject("bound")
+        self._observe(member.group, [])
         if member.page not in self.index:  # another request that hits it may have made it resident meanwhile
             self.index.add(member.buckets, member.page)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jointkv.errors import BadInput
 from jointkv.policy import FusionPolicy
+from jointkv.profile import Profile
 
 Bound = float | tuple[float, ...] | None
 
@@ -34,7 +34,9 @@ class PluginSettings(BaseModel):
         max_blocks_per_step: blocks compared in one engine step at the most; the rest wait for the next.
         isolation: `"salt"`: blocks of requests with equal `cache_salt` (or both without) are compared.
             `"strict"`: a request without a salt is left alone.
-        profile: JSON file with any of these options; options given beside it win.
+        profile: what `jointkv calibrate` wrote, for this model and block size. Options given beside it win; a bound
+            given beside it is the limit up to which the profile's bound is adapted, which else is the profile's own.
+        adapt: with a profile, move its bounds when the live errors are not those that were calibrated.
         allow_untested: start on an engine or device that was never run with this plugin.
         check_integrity: check the block tables and reference counts at every step. For tests; slow.
     """
@@ -55,6 +57,7 @@ class PluginSettings(BaseModel):
     max_blocks_per_step: int = Field(default=256, ge=1)
     isolation: Literal["salt", "strict"] = "salt"
     profile: Path | None = None
+    adapt: bool = True
     allow_untested: bool = False
     check_integrity: bool = False
 
@@ -64,11 +67,11 @@ class PluginSettings(BaseModel):
 
         Raises:
             BadInput: an unknown option (the nearest valid one is named), a value of the wrong type or range, or a
-                profile that cannot be read.
+                file that is no profile.
             InvalidPolicy: thresholds that make no sense together.
         """
         if options.get("profile") is not None:
-            options = {**_read_profile(Path(str(options["profile"]))), **options}
+            options = {**Profile.load(str(options["profile"])).options(), **options}
         for name in options:
             if name not in cls.model_fields:
                 near = difflib.get_close_matches(name, cls.model_fields, 1, 0.0)[0]
@@ -82,17 +85,11 @@ class PluginSettings(BaseModel):
         settings.policy()
         return settings
 
+    def load_profile(self) -> Profile | None:
+        """The profile, if one was given. Raises `BadInput`."""
+        return None if self.profile is None else Profile.load(self.profile)
+
     def policy(self) -> FusionPolicy:
         """The decision rule these options stand for. Raises `InvalidPolicy`."""
         shared = {field.name for field in dataclasses.fields(FusionPolicy)} & type(self).model_fields.keys()
         return FusionPolicy(candidates="tokens", **self.model_dump(include=shared))
-
-
-def _read_profile(path: Path) -> dict[str, Any]:
-    try:
-        options = json.loads(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"jointkv: cannot read profile {path}: {error}") from None
-    if not isinstance(options, dict) or "profile" in options:
-        raise BadInput(f"jointkv: profile {path} must be a JSON object of options, without a profile of its own")
-    return options
