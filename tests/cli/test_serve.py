@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from core.profiles import make_profile
 from jointkv.cli import main, serve
 
 ENTRY = ["python", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model"]
@@ -79,7 +80,7 @@ def test_the_wheel_whose_vllm_command_does_not_start(wheels: set[str]) -> None:
 
 def test_options_of_the_plugin(wheels: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("profile.json").write_text('{"max_token_error": 0.4}')
+    make_profile((0.2, 0.2)).save("profile.json")
     command = plain(
         *("own/model", "--max-relative-error", "0.1,0.2", "--layer-groups", "2", "--min-pool-usage", "0"),
         *("--isolation", "strict", "--profile", "profile.json", "--off"),

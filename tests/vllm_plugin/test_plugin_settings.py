@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from core.profiles import make_profile
 from jointkv.errors import BadInput, InvalidPolicy
 from jointkv.vllm_plugin import CONNECTOR, CONNECTOR_MODULE, WORKERS, engine_args
 from jointkv.vllm_plugin.settings import PluginSettings
@@ -74,17 +75,18 @@ def test_one_bound_per_layer_group() -> None:
 
 
 def test_options_beside_a_profile_win(tmp_path: Path) -> None:
-    profile = tmp_path / "profile.json"
-    profile.write_text(json.dumps({"max_relative_error": 0.05, "scope": "both"}))
-    settings = PluginSettings.parse({"profile": str(profile), "scope": "chunk"})
-    assert (settings.max_relative_error, settings.scope) == (0.05, "chunk")
+    path = tmp_path / "profile.json"
+    make_profile((0.05, 0.1), scope="chunk").save(path)
+    settings = PluginSettings.parse({"profile": str(path), "scope": "both"})
+    assert (settings.max_relative_error, settings.layer_groups, settings.scope) == ((0.05, 0.1), 2, "both")
+    assert PluginSettings.parse({"profile": str(path), "max_relative_error": 0.07}).max_relative_error == 0.07
 
 
-@pytest.mark.parametrize("content", ["[]", "{", json.dumps({"profile": "other"}), json.dumps({"scop": "chunk"})])
+@pytest.mark.parametrize("content", ["[]", "{", json.dumps({"max_relative_error": 0.2})])
 def test_a_profile_that_cannot_be_used(tmp_path: Path, content: str) -> None:
     profile = tmp_path / "profile.json"
     profile.write_text(content)
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput, match="is no profile"):
         PluginSettings.parse({"profile": str(profile)})
 
 

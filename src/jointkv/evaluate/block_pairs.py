@@ -47,7 +47,7 @@ def lines_of(batch: Prefilled, block_size: int, chunk_tokens: int | None = None)
     """The full blocks of `batch`: by position, or with `chunk_tokens` by their place in the chunks of a request."""
     table = batch.state["table.0"]
     full = (batch.length - batch.state["padding"]) // block_size
-    pages = torch.where(torch.arange(table.shape[1]) < full[:, None], table, -1)
+    pages = torch.where(torch.arange(table.shape[1]) < full[:, None], table, -1)[:, : int(full.max())]
     text = torch.zeros_like(pages)
     for row, request in enumerate(batch.requests):
         tokens = torch.tensor(request.prompt[: int(full[row]) * block_size])

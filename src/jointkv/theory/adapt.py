@@ -123,9 +123,9 @@ class Adaptation:
         ]
 
     def bounds(self, group: int) -> tuple[float, float]:
-        """The bound on blocks and the bound on tokens that are in force."""
+        """The bound on blocks and the bound on tokens that are in force; that on tokens never exceeds the profile's."""
         factor, of = self.controllers[group].factor, self.groups[group]
-        return factor * of.max_relative_error, factor * of.max_token_error
+        return factor * of.max_relative_error, min(1.0, factor) * of.max_token_error
 
     def observe(self, group: int, blocks: int, errors: Sequence[float]) -> Move | None:
         """Note that of `blocks` considered blocks those with `errors` were served by another's page.

@@ -1,0 +1,70 @@
+"""A cache under a profile: its thresholds, its model only, and a bound that follows the errors."""
+
+import pytest
+import torch
+from tiny_models import BLOCK, build_model, feed
+
+from core.profiles import make_profile
+from jointkv.errors import BadInput, InvalidPolicy, ModelMismatch
+from jointkv.hf.cache import JointCache
+from jointkv.hf.pool import JointPool, model_identity
+
+ROWS, BLOCKS = 8, 6
+
+
+def near_duplicates(error, seed=0):
+    """K and V `[layers, rows, h, n, d]` in which every row differs from the first by about `error`."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, 3, 1, 2, BLOCKS * BLOCK, 8)
+    base = torch.randn(shape, generator=generator).expand(2, 3, ROWS, 2, BLOCKS * BLOCK, 8)
+    noise = torch.randn(base.shape, generator=generator)
+    noise[:, :, 0] = 0
+    return base + error * noise
+
+
+def pool_of(loaded, **fields):
+    profile = make_profile(**{"model": model_identity(loaded), "block_size": BLOCK, **fields})
+    return JointPool(loaded, profile, block_size=BLOCK)
+
+
+def test_the_thresholds_of_a_profile_are_in_force():
+    model = build_model("llama")
+    pool = pool_of(model, bounds=(0.1, 0.2, 0.3))
+    assert pool.groups.count == 3 and pool.policy.max_relative_error == (0.1, 0.2, 0.3)
+    cache = JointCache(pool)
+    feed(cache, *near_duplicates(0.15))
+    held = [len(table.held().unique()) for table in cache.tables]
+    assert held[0] == ROWS * BLOCKS and held[1] < ROWS * BLOCKS and held[2] == BLOCKS
+    assert pool.faults == 0
+
+
+def test_another_model_or_block_size_is_refused():
+    model = build_model("llama")
+    with pytest.raises(ModelMismatch, match="other weights"):
+        pool_of(model, model=model_identity(build_model("llama", seed=1)))
+    with pytest.raises(BadInput, match="--block-size 4"):
+        pool_of(model, block_size=16)
+    with pytest.raises(InvalidPolicy, match="goes with a profile"):
+        JointPool(model, "safe", max_relative_error=0.1)
+
+
+def test_the_bound_tightens_on_traffic_with_larger_errors_and_says_so(caplog):
+    caplog.set_level("INFO", logger="jointkv")
+    pool = pool_of(build_model("llama"), bounds=(0.4,), distortion=1e-4)
+    pool.adaptation.controllers[0].window = ROWS * BLOCKS
+    before = pool.policy.max_relative_error
+    for seed in range(3):
+        feed(JointCache(pool), *near_duplicates(0.2, seed))
+    after = pool.policy.max_relative_error
+    assert after[0] < before[0] and pool.fusers["batch"].policy.max_relative_error == after
+    assert pool.stats()["bounds_moved"] == {"tighten": 1, "loosen": 0}
+    assert [record.message for record in caplog.records if "tightened the bound of layer group 0" in record.message]
+    assert pool.faults == 0
+
+
+def test_the_bound_stays_on_the_traffic_that_was_calibrated():
+    pool = pool_of(build_model("llama"), bounds=(0.4,), distortion=0.2**2 * (ROWS - 1) / ROWS, acceptance=1 - 1 / ROWS)
+    pool.adaptation.controllers[0].window = ROWS * BLOCKS
+    for seed in range(6):
+        feed(JointCache(pool), *near_duplicates(0.2 / 1.3, seed))
+    assert pool.stats()["bounds_moved"] == {"tighten": 0, "loosen": 0}
