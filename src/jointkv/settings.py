@@ -10,11 +10,15 @@ from jointkv.errors import BadInput
 
 
 class Settings(BaseSettings):
-    """What the environment says: `JOINTKV_CACHE_DIR`, `XDG_CACHE_HOME`, `HF_HUB_OFFLINE` and `CC`. Frozen."""
+    """What the environment says, frozen.
+
+    Read are `JOINTKV_CACHE_DIR`, `JOINTKV_DATA_DIR`, `XDG_CACHE_HOME`, `HF_HUB_OFFLINE` and `CC`.
+    """
 
     model_config = SettingsConfigDict(env_prefix="JOINTKV_", env_ignore_empty=True, frozen=True, populate_by_name=True)
 
     cache_dir: Path | None = None
+    data_dir: Path | None = None
     xdg_cache_home: Path | None = Field(default=None, validation_alias="XDG_CACHE_HOME")
     hf_hub_offline: bool = Field(default=False, validation_alias="HF_HUB_OFFLINE")
     cc: str = Field(default="cc", validation_alias="CC")

@@ -24,7 +24,7 @@ def test_each_kind_of_line(path: Path) -> None:
     assert read_requests(path) == [
         UserRequest(1, prompt="a"),
         UserRequest(2, prompt="b"),
-        UserRequest(3, prompt="c"),
+        UserRequest(3, prompt="c", answer="d"),
         UserRequest(4, messages=tuple(MESSAGES)),
     ]
     assert read_requests(str(path)) == read_requests(path)
@@ -35,6 +35,23 @@ def test_first_of_several_fields_counts_and_null_does_not(path: Path) -> None:
         '{"messages": [], "question": "c", "prompt": "a"}\n{"prompt": null, "text": "b"}\n', encoding="utf-8"
     )
     assert [request.prompt for request in read_requests(path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("field", ["answer", "completion", "response", "output"])
+def test_true_continuation(path: Path, field: str) -> None:
+    rows = [{"prompt": "a", field: " b\n"}, {"messages": MESSAGES, field: "c"}, {"prompt": "a", "outputs": "c"}]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert [request.answer for request in read_requests(path)] == [" b\n", "c", None]
+
+
+def test_first_continuation_that_is_text_counts(path: Path) -> None:
+    rows = [
+        {"prompt": "a", "output": "4", "completion": "2", "response": "3"},
+        {"prompt": "a", "answer": 72, "completion": None, "response": " ", "output": "4"},
+        {"prompt": "a", "answer": ["x"]},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert [request.answer for request in read_requests(path)] == ["2", "4", None]
 
 
 def test_byte_order_mark_windows_line_ends_and_blank_lines(path: Path) -> None:
@@ -63,6 +80,7 @@ def test_byte_order_mark_windows_line_ends_and_blank_lines(path: Path) -> None:
         (b'{"prompt": " \\n "}', "'prompt' is empty"),
         (b'{"question": ""}', "'question' is empty"),
         (b'{"prompt": "ab\\ud800"}', "'prompt' has half a surrogate pair at character 3"),
+        (b'{"prompt": "a", "answer": "b\\ud800"}', "'answer' has half a surrogate pair at character 2"),
         (b'{"messages": "a"}', "'messages' must be an array, found string"),
         (b'{"messages": []}', "'messages' is empty"),
         (b'{"messages": ["a"]}', "message 0 must be an object, found string"),

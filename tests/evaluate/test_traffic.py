@@ -3,67 +3,35 @@
 from importlib import resources
 
 import pytest
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
-from tokenizers import Tokenizer as RawTokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from toy_tokenizers import ALL, MAKERS, REAL
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.fidelity import common_prefix_length
-from jointkv.evaluate.traffic import Request, Tokenizer, get_traffic, traffic_names
+from jointkv.evaluate.traffic import LongDocuments, Request, Tokenizer, Traffic, get_traffic, traffic_names
 from jointkv.evaluate.traffic.base import encode, split_request
 from jointkv.evaluate.traffic.four_shot import EXAMPLE_ROWS, shared_text
 from jointkv.evaluate.traffic.gsm8k import load_problems
+from jointkv.evaluate.traffic.random_tokens import RandomTokens
 from jointkv.evaluate.traffic.unrelated import PROMPT_TOKENS
 
 FOUR_SHOT = ("near_prefix", "names")
 
 
-def byte_level(*, single_digits: bool, bos: bool = False) -> PreTrainedTokenizerFast:
-    """A small byte-level BPE tokenizer trained on the sample; with `bos` it starts every text with `<s>`."""
-    raw = RawTokenizer(models.BPE())
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    if single_digits:
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    raw.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, special_tokens=["<s>", "<unk>"], initial_alphabet=alphabet, show_progress=False
-    )
-    raw.train_from_iterator([problem.worked for problem in load_problems()], trainer)
-    if bos:
-        raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", unk_token="<unk>")
+def sized(name: str) -> Traffic:
+    """The traffic, with documents and random prompts short enough to make many of them in a test."""
+    if name == "long_documents":
+        return LongDocuments(tokens=300)
+    if name == "random_tokens":
+        return RandomTokens(tokens=64)
+    return get_traffic(name)
 
 
-def word_level() -> PreTrainedTokenizerFast:
-    """A tokenizer of words and single signs; a digit run is one token, known or not."""
-    raw = RawTokenizer(models.WordLevel(unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "removed", invert=True)
-    raw.train_from_iterator(
-        [problem.worked for problem in load_problems()],
-        trainers.WordLevelTrainer(special_tokens=["<unk>"], show_progress=False),
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+@pytest.fixture(autouse=True)
+def no_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JOINTKV_DATA_DIR", raising=False)
 
 
-def smollm2() -> Tokenizer:
-    from jointkv.hf.models import fetch_model
-
-    return AutoTokenizer.from_pretrained(fetch_model("smollm2"))
-
-
-MAKERS = {
-    "single_digits": lambda: byte_level(single_digits=True),
-    "merged_digits": lambda: byte_level(single_digits=False),
-    "with_bos": lambda: byte_level(single_digits=True, bos=True),
-    "word_level": word_level,
-    "smollm2": smollm2,
-}
-REAL = pytest.param("smollm2", marks=pytest.mark.real_model)
-
-
-@pytest.fixture(scope="module", params=[*(maker for maker in MAKERS if maker != "smollm2"), REAL])
+@pytest.fixture(scope="module", params=ALL)
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return MAKERS[request.param]()
 
@@ -97,25 +65,30 @@ def test_packaged_sample_is_whole_and_licensed() -> None:
 
 
 def test_registry() -> None:
-    assert traffic_names() == ("near_prefix", "names", "unrelated")
+    assert traffic_names() == (
+        *("near_prefix", "names", "shuffled_examples", "tool_dialogues"),
+        *("retrieval", "long_documents", "unrelated", "random_tokens"),
+    )
     assert [get_traffic(name).name for name in traffic_names()] == list(traffic_names())
     assert get_traffic("near-prefix") is get_traffic("near_prefix")
     assert all(get_traffic(name).description for name in traffic_names())
-    with pytest.raises(BadInput, match=r"unknown traffic 'no-such'; known: near_prefix, names, unrelated"):
+    with pytest.raises(
+        BadInput, match=r"unknown traffic 'no-such'; known: near_prefix, .*, random_tokens, dataset:NAME"
+    ):
         get_traffic("no-such")
 
 
 @pytest.mark.parametrize("name", traffic_names())
 def test_requests_are_distinct_and_complete(name: str, tokenizer: Tokenizer) -> None:
-    requests = get_traffic(name).requests(tokenizer, 20, continuation_tokens=24)
-    assert len(requests) == len({request.prompt for request in requests}) == 20
-    assert len({request.text for request in requests}) == 20
-    assert all(len(request.continuation) == 24 for request in requests)
+    requests = sized(name).requests(tokenizer, 24, continuation_tokens=48)
+    assert len(requests) == len({request.prompt for request in requests}) == 24
+    assert len({request.text for request in requests}) == 24
+    assert all(len(request.continuation) == 48 for request in requests)
 
 
 @pytest.mark.parametrize("name", traffic_names())
 def test_requests_depend_on_the_seed_only(name: str, small_tokenizer: Tokenizer) -> None:
-    traffic = get_traffic(name)
+    traffic = sized(name)
     first = traffic.requests(small_tokenizer, 6, seed=3)
     assert traffic.requests(small_tokenizer, 6, seed=3) == first
     assert traffic.requests(small_tokenizer, 6, seed=4) != first
@@ -178,16 +151,16 @@ def test_continuation_is_the_true_answer(name: str, small_tokenizer: Tokenizer) 
 
 @pytest.mark.parametrize("name", traffic_names())
 def test_prompt_starts_with_bos_where_the_tokenizer_adds_one(name: str) -> None:
-    for request in get_traffic(name).requests(MAKERS["with_bos"](), 3):
+    for request in sized(name).requests(MAKERS["with_bos"](), 3):
         assert request.prompt.count(0) == 1
         assert request.prompt[0] == 0
         assert 0 not in request.continuation
         assert "<s>" not in request.text
 
 
-@pytest.mark.parametrize("name", traffic_names())
+@pytest.mark.parametrize("name", sorted({*traffic_names()} - {"near_prefix", "shuffled_examples"}))
 def test_too_many_requests_are_refused_with_the_possible_number(name: str, small_tokenizer: Tokenizer) -> None:
-    traffic = get_traffic(name)
+    traffic = sized(name)
     with pytest.raises(BadInput, match=r"can make \d+ distinct requests .* 100000 requested") as refusal:
         traffic.requests(small_tokenizer, 100_000)
     possible = int(str(refusal.value).split("can make ")[1].split()[0])
@@ -196,7 +169,7 @@ def test_too_many_requests_are_refused_with_the_possible_number(name: str, small
         traffic.requests(small_tokenizer, possible + 1)
 
 
-@pytest.mark.parametrize("name", traffic_names())
+@pytest.mark.parametrize("name", sorted({*traffic_names()} - {"near_prefix", "shuffled_examples", "random_tokens"}))
 def test_continuation_longer_than_all_text_is_refused(name: str, small_tokenizer: Tokenizer) -> None:
     with pytest.raises(BadInput, match="can make 0 distinct requests"):
         get_traffic(name).requests(small_tokenizer, 1, continuation_tokens=100_000)
@@ -211,7 +184,7 @@ def test_senseless_numbers_are_refused(
     name: str, count: int, continuation_tokens: int, field: str, small_tokenizer: Tokenizer
 ) -> None:
     with pytest.raises(BadInput, match=f"^{field} must be at least 1"):
-        get_traffic(name).requests(small_tokenizer, count, continuation_tokens=continuation_tokens)
+        sized(name).requests(small_tokenizer, count, continuation_tokens=continuation_tokens)
 
 
 def test_headers_of_unequal_length_are_refused(small_tokenizer: Tokenizer) -> None:

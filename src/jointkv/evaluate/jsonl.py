@@ -1,7 +1,7 @@
 """Reading a user's requests from a JSONL file, with every fault named by file and line."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from jointkv.errors import BadInput
 
 TEXT_FIELDS = ("prompt", "text", "question")
 MESSAGES_FIELD = "messages"
+ANSWER_FIELDS = ("answer", "completion", "response", "output")
 
 
 @dataclass(frozen=True)
@@ -18,45 +19,75 @@ class UserRequest:
 
     Exactly one of the two is set: `messages` is empty when `prompt` is a string, and `prompt` is None when
     there are messages. Messages are as in the file (at least `role` and `content`), to be handed to
-    `tokenizer.apply_chat_template`. `line` counts from 1.
+    `tokenizer.apply_chat_template`. `answer` is the text that truly followed, None where the line has none.
+    `line` counts from 1.
     """
 
     line: int
     prompt: str | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One object of a JSONL file; `where` is its `file:line`, and `line` counts from 1."""
+
+    fields: Mapping[str, Any]
+    line: int
+    where: str
 
 
 def read_requests(path: str | Path) -> list[UserRequest]:
     """The requests in a JSONL file: per line an object with `prompt`, `text`, `question` or `messages`.
 
-    If a line has several of these fields the first in this order counts. Blank lines are skipped, other
-    fields ignored. Raises `BadInput`, as `file:line: reason`, for a file that has no request, and for a line
-    that is not UTF-8, is no JSON object, has none of the fields, or whose prompt or messages are empty or
-    malformed; as `file: reason` for a file that cannot be read.
+    If a line has several of these fields the first in this order counts. The true continuation is the first of
+    `answer`, `completion`, `response` and `output` that holds a string with text; one of another type is no
+    continuation and is ignored, as are other fields. Raises `BadInput` as `read_records` does, and, as
+    `file:line: reason`, for a line that has none of the fields, or whose prompt or messages are empty or malformed.
+    """
+    return [_read_request(record) for record in read_records(path)]
+
+
+def read_records(path: str | Path) -> Iterator[Record]:
+    """The objects of a JSONL file, one a line; blank lines are skipped.
+
+    Raises `BadInput`, as `file:line: reason`, for a file without any, and for a line that is not UTF-8 or no JSON
+    object; as `file: reason` for a file that cannot be read.
     """
     path = Path(path)
-    requests: list[UserRequest] = []
+    empty = True
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                    requests.append(_read_line(line, number, f"{path}:{number}"))
+                    where = f"{path}:{number}"
+                    empty = False
+                    yield Record(_parse(line, where), number, where)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error
-    if not requests:
+    if empty:
         raise BadInput(f"{path}:1: the file has no request")
-    return requests
 
 
-def _read_line(line: bytes, number: int, where: str) -> UserRequest:
-    row = _parse(line, where)
+def _read_request(record: Record) -> UserRequest:
+    row, where = record.fields, record.where
+    answer = _read_answer(row, where)
     for field in TEXT_FIELDS:
         if row.get(field) is not None:
-            return UserRequest(number, prompt=_check_text(row[field], f"{where}: {field!r}"))
+            return UserRequest(record.line, prompt=check_text(row[field], f"{where}: {field!r}"), answer=answer)
     if row.get(MESSAGES_FIELD) is not None:
-        return UserRequest(number, messages=_check_messages(row[MESSAGES_FIELD], where))
+        return UserRequest(record.line, messages=_check_messages(row[MESSAGES_FIELD], where), answer=answer)
     fields = ", ".join(repr(field) for field in (*TEXT_FIELDS, MESSAGES_FIELD))
     raise BadInput(f"{where}: none of the fields {fields}; found: {', '.join(map(repr, row)) or 'no field'}")
+
+
+def _read_answer(row: Mapping[str, Any], where: str) -> str | None:
+    for field in ANSWER_FIELDS:
+        value = row.get(field)
+        if isinstance(value, str) and value.strip():
+            return check_text(value, f"{where}: {field!r}")
+    return None
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
@@ -74,7 +105,8 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def _check_text(value: object, what: str) -> str:
+def check_text(value: object, what: str) -> str:
+    """`value` if it is a string with text that UTF-8 can hold. Raises `BadInput`, which starts with `what`."""
     if not isinstance(value, str):
         raise BadInput(f"{what} must be a string, found {_json_type(value)}")
     if not value.strip():
@@ -97,7 +129,7 @@ def _check_messages(value: object, where: str) -> tuple[Mapping[str, Any], ...]:
         for field in ("role", "content"):
             if field not in message:
                 raise BadInput(f"{where}: message {index} has no {field!r}")
-            _check_text(message[field], f"{where}: message {index}: {field!r}")
+            check_text(message[field], f"{where}: message {index}: {field!r}")
     return tuple(value)
 
 

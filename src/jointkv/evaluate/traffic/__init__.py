@@ -2,16 +2,27 @@
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic
+from jointkv.evaluate.traffic.from_dataset import PREFIX, DatasetTraffic
+from jointkv.evaluate.traffic.long_documents import LongDocuments
 from jointkv.evaluate.traffic.names import Names
 from jointkv.evaluate.traffic.near_prefix import NearPrefix
+from jointkv.evaluate.traffic.random_tokens import RandomTokens
+from jointkv.evaluate.traffic.retrieval import Retrieval
+from jointkv.evaluate.traffic.shuffled_examples import ShuffledExamples
+from jointkv.evaluate.traffic.tool_dialogues import ToolDialogues
 from jointkv.evaluate.traffic.unrelated import Unrelated
 
-__all__ = ["Request", "Tokenizer", "Traffic", "get_traffic", "traffic_names"]
+__all__ = ["DatasetTraffic", "LongDocuments", "Request", "Tokenizer", "Traffic", "get_traffic", "traffic_names"]
 
 _TRAFFICS: tuple[Traffic, ...] = (
     NearPrefix(),
     Names(),
+    ShuffledExamples(),
+    ToolDialogues(),
+    Retrieval(),
+    LongDocuments(),
     Unrelated(),
+    RandomTokens(),
 )
 
 
@@ -21,8 +32,13 @@ def traffic_names() -> tuple[str, ...]:
 
 
 def get_traffic(name: str) -> Traffic:
-    """The traffic called `name`, with `-` or `_` between words. Raises `BadInput` for an unknown name."""
+    """The traffic called `name`, with `-` or `_` between words, or `dataset:` and the name of a data set.
+
+    Raises `BadInput` for an unknown name.
+    """
+    if name.startswith(PREFIX):
+        return DatasetTraffic(name.removeprefix(PREFIX))
     for traffic in _TRAFFICS:
         if traffic.name == name.replace("-", "_"):
             return traffic
-    raise BadInput(f"unknown traffic {name!r}; known: {', '.join(traffic_names())}")
+    raise BadInput(f"unknown traffic {name!r}; known: {', '.join(traffic_names())}, {PREFIX}NAME")

@@ -1,7 +1,10 @@
 """What every traffic is made of: requests as token ids, and the tokenizer they come from."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from typing import Any, Protocol
 
 from jointkv.errors import BadInput
@@ -12,6 +15,12 @@ class Tokenizer(Protocol):
 
     @property
     def bos_token_id(self) -> int | None: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any: ...
 
@@ -68,16 +77,49 @@ def too_few(traffic: Traffic, count: int, possible: int, continuation_tokens: in
     )
 
 
+def packaged(file: str) -> Path:
+    """A file in the package's folder of samples; `SOURCES.md` there gives origin and licence."""
+    return Path(str(resources.files("jointkv.evaluate") / "data" / file))
+
+
+def begins_with_bos(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer puts a beginning-of-sequence token in front of a prompt."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][0] == bos
+
+
 def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """Token ids of `text` as a prompt: a beginning-of-sequence token if the tokenizer adds one, no end token.
 
     An end token would stand between a prompt and its continuation.
     """
     token_ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][0] == bos:
-        return (bos, *token_ids)
+    if tokenizer.bos_token_id is not None and begins_with_bos(tokenizer):
+        return (tokenizer.bos_token_id, *token_ids)
     return token_ids
+
+
+def disjoint_runs(tokenizer: Tokenizer, texts: Iterable[str], separator: str, tokens: int) -> Iterator[tuple[int, ...]]:
+    """Disjoint stretches of consecutive `texts`, joined by `separator` and cut to `tokens` tokens each."""
+    stretch: list[str] = []
+    alone = 0
+    for text in texts:
+        stretch.append(text)
+        alone += len(encode(tokenizer, text))
+        # Joined text has its own tokens, but tokenizing it again for each part would take quadratic time.
+        if alone < tokens:
+            continue
+        token_ids = encode(tokenizer, separator.join(stretch))
+        if len(token_ids) >= tokens:
+            yield token_ids[:tokens]
+            stretch, alone = [], 0
+
+
+def cut_request(tokenizer: Tokenizer, token_ids: tuple[int, ...], prompt_tokens: int) -> Request:
+    """The request whose prompt is the first `prompt_tokens` of `token_ids` and whose continuation is the rest."""
+    prompt = token_ids[:prompt_tokens]
+    text = tokenizer.decode(list(prompt), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Request(prompt, token_ids[prompt_tokens:], text)
 
 
 def split_request(tokenizer: Tokenizer, prompt_text: str, answer: str, continuation_tokens: int) -> Request | None:

@@ -11,12 +11,12 @@ from jointkv.evaluate.traffic.gsm8k import Problem, load_problems
 EXAMPLE_ROWS = (42, 49, 54, 57)
 
 
-def shared_text(problems: Sequence[Problem]) -> str:
-    """The text between a request's header and its question: the four worked examples and the next label.
+def shared_text(problems: Sequence[Problem], rows: Sequence[int] = EXAMPLE_ROWS) -> str:
+    """The text between a request's header and its question: the worked examples in `rows` and the next label.
 
     It neither starts nor ends inside a run of whitespace, where tokenizers merge across the border.
     """
-    examples = "".join(f"\n\n{problems[row].worked}" for row in EXAMPLE_ROWS)
+    examples = "".join(f"\n\n{problems[row].worked}" for row in rows)
     return f"{examples}\n\nQuestion:"
 
 
@@ -30,19 +30,23 @@ class FourShotTraffic(Traffic):
         Raises `BadInput` when it cannot find that many.
         """
 
+    def example_rows(self, rng: random.Random) -> Sequence[int]:
+        """The rows of one request's worked examples, in their order."""
+        return EXAMPLE_ROWS
+
     def requests(
         self, tokenizer: Tokenizer, count: int, *, continuation_tokens: int = 48, seed: int = 0
     ) -> list[Request]:
         """See `Traffic.requests`; no question is used twice, and every seed has the same four examples."""
         check_counts(count, continuation_tokens)
         problems = load_problems()
-        shared = shared_text(problems)
         questions = [problem for row, problem in enumerate(problems) if row not in EXAMPLE_ROWS]
         rng = random.Random(seed)
         rng.shuffle(questions)
-        headers = self.headers(tokenizer, shared, min(count, len(questions)), rng)
+        headers = self.headers(tokenizer, shared_text(problems), min(count, len(questions)), rng)
         made: list[Request] = []
         for problem in questions:
+            shared = shared_text(problems, self.example_rows(rng))
             prompt_text = f"{headers[len(made)]}{shared} {problem.question}\nAnswer:"
             request = split_request(tokenizer, prompt_text, f" {problem.answer}", continuation_tokens)
             if request is not None:

@@ -2,7 +2,8 @@
 
 import json
 from dataclasses import dataclass
-from importlib import resources
+
+from jointkv.evaluate.traffic.base import packaged
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,6 @@ class Problem:
 
 def load_problems() -> tuple[Problem, ...]:
     """The sample's 300 problems, in the order of GSM8K test."""
-    sample = resources.files("jointkv.evaluate") / "data" / "gsm8k_sample.jsonl"
-    with sample.open(encoding="utf-8") as lines:
+    with packaged("gsm8k_sample.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     return tuple(Problem(row["question"], row["answer"]) for row in rows)

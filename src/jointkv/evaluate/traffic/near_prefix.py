@@ -10,7 +10,8 @@ from jointkv.evaluate.traffic.four_shot import FourShotTraffic
 _DRAWS_PER_REQUEST = 64
 
 
-def _header(session: int, rng: random.Random) -> str:
+def session_line(session: int, rng: random.Random) -> str:
+    """One line with the number of a session and a random date and time."""
     date = f"{rng.randrange(2020, 2030)}-{rng.randrange(1, 13):02d}-{rng.randrange(1, 29):02d}"
     time = f"{rng.randrange(24):02d}:{rng.randrange(60):02d}:{rng.randrange(60):02d}"
     return f"Session {session:08d}, {date} {time}."
@@ -31,7 +32,7 @@ class NearPrefix(FourShotTraffic):
             if session in sessions:
                 continue
             sessions.add(session)
-            header = _header(session, rng)
+            header = session_line(session, rng)
             length = len(encode(tokenizer, header))
             tail = encode(tokenizer, header + shared)[length:]
             aligned = by_alignment.setdefault((length, tail), [])

@@ -1,0 +1,64 @@
+"""MMLU: multiple-choice questions on 57 subjects."""
+
+import csv
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jointkv.errors import BadInput
+from jointkv.evaluate.datasets.base import Dataset, Local
+from jointkv.evaluate.datasets.hub import Hub
+from jointkv.evaluate.datasets.rows import LETTERS, ChoiceRow, list_field, text_field
+
+SPLITS = ("dev", "test")
+
+
+class Mmlu(Dataset):
+    """Hendrycks et al., arXiv 2009.03300. Without `subject` all there are: 57 on the hub, fewer in the data folder.
+
+    `split` is `test`, or `dev` for the examples of a few-shot prompt.
+    """
+
+    def __init__(self, subject: str | None = None, split: str = "test") -> None:
+        if split not in SPLITS:
+            raise BadInput(f"MMLU has the splits {' and '.join(SPLITS)} here, not {split!r}")
+        self.subject, self.split = subject, split
+        self.name = " ".join(part for part in ("MMLU", subject, split if split != "test" else None) if part)
+        self.hub = Hub("cais/mmlu", subject or "all", split)
+        file = f"mmlu/{split}/{subject}_{split}.csv" if subject else f"mmlu/{split}"
+        self.copy = Local(file, f"MMLU {split}, {subject or 'the subjects in the folder'}")
+
+    def hub_row(self, record: Mapping[str, Any], where: str) -> ChoiceRow:
+        """Fields `question`, `subject`, `choices` and `answer`, an index into the choices."""
+        choices = tuple(str(choice) for choice in list_field(record, "choices", where))
+        correct = record.get("answer")
+        if not isinstance(correct, int) or not 0 <= correct < len(choices):
+            raise BadInput(f"{where}: 'answer' must be an index into {len(choices)} choices")
+        question, subject = text_field(record, "question", where), text_field(record, "subject", where)
+        return ChoiceRow(question, (LETTERS[correct],), choices, correct, subject)
+
+    def local_rows(self, path: Path) -> Iterator[ChoiceRow]:
+        """Rows of CSV without header: question, four choices, letter of the right one."""
+        for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+            yield from _read_csv(file, file.name.removesuffix(f"_{self.split}.csv"))
+
+
+def _read_csv(path: Path, subject: str) -> Iterator[ChoiceRow]:
+    try:
+        with path.open(encoding="utf-8", newline="") as lines:
+            reader = csv.reader(lines, strict=True)
+            for fields in reader:
+                yield _row(fields, f"{path}:{reader.line_num}", subject)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"{path}: cannot be read: {error}") from error
+
+
+def _row(fields: list[str], where: str, subject: str) -> ChoiceRow:
+    if len(fields) != 6:
+        raise BadInput(f"{where}: six columns expected (question, A, B, C, D, answer), found {len(fields)}")
+    question, *choices, letter = fields
+    if not question.strip():
+        raise BadInput(f"{where}: the question is empty")
+    if letter not in tuple("ABCD"):
+        raise BadInput(f"{where}: the answer must be A, B, C or D, found {letter!r}")
+    return ChoiceRow(question, (letter,), tuple(choices), LETTERS.index(letter), subject)
