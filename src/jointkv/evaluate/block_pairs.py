@@ -92,7 +92,7 @@ def pair_error_matrices(
     own, other = lines.pages[line, first], lines.pages[line, second]
     for number, layers in enumerate(groups):
         both = [torch.zeros(0), torch.zeros(0)]
-        for part in torch.arange(len(own)).split(PAIRS_AT_ONCE):
+        for part in _parts(len(own)):
             sums = _sums(batch, layers, own[part], other[part])
             for side, order in enumerate(([0, 1, 2], [0, 2, 1])):
                 key, value, token = pair_errors(sums[..., order], aggregate)
@@ -103,6 +103,18 @@ def pair_error_matrices(
                 progress((number + (int(part[-1]) + 1) / len(own)) / len(groups))
         found[number, line, first, second], found[number, line, second, first] = both
     return found
+
+
+def errors_of(batch: Prefilled, layers: Sequence[int], own: Tensor, read: Tensor, aggregate: str = "rms") -> Tensor:
+    """The least bounds under which blocks `own [n]` may be read from the pages of blocks `read [n]`."""
+    parts = [torch.zeros(0)]
+    for part in _parts(len(own)):
+        parts.append(effective_error(*pair_errors(_sums(batch, layers, own[part], read[part]), aggregate)))
+    return torch.cat(parts)
+
+
+def _parts(count: int) -> tuple[Tensor, ...]:
+    return torch.arange(count).split(PAIRS_AT_ONCE) if count else ()
 
 
 def _sums(batch: Prefilled, layers: Sequence[int], own: Tensor, other: Tensor) -> Tensor:
@@ -120,5 +132,4 @@ def _sums(batch: Prefilled, layers: Sequence[int], own: Tensor, other: Tensor) -
         torch.cat([batch.state[f"{side}.{layer}"][pages].flatten(1) for side in ("key", "value")], 1)
         for layer in layers
     ]
-    left, right = local.split(len(own))
-    return pair_sums(PackedPages(packed, token_of, is_value), left, right)
+    return pair_sums(PackedPages(packed, token_of, is_value), local[: len(own)], local[len(own) :])

@@ -1,0 +1,148 @@
+"""A whole evaluation: methods on the requests of several traffics at equal bytes, and task scores paired by request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jointkv.errors import BadInput
+from jointkv.evaluate.bootstrap import Interval, paired_difference
+from jointkv.evaluate.comparison import MethodRow, Wanted, equal_bytes
+from jointkv.evaluate.methods import get_method, method_names
+from jointkv.evaluate.methods.base import Batch, Method
+from jointkv.evaluate.methods.fused import Fused
+from jointkv.evaluate.tasks import Task
+from jointkv.evaluate.tasks.run import TaskResult, run_task
+from jointkv.evaluate.traffic.base import Request, Traffic
+from jointkv.evaluate.worker import compare_methods
+from jointkv.policy import FusionPolicy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT = "jointkv.evaluate/1"
+REFERENCE_LEVEL = 0.2
+"""The bound of the preset `safe`: other methods are asked for as many bytes as fusion takes there."""
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user asked to compare: a method at one level, or at those that make sense beside fusion."""
+
+    method: Method
+    level: float | None = None
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """A task under a method, and the difference of the scores to the unfused model's, paired by request."""
+
+    result: TaskResult
+    difference: Interval | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, with the fields of `TaskResult` and without the answers."""
+        fields = {name: value for name, value in vars(self.result).items() if name != "answers"}
+        return {**fields, "difference": None if self.difference is None else vars(self.difference)}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A model and how it is evaluated.
+
+    Attributes:
+        folder: where the model's files are, for methods that run in another environment.
+        worker_python: interpreter of that environment.
+        generate: tokens generated greedily per request, for the common prefix of outputs.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    worker_python: Path | None
+    block_size: int = 16
+    generate: int = 0
+
+    def run_traffic(
+        self, traffic: Traffic, requests: Sequence[Request], choices: Sequence[Choice], report: Report
+    ) -> list[MethodRow]:
+        """All `choices` on the same requests; those without a level at as many bytes as fusion takes, if they can."""
+        batch = Batch(self.model, requests, self.block_size)
+        scoped = [replace(choice, method=in_scope(choice.method, traffic)) for choice in choices]
+        first = [(choice.method, choice.level) for choice in scoped if choice.level is not None]
+        free = [choice.method for choice in scoped if choice.level is None]
+        share = self._fused_share(batch, traffic, free)
+        wanted: list[Wanted] = [*first, *equal_bytes(free, share)]
+        return compare_methods(
+            batch,
+            wanted,
+            model_folder=self.folder,
+            worker_python=self.worker_python,
+            traffic=traffic.name,
+            generate=self.generate,
+            progress=report,
+        )
+
+    def _fused_share(self, batch: Batch, traffic: Traffic, methods: Sequence[Method]) -> float:
+        """Share of the bytes that fusion takes; 1 if nobody asks for it."""
+        if all(method.level_for_share(0.5) is None for method in methods):
+            return 1.0
+        held = in_scope(get_method("fused"), traffic).hold(batch, REFERENCE_LEVEL)
+        return min(1.0, held.nbytes / batch.unfused_nbytes)
+
+    def run_task(
+        self, task: Task, wanted: Sequence[Wanted], count: int, batch_size: int, report: Report
+    ) -> list[TaskRow]:
+        """The task under the unfused model and under each of `wanted`."""
+        rows: list[TaskRow] = []
+        for method, level in [(get_method("unfused"), 1.0), *wanted]:
+            report(f"{task.name}: {method.name} at {level:g}")
+            result = run_task(
+                task, method, level, self.model, self.tokenizer, count, batch_size, block_size=self.block_size
+            )
+            reference = rows[0].result.scores if rows else None
+            rows.append(TaskRow(result, None if reference is None else paired_difference(result.scores, reference)))
+        return rows
+
+
+def in_scope(method: Method, traffic: Traffic) -> Method:
+    """Fusion in the scope that `traffic` is for; other methods as they are."""
+    return method.with_scope(traffic.scope) if isinstance(method, Fused) else method
+
+
+def choices_of(methods: Sequence[str], policies: Sequence[str], profile: FusionPolicy | None) -> list[Choice]:
+    """What the names on the command line stand for; everything that there is if none is given.
+
+    Args:
+        methods: `NAME` or `NAME@LEVEL`.
+        policies: names of presets.
+        profile: the policy of a profile.
+
+    Raises:
+        BadInput: unknown name or no number.
+        InvalidPolicy: unknown preset.
+    """
+    chosen = [Choice(method, method.levels[0]) for method in map(_preset, policies)]
+    if profile is not None:
+        held = Fused("profile", profile)
+        chosen.append(Choice(held, held.levels[0]))
+    chosen += [_method(text) for text in methods]
+    return chosen or [Choice(get_method(name)) for name in method_names() if name != "unfused"]
+
+
+def _preset(name: str) -> Fused:
+    return Fused(name, FusionPolicy.preset(name))
+
+
+def _method(text: str) -> Choice:
+    name, separator, level = text.partition("@")
+    try:
+        return Choice(get_method(name), float(level) if separator else None)
+    except ValueError as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"--method {text}: expected NAME or NAME@LEVEL, with a number") from None

@@ -1,0 +1,32 @@
+"""Tasks with known answers to score a method by, by name."""
+
+from jointkv.errors import BadInput
+from jointkv.evaluate.tasks.base import Example, Task
+from jointkv.evaluate.tasks.gsm8k import Gsm8k
+from jointkv.evaluate.tasks.longbench import LONGBENCH
+from jointkv.evaluate.tasks.mmlu import PAPER_SUBJECTS, Mmlu
+from jointkv.evaluate.tasks.ruler import Ruler
+
+__all__ = ["Example", "Task", "get_task", "task_names"]
+
+_TASKS: tuple[Task, ...] = (
+    Gsm8k(),
+    Gsm8k(strict=True),
+    Mmlu(),
+    *(Mmlu((subject,)) for subject in PAPER_SUBJECTS),
+    *LONGBENCH,
+    Ruler(),
+)
+
+
+def task_names() -> tuple[str, ...]:
+    """The names that `get_task` knows, in the order of reports."""
+    return tuple(task.name for task in _TASKS)
+
+
+def get_task(name: str) -> Task:
+    """The task called `name`, with `-` or `_` between words. Raises `BadInput` for an unknown name."""
+    for task in _TASKS:
+        if task.name == name.replace("-", "_"):
+            return task
+    raise BadInput(f"unknown task {name!r}; known: {', '.join(task_names())}")

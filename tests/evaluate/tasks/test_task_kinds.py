@@ -1,0 +1,118 @@
+"""What each task asks, and how it scores answers."""
+
+import pytest
+from toy_tasks import Characters, Words, example, write_jsonl
+
+from jointkv.errors import BadInput
+from jointkv.evaluate.tasks import get_task
+from jointkv.evaluate.tasks.gsm8k import Gsm8k, final_number
+from jointkv.evaluate.tasks.mmlu import Mmlu
+
+
+@pytest.mark.parametrize(
+    ("text", "flexible", "strict"),
+    [
+        ("so 3 + 4 = 7.\n#### 7", "7", "7"),
+        ("#### 1,234.00 dollars, or 9", "1234", "1234"),
+        ("#### $-5", "-5", "-5"),
+        ("#### 0.50", "0.50", "0.50"),
+        ("It is 12, then 13.", "13", None),
+        ("####", None, None),
+        ("none", None, None),
+    ],
+)
+def test_the_final_number(text, flexible, strict):
+    assert (final_number(text), final_number(text, strict=True)) == (flexible, strict)
+
+
+def test_gsm8k_asks_unseen_questions_after_its_worked_examples():
+    asked = get_task("gsm8k").examples(Characters(), 5, seed=3)
+    texts = [one.request.text for one in asked]
+    assert len(set(texts)) == 5 and all(text.count("Question:") == 5 for text in texts)
+    shown = {part for part in texts[0].split("\n\n")[:4]}
+    assert all(text.split("\n\n")[:4] == texts[0].split("\n\n")[:4] for text in texts)
+    assert not any(text.split("Question:")[-1].strip() in part for text in texts for part in shown)
+    assert all(text.endswith("\nAnswer:") for text in texts)
+    assert asked[0].loaded_from.source == "packaged copy: the first 300 rows of GSM8K test"
+    with pytest.raises(BadInput, match="has 296 examples, 297 requested"):
+        get_task("gsm8k").examples(Characters(), 297)
+
+
+def test_gsm8k_shots():
+    (none,) = Gsm8k(0).examples(Characters(), 1)
+    assert none.request.text.count("Question:") == 1
+    with pytest.raises(BadInput, match="shots must be 0 to 4, got 5"):
+        Gsm8k(5)
+
+
+def test_gsm8k_scores_flexibly_or_strictly():
+    one = example(references=("7",))
+    flexible, strict = get_task("gsm8k"), get_task("gsm8k_strict")
+    assert (flexible.score("it is 7", one), strict.score("it is 7", one)) == (1.0, 0.0)
+    assert (flexible.score("7 #### 8", one), strict.score("#### 7.0", one)) == (0.0, 1.0)
+    assert flexible.score("", one) == 0.0
+
+
+def write_mmlu(data_dir, subject, rows=6):
+    for split in ("dev", "test"):
+        path = data_dir / "mmlu" / split / f"{subject}_{split}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{split} question {i} of {subject},w{i},x,y,z,{'ABCD'[i % 4]}\n" for i in range(rows)))
+
+
+def test_mmlu_asks_every_subject_after_five_of_its_solved_questions(data_dir):
+    for subject in ("first_topic", "second_topic"):
+        write_mmlu(data_dir, subject)
+    asked = Mmlu(("first_topic", "second_topic")).examples(Words(), 5)
+    texts = [one.request.text for one in asked]
+    assert [("first topic" in text, "second topic" in text) for text in texts] == [(True, False)] * 3 + [
+        (False, True)
+    ] * 2
+    text = texts[0]
+    assert text.startswith("The following are multiple choice questions (with answers) about first topic.\n\ndev ques")
+    assert "\nA. w1\nB. x\nC. y\nD. z\nAnswer: B\n\n" in text and text.count("Answer: ") == 5
+    assert "dev question 4" in text and "dev question 5" not in text and "test question" in text
+    assert text.endswith("\nD. z\nAnswer:") and asked[0].choices == (0, 1, 2, 3)
+    right = "ABCD".index(asked[0].references[0])
+    scores = [Mmlu().score(choice, asked[0]) for choice in range(4)]
+    assert scores == [float(choice == right) for choice in range(4)]
+
+
+def test_mmlu_with_fewer_questions_than_subjects(data_dir):
+    for subject in ("one", "two"):
+        write_mmlu(data_dir, subject)
+    assert len(Mmlu(("one", "two")).examples(Words(), 1)) == 1
+    with pytest.raises(BadInput, match="count must be at least 1"):
+        Mmlu(("one", "two")).examples(Words(), 0)
+
+
+def test_mmlu_refuses_a_tokenizer_without_letters(data_dir):
+    write_mmlu(data_dir, "one")
+    with pytest.raises(BadInput, match="no single token of ' A'"):
+        Mmlu(("one",)).examples(Characters(), 1)
+
+
+def test_longbench_cuts_prompts_in_the_middle_and_takes_the_best_reference(data_dir):
+    row = {"prompt": "h" * 100 + "middle" + "t" * 100, "answers": ["x = 1", "y"]}
+    write_jsonl(data_dir / "longbench" / "lcc.jsonl", [row])
+    task = get_task("longbench_lcc")
+    (one,) = task.examples(Characters(), 1, max_tokens=84)
+    assert one.request.text == "h" * 10 + "t" * 10 and one.max_new_tokens == 64
+    assert task.score("y\nx", one) == 1.0 and task.score("x = 2", one) == 0.8
+
+
+def test_longbench_scores_by_data_set():
+    pytest.importorskip("rouge")
+    one = example(references=("a green tree", "b c"))
+    assert get_task("longbench_hotpotqa").score("green tree", one) == 1.0
+    assert get_task("longbench_qmsum").score("b c", one) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_ruler_counts_the_needles_that_an_answer_has(data_dir):
+    write_jsonl(data_dir / "ruler" / "niah_multikey_3_4k.jsonl", [{"input": "find it", "outputs": ["AB-1", "CD-2"]}])
+    task = get_task("ruler_needle")
+    (one,) = task.examples(Characters(), 1)
+    assert one.request.text == "find it" and one.max_new_tokens == 128
+    assert [task.score(text, one) for text in ("it is ab-1 and cd-2.", " AB-1", "ab-2")] == [1.0, 0.5, 0.0]
+    with pytest.raises(BadInput, match="7 tokens and 128 new ones are more than the 100"):
+        task.examples(Characters(), 1, max_tokens=100)

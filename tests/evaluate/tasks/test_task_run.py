@@ -1,0 +1,154 @@
+"""Decoding in a batch, choosing, scoring; and a real cache against the unfused model."""
+
+import pytest
+from toy_tasks import LOADED, Characters, Script, Words, example, tiny_model
+
+from jointkv.errors import BadInput
+from jointkv.evaluate.datasets import Loaded
+from jointkv.evaluate.methods.fused import Fused
+from jointkv.evaluate.methods.unfused import Unfused
+from jointkv.evaluate.tasks import get_task, gsm8k, task_names
+from jointkv.evaluate.tasks.base import Task, cut_prompt, draw, whole_prompt
+from jointkv.evaluate.tasks.run import TaskResult, answer, run_task
+from jointkv.hf.models import load_model
+from jointkv.policy import FusionPolicy
+
+ENDS = frozenset({ord("|")})
+
+
+class Toy(Task):
+    """Scores 1 for the letter x in an answer, or for choice 1."""
+
+    name, description, metric = "toy", "toy", "presence"
+
+    def __init__(self, **fields):
+        self.fields = fields
+
+    def examples(self, tokenizer, count, seed=0, *, max_tokens=None):
+        self.max_tokens = max_tokens
+        return [example(**self.fields) for _ in range(count)]
+
+    def score(self, given, example):
+        return float(given == 1 if example.choices else "x" in given)
+
+
+def answers(script, *examples):
+    held = script.hold(type("Requests", (), {"requests": examples}), 1.0)
+    return answer(held, examples, Characters(), ENDS)
+
+
+def test_rows_end_by_end_token_stop_text_and_length():
+    script = Script("yes|ignored", "one\n\ntwo", "longer than allowed")
+    limits = {"max_new_tokens": 8, "stop": ("\n\n", "Q:")}
+    assert answers(script, *[example(**limits) for _ in range(3)]) == ["yes", "one", "longer t"]
+
+
+def test_decoding_stops_when_the_last_row_has_ended_and_feeds_what_it_wrote():
+    script = Script("ab|", "c|")
+    answers(script, example("xy", max_new_tokens=50), example("z", max_new_tokens=50))
+    # The last prompt token first, then what was written; a row that has ended is fed its last token again.
+    assert script.fed == [[ord("y"), ord("z")], [ord("a"), ord("c")], [ord("b"), ord("|")]]
+
+
+def test_a_stop_text_ends_decoding_and_the_earliest_in_one_token_counts():
+    class LongToken(Characters):
+        def decode(self, token_ids, **options):
+            return super().decode(token_ids, **options).replace("@", "a.b!c")
+
+    script = Script("@xyz")
+    held = script.hold(type("Requests", (), {"requests": [0]}), 1.0)
+    asked = [example(max_new_tokens=5, stop=("!c", "."))]
+    assert answer(held, asked, LongToken(), ENDS) == ["a"] and len(script.fed) == 1
+
+
+def test_a_choice_is_the_largest_logit_among_the_choices_only():
+    script = Script("d", "b")
+    choices = tuple(map(ord, "abd"))
+    assert answers(script, example(choices=choices), example(choices=choices)) == [2, 1]
+    assert len(script.fed) == 1
+    assert answers(Script("z"), example(choices=choices)) == [0]
+
+
+def test_a_batch_of_both_kinds_is_refused():
+    with pytest.raises(BadInput, match="not both"):
+        answers(Script("d", "b"), example(choices=(1, 2)), example(max_new_tokens=3))
+
+
+def test_a_result_has_scores_by_request_and_bytes_of_all_batches():
+    script, model = Script("x|", "y|"), tiny_model(context=40)
+    task = Toy(prompt="abcde", max_new_tokens=3)
+    result = run_task(task, script, 1.0, model, Characters(), count=5, batch_size=2, max_tokens=100)
+    assert result.scores == (1.0, 0.0, 1.0, 0.0, 1.0) and result.mean == pytest.approx(0.6)
+    assert result.answers == ("x", "y", "x", "y", "x") and script.batches == [2, 2, 1]
+    # Two layers, one head of size 8, K and V in float32, four prefilled tokens in five requests.
+    assert result.nbytes == 30 and result.unfused_nbytes == 2 * 8 * 2 * 4 * 4 * 5 and result.counted == "predicted"
+    assert (result.source, result.stand_in) == ("written here", False)
+    assert task.max_tokens == 40, "the model's context is the smaller limit"
+
+
+def test_a_stand_in_shows():
+    stand_in = Loaded("toy", "another", True, LOADED.rows)
+    task = Toy(loaded_from=stand_in, max_new_tokens=1)
+    result = run_task(task, Script("x"), 1.0, tiny_model(), Characters(), count=1, batch_size=1)
+    assert result.stand_in and result.source == "another"
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_size_below_one_is_refused(batch_size):
+    with pytest.raises(BadInput, match="batch_size must be at least 1"):
+        run_task(Toy(), Script("x"), 1.0, tiny_model(), Characters(), count=1, batch_size=batch_size)
+
+
+def run_gsm8k(method, batch_size) -> TaskResult:
+    return run_task(get_task("gsm8k"), method, method.levels[0], tiny_model(), Words(), count=4, batch_size=batch_size)
+
+
+def test_exact_fusion_answers_as_the_unfused_model_in_less_memory(monkeypatch):
+    monkeypatch.setattr(gsm8k, "MAX_NEW_TOKENS", 24)
+    unfused = run_gsm8k(Unfused(), 4)
+    fused = run_gsm8k(Fused("exact", FusionPolicy(max_relative_error=0.0, max_token_error=0.0)), 4)
+    assert fused.answers == unfused.answers and len(set(unfused.answers)) > 1
+    # The four worked examples are held once, and whole blocks only are shared.
+    assert fused.nbytes < 0.6 * unfused.nbytes and fused.unfused_nbytes == unfused.unfused_nbytes == unfused.nbytes
+    alone = run_gsm8k(Fused("exact", FusionPolicy(max_relative_error=0.0, max_token_error=0.0)), 1)
+    assert alone.answers == unfused.answers and alone.nbytes >= unfused.nbytes, "only a batch shares"
+
+
+def test_more_examples_begin_with_the_fewer():
+    rows = LOADED.rows * 1 + tuple(range(20))
+    assert draw(Toy(), rows, 9, seed=1)[:4] == draw(Toy(), rows, 4, seed=1) != draw(Toy(), rows, 4, seed=2)
+    with pytest.raises(BadInput, match="'toy' has 21 examples, 22 requested"):
+        draw(Toy(), rows, 22, seed=0)
+    with pytest.raises(BadInput, match="count must be at least 1"):
+        draw(Toy(), rows, 0, seed=0)
+
+
+def test_a_long_prompt_is_refused_or_loses_its_middle():
+    assert whole_prompt(Toy(), Characters(), "abcdef", 4, 10).text == "abcdef"
+    with pytest.raises(BadInput, match="6 tokens and 5 new ones are more than the 10"):
+        whole_prompt(Toy(), Characters(), "abcdef", 5, 10)
+    assert cut_prompt(Toy(), Characters(), "abcdef", 4, 10).text == "abcdef"
+    cut = cut_prompt(Toy(), Characters(), "abcdefghij", 5, 10)
+    assert cut.text == "abij" and cut.prompt == tuple(map(ord, "abij"))
+    assert cut_prompt(Toy(), Characters(), "abcdefghij", 5, None).text == "abcdefghij"
+    with pytest.raises(BadInput, match="no room for a prompt"):
+        cut_prompt(Toy(), Characters(), "abcdef", 9, 10)
+
+
+def test_tasks_are_found_by_name():
+    assert len(set(task_names())) == len(task_names())
+    assert all(get_task(name).name == name for name in task_names())
+    assert get_task("longbench-repobench-p").metric == "edit similarity"
+    with pytest.raises(BadInput, match="unknown task 'chess'; known: gsm8k, "):
+        get_task("chess")
+
+
+@pytest.mark.real_model
+def test_the_safe_policy_answers_as_the_real_model_in_less_memory():
+    model, tokenizer = load_model("smollm2", dtype="float32")
+    methods = (Unfused(), Fused("safe", FusionPolicy.preset("safe")))
+    unfused, safe = (
+        run_task(gsm8k.Gsm8k(2), method, method.levels[0], model, tokenizer, count=3, batch_size=3, max_tokens=900)
+        for method in methods
+    )
+    assert safe.answers == unfused.answers and safe.unfused_nbytes > 1.5 * safe.nbytes
