@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jointkv.errors import BadInput
+from jointkv.policy import Scope
 
 
 class Tokenizer(Protocol):
@@ -46,10 +47,14 @@ class Request:
 
 
 class Traffic(ABC):
-    """A kind of requests that a server may see. Adding one: a file here and a line in `__init__.py`."""
+    """A kind of requests that a server may see. Adding one: a file here and a line in `__init__.py`.
+
+    `scope` is where its likeness lies, as in `FusionPolicy`: between requests, or between the chunks of one.
+    """
 
     name: str
     description: str
+    scope: Scope = "batch"
 
     @abstractmethod
     def requests(

@@ -43,6 +43,7 @@ class LongDocuments(Traffic):
     tokens: int = 4096
     kinds: tuple[str, ...] = KINDS
 
+    scope = "chunk"
     name = "long_documents"
     description = "one document per request: a novel, and code, multi-hop passages, a meeting, a man page where at hand"
 
