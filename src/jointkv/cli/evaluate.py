@@ -118,9 +118,7 @@ def _traffics(
                 "prompt_tokens": {"min": min(lengths), "mean": sum(lengths) / count, "max": max(lengths)},
                 "description": traffic.description,
             }
-            rows += suite.run_traffic(
-                traffic, made, choices, lambda line, name=traffic.name: steps.say(f"{name}: {line}")
-            )
+            rows += suite.run_traffic(traffic, made, choices, steps.say)
     return rows, described
 
 

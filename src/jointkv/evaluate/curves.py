@@ -10,7 +10,7 @@ import torch
 from jointkv.evaluate.block_pairs import errors_of, lines_of, pair_error_matrices
 from jointkv.evaluate.held import FusedBatch, Prefilled, prefill
 from jointkv.evaluate.traffic.base import Request
-from jointkv.policy import PER_LAYER, FusionPolicy
+from jointkv.policy import FusionPolicy
 from jointkv.theory.calibrate import TOKEN_SLACK
 from jointkv.theory.curve import RateDistortionCurve, rate_distortion
 
@@ -48,8 +48,8 @@ def measured_curves(
     steps.start("measuring the other half")
     measured = []
     for number, bound in enumerate(bounds):
-        measured.append([*_measured(model, fresh, bound, 1, block_size)])
-        measured[-1] += _measured(model, fresh, bound, PER_LAYER, block_size)
+        measured.append(_measured(model, fresh, bound, 1, block_size))
+        measured[-1] += _measured(model, fresh, bound, "per_layer", block_size)
         steps.part((number + 1) / len(bounds))
     return [
         curve.with_measured({bound: row[index] for bound, row in zip(bounds, measured, strict=True)})
