@@ -12,6 +12,7 @@ from jointkv.evaluate import prefilled
 from jointkv.evaluate.block_pairs import lines_of, pair_error_matrices
 from jointkv.evaluate.calibration import Calibration, CalibrationSettings, TargetUnmet
 from jointkv.evaluate.held import hold, prefill
+from jointkv.evaluate.methods.base import Batch
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.pool import model_identity
 from jointkv.policy import FusionPolicy
@@ -71,6 +72,20 @@ def test_joined_and_taken_batches_are_what_one_prefill_gives(model):
     assert part.length == direct.length and torch.equal(part.mask, direct.mask)
     logits = [hold(model, batch, OFF, block_size=BLOCK).logits for batch in (part, direct)]
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_dense_caches_on_pages_are_what_a_prefill_gives(model):
+    made = requests(5)
+    batch = Batch(model, made, BLOCK)
+    paged = prefilled.from_dense(model, made, batch.dense, BLOCK)
+    direct = prefill(model, made, block_size=BLOCK)
+    assert paged.length == direct.length and torch.equal(paged.mask, direct.mask)
+    for name, tensor in direct.state.items():
+        assert paged.state[name].shape == tensor.shape and paged.state[name].dtype == tensor.dtype
+    for policy in (OFF, FusionPolicy(max_relative_error=0.3)):
+        found = [hold(model, each, policy, block_size=BLOCK) for each in (paged, direct)]
+        assert found[0].pages_after == found[1].pages_after
+        torch.testing.assert_close(found[0].logits, found[1].logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_saved_batch_comes_back(model, tmp_path):

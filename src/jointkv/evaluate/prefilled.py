@@ -1,19 +1,22 @@
-"""Prefilled batches as building blocks: join small ones, take some rows of a large one, keep them in files."""
+"""Prefilled batches as building blocks: join small ones, take rows, page dense ones, keep them in files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 from jointkv.errors import UnsupportedModel
 from jointkv.evaluate.held import Prefilled
 from jointkv.evaluate.traffic.base import Request
+from jointkv.hf.pool import full_attention_layers
 
 ONE_TABLE = ("table.0", "served.0")
 
@@ -92,3 +95,38 @@ def load(path: Path, requests: Sequence[Request]) -> Prefilled | None:
         return Prefilled(requests, state, int(told["length"]), mask, float(told["seconds"]))
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
+
+
+def from_dense(
+    model: PreTrainedModel, requests: Sequence[Request], caches: Sequence[Any], block_size: int
+) -> Prefilled:
+    """Dense caches, one per request, on pages: what `prefill` gives for the batch, without another forward pass.
+
+    Args:
+        caches: `DynamicCache`s that hold all but the last prompt token; not changed.
+
+    Raises:
+        UnsupportedModel: the model has sliding-window layers, which keep no pages.
+    """
+    layers = full_attention_layers(model)
+    if len(layers) < len(caches[0].layers):
+        raise UnsupportedModel("a model with sliding-window layers is prefilled as one batch")
+    lengths = torch.tensor([len(request.prompt) - 1 for request in requests])
+    blocks = -(-lengths // block_size)
+    slots = torch.arange(int(blocks.max()))
+    table = torch.where(slots < blocks[:, None], slots + (blocks.cumsum(0) - blocks)[:, None], -1)
+    state = {"padding": lengths.max() - lengths, "fusable": torch.ones(len(lengths), dtype=torch.bool)}
+    state |= {"table.0": table, "served.0": torch.zeros_like(table, dtype=torch.bool)}
+    for index, layer in enumerate(layers):
+        for side in ("key", "value"):
+            parts = [_blocks(getattr(cache.layers[layer], f"{side}s"), block_size) for cache in caches]
+            state[f"{side}.{index}"] = torch.cat(parts)
+    length = int(lengths.max())
+    mask = (torch.arange(length) >= state["padding"][:, None]).long()
+    return Prefilled(requests, state, length, mask, 0.0)
+
+
+def _blocks(states: Tensor, block_size: int) -> Tensor:
+    """`[1, h, n, d]` as blocks `[ceil(n / t), t, h, d]`, the last one filled up with zeros."""
+    tokens = states[0].transpose(0, 1)
+    return pad(tokens, (0, 0, 0, 0, 0, -len(tokens) % block_size)).unflatten(0, (-1, block_size))
