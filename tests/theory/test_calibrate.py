@@ -63,9 +63,15 @@ def test_acceptance_and_distortion_of_a_cluster():
     assert acceptance == pytest.approx(3 / 5) and distortion == pytest.approx(3 * 0.01 / 5)
 
 
-def test_one_group_tries_every_bound():
+def test_one_group_tries_the_bounds_that_change_what_is_shared():
+    generator = torch.Generator().manual_seed(0)
+    error = torch.rand(50, 40, 40, generator=generator).clamp(max=0.8)
+    error.diagonal(dim1=1, dim2=2).zero_()
+    valid = torch.ones(50, 40, dtype=torch.bool)
+    # At 0.85 and 1 everything is within the bound already at 0.85.
+    assert settings_by_cost(error[None], valid, [1.0]) == [(bound,) for bound in BOUNDS[:-1]]
     error, valid = clusters([3], 0.1)
-    assert settings_by_cost(error[None], valid, [1.0]) == [(bound,) for bound in BOUNDS]
+    assert settings_by_cost(error[None], valid, [1.0]) == [(0.0,), (0.1,)]
 
 
 def test_the_group_that_costs_less_is_opened_first():

@@ -85,7 +85,7 @@ def acceptance_and_distortion(error: Tensor, valid: Tensor, bound: float) -> tup
 def settings_by_cost(errors: Tensor, valid: Tensor, sensitivity: Sequence[float]) -> list[Setting]:
     """Settings from the most careful to the boldest, each the best one for its price.
 
-    With one group these are `BOUNDS`. With several, a setting maximises `saved - price * cost` over the bounds of every
+    With one group these are the `BOUNDS` that change what is shared. With several, a setting maximises `saved - price * cost` over the bounds of every
     group alone, for one `price` common to all: the Lagrangian of "save most at a given total cost". The cost of a group
     is its distortion times its sensitivity, because small independent errors add up in KL to second order.
 
@@ -94,7 +94,8 @@ def settings_by_cost(errors: Tensor, valid: Tensor, sensitivity: Sequence[float]
         sensitivity: KL per unit of distortion, by group.
     """
     if len(errors) == 1:
-        return [(bound,) for bound in BOUNDS]
+        outcome = {acceptance_and_distortion(errors[0], valid, bound): (bound,) for bound in reversed(BOUNDS)}
+        return sorted(outcome.values())
     found = [[acceptance_and_distortion(error, valid, bound) for bound in BOUNDS] for error in errors]
     saved = torch.tensor([[acceptance for acceptance, _ in row] for row in found])
     cost = torch.tensor(

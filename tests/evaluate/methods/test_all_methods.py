@@ -1,0 +1,94 @@
+"""What every method promises, whichever it is; those whose packages are missing are skipped."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from tiny_batches import batch_of, different, same_start
+
+from jointkv.errors import BadInput
+from jointkv.evaluate.comparison import run_methods, score
+from jointkv.evaluate.methods import get_method, method_names
+from jointkv.evaluate.methods.base import scored_tokens
+
+LOSSLESS = {"unfused": 1.0, "exact_prefix": 1.0, "fused": 0.0, "minicache": 0.0, "semantic": 1.1}
+LOSSLESS |= dict.fromkeys(("snapkv", "expected_attention", "knorm", "tova", "streaming_llm"), 1.0)
+ON_PAGES = ("exact_prefix", "fused", "paper", "fused_quantized", "quantized_pages")
+
+
+def runnable(name):
+    method = get_method(name)
+    if method.missing_packages():
+        pytest.skip(f"needs {', '.join(method.missing_packages())}")
+    if name in ON_PAGES and Version(transformers.__version__) < Version("5.16"):
+        pytest.skip("jointkv.hf needs a later transformers")
+    if name == "kvzip":
+        pytest.skip("needs a tokenizer; see test_pressed.py")
+    return method
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_tokens_fed_one_by_one_or_at_once_give_the_same_logits(name):
+    method, batch = runnable(name), batch_of(same_start())
+    tokens = scored_tokens(batch.requests)
+    level = method.levels[0]
+    at_once = method.hold(batch, level).feed(tokens)
+    held = method.hold(batch, level)
+    one_by_one = torch.cat([held.feed(tokens[:, i : i + 1]) for i in range(tokens.shape[1])], 1)
+    torch.testing.assert_close(at_once, one_by_one, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_fork_is_fed_on_its_own_and_changes_nothing_here(name):
+    method, batch = runnable(name), batch_of(same_start())
+    expected = score(method.hold(batch, method.levels[0]), batch)
+    held = method.hold(batch, method.levels[0])
+    twin = held.fork()
+    torch.testing.assert_close(score(twin, batch), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(score(held, batch), expected, rtol=1e-3, atol=1e-3)
+    assert held.model is batch.model and twin.nbytes == held.nbytes
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_at_its_lossless_end_nothing_changes(name):
+    method = runnable(name)
+    (row,) = run_methods(batch_of(different()), [(method, LOSSLESS[name])], generate=4)
+    assert row.not_run is None
+    assert row.kl_worst_request < 1e-6 and row.top1 == 1 and row.common_prefix == 4
+    assert 1 <= row.share < 1.1  # a started block counts whole at an allocator
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_bytes_fall_with_the_level(name):
+    method = runnable(name)
+    batch = batch_of(same_start(), num_hidden_layers=8)
+    held = [method.hold(batch, level) for level in method.levels]
+    sizes = [each.nbytes for each in held]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] > 0
+    assert all(0 <= each.nbytes_packed <= each.nbytes for each in held)
+
+
+def test_batch_keeps_what_it_prefilled():
+    batch = batch_of(same_start())
+    before = [layer.keys.clone() for layer in batch.dense[0].layers]
+    for name in ("unfused", "minicache", "semantic"):
+        method = get_method(name)
+        score(method.hold(batch, method.levels[-1]), batch)
+    assert all(torch.equal(kept, layer.keys) for kept, layer in zip(before, batch.dense[0].layers, strict=True))
+
+
+def test_names():
+    assert len(set(method_names())) == len(method_names()) >= 15
+    assert get_method("fused-quantized") is get_method("fused_quantized")
+    with pytest.raises(BadInput, match="unknown method 'magic'; known: unfused"):
+        get_method("magic")
+
+
+def test_methods_import_without_the_newer_transformers():
+    found = "[name for name in sys.modules if name.startswith(('jointkv.hf', 'kvpress'))]"
+    code = f"import sys, jointkv.evaluate.worker; print({found})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
