@@ -35,8 +35,8 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Sums over scored positions of one request."""
+class RequestSums:
+    """Sums over the scored positions of one request, from which `summarize` takes the means."""
 
     positions: int
     kl: float
@@ -52,7 +52,7 @@ class Scorer:
     """
 
     def __init__(self) -> None:
-        self._rows: list[_Sums] = []
+        self._rows: list[RequestSums] = []
 
     def add(
         self, logits_row: Tensor, reference_row: Tensor, targets_row: Tensor, mask_row: Tensor | None = None
@@ -72,28 +72,37 @@ class Scorer:
 
     def result(self) -> Fidelity:
         """Fidelity over everything added so far. Raises `LayoutError` when nothing was."""
-        if not self._rows:
-            raise LayoutError("no request was scored")
-        rows = self._rows
-        positions = sum(row.positions for row in rows)
-        # torch's max keeps a NaN, Python's drops it depending on the order.
-        worst_kl = torch.tensor([row.kl / row.positions for row in rows], dtype=torch.float64).max()
-        return Fidelity(
-            kl=sum(row.kl for row in rows) / positions,
-            kl_worst_request=worst_kl.item(),
-            top1=sum(row.top1_equal for row in rows) / positions,
-            top1_worst_request=min(row.top1_equal / row.positions for row in rows),
-            nll=sum(row.nll for row in rows) / positions,
-            nll_reference=sum(row.nll_reference for row in rows) / positions,
-            requests=len(rows),
-            positions=positions,
-        )
+        return summarize(self._rows)
+
+    @property
+    def requests(self) -> tuple[RequestSums, ...]:
+        """What was added so far, in that order."""
+        return tuple(self._rows)
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` unless every request has positions, and no more equal top-1 than those."""
         for index, row in enumerate(self._rows):
             if row.positions < 1 or not 0 <= row.top1_equal <= row.positions or row.kl < 0:
                 raise IntegrityError(f"request {index} has impossible sums: {row}")
+
+
+def summarize(rows: Sequence[RequestSums]) -> Fidelity:
+    """Fidelity over `rows`. Raises `LayoutError` when there is none."""
+    if not rows:
+        raise LayoutError("no request was scored")
+    positions = sum(row.positions for row in rows)
+    # torch's max keeps a NaN, Python's drops it depending on the order.
+    worst_kl = torch.tensor([row.kl / row.positions for row in rows], dtype=torch.float64).max()
+    return Fidelity(
+        kl=sum(row.kl for row in rows) / positions,
+        kl_worst_request=worst_kl.item(),
+        top1=sum(row.top1_equal for row in rows) / positions,
+        top1_worst_request=min(row.top1_equal / row.positions for row in rows),
+        nll=sum(row.nll for row in rows) / positions,
+        nll_reference=sum(row.nll_reference for row in rows) / positions,
+        requests=len(rows),
+        positions=positions,
+    )
 
 
 def score(logits: Tensor, reference_logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Fidelity:
@@ -125,12 +134,12 @@ def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-def _sum_request(logits: Tensor, reference: Tensor, targets: Tensor) -> _Sums:
+def _sum_request(logits: Tensor, reference: Tensor, targets: Tensor) -> RequestSums:
     chunks = [
         _sum_chunk(*chunk)
         for chunk in zip(logits.split(_CHUNK), reference.split(_CHUNK), targets.split(_CHUNK), strict=True)
     ]
-    return _Sums(
+    return RequestSums(
         positions=sum(chunk.positions for chunk in chunks),
         kl=sum(chunk.kl for chunk in chunks),
         top1_equal=sum(chunk.top1_equal for chunk in chunks),
@@ -139,14 +148,14 @@ def _sum_request(logits: Tensor, reference: Tensor, targets: Tensor) -> _Sums:
     )
 
 
-def _sum_chunk(logits: Tensor, reference: Tensor, targets: Tensor) -> _Sums:
+def _sum_chunk(logits: Tensor, reference: Tensor, targets: Tensor) -> RequestSums:
     log_q = torch.log_softmax(logits.to(reference.device, torch.float64), dim=-1)
     log_p = torch.log_softmax(reference.to(torch.float64), dim=-1)
     p = log_p.exp()
     # A token ruled out by the reference (logit -inf) adds 0; the plain product would be 0 * inf = NaN.
     kl = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=-1)
     picked = targets.to(reference.device, torch.int64).unsqueeze(1)
-    return _Sums(
+    return RequestSums(
         positions=targets.shape[0],
         # KL is never negative; what is left below zero is rounding.
         kl=kl.clamp(min=0).sum().item(),

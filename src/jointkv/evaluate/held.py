@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jointkv.evaluate.fidelity import Scorer
+from jointkv.evaluate.methods.base import HeldBatch, scored_tokens
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
@@ -105,31 +107,66 @@ def prefill(model: PreTrainedModel, requests: Sequence[Request], *, block_size: 
     return Prefilled(requests, pack(cache), cache.length, mask, seconds)
 
 
-@torch.inference_mode()
+class FusedBatch(HeldBatch):
+    """A prefilled batch on pages of a `JointPool` of its own, fused under a policy.
+
+    `nbytes` are the pages in use at the allocator, and the scales of members that read a shared direction.
+
+    Attributes:
+        cache: the cache; `cache.pool` counts.
+        pages_before: pages in use before anything was fused.
+        pages_after: pages in use after it.
+        ratio_fused_layers: references per page over the layers that take part in fusion.
+    """
+
+    counted = "allocator"
+
+    def __init__(self, model: PreTrainedModel, batch: Prefilled, policy: FusionPolicy, *, block_size: int = 16) -> None:
+        self.model = model
+        self.cache = JointCache(JointPool(model, policy, block_size=block_size))
+        self._mask = batch.mask
+        with torch.inference_mode():
+            unpack(self.cache, batch.length, regroup(batch.state, self.cache.pool.groups.layers))
+        stats = self.cache.pool.stats()
+        self.pages_before, self.pages_after = stats["pages_peak"], stats["pages_used"]
+        self.ratio_fused_layers = _ratio_fused_layers(self.cache)
+        self.nbytes = stats["bytes_used"] + sum(
+            scale.nbytes for table in self.cache.tables for scale in (table.k_scale, table.v_scale) if scale is not None
+        )
+
+    @torch.inference_mode()
+    def feed(self, tokens: Tensor) -> Tensor:
+        device = self.model.device
+        positions = self._mask.sum(1, keepdim=True) + torch.arange(tokens.shape[1])
+        self._mask = torch.cat((self._mask, torch.ones_like(tokens)), 1)
+        return self.model(
+            input_ids=tokens.to(device),
+            attention_mask=self._mask.to(device),
+            position_ids=positions.to(device),
+            past_key_values=self.cache,
+        ).logits
+
+    def fork(self) -> FusedBatch:
+        """A copy that reads the same pages; its blocks may fuse with this one's as any others in the pool."""
+        twin = copy.copy(self)
+        twin.cache = copy.deepcopy(self.cache)
+        return twin
+
+
 def hold(model: PreTrainedModel, batch: Prefilled, policy: FusionPolicy, *, block_size: int = 16) -> Held:
     """Put `batch` on pages, fuse it under `policy`, then feed the last prompt token and the true continuation.
 
     Every scored distribution therefore comes after the fused prompt.
     """
-    pool = JointPool(model, policy, block_size=block_size)
-    cache = JointCache(pool)
-    unpack(cache, batch.length, regroup(batch.state, pool.groups.layers))
-    stats = pool.stats()
-    ratio_fused = _ratio_fused_layers(cache)
-    fed = torch.tensor([(request.prompt[-1], *request.continuation[:-1]) for request in batch.requests])
-    positions = batch.mask.sum(1, keepdim=True) + torch.arange(fed.shape[1])
-    logits = model(
-        input_ids=fed.to(model.device),
-        attention_mask=torch.cat((batch.mask, torch.ones_like(fed)), 1).to(model.device),
-        position_ids=positions.to(model.device),
-        past_key_values=cache,
-    ).logits
-    cache.check_integrity()
+    fused = FusedBatch(model, batch, policy, block_size=block_size)
+    stats = fused.cache.pool.stats()
+    logits = fused.feed(scored_tokens(batch.requests))
+    fused.cache.check_integrity()
     return Held(
-        pages_before=stats["pages_peak"],
-        pages_after=stats["pages_used"],
+        pages_before=fused.pages_before,
+        pages_after=fused.pages_after,
         page_bytes=stats["page_bytes"],
-        ratio_fused_layers=ratio_fused,
+        ratio_fused_layers=fused.ratio_fused_layers,
         seconds_fuse=stats["seconds_fusing"],
         logits=logits,
     )

@@ -72,7 +72,7 @@ class Suite:
     ) -> list[MethodRow]:
         """All `choices` on the same requests; those without a level at as many bytes as fusion takes, if they can."""
         batch = Batch(self.model, requests, self.block_size)
-        scoped = [replace(choice, method=in_scope(choice.method, traffic)) for choice in choices]
+        scoped = [replace(choice, method=choice.method.in_scope(traffic.scope)) for choice in choices]
         first = [(choice.method, choice.level) for choice in scoped if choice.level is not None]
         free = [choice.method for choice in scoped if choice.level is None]
         share = self._fused_share(batch, traffic, free)
@@ -91,7 +91,7 @@ class Suite:
         """Share of the bytes that fusion takes; 1 if nobody asks for it."""
         if all(method.level_for_share(0.5) is None for method in methods):
             return 1.0
-        held = in_scope(get_method("fused"), traffic).hold(batch, REFERENCE_LEVEL)
+        held = get_method("fused").in_scope(traffic.scope).hold(batch, REFERENCE_LEVEL)
         return min(1.0, held.nbytes / batch.unfused_nbytes)
 
     def run_task(
@@ -109,11 +109,6 @@ class Suite:
         return rows
 
 
-def in_scope(method: Method, traffic: Traffic) -> Method:
-    """Fusion in the scope that `traffic` is for; other methods as they are."""
-    return method.with_scope(traffic.scope) if isinstance(method, Fused) else method
-
-
 def choices_of(methods: Sequence[str], policies: Sequence[str], profile: FusionPolicy | None) -> list[Choice]:
     """What the names on the command line stand for; everything that there is if none is given.
 
@@ -128,7 +123,7 @@ def choices_of(methods: Sequence[str], policies: Sequence[str], profile: FusionP
     """
     chosen = [Choice(method, method.levels[0]) for method in map(_preset, policies)]
     if profile is not None:
-        held = Fused("profile", profile)
+        held = Fused("profile", profile, follows_traffic=False)
         chosen.append(Choice(held, held.levels[0]))
     chosen += [_method(text) for text in methods]
     return chosen or [Choice(get_method(name)) for name in method_names() if name != "unfused"]

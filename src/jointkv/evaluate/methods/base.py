@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
 
+from jointkv.errors import UnsupportedModel
 from jointkv.evaluate.traffic.base import Request
+from jointkv.policy import Scope
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     from jointkv.evaluate.held import Prefilled
 
 Counted = Literal["allocator", "tensors", "predicted"]
+LayerStates = list[tuple[Tensor, Tensor]]
+"""K and V `[1, h, n, d]` of one request, per layer."""
 
 
 @dataclass
@@ -37,13 +43,22 @@ class Batch:
     def prefilled(self) -> Prefilled:
         """The batch on jointkv's pages; needs a transformers that `jointkv.hf` supports."""
         from jointkv.evaluate.held import prefill
+        from jointkv.evaluate.prefilled import from_dense
 
-        return prefill(self.model, self.requests, block_size=self.block_size)
+        try:
+            return from_dense(self.model, self.requests, self.dense, self.block_size)
+        except UnsupportedModel:
+            return prefill(self.model, self.requests, block_size=self.block_size)
 
     @cached_property
     def dense(self) -> list[DynamicCache]:
         """One `DynamicCache` per request."""
         return [prefill_dense(self.model, request) for request in self.requests]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Prefilled tokens per request."""
+        return [len(request.prompt) - 1 for request in self.requests]
 
     @property
     def unfused_nbytes(self) -> int:
@@ -52,24 +67,87 @@ class Batch:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         per_token = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
-        return per_token * sum(len(request.prompt) - 1 for request in self.requests)
+        return per_token * sum(self.lengths)
 
 
 class HeldBatch(ABC):
     """What a method holds of a batch after prefill.
 
     Attributes:
-        nbytes: bytes of K and V and of whatever is needed to read them, of the prompts only.
+        model: the model that the batch was prefilled with.
+        nbytes: bytes of K and V and of whatever is needed to read them (block tables apart), of the prompts only.
+        nbytes_packed: the part of `nbytes` that does not grow with the model's dtype, such as packed codes.
         counted: where `nbytes` comes from: pages at an allocator, sizes of the tensors held, or a calculation, for a
             method that only simulates what it saves.
     """
 
+    model: PreTrainedModel
     nbytes: int
+    nbytes_packed: int = 0
     counted: Counted
 
     @abstractmethod
     def feed(self, tokens: Tensor) -> Tensor:
         """Append `tokens [requests, n]` to every request; returns their next-token logits `[requests, n, vocab]`."""
+
+    @abstractmethod
+    def fork(self) -> Self:
+        """A copy that is fed on its own; both read the same prompts."""
+
+
+class DenseBatch(HeldBatch):
+    """One cache of transformers per request, read as it stands."""
+
+    counted: Counted = "tensors"
+
+    def __init__(self, batch: Batch, caches: Sequence[Any], nbytes: int) -> None:
+        self.model, self.nbytes = batch.model, nbytes
+        self._caches, self._positions = list(caches), batch.lengths
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        logits = feed_each(self.model, self._caches, self._positions, tokens)
+        self._positions = [position + tokens.shape[1] for position in self._positions]
+        return logits
+
+    def fork(self) -> Self:
+        twin = copy.copy(self)
+        twin._caches = [fork_cache(cache) for cache in self._caches]
+        return twin
+
+
+class RebuiltBatch(HeldBatch):
+    """Prompts in a form of the method's own, from which one request at a time is rebuilt to be read.
+
+    Tokens fed after the prompt are kept as they are.
+
+    Args:
+        lengths: tokens per request that `rebuild` gives, which is also the position of the first token fed.
+    """
+
+    def __init__(self, model: PreTrainedModel, lengths: Sequence[int]) -> None:
+        self.model, self._lengths = model, list(lengths)
+        self._fed: list[LayerStates] = [[] for _ in lengths]
+
+    @abstractmethod
+    def rebuild(self, request: int) -> LayerStates:
+        """K and V of the prompt of one request, read from what is held; the caller may not change them."""
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        return torch.cat([self._feed_one(index, row) for index, row in enumerate(tokens)])
+
+    def fork(self) -> Self:
+        twin = copy.copy(self)
+        twin._fed = list(self._fed)
+        return twin
+
+    def _feed_one(self, request: int, tokens: Tensor) -> Tensor:
+        prompt, length = self.rebuild(request), self._lengths[request]
+        fed = self._fed[request] or [(k[:, :, :0], v[:, :, :0]) for k, v in prompt]
+        states = [(torch.cat((k, m), 2), torch.cat((v, w), 2)) for (k, v), (m, w) in zip(prompt, fed, strict=True)]
+        cache = dense_cache(self.model, states)
+        logits = feed_each(self.model, [cache], [length + fed[0][0].shape[2]], tokens[None])
+        self._fed[request] = [(k[:, :, length:].clone(), v[:, :, length:].clone()) for k, v in layer_states(cache)]
+        return logits
 
 
 class Method(ABC):
@@ -80,7 +158,7 @@ class Method(ABC):
         level_means: what a level is, for tables.
         shares_across_requests: whether requests can share memory.
         frees_engine_memory: whether a paged engine such as vLLM gets blocks back, as it stands.
-        packages: what must be installed besides `torch` and `transformers`.
+        packages: distributions that must be installed besides `torch` and `transformers`.
     """
 
     name: str
@@ -99,15 +177,23 @@ class Method(ABC):
         """The level that keeps `share` (0 to 1) of the unfused bytes; None if that cannot be chosen."""
         return None
 
+    def in_scope(self, scope: Scope) -> Method:
+        """This method for traffic whose likeness lies in `scope`; most methods do not care."""
+        return self
+
+    def missing_packages(self) -> tuple[str, ...]:
+        """Those of `packages` that are not installed here."""
+        return tuple(name for name in self.packages if not _is_installed(name))
+
 
 @torch.inference_mode()
-def prefill_dense(model: PreTrainedModel, request: Request, **forward: Any) -> DynamicCache:
-    """The KV of all but the last prompt token of `request`."""
+def prefill_dense(model: PreTrainedModel, request: Request, cache: Any = None) -> Any:
+    """The KV of all but the last prompt token of `request`, in `cache` if given, else in a new `DynamicCache`."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if cache is None else cache
     ids = torch.tensor([request.prompt[:-1]], device=model.device)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **forward)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 
 
@@ -125,3 +211,46 @@ def feed_each(model: PreTrainedModel, caches: Sequence[Any], positions: Sequence
         )
         logits.append(out.logits)
     return torch.cat(logits)
+
+
+def fork_cache(cache: Any) -> Any:
+    """A copy of a growing cache of transformers; its layers replace their tensors and never write into them."""
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
+
+
+def scored_tokens(requests: Sequence[Request]) -> Tensor:
+    """What is fed after a prefill to score a true continuation: the last prompt token, then all but its last token.
+
+    Long `[requests, n]`; the logits at position `i` are those of `continuation[i]`.
+    """
+    return torch.tensor([(request.prompt[-1], *request.continuation[:-1]) for request in requests])
+
+
+def layer_states(cache: Any) -> LayerStates:
+    """K and V of each layer of a `DynamicCache`, not copied."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def dense_cache(model: PreTrainedModel, states: LayerStates) -> DynamicCache:
+    """A `DynamicCache` that holds `states`."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for index, (keys, values) in enumerate(states):
+        cache.update(keys, values, index)
+    return cache
+
+
+def nbytes_of(states: LayerStates) -> int:
+    """Bytes of K and V of all layers."""
+    return sum(keys.nbytes + values.nbytes for keys, values in states)
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -2,26 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-
-from torch import Tensor
-
-from jointkv.evaluate.methods.base import Batch, HeldBatch, Method, feed_each
-
-
-class DenseBatch(HeldBatch):
-    """One dense cache per request; `nbytes` is the caller's."""
-
-    counted = "tensors"
-
-    def __init__(self, batch: Batch, caches: list, nbytes: int) -> None:
-        self._model, self._caches, self.nbytes = batch.model, caches, nbytes
-        self._positions = [len(request.prompt) - 1 for request in batch.requests]
-
-    def feed(self, tokens: Tensor) -> Tensor:
-        logits = feed_each(self._model, self._caches, self._positions, tokens)
-        self._positions = [position + tokens.shape[1] for position in self._positions]
-        return logits
+from jointkv.evaluate.methods.base import Batch, DenseBatch, HeldBatch, Method, fork_cache, layer_states, nbytes_of
 
 
 class Unfused(Method):
@@ -33,4 +14,5 @@ class Unfused(Method):
     level_means = "share of tokens kept"
 
     def hold(self, batch: Batch, level: float) -> HeldBatch:
-        return DenseBatch(batch, copy.deepcopy(batch.dense), batch.unfused_nbytes)
+        caches = [fork_cache(cache) for cache in batch.dense]
+        return DenseBatch(batch, caches, sum(nbytes_of(layer_states(cache)) for cache in caches))

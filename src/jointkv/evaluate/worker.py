@@ -1,0 +1,131 @@
+"""Comparison across environments: methods whose packages are not installed here run in a process of another one.
+
+`python -m jointkv.evaluate.worker JOB.json RESULT.jsonl` is that process. It reads a job, writes one row per line, and
+prints a line of progress before each method.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jointkv.errors import BadInput
+from jointkv.evaluate.comparison import MethodRow, Progress, Wanted, iter_methods, not_run, run_methods
+from jointkv.evaluate.methods import get_method
+from jointkv.evaluate.methods.base import Batch
+from jointkv.evaluate.traffic.base import Request
+
+JOB_FORMAT = "jointkv.methods.job/1"
+STDERR_LINES = 3
+
+
+def compare_methods(
+    batch: Batch,
+    wanted: Sequence[Wanted],
+    *,
+    model_folder: str | Path,
+    worker_python: str | Path | None = None,
+    traffic: str = "",
+    generate: int = 0,
+    progress: Progress | None = None,
+) -> list[MethodRow]:
+    """Rows for `wanted`, in that order: those whose packages are here run here, the others in `worker_python`.
+
+    Each is compared with the unfused model of the environment it ran in. `model_folder` holds the model of `batch`, for
+    the worker to load; `worker_python` is the interpreter of the other environment (`make setup-eval`). What could not
+    be run has a row that says why.
+    """
+    elsewhere = [each for each in wanted if each[0].missing_packages()]
+    here = [each for each in wanted if not each[0].missing_packages()]
+    rows = run_methods(batch, here, generate, progress, traffic=traffic) if here else []
+    if elsewhere:
+        job = make_job(batch, elsewhere, model_folder=model_folder, traffic=traffic, generate=generate)
+        rows += run_in_worker(job, elsewhere, worker_python, progress)
+    order = {id(each): place for place, each in enumerate(wanted)}
+    placed = sorted(zip(here + elsewhere, rows, strict=True), key=lambda pair: order[id(pair[0])])
+    return [row for _, row in placed]
+
+
+def make_job(
+    batch: Batch, wanted: Sequence[Wanted], *, model_folder: str | Path, traffic: str = "", generate: int = 0
+) -> dict[str, Any]:
+    """What `run_job` needs, as JSON can hold it."""
+    return {
+        "format": JOB_FORMAT,
+        "model": str(model_folder),
+        "dtype": str(batch.model.dtype).removeprefix("torch."),
+        "block_size": batch.block_size,
+        "traffic": traffic,
+        "generate": generate,
+        "requests": [{"prompt": each.prompt, "continuation": each.continuation} for each in batch.requests],
+        "methods": [{"name": method.name, "level": level} for method, level in wanted],
+    }
+
+
+def run_in_worker(
+    job: dict[str, Any], wanted: Sequence[Wanted], python: str | Path | None, progress: Progress | None = None
+) -> list[MethodRow]:
+    """Run `job` under the interpreter `python`. Where that fails, rows that say why follow those that were made."""
+    rows: list[MethodRow] = []
+    reason = f"no environment of the baselines at {python}; run: make setup-eval"
+    if python is not None and Path(python).is_file():
+        rows, reason = _run_process(job, python, progress or (lambda line: None))
+    return rows + [not_run(method, level, reason, job["traffic"]) for method, level in wanted[len(rows) :]]
+
+
+def _run_process(job: dict[str, Any], python: str | Path, progress: Progress) -> tuple[list[MethodRow], str]:
+    """The rows that a worker made, and why there are no more of them."""
+    with tempfile.TemporaryDirectory(prefix="jointkv-methods-") as folder:
+        paths = [Path(folder) / name for name in ("job.json", "result.jsonl")]
+        paths[0].write_text(json.dumps(job))
+        command = [str(python), "-m", "jointkv.evaluate.worker", *map(str, paths)]
+        with (Path(folder) / "stderr").open("w+") as errors:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    progress(line.rstrip())
+            errors.seek(0)
+            last = " | ".join(errors.read().strip().splitlines()[-STDERR_LINES:])
+        text = paths[1].read_text() if paths[1].is_file() else ""
+        complete = text.split("\n")[:-1]  # a worker that died may have left part of a line
+        rows = [MethodRow.from_dict(json.loads(line)) for line in complete]
+        return rows, f"the worker ended with exit code {process.returncode}: {last}"
+
+
+def run_job(job: dict[str, Any], progress: Progress | None = None) -> Iterator[MethodRow]:
+    """Load the model of `job` and run its methods; raises `BadInput` for another format or an unknown method."""
+    if job.get("format") != JOB_FORMAT:
+        raise BadInput(f"a job of format {JOB_FORMAT} expected, got {job.get('format')}")
+    wanted = [(get_method(each["name"]), float(each["level"])) for each in job["methods"]]
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"]).eval()
+    requests = [Request(tuple(each["prompt"]), tuple(each["continuation"]), "") for each in job["requests"]]
+    batch = Batch(model, requests, job["block_size"])
+    return iter_methods(batch, wanted, job["generate"], progress, traffic=job["traffic"])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the job of the file `arguments[0]`, write its rows to `arguments[1]`."""
+    if len(arguments) != 2:
+        print("usage: python -m jointkv.evaluate.worker JOB.json RESULT.jsonl", file=sys.stderr)
+        return 2
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # stderr is for what goes wrong
+    job = json.loads(Path(arguments[0]).read_text())
+    with Path(arguments[1]).open("w") as result:
+        for row in run_job(job, progress=lambda line: print(line, flush=True)):
+            # A row at a time: a later method may take the whole process down.
+            print(json.dumps(asdict(row)), file=result, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
