@@ -166,7 +166,7 @@ def _print_rows(rows: Sequence[MethodRow]) -> None:
 
     if not rows:
         return
-    table = Table(title="KV bytes saved, and the next tokens against the unfused model's")
+    table = Table(title="KV bytes saved at 16 bits, and the next tokens against the unfused model's")
     for number, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="right" if number > 1 else "left", no_wrap=True)
     for row in rows:
@@ -175,7 +175,7 @@ def _print_rows(rows: Sequence[MethodRow]) -> None:
             table.add_row(*cells, f"not run: {row.not_run[:60]}")
             continue
         table.add_row(
-            *(*cells, f"{1 - (row.share or 0):.1%}", f"{row.kl:.5f}", f"{row.kl_worst_request:.4f}", f"{row.top1:.3f}"),
+            *(*cells, f"{1 - (row.share_16bit or 0):.1%}", f"{row.kl:.5f}", f"{row.kl_worst_request:.4f}", f"{row.top1:.3f}"),
             f"{row.nll:.4f} ({row.nll_reference:.4f})",
             "-" if row.common_prefix is None else f"{row.common_prefix:.1f} of {row.generated}",
         )
