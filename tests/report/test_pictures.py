@@ -15,6 +15,7 @@ from jointkv.report.results import read_result
 
 PNG = b"\x89PNG\r\n"
 Result = dict[str, Any]
+UNFINISHED = {"traffic": "names", "target": "kl=0.005", "seed": 0, "met": False}
 
 
 def evaluation() -> Result:
@@ -153,9 +154,23 @@ def test_calibration_table_summarises_splits(tmp_path: Path) -> None:
         }
         for seed, (predicted, measured, kl, met) in enumerate(splits)
     ]
-    rows.append({**rows[0], "held_out": None, "met": False})
+    rows.append(
+        {"traffic": "near_prefix", "target": "kl=0.005", "seed": 3, "unmet": "no bound", "met": False, "seconds": 99.0}
+    )
     assert table("predicted_against_measured", tmp_path, {"format": "jointkv.calibration/1", "rows": rows}) == [
-        ["near-prefix", "kl=0.005", "4", "2 of 4", "2.00", "2.00", "-15.0%", "0.002", "0.004", "0.012", "100"]
+        [
+            "near-prefix",
+            "kl=0.005",
+            "4",
+            "2 of 4 (1 out of reach)",
+            "2.00",
+            "2.00",
+            "-15.0%",
+            "0.002",
+            "0.004",
+            "0.012",
+            "100",
+        ]
     ]
 
 
@@ -214,6 +229,7 @@ def damaged(path: tuple[Any, ...], value: Any) -> str:
         ('{"format": "jointkv.evaluate/2", "rows": []}', '"format" is "jointkv.evaluate/2"'),
         ('{"format": "jointkv.paper/1"}', "nothing in it to show"),
         ('{"format": "jointkv.calibration/1"}', "rows: Field required"),
+        (json.dumps({**samples.calibrations(), "rows": [UNFINISHED]}), "rows.0: neither predicted and held_out"),
         (damaged(("rows", 1, "kl"), "small"), "rows.1.kl"),
         (damaged(("rows", 1, "kl"), float("nan")), "rows.1.kl"),
         (damaged(("tasks", 1, "difference"), {"mean": 1.0}), "tasks.1.difference.low"),

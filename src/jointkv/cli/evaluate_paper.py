@@ -26,7 +26,7 @@ def paper(
     threshold: list[float] | None = typer.Option(None, help="Cosine of keys in a batch. Default 0.75 and 0.9."),
     largest: int = typer.Option(128, help="Largest batch; the others are powers of two."),
     prompt_tokens: int = typer.Option(256, help="Tokens of K and V per request, where the data suffices."),
-    answer_tokens: int = typer.Option(16, help="True tokens scored, and tokens written for F1."),
+    answer_tokens: int = typer.Option(8, help="True tokens scored, and tokens written for F1."),
     document: list[str] | None = typer.Option(None, help="LongBench data set of the chunks. Default three."),
     documents: int = typer.Option(2, help="Documents of each."),
     chunks: int = typer.Option(8, help="Chunks per document."),
@@ -105,8 +105,8 @@ def _print(result: PaperResult) -> None:
         [_batch_cells(row) for row in result.batch],
     )
     _table(
-        "Growth of the ratio of the fused layers with the batch size B: r2 of a + b ln B and of a + b B",
-        ("data", "policy", "sizes", "b", "r2 log", "r2 linear"),
+        "Growth of the ratio with the batch size B: r2 of a + b ln B and of a + b B",
+        ("data", "policy", "layers", "sizes", "b ln B", "r2 log", "r2 linear"),
         [_growth_cells(row) for row in result.growth],
     )
     _table(
@@ -153,7 +153,8 @@ def _batch_cells(row: BatchRow) -> tuple[str, ...]:
 
 def _growth_cells(row: GrowthRow) -> tuple[str, ...]:
     fits = ("-" if r2 is None else f"{r2:.3f}" for r2 in (row.r2_log, row.r2_linear))
-    return (row.dataset, _policy(row), str(row.sizes), f"{row.slope_log:.3f}", *fits)
+    layers = "all" if row.ratio == "ratio" else "fused"
+    return (row.dataset, _policy(row), layers, str(row.sizes), f"{row.slope_log:.3f}", *fits)
 
 
 def _chunk_cells(row: ChunkRow) -> tuple[str, ...]:

@@ -3,9 +3,9 @@
 import typer
 
 import jointkv
-from jointkv.cli import bench, calibrate, demo, doctor, generate, inspect, model, serve
+from jointkv.cli import bench, calibrate, demo, doctor, evaluate, generate, inspect, model, report, serve
 
-VERBS = (bench, calibrate, demo, doctor, generate, inspect, model, serve)
+VERBS = (bench, calibrate, demo, doctor, evaluate, generate, inspect, model, report, serve)
 
 app = typer.Typer(name="jointkv", add_completion=False, pretty_exceptions_show_locals=False)
 

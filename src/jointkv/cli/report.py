@@ -25,8 +25,7 @@ def plots(
 
 def register(app: typer.Typer) -> None:
     """Add the verb `report` to `app`."""
-    report = typer.Typer(no_args_is_help=True, help="Pictures and tables from JSON results.")
-    report.command()(plots)
-    # A group of one command would otherwise lose its name.
-    report.callback()(lambda: None)
-    app.add_typer(report, name="report")
+    group = typer.Typer(no_args_is_help=True, help="Pictures and tables from JSON results.")
+    group.callback()(lambda: None)
+    group.command()(plots)
+    app.add_typer(group, name="report")
