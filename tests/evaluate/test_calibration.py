@@ -195,12 +195,12 @@ def test_chunk_scope(model):
 
 def test_an_interrupted_calibration_goes_on(model, tmp_path, monkeypatch):
     whole = calibrated(model, "kl=0.01", work=tmp_path)
-    from jointkv.evaluate import calibration
+    from jointkv.evaluate.calibration import run
 
     def never(*args, **options):
         raise AssertionError("prefilled again")
 
-    monkeypatch.setattr(calibration, "prefill", never)
+    monkeypatch.setattr(run, "prefill", never)
     assert calibrated(model, "kl=0.01", work=tmp_path) == whole
 
 

@@ -1,0 +1,78 @@
+"""Results of a calibration in between, so that an interrupted one goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jointkv.errors import BadInput
+from jointkv.evaluate import prefilled
+from jointkv.evaluate.calibration.settings import CalibrationSettings
+from jointkv.evaluate.held import Prefilled
+from jointkv.evaluate.traffic.base import Request
+from jointkv.files import replace_text
+from jointkv.profile import Measurement
+from jointkv.theory.calibrate import Setting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Store:
+    """Results in between, in files named after what they are results of. Without a folder it keeps nothing."""
+
+    def __init__(
+        self, folder: Path | None, model: PreTrainedModel, requests: Sequence[Request], settings: CalibrationSettings
+    ) -> None:
+        from jointkv.hf.pool import model_fingerprint
+
+        self._folder = folder
+        base = [model_fingerprint(model), str(model.dtype), str(settings.block_size)]
+        self._prefill_key = base
+        self._measure_key = [*base, digest(requests), str(settings.seed), settings.scope, str(settings.chunk_tokens)]
+        self._measure_key += [str(settings.layer_groups), settings.across_layers, str(settings.token_limit)]
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BadInput(f"cannot make the folder {folder}: {error.strerror or error}") from None
+
+    def prefilled(self, requests: Sequence[Request], make: Callable[[], Prefilled]) -> Prefilled:
+        """What an earlier run has prefilled, or else what `make` returns, which is kept."""
+        if self._folder is None:
+            return make()
+        path = self._folder / f"prefill-{_hash([*self._prefill_key, digest(requests)])}.safetensors"
+        found = prefilled.load(path, requests)
+        if found is None:
+            found = make()
+            prefilled.save(found, path)
+        return found
+
+    def measured(self, half: str) -> dict[Setting, Measurement]:
+        """Measurements of an earlier run."""
+        if self._folder is None or not self._path(half).exists():
+            return {}
+        rows = json.loads(self._path(half).read_text())
+        return {tuple(setting): Measurement.model_validate(row) for setting, row in rows}
+
+    def keep(self, half: str, measured: dict[Setting, Measurement]) -> None:
+        """Remember the measurements of a half."""
+        if self._folder is not None:
+            rows = [[setting, row.model_dump()] for setting, row in measured.items()]
+            replace_text(self._path(half), json.dumps(rows))
+
+    def _path(self, half: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{half}-{_hash(self._measure_key)}.json"
+
+
+def digest(requests: Sequence[Request]) -> str:
+    """A hash of all token ids."""
+    return _hash([json.dumps([request.prompt, request.continuation]) for request in requests])
+
+
+def _hash(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
