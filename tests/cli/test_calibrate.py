@@ -54,6 +54,22 @@ def test_a_profile_from_a_users_file(tiny, tmp_path):
     assert code == 0 and Profile.load(output).block_size == 8
 
 
+def test_generate_and_evaluate_take_the_profile_of_their_model_only(tiny, tmp_path):
+    data, output = write_requests(tmp_path / "log.jsonl", 16), tmp_path / "p.json"
+    code, _, err = run("--model", tiny, "--data", data, "--target", "kl=0.5", "--tokens", 2, "--output", output)
+    assert code == 0, err
+    profile = Profile.load(output)
+    invoke = CliRunner().invoke
+    asked = ["generate", "How many apples?", "--model", tiny, "--max-new-tokens", "2", "--json", "-"]
+    answer = json.loads(invoke(main.app, [*asked, "--profile", str(output)]).stdout)
+    assert answer["policy"]["max_relative_error"] == [profile.groups[0].max_relative_error]
+    other = output.with_name("other.json")
+    profile.model_copy(update={"model": profile.model.model_copy(update={"checkpoint": "x", "weights": "y"})}).save(other)
+    for command in (asked, ["evaluate", "--model", tiny, "--output", str(tmp_path / "out")]):
+        result = invoke(main.app, [*command, "--profile", str(other)])
+        assert result.exit_code == 2 and "same shape but other weights" in " ".join(result.stderr.split())
+
+
 def test_answers_of_the_file_are_what_is_scored(tiny, tmp_path):
     data = write_requests(tmp_path / "log.jsonl", 16, answer=" how many apples are left in the basket each week")
     code, _, err = run(
