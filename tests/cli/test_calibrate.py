@@ -13,7 +13,7 @@ from jointkv.hf.models import load_model
 from jointkv.hf.pool import JointPool
 from jointkv.profile import Profile
 
-WORDS = "apples pens left basket buys how many each day week cost dollars total number of".split()
+WORDS = ("apples", "pens", "left", "basket", "buys", "how", "many", "each", "day", "week", "cost", "dollars")
 SHARED = " ".join(random.Random(1).choice(WORDS) for _ in range(25))
 
 
@@ -64,7 +64,8 @@ def test_generate_and_evaluate_take_the_profile_of_their_model_only(tiny, tmp_pa
     answer = json.loads(invoke(main.app, [*asked, "--profile", str(output)]).stdout)
     assert answer["policy"]["max_relative_error"] == [profile.groups[0].max_relative_error]
     other = output.with_name("other.json")
-    profile.model_copy(update={"model": profile.model.model_copy(update={"checkpoint": "x", "weights": "y"})}).save(other)
+    stranger = profile.model.model_copy(update={"checkpoint": "x", "weights": "y"})
+    profile.model_copy(update={"model": stranger}).save(other)
     for command in (asked, ["evaluate", "--model", tiny, "--output", str(tmp_path / "out")]):
         result = invoke(main.app, [*command, "--profile", str(other)])
         assert result.exit_code == 2 and "same shape but other weights" in " ".join(result.stderr.split())
