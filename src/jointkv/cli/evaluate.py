@@ -175,7 +175,8 @@ def _print_rows(rows: Sequence[MethodRow]) -> None:
             table.add_row(*cells, f"not run: {row.not_run[:60]}")
             continue
         table.add_row(
-            *(*cells, f"{1 - (row.share_16bit or 0):.1%}", f"{row.kl:.5f}", f"{row.kl_worst_request:.4f}", f"{row.top1:.3f}"),
+            *cells,
+            *(f"{1 - (row.share_16bit or 0):.1%}", f"{row.kl:.5f}", f"{row.kl_worst_request:.4f}", f"{row.top1:.3f}"),
             f"{row.nll:.4f} ({row.nll_reference:.4f})",
             "-" if row.common_prefix is None else f"{row.common_prefix:.1f} of {row.generated}",
         )

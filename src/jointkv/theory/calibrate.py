@@ -85,9 +85,10 @@ def acceptance_and_distortion(error: Tensor, valid: Tensor, bound: float) -> tup
 def settings_by_cost(errors: Tensor, valid: Tensor, sensitivity: Sequence[float]) -> list[Setting]:
     """Settings from the most careful to the boldest, each the best one for its price.
 
-    With one group these are the `BOUNDS` that change what is shared. With several, a setting maximises `saved - price * cost` over the bounds of every
-    group alone, for one `price` common to all: the Lagrangian of "save most at a given total cost". The cost of a group
-    is its distortion times its sensitivity, because small independent errors add up in KL to second order.
+    With one group these are the `BOUNDS` that change what is shared. With several, a setting maximises
+    `saved - price * cost` over the bounds of every group alone, for one `price` common to all: the Lagrangian of "save
+    most at a given total cost". The cost of a group is its distortion times its sensitivity, because small independent
+    errors add up in KL to second order.
 
     Args:
         errors: `[groups, P, N, N]`.
