@@ -4,7 +4,9 @@ import json
 
 import pytest
 from test_generate import run, save_tiny
+from typer.testing import CliRunner
 
+from jointkv.cli import main
 from jointkv.evaluate import suite
 from jointkv.evaluate.traffic import get_traffic
 
@@ -82,3 +84,47 @@ def test_a_request_longer_than_the_context_is_refused(tmp_path):
     short = save_tiny(tmp_path / "short", tokens=64)
     code, _, err = run("evaluate", "--model", short, "--requests", "2", "--output", str(tmp_path / "out"))
     assert code == 2 and "the model reads 64" in err
+
+
+def test_what_cannot_work_is_said_before_anything_takes_long(tiny, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    code, _, err = run("evaluate", "--model", tiny, "--output", str(tmp_path / "file"))
+    assert code == 2 and "cannot make the folder" in err and (tmp_path / "file").read_text() == "precious"
+    code, _, err = run("evaluate", "--model", tiny, "--task", "gsm8k", "--method", "snapkv@0.5")
+    assert code == 2 and "tasks cannot run under snapkv here: it needs kvpress" in " ".join(err.split())
+
+
+def test_tasks_run_under_what_was_asked_for():
+    wanted = suite.task_methods(suite.choices_of(["quantized_pages", "fused@0.3"], ["safe"], None))
+    assert [(method.name, level) for method, level in wanted] == [
+        ("safe", 0.2),
+        ("quantized_pages", 8.0),
+        ("fused", 0.3),
+    ]
+    assert [method.name for method, _ in suite.task_methods(suite.choices_of([], [], None))] == ["safe", "paper"]
+
+
+def test_finished_traffics_survive_a_later_one_that_breaks_off(tiny, tmp_path, monkeypatch):
+    whole = suite.Suite.run_traffic
+
+    def broken(self, traffic, *arguments):
+        if traffic.name == "names":
+            raise KeyboardInterrupt
+        return whole(self, traffic, *arguments)
+
+    monkeypatch.setattr(suite.Suite, "run_traffic", broken)
+    asked = [
+        "--traffic",
+        "near_prefix",
+        "--traffic",
+        "names",
+        "--method",
+        "fused@0.5",
+        "--requests",
+        "2",
+        "--tokens",
+        "2",
+    ]
+    CliRunner().invoke(main.app, ["evaluate", "--model", tiny, *asked, "--output", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "evaluate.json").read_text())
+    assert [row["traffic"] for row in found["rows"]] == ["near_prefix"]

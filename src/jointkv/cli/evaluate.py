@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from jointkv.cli.console import named_errors, progress, stderr_console, write_json
+from jointkv.cli.console import make_folder, named_errors, progress, stderr_console, write_json
 from jointkv.cli.evaluate_curves import curves
 from jointkv.cli.evaluate_paper import paper
 from jointkv.cli.inspect import load
@@ -16,8 +16,8 @@ from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
     from jointkv.evaluate.comparison import MethodRow
-    from jointkv.evaluate.suite import Choice, Suite, TaskRow
-    from jointkv.evaluate.traffic.base import Traffic
+    from jointkv.evaluate.suite import TaskRow
+    from jointkv.evaluate.traffic.base import Request, Traffic
 
 WORKER = Path(".venv-eval/bin/python")
 HEADINGS = ("traffic", "method", "level", "saved", "KL", "worst KL", "top-1", "NLL (unfused)", "common prefix")
@@ -52,6 +52,7 @@ def evaluate(
     block_size: int = typer.Option(16, min=1, help="Tokens per KV block."),
     dtype: str = typer.Option("float32", help="Of the model and its KV cache."),
     seed: int = typer.Option(0, help="Seed of the requests."),
+    all_levels: bool = typer.Option(False, "--all-levels", help="Methods of any size also run at their own levels."),
     worker: Path = typer.Option(WORKER, help="Python of the environment of the baselines (make setup-eval)."),
     output: Path = typer.Option(Path("out/evaluate"), help="Folder for evaluate.json."),
     json: Path | None = typer.Option(None, help="Write the JSON here as well ('-' for stdout)."),
@@ -65,8 +66,9 @@ def evaluate(
     if context.invoked_subcommand is not None:
         return
     with named_errors():
-        from jointkv.evaluate.suite import Suite, choices_of
+        from jointkv.evaluate.suite import Suite, choices_of, task_methods
         from jointkv.evaluate.tasks import get_task
+        from jointkv.evaluate.tasks.run import context_of
         from jointkv.evaluate.traffic import get_traffic
         from jointkv.hf.models import locate_model
         from jointkv.profile import Profile
@@ -80,16 +82,29 @@ def evaluate(
             from jointkv.hf.pool import model_identity
 
             loaded_profile.check(model_identity(loaded), block_size)
-        suite = Suite(loaded, tokenizer, Path(locate_model(model)), worker, block_size, generate)
-        rows, described = _traffics(suite, traffics, choices, (requests, tokens, seed))
-        task_rows = _tasks(suite, tasks, choices, examples, task_batch)
+        context_limit = context_of(loaded)
+        described, made = _made(traffics, tokenizer, (requests, tokens, seed), max(tokens, generate), context_limit)
+        wanted = task_methods(choices) if tasks else []
+        make_folder(output)
+        suite = Suite(
+            loaded, tokenizer, Path(locate_model(model)), worker, block_size, generate, all_levels=all_levels, seed=seed
+        )
         settings = {
             **{"requests": requests, "tokens": tokens, "generate": generate, "block_size": block_size, "seed": seed},
             **{"examples": examples, "task_batch": task_batch},
         }
-        result = _document(model, dtype, settings, described, rows, task_rows)
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "evaluate.json", result)
+        result = _document(model, dtype, settings, described)
+        with progress(len(traffics) + len(tasks)) as steps:
+            for kind in traffics:
+                steps.start(kind.name)
+                result["rows"] += suite.run_traffic(kind, made[kind.name], choices, steps.say)
+                write_json(output / "evaluate.json", result)  # so that an interrupted run has lost the last one only
+            for one in tasks:
+                steps.start(one.name)
+                result["tasks"] += suite.run_task(one, wanted, examples, task_batch, steps.say)
+                write_json(output / "evaluate.json", {**result, "tasks": [row.as_dict() for row in result["tasks"]]})
+        rows, task_rows = result["rows"], result["tasks"]
+        result["tasks"] = [row.as_dict() for row in task_rows]
         if json is not None:
             write_json(json, result)
     if str(json) != "-":
@@ -98,52 +113,28 @@ def evaluate(
     stderr_console().print(f"wrote {output / 'evaluate.json'}", soft_wrap=True)
 
 
-def _traffics(
-    suite: Suite, traffics: Sequence[Traffic], choices: Sequence[Choice], sizes: tuple[int, int, int]
-) -> tuple[list[MethodRow], dict[str, Any]]:
+def _made(
+    traffics: Sequence[Traffic], tokenizer: Any, sizes: tuple[int, int, int], added: int, context: int | None
+) -> tuple[dict[str, Any], dict[str, list[Request]]]:
+    """A description of every traffic, and its requests. Raises `BadInput` for a request that the model cannot read."""
     count, tokens, seed = sizes
-    context = suite.model.config.max_position_embeddings
-    rows: list[MethodRow] = []
-    described = {}
-    with progress(len(traffics)) as steps:
-        for traffic in traffics:
-            steps.start(f"{traffic.name}: {count} requests")
-            made = traffic.requests(suite.tokenizer, count, continuation_tokens=tokens, seed=seed)
-            longest = max(len(request.prompt) + tokens for request in made)
-            if longest > context:
-                raise BadInput(f"{traffic.name}: a request takes {longest} tokens; the model reads {context}")
-            lengths = [len(request.prompt) for request in made]
-            described[traffic.name] = {
-                "requests": count,
-                "prompt_tokens": {"min": min(lengths), "mean": sum(lengths) / count, "max": max(lengths)},
-                "description": traffic.description,
-            }
-            rows += suite.run_traffic(traffic, made, choices, steps.say)
-    return rows, described
+    described, made = {}, {}
+    for traffic in traffics:
+        requests = traffic.requests(tokenizer, count, continuation_tokens=tokens, seed=seed)
+        lengths = [len(request.prompt) for request in requests]
+        if context is not None and max(lengths) + added > context:
+            raise BadInput(f"{traffic.name}: a request takes {max(lengths) + added} tokens; the model reads {context}")
+        made[traffic.name] = requests
+        described[traffic.name] = {
+            "requests": count,
+            "prompt_tokens": {"min": min(lengths), "mean": sum(lengths) / count, "max": max(lengths)},
+            "description": traffic.description,
+        }
+    return described, made
 
 
-def _tasks(suite: Suite, tasks: Sequence[Any], choices: Sequence[Choice], count: int, batch: int) -> list[TaskRow]:
-    from jointkv.evaluate.suite import choices_of
-
-    wanted = [(choice.method, choice.level) for choice in choices if choice.level is not None]
-    if not wanted:
-        wanted = [(choice.method, choice.method.levels[0]) for choice in choices_of([], ["safe", "paper"], None)]
-    rows: list[TaskRow] = []
-    with progress(len(tasks)) as steps:
-        for task in tasks:
-            steps.start(task.name)
-            rows += suite.run_task(task, wanted, count, batch, steps.say)
-    return rows
-
-
-def _document(
-    model: str,
-    dtype: str,
-    settings: dict[str, Any],
-    described: dict[str, Any],
-    rows: Sequence[MethodRow],
-    tasks: Sequence[TaskRow],
-) -> dict[str, Any]:
+def _document(model: str, dtype: str, settings: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
+    """A result without rows."""
     from jointkv.bench.machine import machine, versions
     from jointkv.evaluate.suite import FORMAT
 
@@ -155,8 +146,8 @@ def _document(
         "traffics": described,
         "versions": versions(),
         "machine": machine(),
-        "rows": list(rows),
-        "tasks": [row.as_dict() for row in tasks],
+        "rows": [],
+        "tasks": [],
     }
 
 

@@ -26,6 +26,9 @@ FORMAT = "jointkv.evaluate/1"
 REFERENCE_LEVEL = 0.2
 """The bound of the preset `safe`: other methods are asked for as many bytes as fusion takes there."""
 
+NOTHING_SAVED = 0.95
+"""Above this share of the bytes equal bytes compare nothing, and other methods run at their own levels."""
+
 Report = Callable[[str], None]
 
 
@@ -58,6 +61,8 @@ class Suite:
         folder: where the model's files are, for methods that run in another environment.
         worker_python: interpreter of that environment.
         generate: tokens generated greedily per request, for the common prefix of outputs.
+        all_levels: methods that can be set to any size also run at their own levels.
+        seed: of the examples of tasks.
     """
 
     model: PreTrainedModel
@@ -66,6 +71,8 @@ class Suite:
     worker_python: Path | None
     block_size: int = 16
     generate: int = 0
+    all_levels: bool = False
+    seed: int = 0
 
     def run_traffic(
         self, traffic: Traffic, requests: Sequence[Request], choices: Sequence[Choice], report: Report
@@ -75,8 +82,13 @@ class Suite:
         scoped = [replace(choice, method=choice.method.in_scope(traffic.scope)) for choice in choices]
         first = [(choice.method, choice.level) for choice in scoped if choice.level is not None]
         free = [choice.method for choice in scoped if choice.level is None]
-        share = self._fused_share(batch, traffic, free)
-        wanted: list[Wanted] = [*first, *equal_bytes(free, share)]
+        share = self._fused_share(batch, traffic, scoped)
+        wanted: list[Wanted] = list(first)
+        if share < NOTHING_SAVED:
+            wanted += equal_bytes(free, share)
+        if share >= NOTHING_SAVED or self.all_levels:
+            wanted += [(method, level) for method in free for level in method.levels]
+        wanted = list(dict.fromkeys(wanted))
         return compare_methods(
             batch,
             wanted,
@@ -87,12 +99,13 @@ class Suite:
             progress=report,
         )
 
-    def _fused_share(self, batch: Batch, traffic: Traffic, methods: Sequence[Method]) -> float:
-        """Share of the bytes that fusion takes; 1 if nobody asks for it."""
-        if all(method.level_for_share(0.5) is None for method in methods):
+    def _fused_share(self, batch: Batch, traffic: Traffic, choices: Sequence[Choice]) -> float:
+        """Share of the bytes that fusion takes, as first asked for or at its default bound; 1 if nobody needs it."""
+        if all(choice.level is not None or choice.method.level_for_share(0.5) is None for choice in choices):
             return 1.0
-        held = get_method("fused").in_scope(traffic.scope).hold(batch, REFERENCE_LEVEL)
-        return min(1.0, held.nbytes / batch.unfused_nbytes)
+        asked = [(each.method, each.level) for each in choices if isinstance(each.method, Fused) and each.level]
+        method, level = asked[0] if asked else (get_method("fused").in_scope(traffic.scope), REFERENCE_LEVEL)
+        return min(1.0, method.hold(batch, level).nbytes / batch.unfused_nbytes)
 
     def run_task(
         self, task: Task, wanted: Sequence[Wanted], count: int, batch_size: int, report: Report
@@ -102,7 +115,9 @@ class Suite:
         for method, level in [(get_method("unfused"), 1.0), *wanted]:
             report(f"{task.name}: {method.name} at {level:g}")
             result = run_task(
-                task, method, level, self.model, self.tokenizer, count, batch_size, block_size=self.block_size
+                *(task, method, level, self.model, self.tokenizer, count, batch_size),
+                seed=self.seed,
+                block_size=self.block_size,
             )
             reference = rows[0].result.scores if rows else None
             rows.append(TaskRow(result, None if reference is None else paired_difference(result.scores, reference)))
@@ -127,6 +142,21 @@ def choices_of(methods: Sequence[str], policies: Sequence[str], profile: FusionP
         chosen.append(Choice(held, held.levels[0]))
     chosen += [_method(text) for text in methods]
     return chosen or [Choice(get_method(name)) for name in method_names() if name != "unfused"]
+
+
+def task_methods(choices: Sequence[Choice]) -> list[Wanted]:
+    """What tasks run under: `choices` at their level, or at the first of their own; safe and paper if all were chosen.
+
+    Raises:
+        BadInput: a method needs packages that are not installed here; tasks run in this environment only.
+    """
+    if all(choice.level is None for choice in choices) and len(choices) == len(method_names()) - 1:
+        choices = choices_of([], ["safe", "paper"], None)
+    for choice in choices:
+        missing = choice.method.missing_packages()
+        if missing:
+            raise BadInput(f"tasks cannot run under {choice.method.name} here: it needs {', '.join(missing)}")
+    return [(each.method, each.method.levels[0] if each.level is None else each.level) for each in choices]
 
 
 def _preset(name: str) -> Fused:
