@@ -19,7 +19,8 @@ class ModelIdentity(BaseModel):
         kv_heads, head_size: of one layer's K.
         checkpoint: hash of the files it was loaded from, see `checkpoint_fingerprint`; None if it came from no file.
         weights: hash of the weights as loaded by transformers, see `jointkv.hf.pool.model_fingerprint`; None if it was
-            not loaded by transformers.
+            not loaded by transformers. Weights of one checkpoint differ between dtypes.
+        dtype: of the weights as loaded, such as `"float32"`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,21 +31,22 @@ class ModelIdentity(BaseModel):
     head_size: int
     checkpoint: str | None = None
     weights: str | None = None
+    dtype: str | None = None
 
     def check(self, other: ModelIdentity, what: str) -> None:
         """Raises ModelMismatch unless `other` is this model; `what` belongs to this one.
 
-        Equal shapes are not enough: one of the two hashes must be known of both, and agree.
+        Equal shapes are not enough: one of the two hashes must be known of both, and agree. Where both have weights of
+        one dtype, those must agree, because a checkpoint says nothing of what was changed in memory.
         """
         for field in ("layers", "kv_heads", "head_size"):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
                 raise ModelMismatch(f"{what} belongs to {self.name} with {field}={mine}; {other.name} has {theirs}")
-        known = [
-            (mine, theirs)
-            for mine, theirs in ((self.checkpoint, other.checkpoint), (self.weights, other.weights))
-            if mine is not None and theirs is not None
-        ]
+        loaded, files = (self.weights, other.weights), (self.checkpoint, other.checkpoint)
+        known = [pair for pair in (loaded, files) if None not in pair]
+        if None not in loaded and self.dtype == other.dtype:
+            known = [loaded]
         if any(mine == theirs for mine, theirs in known):
             return
         if not known:
@@ -53,15 +55,15 @@ class ModelIdentity(BaseModel):
 
 
 def checkpoint_fingerprint(folder: Path | str) -> str | None:
-    """A hash of every tensor's name, shape, type and first row in the safetensors files of `folder`.
+    """A hash of every tensor's name, shape, type and first row in the model's safetensors files in `folder`.
 
-    Files may be split in any way. None if there are no such files, or one is damaged.
+    Files may be split in any way; others, such as adapters, do not count. None if there are none, or one is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, bytes] = {}
     try:
-        for path in sorted(Path(folder).glob("*.safetensors")):
+        for path in sorted(Path(folder).glob("model*.safetensors")):
             with safe_open(str(path), framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     part = file.get_slice(name)

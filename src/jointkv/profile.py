@@ -58,7 +58,8 @@ class Prediction(_Record):
 class Measurement(_Record):
     """What was measured on `requests` requests: pages at the allocator, and fidelity against the model unfused.
 
-    KL in nats, mean over scored tokens; `kl_upper`: what the mean KL of as many further requests stays below with 95%.
+    KL in nats, mean over scored tokens; `kl_upper`: what the mean of as many further requests should stay below, see
+    `jointkv.theory.calibrate.upper_mean`.
     """
 
     requests: int
@@ -117,7 +118,6 @@ class Profile(_Record):
 
     format: Literal["jointkv.profile/1"] = FORMAT
     model: ModelIdentity
-    dtype: str
     block_size: int = Field(ge=1)
     scope: Scope
     chunk_tokens: int = Field(ge=1)

@@ -83,12 +83,51 @@ def test_answers_of_the_file_are_what_is_scored(tiny, tmp_path):
     assert Profile.load(tmp_path / "q.json").held_out.nll < said  # its own words are likelier to the model
 
 
+def test_a_work_folder_with_other_things_in_it_keeps_them(tiny, tmp_path):
+    work = tmp_path / "mine"
+    work.mkdir()
+    (work / "thesis.txt").write_text("precious")
+    data = write_requests(tmp_path / "log.jsonl", 16)
+    code, _, err = run(
+        *("--model", tiny, "--data", data, "--target", "kl=0.5", "--tokens", 2, "--work", work),
+        *("--output", work / "profile.json"),
+    )
+    assert code == 0, err
+    assert sorted(path.name for path in work.iterdir()) == ["profile.json", "thesis.txt"]
+
+
+def test_a_short_answer_is_continued(tiny, tmp_path):
+    seen = []
+    for fields in ({"answer": " how"}, {}):
+        data = write_requests(tmp_path / "log.jsonl", 16, **fields)
+        run("--model", tiny, "--data", data, "--target", "kl=0.5", "--tokens", 4, "--output", tmp_path / "p.json")
+        seen.append(Profile.load(tmp_path / "p.json").data)
+    assert seen[0].scored_tokens == seen[1].scored_tokens == 64 and seen[0].sha256 != seen[1].sha256
+
+
+def test_a_missed_target_writes_nothing(tiny, tmp_path, monkeypatch):
+    from jointkv.evaluate.calibration import Calibration
+
+    monkeypatch.setattr(Calibration, "_meets", lambda *_: False)
+    data, output = write_requests(tmp_path / "log.jsonl", 16), tmp_path / "p.json"
+    output.write_text("precious")
+    code, out, err = run(
+        "--model", tiny, "--data", data, "--target", "kl=0.5", "--tokens", 2, "--output", output, "--json", "-"
+    )
+    assert code == 1 and "misses kl=0.5" in err and output.read_text() == "precious"
+    assert json.loads(out)["met"] is False
+
+
 def test_a_target_that_cannot_be_met_shows_the_frontier_and_writes_nothing(tiny, tmp_path):
     data, output = write_requests(tmp_path / "log.jsonl", 16), tmp_path / "p.json"
     output.write_text("precious")
     code, out, err = run("--model", tiny, "--data", data, "--target", "ratio=100", "--tokens", 4, "--output", output)
     assert code == 1 and "settings considered" in out and "ratio=100 cannot be met" in err
     assert output.read_text() == "precious"
+    code, out, _ = run(
+        "--model", tiny, "--data", data, "--target", "ratio=100", "--tokens", 4, "--output", output, "--json", "-"
+    )
+    assert code == 1 and len(json.loads(out)["frontier"]) > 1
 
 
 @pytest.mark.parametrize(
@@ -104,6 +143,9 @@ def test_a_target_that_cannot_be_met_shows_the_frontier_and_writes_nothing(tiny,
         (["--target", "kl=0.1", "--scope", "both"], "one at a time"),
         (["--target", "kl=0.1", "--scope", "chunk", "--chunk-tokens", "40"], "no multiple of the block size"),
         (["--target", "kl=0.1", "--layer-groups", "3", "--data", "many.jsonl"], "does not divide"),
+        (["--target", "kl=0.1", "--data", "single.jsonl"], "line 1: a prompt of one token"),
+        (["--target", "kl=0.1", "--data", "many.jsonl", "--block-size", "512"], "no request fills a block"),
+        (["--target", "kl=0.1", "--output", "."], "is a folder"),
         (["--target", "kl=0.1", "--data", "long.jsonl"], "line 16: .* the model reads"),
     ],
 )
@@ -112,6 +154,7 @@ def test_bad_input_is_one_line_and_overwrites_nothing(tiny, tmp_path, monkeypatc
     write_requests(tmp_path / "few.jsonl", 3)
     long = write_requests(tmp_path / "many.jsonl", 16).read_text().splitlines()
     long[15] = json.dumps({"prompt": "apples " * 3000})
+    (tmp_path / "single.jsonl").write_text("\n".join([json.dumps({"prompt": "a"})] * 16))
     (tmp_path / "long.jsonl").write_text("\n".join(long))
     (tmp_path / "profile.json").write_text("precious")
     code, _, err = run("--model", tiny, "--tokens", "4", *arguments)

@@ -84,7 +84,7 @@ def test_options_of_the_plugin(wheels: set[str], tmp_path: Path, monkeypatch: py
     command = plain(
         *("own/model", "--max-relative-error", "0.1,0.2", "--layer-groups", "2", "--min-pool-usage", "0"),
         *("--isolation", "strict", "--profile", "profile.json", "--off"),
-        *("--fuse", "across_layers=max", "--fuse", "max_candidates=4", "--fuse", "key_threshold=null"),
+        *("--fuse", "across_layers=rms", "--fuse", "max_candidates=4", "--fuse", "key_threshold=null"),
     )
     assert fusion(command) == {
         "max_relative_error": [0.1, 0.2],
@@ -93,7 +93,7 @@ def test_options_of_the_plugin(wheels: set[str], tmp_path: Path, monkeypatch: py
         "isolation": "strict",
         "profile": str(tmp_path / "profile.json"),
         "enabled": False,
-        "across_layers": "max",
+        "across_layers": "rms",
         "max_candidates": 4,
         "key_threshold": None,
     }

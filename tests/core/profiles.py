@@ -3,7 +3,9 @@
 from jointkv.identity import ModelIdentity
 from jointkv.profile import DataIdentity, GroupThresholds, Measurement, Prediction, Profile, Target
 
-MODEL = ModelIdentity(name="toy", layers=4, kv_heads=2, head_size=8, checkpoint="files", weights="loaded")
+MODEL = ModelIdentity(
+    name="toy", layers=4, kv_heads=2, head_size=8, checkpoint="files", weights="loaded", dtype="float32"
+)
 
 
 def make_profile(
@@ -16,7 +18,6 @@ def make_profile(
     predicted = Prediction(ratio=2.0, low=1.5, high=2.5, requests=8)
     fields = {
         "model": model,
-        "dtype": "float32",
         "block_size": block_size,
         "scope": scope,
         "chunk_tokens": 512,

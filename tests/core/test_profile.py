@@ -55,6 +55,7 @@ def test_a_missing_file_and_a_folder_that_cannot_be_written(tmp_path):
         ({"layers": 5}, "layers=4"),
         ({"head_size": 16}, "head_size=8"),
         ({"checkpoint": "other", "weights": None}, "other weights"),
+        ({"weights": "changed in memory"}, "other weights"),
         ({"checkpoint": None, "weights": None}, "is unknown"),
     ],
 )
@@ -63,7 +64,10 @@ def test_another_model_is_refused(change, said):
         make_profile().check(MODEL.model_copy(update=change), 16)
 
 
-@pytest.mark.parametrize("change", [{}, {"name": "copy"}, {"checkpoint": None}, {"weights": "bf16"}, {"weights": None}])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"name": "copy"}, {"checkpoint": None}, {"weights": "rounded", "dtype": "bfloat16"}, {"weights": None}],
+)
 def test_the_same_model_is_known_by_either_hash(change):
     make_profile().check(MODEL.model_copy(update=change), 16)
 
@@ -97,11 +101,13 @@ def test_the_fingerprint_of_files_does_not_depend_on_how_they_are_split(tmp_path
         folder.mkdir()
     save_file(weights, whole / "model.safetensors")
     for name, tensor in weights.items():
-        save_file({name: tensor}, split / f"{name}.safetensors")
+        save_file({name: tensor}, split / f"model-{name}.safetensors")
     save_file({**weights, "layer.1": weights["layer.1"] + 1e-3}, other / "model.safetensors")
     assert checkpoint_fingerprint(whole) == checkpoint_fingerprint(split) is not None
     assert checkpoint_fingerprint(whole) != checkpoint_fingerprint(other)
-    (other / "broken.safetensors").write_bytes(b"nothing")
+    save_file({"lora": torch.ones(1)}, whole / "adapter_model.safetensors")
+    assert checkpoint_fingerprint(whole) == checkpoint_fingerprint(split)
+    (other / "model-broken.safetensors").write_bytes(b"nothing")
     assert checkpoint_fingerprint(other) is None and checkpoint_fingerprint(tmp_path) is None
 
 

@@ -165,7 +165,7 @@ def test_a_ratio_target(model):
 
 
 def test_a_ratio_that_cannot_be_had_gives_the_frontier(model):
-    with pytest.raises(TargetUnmet, match="largest ratio predicted") as unmet:
+    with pytest.raises(TargetUnmet, match="largest ratio to be relied on is 2") as unmet:
         calibrated(model, "ratio=50")
     assert len(unmet.value.frontier) > 3
 
@@ -180,6 +180,7 @@ def test_layer_groups_get_bounds_of_their_own(model):
     assert profile.layer_groups == 2 and profile.met
     assert all(len(point.max_relative_error) == 2 for point in profile.frontier)
     assert any(len(set(point.max_relative_error)) == 2 for point in profile.frontier)
+    assert profile.frontier[0].max_relative_error == (0.0, 0.0)
 
 
 def test_chunk_scope(model):
@@ -201,6 +202,13 @@ def test_an_interrupted_calibration_goes_on(model, tmp_path, monkeypatch):
         raise AssertionError("prefilled again")
 
     monkeypatch.setattr(run, "prefill", never)
+    assert calibrated(model, "kl=0.01", work=tmp_path) == whole
+
+
+def test_damaged_results_are_measured_again(model, tmp_path):
+    whole = calibrated(model, "kl=0.01", work=tmp_path)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"{")
     assert calibrated(model, "kl=0.01", work=tmp_path) == whole
 
 

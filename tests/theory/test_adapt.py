@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.profiles import make_profile
+from jointkv.errors import InvalidPolicy
 from jointkv.theory.adapt import Adaptation, BoundController
 
 WINDOW = 100
@@ -46,9 +47,41 @@ def test_it_loosens_up_to_the_ceiling_only():
     assert subject.factor == 1.3 and subject.moves["loosen"] == 2
 
 
-def test_traffic_that_is_not_alike_does_not_loosen_it():
+def test_traffic_that_is_not_alike_does_not_loosen_it_beyond_the_profile():
     subject = controller(ceiling=2.0)
     assert windows(subject, 20, 0.0, served=10) == [None] * 20 and subject.factor == 1.0
+
+
+def test_a_tightened_bound_comes_back_though_it_accepts_less():
+    subject = controller(patience=1, step=0.5, ceiling=2.0)
+    windows(subject, 3, 0.05)
+    assert subject.factor == 0.125
+    windows(subject, 3, 0.0, served=0)
+    assert subject.factor == 1.0
+    assert windows(subject, 9, 0.0, served=0) == [None] * 9
+
+
+@pytest.mark.parametrize("distortion", [0.0, 1e-14])
+def test_a_sample_of_exact_duplicates_still_has_a_way_back(distortion):
+    subject = BoundController(distortion, 0.5, window=WINDOW, patience=1)
+    assert windows(subject, 5, 1e-5) == [None] * 5
+    windows(subject, 3, 0.05)
+    assert subject.factor < 1
+    windows(subject, 9, 0.0)
+    assert subject.factor == 1.0
+
+
+def test_a_limit_for_tokens():
+    adaptation = Adaptation(make_profile((0.2,), distortion=0.001), token_limit=0.1)
+    assert adaptation.bounds(0) == (0.2, pytest.approx(0.1))
+    adaptation.controllers[0].factor = 0.5
+    assert adaptation.bounds(0) == (0.1, pytest.approx(0.05))
+
+
+@pytest.mark.parametrize("limit", [float("nan"), -0.1, (0.1, 0.2)])
+def test_limits_that_make_no_sense(limit):
+    with pytest.raises(InvalidPolicy, match="max_relative_error"):
+        Adaptation(make_profile((0.2,)), limit)
 
 
 def test_a_user_bound_below_the_profile_holds_from_the_start():

@@ -77,8 +77,13 @@ def test_one_bound_per_layer_group() -> None:
 def test_options_beside_a_profile_win(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     make_profile((0.05, 0.1), scope="chunk").save(path)
-    settings = PluginSettings.parse({"profile": str(path), "scope": "both"})
-    assert (settings.max_relative_error, settings.layer_groups, settings.scope) == ((0.05, 0.1), 2, "both")
+    settings = PluginSettings.parse({"profile": str(path), "max_candidates": 7})
+    assert (settings.max_relative_error, settings.layer_groups, settings.scope) == ((0.05, 0.1), 2, "chunk")
+    assert settings.max_candidates == 7 and settings.adapts
+    assert not PluginSettings.parse({"profile": str(path), "max_token_error": None}).adapts
+    for change in ({"scope": "both"}, {"layer_groups": 1}, {"across_layers": "max"}):
+        with pytest.raises(BadInput, match="was calibrated with"):
+            PluginSettings.parse({"profile": str(path), **change})
     assert PluginSettings.parse({"profile": str(path), "max_relative_error": 0.07}).max_relative_error == 0.07
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jointkv.bench.quick import ArmSummary, QuickSettings, Sample
 
 INTERRUPTED = 130
+BLOCK_SIZE = 32
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -35,7 +36,7 @@ def quick(
     requests: int = typer.Option(48, min=1, help="Requests, all submitted at once."),
     output_tokens: int = typer.Option(96, min=1, help="Tokens generated for every request."),
     pool_blocks: int = typer.Option(200, min=2, help="Blocks in the KV pool; stock_large_pool has 8 times as many."),
-    block_size: int = typer.Option(32, min=1, help="Tokens per KV block."),
+    block_size: int | None = typer.Option(None, min=1, help="Tokens per KV block. Default 32, or the profile's."),
     repeats: int = typer.Option(3, min=1, help="Rounds; each has requests of its own, the same for every arm."),
     arm: list[str] | None = typer.Option(None, help="Run this arm only; may be repeated. (default: all)"),
     max_relative_error: float | None = typer.Option(None, help="Error bound of the fused arm."),
@@ -57,6 +58,7 @@ def quick(
     with named_errors():
         from jointkv.bench.machine import fast_dtype
         from jointkv.bench.quick import QuickSettings, choose_arms
+        from jointkv.profile import Profile
 
         if dtype not in DTYPES:
             raise BadInput(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
@@ -71,7 +73,7 @@ def quick(
             requests=requests,
             output_tokens=output_tokens,
             pool_blocks=pool_blocks,
-            block_size=block_size,
+            block_size=block_size or (BLOCK_SIZE if profile is None else Profile.load(profile).block_size),
             repeats=repeats,
             arms=tuple(chosen.name for chosen in choose_arms(arm or QuickSettings.arms)),
             dtype=fast_dtype() if dtype == "auto" else dtype,

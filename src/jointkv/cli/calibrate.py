@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from jointkv.cli.console import named_errors, progress, stderr_console, write_json
+from jointkv.cli.console import make_folder, named_errors, progress, stderr_console, write_json
 from jointkv.cli.inspect import load, request_tokens
 from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
-    from jointkv.evaluate.calibration import Calibration
+    from jointkv.evaluate.calibration import Calibration, TargetUnmet
     from jointkv.evaluate.traffic.base import Request
     from jointkv.profile import FrontierPoint, Profile
 
@@ -49,19 +49,22 @@ def calibrate(
     """Choose thresholds that meet a target on unseen requests, and predict what they are worth.
 
     Half of the requests choose the thresholds, the other half checks them. What follows a prompt is its field `answer`
-    (or `completion`, `response`, `output`), or else what the model itself continues it with.
+    (or `completion`, `response`, `output`), continued by what the model itself would say where that is too short.
 
     A changed word shows as a token that is off by 0.48 or more. A mean KL can be small while single answers have
     become another request's; --token-limit rules that out, whatever the target.
 
-    An interrupted calibration goes on where it was when the same command is run again. Exit code 1: the target
-    cannot be met (the settings that were considered are shown), or the held-out half misses it.
+    An interrupted calibration goes on where it was when the same command is run again. Exit code 1, and no profile:
+    the target cannot be met (the settings that were considered are shown), or the held-out half misses it.
     """
-    folder = work or output.with_name(output.name + ".work")
     with named_errors():
         from jointkv.evaluate.calibration import CalibrationSettings, TargetUnmet
         from jointkv.profile import Target
 
+        output = output.expanduser().absolute()
+        if output.is_dir():
+            raise BadInput(f"{output} is a folder; --output names a file")
+        make_folder(output.parent)
         settings = CalibrationSettings(
             target=Target.parse(target),
             scope=scope,  # type: ignore[arg-type]  # FusionPolicy names a wrong one
@@ -71,30 +74,35 @@ def calibrate(
             token_limit=token_limit,
             seed=seed,
         )
+        folder = work or output.with_name(output.name + ".work")
         with progress(STEPS) as steps:
             calibration, source = _prepare(model, dtype, data, traffic, requests, tokens, settings, folder, steps)
             try:
                 profile = _run(calibration, source)
-            except TargetUnmet as error:
-                unmet: TargetUnmet | None = error
-            else:
-                unmet = None
-        if unmet is not None:
-            _print_frontier(unmet.frontier)
-            if json is not None:
-                write_json(json, {"met": False, "frontier": [point.model_dump() for point in unmet.frontier]})
-            stderr_console().print(f"{unmet}; nothing was written to {output}", soft_wrap=True)
-            raise typer.Exit(code=UNMET)
-        profile.save(output)
+            except TargetUnmet as unmet:
+                _report_unmet(unmet, json)
+                raise typer.Exit(code=UNMET) from None
+        if profile.met:
+            profile.save(output)
         if json is not None:
             write_json(json, profile.model_dump())
-    shutil.rmtree(folder, ignore_errors=True)
+        calibration.clean()
     if str(json) != "-":
         _print_profile(profile)
-    stderr_console().print(f"wrote {output}", soft_wrap=True)
     if not profile.met:
-        stderr_console().print(f"the held-out half misses {target}; calibrate on more requests", style="red")
+        stderr_console().print(
+            f"the held-out half misses {target}; nothing was written. More requests help.", style="red"
+        )
         raise typer.Exit(code=UNMET)
+    stderr_console().print(f"wrote {output}", soft_wrap=True)
+
+
+def _report_unmet(unmet: TargetUnmet, json: Path | None) -> None:
+    if json is not None:
+        write_json(json, {"met": False, "frontier": [point.model_dump() for point in unmet.frontier]})
+    if str(json) != "-":
+        _print_frontier(unmet.frontier)
+    stderr_console().print(f"{unmet}; nothing was written", soft_wrap=True)
 
 
 def _prepare(
@@ -109,62 +117,68 @@ def _prepare(
     steps: Any,
 ) -> tuple[Calibration, str]:
     """A calibration ready to run, and what its data is called. Raises `BadInput` before anything takes long."""
-    from jointkv.evaluate.calibration import MIN_HALF, Calibration
+    from jointkv.evaluate.calibration import MIN_HALF, Calibration, too_few
     from jointkv.evaluate.calibration import policy_of as check_policy
     from jointkv.evaluate.jsonl import read_requests
     from jointkv.evaluate.traffic import get_traffic
 
     check_policy((0.0,) * settings.layer_groups, settings)
-    rows = read_requests(data)[:count] if data is not None else []
+    rows = read_requests(data) if data is not None else []
+    if len(rows) > count:
+        chosen = random.Random(settings.seed).sample(range(len(rows)), count)
+        rows = [rows[index] for index in sorted(chosen)]
     kind = get_traffic(traffic) if data is None else None
     found = len(rows) if kind is None else count
     if found < 2 * MIN_HALF:
-        raise BadInput(
-            f"{found} requests are too few: the interval needs at least {2 * MIN_HALF}, "
-            f"{MIN_HALF} to calibrate and {MIN_HALF} to check"
-        )
+        raise too_few(found)
     steps.start(f"loading {model}")
     loaded, tokenizer = load(model, dtype=dtype)
     if kind is not None:
         made = kind.requests(tokenizer, count, continuation_tokens=tokens, seed=settings.seed)
     else:
         prompts = [(request_tokens(tokenizer, row, chat=False), row.answer) for row in rows]
-        check_context([len(prompt) + tokens for prompt, _ in prompts], [row.line for row in rows], loaded)
+        check_lengths([len(prompt) for prompt, _ in prompts], tokens, [row.line for row in rows], loaded)
         made = with_continuations(loaded, tokenizer, prompts, tokens, settings.block_size)
     calibration = Calibration(loaded, made, settings, work=folder, progress=steps)
     return calibration, f"traffic {kind.name}" if kind is not None else str(data)
 
 
-def check_context(lengths: Sequence[int], lines: Sequence[int], model: Any) -> None:
-    """Raises BadInput when a request, with what follows it, is longer than the model's context."""
+def check_lengths(lengths: Sequence[int], tokens: int, lines: Sequence[int], model: Any) -> None:
+    """Raises BadInput when a request is a single token or, with `tokens` after it, longer than the model's context."""
     context = getattr(model.config, "max_position_embeddings", None)
     for length, line in zip(lengths, lines, strict=True):
-        if context is not None and length > context:
-            raise BadInput(f"line {line}: {length} tokens with what follows; the model reads {context}")
+        if length < 2:
+            raise BadInput(f"line {line}: a prompt of one token")
+        if context is not None and length + tokens > context:
+            raise BadInput(f"line {line}: {length} tokens and {tokens} to score; the model reads {context}")
 
 
 def with_continuations(
     model: Any, tokenizer: Any, prompts: Sequence[tuple[list[int], str | None]], tokens: int, block_size: int
 ) -> list[Request]:
-    """Requests with `tokens` tokens to score: of the answer given, or, if that is shorter, what the model says."""
+    """Requests with `tokens` tokens to score: of the answer given and, where that is shorter, what the model adds."""
     from jointkv.evaluate.comparison import greedy
     from jointkv.evaluate.held import FusedBatch
     from jointkv.evaluate.methods.base import Batch
     from jointkv.evaluate.traffic.base import Request
     from jointkv.policy import FusionPolicy
 
-    made: dict[int, Request] = {}
-    for index, (prompt, answer) in enumerate(prompts):
-        told = tokenizer(answer, add_special_tokens=False)["input_ids"][:tokens] if answer else []
-        made[index] = Request(tuple(prompt), tuple(told), tokenizer.decode(prompt, skip_special_tokens=True))
-    silent = [index for index, request in made.items() if len(request.continuation) < tokens]
-    for start in range(0, len(silent), AT_ONCE):
-        part = silent[start : start + AT_ONCE]
-        batch = Batch(model, [made[index] for index in part], block_size)
+    told = [
+        tuple(tokenizer(answer, add_special_tokens=False)["input_ids"][:tokens]) if answer else ()
+        for _, answer in prompts
+    ]
+    short = [index for index, answer in enumerate(told) if len(answer) < tokens]
+    for start in range(0, len(short), AT_ONCE):
+        part = short[start : start + AT_ONCE]
+        begun = [Request((*prompts[index][0], *told[index]), (), "") for index in part]
+        batch = Batch(model, begun, block_size)
         held = FusedBatch(model, batch.prefilled, FusionPolicy.preset("off"), block_size=block_size)
         for index, said in zip(part, greedy(held, batch, tokens), strict=True):
-            made[index] = Request(made[index].prompt, said, made[index].text)
-    return [made[index] for index in range(len(prompts))]
+            told[index] = (*told[index], *said)[:tokens]
+    return [
+        Request(tuple(prompt), answer, tokenizer.decode(prompt, skip_special_tokens=True))
+        for (prompt, _), answer in zip(prompts, told, strict=True)
+    ]
 
 
 def _run(calibration: Calibration, source: str) -> Profile:

@@ -116,6 +116,9 @@ def generate(
     with named_errors():
         from jointkv.profile import Profile
 
+        if profile is not None and (policy != "safe" or key_threshold is not None):
+            raise BadInput("--profile takes the place of --policy and --key-threshold; leave those out")
+
         fusion = _chosen_policy(policy, max_relative_error, key_threshold) if profile is None else Profile.load(profile)
         requests = _gathered(prompts or [], file)
         if not math.isfinite(temperature):

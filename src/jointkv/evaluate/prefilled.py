@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def take(batch: Prefilled, rows: Sequence[int]) -> Prefilled:
 
 def save(batch: Prefilled, path: Path) -> None:
     """Write `batch`, without its requests, to `path` in one step."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".tmp-{os.getpid()}")
     tensors = {name: tensor.contiguous() for name, tensor in batch.state.items()}
     save_file(
         {**tensors, "mask": batch.mask},

@@ -99,6 +99,7 @@ class JointCache(Cache):
         self._slots: list[Tensor] = []
         self._sliding_before: list[tuple[Any, dict[str, Any]]] = []
         self._fresh = False
+        self._reads_prompt = True
         self._padded_step: Tensor | None = None
 
     @property
@@ -201,6 +202,7 @@ class JointCache(Cache):
         self.padding = padding
         self._note_text(mask, input_ids, new)
         self._fresh = self.length == 0
+        self._reads_prompt = new > 1
         self.length = length
         device = key_states.device
         self._slots = [
@@ -292,7 +294,8 @@ class JointCache(Cache):
                 if self.pool.groups.fused[group]:
                     keys, which = self._buckets(scope, group, row, slot)
                     plan = fuser.fuse(table, NewBlocks(row, slot, keys, which, tokens), group)
-                    self.pool.observe(group, len(row), plan)
+                    if self._reads_prompt:
+                        self.pool.observe(group, len(row), plan)
 
     def _buckets(self, scope: str, group: int, row: Tensor, slot: Tensor) -> tuple[list[Hashable], Tensor]:
         """Buckets of blocks: equal positions of one tenant, or equal places in the chunks of one request."""

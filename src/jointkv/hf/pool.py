@@ -195,6 +195,8 @@ class JointPool:
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when the pool or an index is inconsistent."""
+        if self.adaptation is not None:
+            self.adaptation.check_integrity()
         if self.blocks is not None:
             self.blocks.check_integrity()
         for fuser in self.fusers.values():
@@ -237,6 +239,7 @@ def model_identity(model: PreTrainedModel) -> ModelIdentity:
         head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         checkpoint=None if folder is None else checkpoint_fingerprint(folder),
         weights=model_fingerprint(model),
+        dtype=str(model.dtype).removeprefix("torch."),
     )
 
 

@@ -11,10 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jointkv.errors import IntegrityError
+from jointkv.errors import IntegrityError, InvalidPolicy
 from jointkv.profile import GroupThresholds, Profile
 
 Direction = Literal["tighten", "loosen"]
+
+Limit = float | Sequence[float] | None
+
+NEGLIGIBLE = 1e-4
+"""A mean squared error of 0.01 squared."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,14 @@ class BoundController:
 
     After each window of `window` blocks the live distortion is compared with the profile's. Outside the dead band
     `[1 / band, band]` for `patience` windows in a row the bound moves one step; inside it, nothing moves. It tightens
-    as far as needed, and loosens up to `ceiling` only, and only while the live acceptance is at least half of the
-    calibrated one: traffic in which little is accepted is not the traffic that was calibrated, and a looser bound
-    would begin to accept what was never measured.
+    as far as needed and comes back to the profile's bound when that is not needed any more. It goes beyond the
+    profile's bound up to `ceiling` only, and only while the live acceptance is at least half of the calibrated one:
+    traffic in which little is accepted is not the traffic that was calibrated, and a looser bound would begin to accept
+    what was never measured.
 
     Args:
-        distortion, acceptance: what the profile expects, see `jointkv.profile.GroupThresholds`.
+        distortion, acceptance: what the profile expects, see `jointkv.profile.GroupThresholds`. A distortion below
+            `NEGLIGIBLE` counts as that: rounding alone exceeds it.
         ceiling: largest factor, from the user's bound.
     """
 
@@ -83,7 +90,7 @@ class BoundController:
             return None
         tighten = self._streak > 0
         self._streak = 0
-        factor = self.factor * self.step if tighten else min(self.ceiling, self.factor / self.step)
+        factor = self.factor * self.step if tighten else self._loosened()
         if factor == self.factor:
             return None
         self.factor = factor
@@ -93,11 +100,18 @@ class BoundController:
 
     def _next_streak(self, distortion: float, acceptance: float) -> int:
         """Windows in a row above the band (positive) or below it (negative)."""
-        if distortion > self.distortion * self.band:
+        expected = max(self.distortion, NEGLIGIBLE)
+        if distortion > expected * self.band:
             return max(self._streak, 0) + 1
-        if distortion < self.distortion / self.band and 2 * acceptance >= self.acceptance:
+        alike = self.factor < 1 or 2 * acceptance >= self.acceptance
+        if distortion < expected / self.band and alike:
             return min(self._streak, 0) - 1
         return 0
+
+    def _loosened(self) -> float:
+        """One step up, stopping at the profile's bound on the way."""
+        factor = self.factor / self.step
+        return min(self.ceiling, 1.0 if self.factor < 1 < factor else factor)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when the factor left its range."""
@@ -112,20 +126,25 @@ class Adaptation:
         profile: where the thresholds and the expectations come from.
         limit: the user's bound on a block's relative error, one for all groups or one each; no move exceeds it.
             None: the profile's own thresholds.
+        token_limit: the user's bound on a token's, likewise.
+
+    Raises:
+        InvalidPolicy: a limit that is no number of at least 0, or other than one for each group.
     """
 
-    def __init__(self, profile: Profile, limit: float | Sequence[float] | None = None) -> None:
+    def __init__(self, profile: Profile, limit: Limit = None, token_limit: Limit = None) -> None:
         self.groups: tuple[GroupThresholds, ...] = profile.groups
-        limits = (limit,) * len(self.groups) if limit is None or isinstance(limit, int | float) else tuple(limit)
+        limits = _per_group(limit, len(self.groups), "max_relative_error")
+        self._token_limits = _per_group(token_limit, len(self.groups), "max_token_error")
         self.controllers = [
             BoundController(group.distortion, group.acceptance, _ceiling(group, most))
             for group, most in zip(self.groups, limits, strict=True)
         ]
 
     def bounds(self, group: int) -> tuple[float, float]:
-        """The bound on blocks and the bound on tokens that are in force; that on tokens never exceeds the profile's."""
-        factor, of = self.controllers[group].factor, self.groups[group]
-        return factor * of.max_relative_error, min(1.0, factor) * of.max_token_error
+        """The bound on blocks and the bound on tokens that are in force; that on tokens is never loosened."""
+        factor, of, token = self.controllers[group].factor, self.groups[group], self._token_limits[group]
+        return factor * of.max_relative_error, min(1.0, factor) * (of.max_token_error if token is None else token)
 
     def observe(self, group: int, blocks: int, errors: Sequence[float]) -> Move | None:
         """Note that of `blocks` considered blocks those with `errors` were served by another's page.
@@ -154,6 +173,15 @@ class Adaptation:
         """Raises IntegrityError when a factor left its range."""
         for controller in self.controllers:
             controller.check_integrity()
+
+
+def _per_group(limit: Limit, groups: int, name: str) -> tuple[float | None, ...]:
+    limits = (limit,) * groups if limit is None or isinstance(limit, int | float) else tuple(limit)
+    if len(limits) != groups:
+        raise InvalidPolicy(f"{name}: {len(limits)} bounds for the {groups} layer groups of the profile")
+    if any(one is not None and not one >= 0 for one in limits):
+        raise InvalidPolicy(f"{name}: {limit!r} is no number of at least 0")
+    return limits
 
 
 def _ceiling(group: GroupThresholds, limit: float | None) -> float:

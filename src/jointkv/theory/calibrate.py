@@ -77,9 +77,11 @@ def acceptance_and_distortion(error: Tensor, valid: Tensor, bound: float) -> tup
     """Share of blocks served by another's page under `bound`, and the mean squared error over all blocks."""
     served_by = cover(error, valid, bound)
     blocks = int(valid.sum())
+    if not blocks:
+        return 0.0, 0.0
     taken = error.gather(2, served_by.clamp(min=0)[:, :, None]).squeeze(2)[valid].double()
     own = (served_by == torch.arange(valid.shape[1]))[valid]
-    return 1 - int(own.sum()) / max(1, blocks), float(taken.square().sum()) / max(1, blocks)
+    return 1 - int(own.sum()) / blocks, float(taken.square().sum()) / blocks
 
 
 def settings_by_cost(errors: Tensor, valid: Tensor, sensitivity: Sequence[float]) -> list[Setting]:
@@ -93,6 +95,9 @@ def settings_by_cost(errors: Tensor, valid: Tensor, sensitivity: Sequence[float]
     Args:
         errors: `[groups, P, N, N]`.
         sensitivity: KL per unit of distortion, by group.
+
+    Returns:
+        Settings, that of exact duplicates only first.
     """
     if len(errors) == 1:
         outcome = {acceptance_and_distortion(errors[0], valid, bound): (bound,) for bound in reversed(BOUNDS)}
@@ -102,7 +107,7 @@ def settings_by_cost(errors: Tensor, valid: Tensor, sensitivity: Sequence[float]
     cost = torch.tensor(
         [[distortion * weight for _, distortion in row] for row, weight in zip(found, sensitivity, strict=True)]
     )
-    ladder: dict[Setting, float] = {}
+    ladder: dict[Setting, float] = {(BOUNDS[0],) * len(errors): 0.0}
     for exponent in range(60, -81, -2):
         choice = (saved - 10 ** (exponent / 10) * cost).argmax(1)
         ladder.setdefault(
@@ -128,8 +133,8 @@ def upper_mean(values: Sequence[float], further: int, confidence: float = 0.95) 
     """What the mean of `further` more values stays below with `confidence`.
 
     The one-sided prediction limit of Student's t for the difference of two means, of `n` values known and `m` to come:
-    `mean + t * s * sqrt(1 / n + 1 / m)`. Exact for normal values; skewed ones exceed it a little more often. Infinite
-    for fewer than two values.
+    `mean + t * s * sqrt(1 / n + 1 / m)`. That holds for values near normal; of skewed ones more than 5% exceed it: 13%
+    to 17% of lognormal means (sigma 1, n of 32 and 8). Infinite for fewer than two values.
     """
     if len(values) < 2:
         return math.inf

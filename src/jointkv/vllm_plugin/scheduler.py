@@ -61,8 +61,8 @@ class FusionScheduler:
         self._fused_groups = tuple(fused_groups)
         profile = settings.load_profile()
         self.adaptation: Adaptation | None = None
-        if profile is not None and settings.adapt:
-            self.adaptation = Adaptation(profile, settings.max_relative_error)
+        if profile is not None and settings.adapts:
+            self.adaptation = Adaptation(profile, settings.max_relative_error, settings.max_token_error)
         self._block_size = self.tables.groups[self._fused_groups[0]].block_size
         self._chunk_blocks = settings.chunk_tokens // self._block_size
         self._requests: dict[str, TrackedRequest] = {}
@@ -135,6 +135,8 @@ class FusionScheduler:
         """Raises IntegrityError when tables, reference counts or the index are inconsistent."""
         self.tables.check_integrity()
         self.index.check_integrity()
+        if self.adaptation is not None:
+            self.adaptation.check_integrity()
         for request_id, tracked in self._requests.items():
             if tracked.epoch == tracked.request.num_preemptions:
                 for group, slot in tracked.served:
@@ -161,7 +163,7 @@ class FusionScheduler:
             candidates = self.index.candidates(buckets, self.settings.max_candidates)
             if not candidates:
                 self.index.add(buckets, block.block_id)
-                self._observe(group, [])
+                self._observe(tracked, group, slot, [])
             elif block.ref_cnt > 1:  # an exact prefix that others hold too: replacing one entry would free nothing
                 self.statistics.reject("page_shared")
             else:
@@ -214,10 +216,12 @@ class FusionScheduler:
             page = member.candidates[choice]
             if self._written[page] <= verdict.step:
                 self._merge(member, page)
-                self.statistics.merged(float(worst[choice]))
-                self._observe(member.group, [float(max(worst[choice], token[choice] / TOKEN_SLACK))])
                 if max(worst[choice], token[choice]) > 0:
                     self.tables.stop_caching(request.request_id)
+                self.statistics.merged(float(worst[choice]))
+                self._observe(
+                    member.tracked, member.group, member.slot, [float(max(worst[choice], token[choice] / TOKEN_SLACK))]
+                )
                 return
         if len(allowed):
             self.statistics.reject("representative_gone")
@@ -231,9 +235,12 @@ class FusionScheduler:
         block_bound, token_bound = self.adaptation.bounds(self._fused_groups.index(member.group))
         return (block <= block_bound) & (token <= token_bound)
 
-    def _observe(self, number: int, errors: list[float]) -> None:
-        """Tell adaptation of one block of KV-cache group `number`: served by another's page with `errors`, or not."""
-        if self.adaptation is None:
+    def _observe(self, tracked: TrackedRequest, number: int, slot: int, errors: list[float]) -> None:
+        """Tell adaptation of a block of a prompt, in KV-cache group `number`: served by another's page, or not.
+
+        Blocks of answers are left out, as in calibration.
+        """
+        if self.adaptation is None or (slot + 1) * self._block_size > tracked.request.num_prompt_tokens:
             return
         group = self._fused_groups.index(number)
         move = self.adaptation.observe(group, 1, errors)
@@ -262,7 +269,7 @@ class FusionScheduler:
             self._again.append(member)
             return
         self.statistics.reject("bound")
-        self._observe(member.group, [])
+        self._observe(member.tracked, member.group, member.slot, [])
         if member.page not in self.index:  # another request that hits it may have made it resident meanwhile
             self.index.add(member.buckets, member.page)
 

@@ -71,7 +71,7 @@ class PluginSettings(BaseModel):
             InvalidPolicy: thresholds that make no sense together.
         """
         if options.get("profile") is not None:
-            options = {**Profile.load(str(options["profile"])).options(), **options}
+            options = _with_profile(options)
         for name in options:
             if name not in cls.model_fields:
                 near = difflib.get_close_matches(name, cls.model_fields, 1, 0.0)[0]
@@ -85,6 +85,11 @@ class PluginSettings(BaseModel):
         settings.policy()
         return settings
 
+    @property
+    def adapts(self) -> bool:
+        """Whether bounds move; without a bound of a kind there is nothing to move."""
+        return self.adapt and self.profile is not None and None not in (self.max_relative_error, self.max_token_error)
+
     def load_profile(self) -> Profile | None:
         """The profile, if one was given. Raises `BadInput`."""
         return None if self.profile is None else Profile.load(self.profile)
@@ -93,3 +98,13 @@ class PluginSettings(BaseModel):
         """The decision rule these options stand for. Raises `InvalidPolicy`."""
         shared = {field.name for field in dataclasses.fields(FusionPolicy)} & type(self).model_fields.keys()
         return FusionPolicy(candidates="tokens", **self.model_dump(include=shared))
+
+
+def _with_profile(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with those of their profile. Raises `BadInput` for one that changes what the bounds were chosen for."""
+    path = str(options["profile"])
+    calibrated = Profile.load(path).options()
+    for name in ("layer_groups", "scope", "chunk_tokens", "across_layers"):
+        if name in options and options[name] != calibrated[name]:
+            raise BadInput(f"jointkv: {path} was calibrated with {name}={calibrated[name]}, not {options[name]}")
+    return {**calibrated, **options}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from jointkv.errors import BadInput, JointKVError
+from jointkv.errors import BadInput, JointKVError, UnsupportedModel
 from jointkv.evaluate import prefilled
 from jointkv.evaluate.block_pairs import Lines, lines_of, pair_error_matrices
 from jointkv.evaluate.calibration.half import Half
@@ -23,7 +23,7 @@ from jointkv.hf.pool import full_attention_layers
 from jointkv.identity import ModelIdentity
 from jointkv.policy import LayerGroups
 from jointkv.profile import DataIdentity, FrontierPoint, GroupThresholds, Measurement, Prediction, Profile
-from jointkv.theory.calibrate import Setting, acceptance_and_distortion, last_that_holds, settings_by_cost
+from jointkv.theory.calibrate import BOUNDS, Setting, acceptance_and_distortion, last_that_holds, settings_by_cost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +75,7 @@ class Calibration:
         work: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
-        check_requests(requests, getattr(model.config, "max_position_embeddings", None))
+        check_requests(requests, getattr(model.config, "max_position_embeddings", None), settings.block_size)
         if settings.scope == "both":
             raise BadInput("scope: calibrate batch and chunk one at a time")
         self.model, self.requests, self.settings = model, requests, settings
@@ -85,6 +85,8 @@ class Calibration:
         order = random.Random(settings.seed).sample(range(len(requests)), len(requests))
         self._rows = (sorted(order[:count]), sorted(order[count:]))
         layers = len(full_attention_layers(model))
+        if layers < model.config.get_text_config(decoder=True).num_hidden_layers:
+            raise UnsupportedModel("models with sliding-window layers cannot be calibrated yet; set the bounds by hand")
         groups = LayerGroups.of(policy_of((REFERENCE_BOUND,) * settings.layer_groups, settings), layers)
         self.layers = [range(group * groups.layers, (group + 1) * groups.layers) for group in range(groups.count)]
 
@@ -97,6 +99,7 @@ class Calibration:
     def halves(self) -> tuple[Half, Half]:
         """The half to choose on, and the one to check on."""
         first, second = (prefilled.take(self.whole, rows) for rows in self._rows)
+        del self.whole  # the halves are copies
         return (
             Half(self.model, first, self.settings, len(second.requests), self._store.measured("calibrated")),
             Half(self.model, second, self.settings, len(first.requests), self._store.measured("held_out")),
@@ -134,7 +137,6 @@ class Calibration:
         calibrated, held_out = (self._measured(half, chosen) for half in self.halves)
         return Profile(
             model=model,
-            dtype=str(self.model.dtype).removeprefix("torch."),
             block_size=self.settings.block_size,
             scope=self.settings.scope,
             chunk_tokens=self.settings.chunk_tokens,
@@ -150,6 +152,10 @@ class Calibration:
             data=self._data(source),
             versions=versions,
         )
+
+    def clean(self) -> None:
+        """Delete what was kept in between."""
+        self._store.remove()
 
     def _steps(self) -> None:
         """The parts that take time, in order, each announced."""
@@ -178,16 +184,25 @@ class Calibration:
         sensitivity = [1.0]
         if len(self.layers) > 1:
             self.progress.start("sensitivity of the layer groups")
-            sensitivity = [self._sensitivity(group) for group in range(len(self.layers))]
+            sensitivity = self._sensitivities()
         return settings_by_cost(self.errors, self.lines.valid, sensitivity)
 
-    def _sensitivity(self, group: int) -> float:
-        """KL per unit of distortion when `group` alone is fused."""
-        alone = tuple(REFERENCE_BOUND if other == group else 0.0 for other in range(len(self.layers)))
-        _, distortion = acceptance_and_distortion(self.errors[group], self.lines.valid, REFERENCE_BOUND)
-        kl = self._measured(self.halves[0], alone).kl
-        self.progress.part((group + 1) / len(self.layers))
-        return kl / distortion if distortion else 0.0
+    def _sensitivities(self) -> list[float]:
+        """KL per unit of distortion of each layer group, fused alone at the first bound at which it costs anything.
+
+        A group that never costs anything counts as much as the most sensitive one: nothing is known of it.
+        """
+        found = []
+        for group, error in enumerate(self.errors):
+            found.append(0.0)
+            for bound in (bound for bound in BOUNDS if bound >= REFERENCE_BOUND):
+                _, distortion = acceptance_and_distortion(error, self.lines.valid, bound)
+                if distortion:
+                    alone = tuple(bound if other == group else 0.0 for other in range(len(self.layers)))
+                    found[-1] = self._measured(self.halves[0], alone).kl / distortion
+                    break
+            self.progress.part((group + 1) / len(self.layers))
+        return [value or max(found) or 1.0 for value in found]
 
     def _choose(self, candidates: list[Setting]) -> Setting:
         target = self.settings.target
@@ -202,9 +217,9 @@ class Calibration:
         else:
             chosen = candidates[0]
         if chosen is None:
-            best = max(self.predict(setting).ratio for setting in candidates)
+            best = max(self.predict(setting).low for setting in candidates)
             raise TargetUnmet(
-                f"{target.kind}={target.value:g} cannot be met here; the largest ratio predicted is {best:.2f}",
+                f"{target.kind}={target.value:g} cannot be met here; the largest ratio to be relied on is {best:.2f}",
                 self.frontier(candidates),
             )
         return chosen
@@ -261,16 +276,24 @@ class Calibration:
         )
 
 
-def check_requests(requests: Sequence[Request], context: int | None) -> None:
-    """Raises BadInput for too few requests, one too short or too long, or without a continuation."""
+def check_requests(requests: Sequence[Request], context: int | None, block_size: int) -> None:
+    """Raises BadInput for too few requests, too short or too long ones, or continuations that differ in length."""
     if len(requests) < 2 * MIN_HALF:
-        raise BadInput(
-            f"{len(requests)} requests are too few: the interval needs at least {2 * MIN_HALF}, "
-            f"{MIN_HALF} to calibrate and {MIN_HALF} to check"
-        )
+        raise too_few(len(requests))
+    scored = len(requests[0].continuation)
     for number, request in enumerate(requests, start=1):
         length = len(request.prompt) + len(request.continuation)
-        if len(request.prompt) < 2 or not request.continuation:
-            raise BadInput(f"request {number}: at least two prompt tokens and one of continuation are needed")
+        if len(request.prompt) < 2 or not scored or len(request.continuation) != scored:
+            raise BadInput(f"request {number}: at least two prompt tokens, and equally many to score, are needed")
         if context is not None and length > context:
             raise BadInput(f"request {number} takes {length} tokens with its continuation; the model reads {context}")
+    if max(len(request.prompt) for request in requests) <= block_size:
+        raise BadInput(f"no request fills a block of {block_size} tokens; give longer ones or a smaller --block-size")
+
+
+def too_few(requests: int) -> BadInput:
+    """The error for too few requests; says how many are needed."""
+    return BadInput(
+        f"{requests} requests are too few: the interval needs at least {2 * MIN_HALF}, "
+        f"{MIN_HALF} to calibrate and {MIN_HALF} to check"
+    )

@@ -30,6 +30,7 @@ class Store:
         from jointkv.hf.pool import model_fingerprint
 
         self._folder = folder
+        self._prefills: list[Path] = []
         base = [model_fingerprint(model), str(model.dtype), str(settings.block_size)]
         self._prefill_key = base
         self._measure_key = [*base, digest(requests), str(settings.seed), settings.scope, str(settings.chunk_tokens)]
@@ -45,6 +46,7 @@ class Store:
         if self._folder is None:
             return make()
         path = self._folder / f"prefill-{_hash([*self._prefill_key, digest(requests)])}.safetensors"
+        self._prefills.append(path)
         found = prefilled.load(path, requests)
         if found is None:
             found = make()
@@ -55,14 +57,26 @@ class Store:
         """Measurements of an earlier run."""
         if self._folder is None or not self._path(half).exists():
             return {}
-        rows = json.loads(self._path(half).read_text())
-        return {tuple(setting): Measurement.model_validate(row) for setting, row in rows}
+        try:
+            rows = json.loads(self._path(half).read_text())
+            return {tuple(setting): Measurement.model_validate(row) for setting, row in rows}
+        except (OSError, ValueError, TypeError):  # damaged: measured again
+            return {}
 
     def keep(self, half: str, measured: dict[Setting, Measurement]) -> None:
         """Remember the measurements of a half."""
         if self._folder is not None:
             rows = [[setting, row.model_dump()] for setting, row in measured.items()]
             replace_text(self._path(half), json.dumps(rows))
+
+    def remove(self) -> None:
+        """Delete what this calibration has kept, and the folder if nothing else is in it."""
+        if self._folder is None:
+            return
+        for path in [*self._prefills, self._path("calibrated"), self._path("held_out")]:
+            path.unlink(missing_ok=True)
+        if not any(self._folder.iterdir()):
+            self._folder.rmdir()
 
     def _path(self, half: str) -> Path:
         assert self._folder is not None

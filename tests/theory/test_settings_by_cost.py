@@ -63,6 +63,16 @@ def test_acceptance_and_distortion_of_a_cluster():
     assert acceptance == pytest.approx(3 / 5) and distortion == pytest.approx(3 * 0.01 / 5)
 
 
+def test_no_blocks_are_no_acceptance():
+    assert acceptance_and_distortion(torch.zeros(0, 3, 3), torch.zeros(0, 3, dtype=torch.bool), 0.5) == (0.0, 0.0)
+
+
+def test_exact_duplicates_only_come_first_whatever_a_group_costs():
+    error, valid = clusters([5, 5], 0.19)
+    for sensitivity in ([1.0, 0.0], [0.0, 0.0]):
+        assert settings_by_cost(torch.stack((error, error)), valid, sensitivity)[0] == (0.0, 0.0)
+
+
 def test_one_group_tries_the_bounds_that_change_what_is_shared():
     generator = torch.Generator().manual_seed(0)
     error = torch.rand(50, 40, 40, generator=generator).clamp(max=0.8)
