@@ -69,6 +69,7 @@ def test_tasks_are_paired_with_the_unfused_model(tiny, tmp_path):
         (["--traffic", "nothing"], "unknown traffic"),
         (["--method", "nothing"], "unknown method"),
         (["--method", "fused@much"], "with a number"),
+        (["--method", "quantized@3"], "quantized"),
         (["--policy", "nothing"], "preset: 'nothing'"),
         (["--task", "nothing"], "unknown task"),
         (["--profile", "none.json"], "cannot read profile"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from jointkv.errors import IntegrityError, LayoutError
-from jointkv.evaluate.fidelity import Scorer, common_prefix_length, score
+from jointkv.evaluate.fidelity import Scorer, common_prefix_length, cut_at_end, score
 
 
 def random_case(
@@ -182,6 +182,12 @@ def test_check_integrity_finds_impossible_sums() -> None:
     scorer._rows[0] = dataclasses.replace(scorer._rows[0], top1_equal=6)
     with pytest.raises(IntegrityError, match="request 0"):
         scorer.check_integrity()
+
+
+def test_outputs_are_cut_behind_their_first_end_token() -> None:
+    assert cut_at_end([4, 9, 5, 8], {8, 9}) == (4, 9)
+    assert cut_at_end([4, 5], {9}) == (4, 5) == cut_at_end([4, 5], ())
+    assert cut_at_end([], {9}) == ()
 
 
 def test_common_prefix_length() -> None:

@@ -84,6 +84,21 @@ def test_only_a_batch_shares_pages(parts):
     assert held == {1: (55, 55), 5: (55, 15)}
 
 
+def test_a_context_asked_for_several_times_is_no_sharing(parts):
+    choices = [(CONTEXTS[0], f" w{number}") for number in range(9, 13)]
+    # 42 tokens are 11 blocks; the last token is fed with the continuation, and 41 are as many.
+    for exact, pairs, held in ((EXACT, choices, (11, 11)), (EXACT, [*choices, (CONTEXTS[1], " w9")], (22, 12))):
+        model = JointKVLM(**parts, batch_size=5, **exact)
+        scores = likelihoods(model, pairs)
+        assert (model.prompt_references, model.prompt_pages) == held
+        expected = likelihoods(HFLM(**parts, batch_size=1), pairs)
+        assert [value for value, _ in scores] == pytest.approx([value for value, _ in expected], abs=1e-4)
+        model.pool.check_integrity()
+    model = JointKVLM(**parts, batch_size=4, **EXACT)
+    assert len(set(generations(model, [CONTEXTS[0]] * 4))) == 1
+    assert (model.prompt_references, model.prompt_pages) == (11, 11)
+
+
 def test_likelihoods_read_the_fused_context(parts):
     pairs = [(" ".join(WORDS[i::3]), " w9 w10") for i in range(3)]
     expected = likelihoods(HFLM(**parts, batch_size=3), pairs)

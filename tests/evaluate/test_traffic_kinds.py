@@ -10,6 +10,7 @@ import pytest
 from toy_tokenizers import MAKERS, REAL
 
 from jointkv.errors import BadInput
+from jointkv.evaluate.datasets import ChoiceRow, Loaded, Row
 from jointkv.evaluate.traffic import DatasetTraffic, LongDocuments, Request, Tokenizer, get_traffic
 from jointkv.evaluate.traffic.base import encode, packaged
 from jointkv.evaluate.traffic.four_shot import EXAMPLE_ROWS
@@ -195,18 +196,49 @@ def test_dataset_traffic_sends_rows_with_their_answers(tokenizer: Tokenizer) -> 
 def test_dataset_traffic_cuts_prompts_and_takes_the_end_where_answers_are_short(tokenizer: Tokenizer) -> None:
     problems = load_problems()
     whole = {encode(tokenizer, f"Question: {problem.question}\nAnswer: {problem.answer}") for problem in problems}
-    cut = DatasetTraffic("gsm8k", prompt_tokens=20).requests(tokenizer, 30, continuation_tokens=10)
-    assert {len(request.prompt) for request in cut} == {20}
-    assert all(any(ids[:30] == request.prompt + request.continuation for ids in whole) for request in cut)
+    cut = DatasetTraffic("gsm8k", prompt_tokens=32).requests(tokenizer, 30, continuation_tokens=10)
+    assert {len(request.prompt) for request in cut} == {32}
+    assert all(any(ids[:42] == request.prompt + request.continuation for ids in whole) for request in cut)
     late = DatasetTraffic("gsm8k").requests(tokenizer, 100, continuation_tokens=150)
     assert all(any(ids[: len(r.prompt) + 150] == r.prompt + r.continuation for ids in whole) for r in late)
     assert any(not request.text.endswith("\nAnswer:") for request in late)
-    with pytest.raises(BadInput, match="can make 0 distinct requests"):
+    with pytest.raises(BadInput, match=r"can make 0 distinct requests .*; 300 of 300 rows leave fewer than 32 tokens"):
         DatasetTraffic("gsm8k").requests(tokenizer, 1, continuation_tokens=10_000)
-    with pytest.raises(BadInput, match="prompt_tokens must be at least 1"):
-        DatasetTraffic("gsm8k", prompt_tokens=0)
+    with pytest.raises(BadInput, match="prompt_tokens must be at least 32"):
+        DatasetTraffic("gsm8k", prompt_tokens=31)
     with pytest.raises(BadInput, match="unknown data set 'no such'; known: HelpSteer, "):
         get_traffic("dataset:no such")
+
+
+def test_dataset_traffic_leaves_out_short_prompts(tokenizer: Tokenizer) -> None:
+    traffic = DatasetTraffic("gsm8k")
+    rows = [
+        Row("few words", ("an answer " * 30,)),
+        *(Row(f"{i} and many more words " * 20, ("yes",)) for i in range(3)),
+    ]
+    vars(traffic)["loaded"] = Loaded("toy", "here", False, tuple(rows))
+    requests = traffic.requests(tokenizer, 3, continuation_tokens=8)
+    assert all(len(request.prompt) >= 32 and "few" not in request.text for request in requests)
+    with pytest.raises(BadInput, match=r"make 3 distinct .* 4 requested; 1 of 4 rows leave fewer than 32 tokens"):
+        traffic.requests(tokenizer, 4, continuation_tokens=8)
+
+
+def test_choices_stand_behind_solved_questions_of_their_subject(tokenizer: Tokenizer) -> None:
+    rows = [
+        ChoiceRow(f"question {i} on {subject}", ("B",), ("up", "down", "left", "right"), 1, subject)
+        for subject in ("law", "art")
+        for i in range(8)
+    ]
+    traffic = DatasetTraffic("mmlu")
+    vars(traffic)["loaded"] = Loaded("toy", "here", False, tuple(rows))
+    for request in traffic.requests(tokenizer, 6, continuation_tokens=4):
+        whole = tokenizer.decode(list(request.prompt + request.continuation))
+        subject, other = ("law", "art") if "on law" in whole else ("art", "law")
+        assert whole.count(f"on {subject}") == 6 and other not in whole and whole.count("Answer: B") == 6
+        assert whole.startswith(f"question 0 on {subject}") and whole.endswith("Answer: B")
+        assert any(f"question {i} on" in whole.split("Answer: B")[5] for i in (5, 6, 7))
+    with pytest.raises(BadInput, match=r"make 6 distinct"):
+        traffic.requests(tokenizer, 7, continuation_tokens=4)
 
 
 @pytest.mark.parametrize(

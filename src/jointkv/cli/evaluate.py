@@ -188,6 +188,6 @@ def _print_tasks(rows: Sequence[TaskRow]) -> None:
         table.add_row(
             *(result.task, result.metric, result.method, f"{result.level:g}", f"{result.mean:.3f}"),
             "-" if apart is None else f"{apart.mean:+.3f} ({apart.low:+.3f} to {apart.high:+.3f})",
-            *(f"{1 - result.nbytes / result.unfused_nbytes:.1%}", result.source),
+            *(f"{1 - result.share_16bit:.1%}", result.source),
         )
     Console(width=None if Console().is_terminal else 160).print(table)

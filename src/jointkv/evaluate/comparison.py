@@ -3,22 +3,66 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from jointkv.evaluate.fidelity import RequestSums, Scorer, common_prefix_length
+from jointkv.evaluate.fidelity import RequestSums, Scorer, common_prefix_length, cut_at_end
 from jointkv.evaluate.methods.base import Batch, Counted, HeldBatch, Method, scored_tokens
 from jointkv.evaluate.methods.unfused import Unfused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Progress = Callable[[str], None]
 Wanted = tuple[Method, float]
 """A method and the level to run it at."""
 Outputs = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ByteCount:
+    """Bytes of K and V of batches on one model; sums over batches with `+`.
+
+    Attributes:
+        unfused_nbytes, nbytes, nbytes_packed: see `Batch` and `HeldBatch`.
+        itemsize: bytes per number in the model's dtype.
+    """
+
+    unfused_nbytes: int
+    nbytes: int
+    nbytes_packed: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, held: HeldBatch, batch: Batch) -> ByteCount:
+        """What is counted of `batch` as it is held."""
+        return cls(batch.unfused_nbytes, held.nbytes, held.nbytes_packed, batch.model.dtype.itemsize)
+
+    def __add__(self, other: ByteCount) -> ByteCount:
+        return ByteCount(
+            self.unfused_nbytes + other.unfused_nbytes,
+            self.nbytes + other.nbytes,
+            self.nbytes_packed + other.nbytes_packed,
+            self.itemsize,
+        )
+
+    @property
+    def share(self) -> float:
+        """`nbytes / unfused_nbytes`."""
+        return self.nbytes / self.unfused_nbytes
+
+    @property
+    def share_16bit(self) -> float:
+        """`share` if the model's dtype had 16 bits: packed codes stay, the rest shrinks."""
+        narrower = 2 / self.itemsize
+        at_16bit = self.nbytes_packed + (self.nbytes - self.nbytes_packed) * narrower
+        return at_16bit / (self.unfused_nbytes * narrower)
 
 
 @dataclass(frozen=True)
@@ -30,16 +74,15 @@ class MethodRow:
         environment: versions the numbers come from.
         unfused_nbytes: bytes of K and V of the prompts in the model's dtype.
         nbytes, counted: see `HeldBatch`.
-        share: `nbytes / unfused_nbytes`.
-        share_16bit: the same if the model's dtype had 16 bits, as served models have: packed codes stay, the rest
-            shrinks. At float32 `share` flatters quantisation.
+        share, share_16bit: see `ByteCount`. At float32 `share` flatters quantisation; served models have 16 bits.
         seconds_hold, seconds_feed: to prefill and compress, and to score; what `Batch` keeps is not prefilled again.
         kl ... positions: see `Fidelity`.
         per_request: the sums behind them, in the order of the requests.
         generated: tokens generated greedily per request.
         common_prefix, common_prefix_worst_request: how many of them agree with the unfused model's before the first
-            that differs, mean and least.
-        outputs: the generated token ids.
+            that differs, mean and least. What follows an end token is no output: requests that agree up to one agree
+            in all `generated`.
+        outputs: the generated token ids, up to the model's end token.
     """
 
     traffic: str
@@ -81,7 +124,7 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the unfused model does: logits of `score`, and outputs of `greedy`."""
+    """What the unfused model does: logits of `score`, and outputs of `greedy` up to the end tokens."""
 
     logits: Tensor
     outputs: Outputs
@@ -90,7 +133,7 @@ class Reference:
     def of(cls, batch: Batch, generate: int = 0) -> Reference:
         """Run the unfused model on `batch`."""
         held = Unfused().hold(batch, 1.0)
-        outputs = greedy(held.fork(), batch, generate) if generate else ()
+        outputs = _outputs(held, batch, generate) if generate else ()
         return cls(score(held, batch), outputs)
 
 
@@ -107,6 +150,13 @@ def greedy(held: HeldBatch, batch: Batch, tokens: int) -> Outputs:
         fed = held.feed(fed)[:, -1].argmax(-1, keepdim=True).cpu()
         outputs.append(fed)
     return tuple(tuple(row) for row in torch.cat(outputs, 1).tolist())
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Ids that end an answer, by the model's generation config."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in ids if token is not None)
 
 
 def run_methods(
@@ -126,7 +176,12 @@ def iter_methods(
     """`run_methods`, one row at a time."""
     report = progress or (lambda line: None)
     report("unfused reference")
-    reference = Reference.of(batch, generate)
+    try:
+        reference = Reference.of(batch, generate)
+    except Exception as error:  # without it nothing can be compared, but other batches can
+        report(f"unfused reference failed: {_reason(error)}")
+        yield from (not_run(*wanted, f"unfused reference: {_reason(error)}", traffic) for wanted in methods)
+        return
     for method, level in methods:
         missing = method.missing_packages()
         if missing:
@@ -136,9 +191,13 @@ def iter_methods(
         try:
             row = _run(batch, method, level, reference, generate, traffic)
         except Exception as error:  # other people's methods raise anything; a table goes on without one of them
-            row = not_run(method, level, f"{type(error).__name__}: {error}", traffic)
+            row = not_run(method, level, _reason(error), traffic)
             report(f"{method.name} at {level:g} failed: {row.not_run}")
         yield row
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def not_run(method: Method, level: float, reason: str, traffic: str = "") -> MethodRow:
@@ -170,7 +229,7 @@ def _run(batch: Batch, method: Method, level: float, reference: Reference, gener
         **_identity(method, level, traffic),
         **_bytes(held, batch),
         seconds_hold=held_at - start,
-        **(_agreement(greedy(held.fork(), batch, generate), reference.outputs) if generate else {}),
+        **(_agreement(_outputs(held, batch, generate), reference.outputs, generate) if generate else {}),
     )
     fed_at = time.perf_counter()
     logits = score(held, batch)
@@ -178,8 +237,11 @@ def _run(batch: Batch, method: Method, level: float, reference: Reference, gener
     scorer = Scorer()
     for given, expected, request in zip(logits, reference.logits, batch.requests, strict=True):
         scorer.add(given, expected, torch.tensor(request.continuation))
-    fidelity = dataclasses.asdict(scorer.result())
-    return dataclasses.replace(row, seconds_feed=seconds, per_request=scorer.requests, **fidelity)
+    fidelity = scorer.result()
+    if not math.isfinite(fidelity.kl) or not math.isfinite(fidelity.nll):
+        whose = "logits" if math.isfinite(fidelity.nll_reference) else "the unfused model's logits"
+        return not_run(method, level, f"broken: {whose} are not finite", traffic)
+    return dataclasses.replace(row, seconds_feed=seconds, per_request=scorer.requests, **dataclasses.asdict(fidelity))
 
 
 def _identity(method: Method, level: float, traffic: str) -> dict[str, Any]:
@@ -195,22 +257,27 @@ def _identity(method: Method, level: float, traffic: str) -> dict[str, Any]:
 
 
 def _bytes(held: HeldBatch, batch: Batch) -> dict[str, Any]:
-    unfused = batch.unfused_nbytes
-    narrower = 2 / batch.model.dtype.itemsize
-    at_16bit = held.nbytes_packed + (held.nbytes - held.nbytes_packed) * narrower
+    count = ByteCount.of(held, batch)
     return {
-        "unfused_nbytes": unfused,
-        "nbytes": held.nbytes,
+        "unfused_nbytes": count.unfused_nbytes,
+        "nbytes": count.nbytes,
         "counted": held.counted,
-        "share": held.nbytes / unfused,
-        "share_16bit": at_16bit / (unfused * narrower),
+        "share": count.share,
+        "share_16bit": count.share_16bit,
     }
 
 
-def _agreement(outputs: Outputs, expected: Outputs) -> dict[str, Any]:
-    lengths = [common_prefix_length(a, b) for a, b in zip(outputs, expected, strict=True)]
+def _outputs(held: HeldBatch, batch: Batch, generate: int) -> Outputs:
+    """`greedy` on a fork, cut at the model's end tokens."""
+    ends = end_tokens(batch.model)
+    return tuple(cut_at_end(output, ends) for output in greedy(held.fork(), batch, generate))
+
+
+def _agreement(outputs: Outputs, expected: Outputs, generated: int) -> dict[str, Any]:
+    pairs = zip(outputs, expected, strict=True)
+    lengths = [generated if ours == theirs else common_prefix_length(ours, theirs) for ours, theirs in pairs]
     return {
-        "generated": len(outputs[0]),
+        "generated": generated,
         "common_prefix": sum(lengths) / len(lengths),
         "common_prefix_worst_request": min(lengths),
         "outputs": outputs,

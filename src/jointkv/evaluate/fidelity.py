@@ -1,6 +1,6 @@
 """How far next-token distributions moved from the unfused model's: KL, equal top-1, log-likelihood."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -132,6 +132,12 @@ def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
         if left != right:
             return index
     return min(len(a), len(b))
+
+
+def cut_at_end(tokens: Sequence[int], ends: Collection[int]) -> tuple[int, ...]:
+    """`tokens` up to the first of `ends`, which is kept."""
+    stop = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tuple(tokens[: stop + 1])
 
 
 def _sum_request(logits: Tensor, reference: Tensor, targets: Tensor) -> RequestSums:

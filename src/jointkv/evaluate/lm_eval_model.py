@@ -41,7 +41,8 @@ class JointKVLM(HFLM):
 
     Attributes:
         prompt_references, prompt_pages: blocks of all prompts so far, and the pages that held them; what is decoded
-            does not count.
+            does not count, and a context that is asked for several times in a batch, such as for each choice, counts
+            once.
 
     Raises:
         BadInput: a batch size that is no number.
@@ -72,6 +73,10 @@ class JointKVLM(HFLM):
         lengths = context.shape[1] - cache.padding
         for table in cache.tables:
             table.truncate(-(-lengths // self.pool.block_size))
+        # Beams of a context follow each other, and no beam nor repeated context counts as sharing.
+        beams = len(cache.padding) // len(context)
+        distinct = {tuple(row): index * beams for index, row in enumerate(context.tolist())}
+        cache.batch_select_indices(torch.tensor(sorted(distinct.values())))
         self._count(cache)
         return written
 
@@ -97,15 +102,19 @@ class JointKVLM(HFLM):
 
     @torch.inference_mode()
     def _continuations(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Prefill and fuse all but the last context token, then feed it and the continuation."""
-        prompts = [(context + given)[-(self.max_length + 1) :][: -len(given)] for context, given in pairs]
+        """Prefill and fuse all but the last token of each distinct context, then feed it and the continuations."""
+        prompts = [tuple((context + given)[-(self.max_length + 1) :][: -len(given)]) for context, given in pairs]
         if not all(prompts):
             raise BadInput(f"a continuation of {self.max_length} tokens or more leaves no room for its context")
         cache = JointCache(self.pool)
-        ids, mask = left_padded([prompt[:-1] for prompt in prompts], pad=0)
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        ids, mask = left_padded([prompt[:-1] for prompt in distinct], pad=0)
         if ids.shape[1]:
             self._forward(cache, ids, mask, (mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1)
             self._count(cache)
+        asked = torch.tensor([distinct[prompt] for prompt in prompts])
+        cache.batch_select_indices(asked)
+        mask = mask[asked]
         rows = [[prompt[-1], *given[:-1]] for prompt, (_, given) in zip(prompts, pairs, strict=True)]
         width = max(map(len, rows))
         # Padding on the right is read by nothing that is scored.

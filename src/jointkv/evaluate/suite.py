@@ -164,10 +164,13 @@ def _preset(name: str) -> Fused:
 
 
 def _method(text: str) -> Choice:
-    name, separator, level = text.partition("@")
+    name, separator, number = text.partition("@")
+    method = get_method(name)
+    if not separator:
+        return Choice(method)
     try:
-        return Choice(get_method(name), float(level) if separator else None)
-    except ValueError as error:
-        if isinstance(error, BadInput):
-            raise
+        level = float(number)
+    except ValueError:
         raise BadInput(f"--method {text}: expected NAME or NAME@LEVEL, with a number") from None
+    method.check_level(level)
+    return Choice(method, level)

@@ -6,14 +6,19 @@ prints a line of progress before each method.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import queue
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.comparison import MethodRow, Progress, Wanted, iter_methods, not_run, run_methods
@@ -23,6 +28,8 @@ from jointkv.evaluate.traffic.base import Request
 
 JOB_FORMAT = "jointkv.methods.job/1"
 STDERR_LINES = 3
+SILENCE_SECONDS = 1800.0
+"""A worker that prints nothing for so long is ended; it prints a line before each method."""
 
 
 def compare_methods(
@@ -34,19 +41,22 @@ def compare_methods(
     traffic: str = "",
     generate: int = 0,
     progress: Progress | None = None,
+    silence_seconds: float = SILENCE_SECONDS,
 ) -> list[MethodRow]:
     """Rows for `wanted`, in that order: those whose packages are here run here, the others in `worker_python`.
 
     Each is compared with the unfused model of the environment it ran in. `model_folder` holds the model of `batch`, for
-    the worker to load; `worker_python` is the interpreter of the other environment (`make setup-eval`). What could not
-    be run has a row that says why.
+    the worker to load; `worker_python` is the interpreter of the other environment (`make setup-eval`), whose process
+    is ended when it prints nothing for `silence_seconds`. What could not be run has a row that says why. What `batch`
+    has prefilled is released before a worker starts, which needs the memory for its own.
     """
     elsewhere = [each for each in wanted if each[0].missing_packages()]
     here = [each for each in wanted if not each[0].missing_packages()]
     rows = run_methods(batch, here, generate, progress, traffic=traffic) if here else []
     if elsewhere:
         job = make_job(batch, elsewhere, model_folder=model_folder, traffic=traffic, generate=generate)
-        rows += run_in_worker(job, elsewhere, worker_python, progress)
+        batch.release()
+        rows += run_in_worker(job, elsewhere, worker_python, progress, silence_seconds)
     order = {id(each): place for place, each in enumerate(wanted)}
     placed = sorted(zip(here + elsewhere, rows, strict=True), key=lambda pair: order[id(pair[0])])
     return [row for _, row in placed]
@@ -69,33 +79,72 @@ def make_job(
 
 
 def run_in_worker(
-    job: dict[str, Any], wanted: Sequence[Wanted], python: str | Path | None, progress: Progress | None = None
+    job: dict[str, Any],
+    wanted: Sequence[Wanted],
+    python: str | Path | None,
+    progress: Progress | None = None,
+    silence_seconds: float = SILENCE_SECONDS,
 ) -> list[MethodRow]:
     """Run `job` under the interpreter `python`. Where that fails, rows that say why follow those that were made."""
     rows: list[MethodRow] = []
     reason = f"no environment of the baselines at {python}; run: make setup-eval"
     if python is not None and Path(python).is_file():
-        rows, reason = _run_process(job, python, progress or (lambda line: None))
+        try:
+            rows, reason = _run_process(job, python, progress or (lambda line: None), silence_seconds)
+        except OSError as error:
+            reason = f"the worker {python} could not be started: {error}"
     return rows + [not_run(method, level, reason, job["traffic"]) for method, level in wanted[len(rows) :]]
 
 
-def _run_process(job: dict[str, Any], python: str | Path, progress: Progress) -> tuple[list[MethodRow], str]:
+def _run_process(
+    job: dict[str, Any], python: str | Path, progress: Progress, silence_seconds: float
+) -> tuple[list[MethodRow], str]:
     """The rows that a worker made, and why there are no more of them."""
     with tempfile.TemporaryDirectory(prefix="jointkv-methods-") as folder:
         paths = [Path(folder) / name for name in ("job.json", "result.jsonl")]
         paths[0].write_text(json.dumps(job))
         command = [str(python), "-m", "jointkv.evaluate.worker", *map(str, paths)]
         with (Path(folder) / "stderr").open("w+") as errors:
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    progress(line.rstrip())
+            code = _follow(command, errors, progress, silence_seconds)
             errors.seek(0)
             last = " | ".join(errors.read().strip().splitlines()[-STDERR_LINES:])
+        ended = f"the worker ended with exit code {code}"
+        if code is None:
+            ended = f"the worker was ended after {silence_seconds:g} s without output"
         text = paths[1].read_text() if paths[1].is_file() else ""
         complete = text.split("\n")[:-1]  # a worker that died may have left part of a line
         rows = [MethodRow.from_dict(json.loads(line)) for line in complete]
-        return rows, f"the worker ended with exit code {process.returncode}: {last}"
+        return rows, f"{ended}: {last}" if last else ended
+
+
+def _follow(command: Sequence[str], errors: IO[str], progress: Progress, silence_seconds: float) -> int | None:
+    """Run `command` and report its lines; its exit code, or None when it was ended for silence.
+
+    Whatever is raised here, such as a KeyboardInterrupt, ends the process and those that it started.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
+    assert process.stdout is not None
+    lines: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=_read_lines, args=(process.stdout, lines), daemon=True).start()
+    try:
+        while (line := lines.get(timeout=silence_seconds)) is not None:
+            progress(line)
+        return process.wait()
+    except queue.Empty:
+        return None
+    finally:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _read_lines(stream: IO[bytes], lines: queue.Queue[str | None]) -> None:
+    """Put the lines of `stream`, then None, into `lines`; in a thread, so that who reads them can stop waiting."""
+    with stream:
+        for line in stream:
+            lines.put(line.decode(errors="replace").rstrip())
+    lines.put(None)
 
 
 def run_job(job: dict[str, Any], progress: Progress | None = None) -> Iterator[MethodRow]:

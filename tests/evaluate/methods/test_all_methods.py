@@ -1,5 +1,6 @@
 """What every method promises, whichever it is; those whose packages are missing are skipped."""
 
+import math
 import subprocess
 import sys
 
@@ -7,14 +8,15 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from tiny_batches import batch_of, different, same_start
+from tiny_batches import BLOCK, batch_of, different, same_start
 
-from jointkv.errors import BadInput
+from jointkv.errors import BadInput, UnsupportedModel
 from jointkv.evaluate.comparison import run_methods, score
-from jointkv.evaluate.methods import get_method, method_names
-from jointkv.evaluate.methods.base import scored_tokens
+from jointkv.evaluate.methods import Fused, get_method, method_names
+from jointkv.evaluate.methods.base import Batch, scored_tokens
+from jointkv.policy import FusionPolicy
 
-LOSSLESS = {"unfused": 1.0, "exact_prefix": 1.0, "fused": 0.0, "minicache": 0.0, "semantic": 1.1}
+LOSSLESS = {"unfused": 1.0, "exact_prefix": 1.0, "fused": 0.0, "minicache": 0.0, "semantic": 1.0}
 LOSSLESS |= dict.fromkeys(("snapkv", "expected_attention", "knorm", "tova", "streaming_llm"), 1.0)
 ON_PAGES = ("exact_prefix", "fused", "paper", "fused_quantized", "quantized_pages")
 
@@ -78,6 +80,60 @@ def test_batch_keeps_what_it_prefilled():
         method = get_method(name)
         score(method.hold(batch, method.levels[-1]), batch)
     assert all(torch.equal(kept, layer.keys) for kept, layer in zip(before, batch.dense[0].layers, strict=True))
+
+
+def test_a_released_batch_is_prefilled_again_when_it_is_asked_for():
+    batch = batch_of(different(rows=2))
+    held = get_method("unfused").hold(batch, 1.0)
+    before = batch.dense
+    batch.release()
+    assert "dense" not in vars(batch) and batch.dense is not before
+    torch.testing.assert_close(score(held, batch), score(get_method("unfused").hold(batch, 1.0), batch))
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_model_with_sliding_windows_is_refused(name):
+    config = transformers.MistralConfig(
+        vocab_size=97,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        sliding_window=8,
+    )
+    batch = Batch(transformers.MistralForCausalLM(config).eval(), different(), BLOCK)
+    method = get_method(name)
+    with pytest.raises(UnsupportedModel, match="MistralForCausalLM has layers with a DynamicSlidingWindowLayer"):
+        method.hold(batch, method.levels[0])
+
+
+REFUSED = {
+    "unfused": (0.5, 2.0),
+    "exact_prefix": (0.0,),
+    "fused": (-0.1, math.inf),
+    "paper": (-1.1, 1.1),
+    "minicache": (-0.1, 1.1),
+    "semantic": (-1.1, 1.1),
+    **dict.fromkeys(("fused_quantized", "quantized_pages", "quantized"), (3.0, 4.5, 0.0, 16.0)),
+    **dict.fromkeys(("snapkv", "expected_attention", "knorm", "tova", "streaming_llm", "kvzip"), (0.0, 1.01, -0.5)),
+}
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_levels_that_make_no_sense_are_refused(name):
+    method = get_method(name)
+    for level in method.levels:
+        method.check_level(level)
+    for level in (*REFUSED[name], math.nan):
+        with pytest.raises(BadInput, match=rf"{name}: level {level:g} \(.*\); allowed: "):
+            method.hold(batch_of(different(rows=1)), level)
+
+
+def test_a_policy_is_held_at_its_own_level_only():
+    method = Fused("mine", FusionPolicy.preset("safe", max_relative_error=0.1))
+    method.check_level(0.1)
+    with pytest.raises(BadInput, match=r"mine: level 0.2 .*; allowed: that of the policy, 0.1"):
+        method.check_level(0.2)
 
 
 def test_names():

@@ -1,22 +1,28 @@
 """Rows of a comparison: what is compared, what is counted, what is said of a method that cannot run."""
 
+import dataclasses
 import json
 from dataclasses import asdict
 
 import pytest
 import torch
-from tiny_batches import BLOCK, PER_TOKEN, batch_of, build_model, different
+from tiny_batches import BLOCK, PER_TOKEN, VOCABULARY, batch_of, build_model, different
+from torch.nn.functional import one_hot
 
-from jointkv.evaluate.comparison import MethodRow, Reference, equal_bytes, greedy, run_methods, score
+from jointkv.evaluate import comparison
+from jointkv.evaluate.comparison import ByteCount, MethodRow, Reference, equal_bytes, greedy, run_methods, score
 from jointkv.evaluate.fidelity import summarize
 from jointkv.evaluate.methods import get_method
 from jointkv.evaluate.methods.base import Batch, Method
 
 
 class Broken(Method):
-    name, description, levels, level_means = "broken", "fails", (1.0,), "nothing"
+    name, description, levels, level_means, allowed = "broken", "fails", (1.0,), "nothing", "all"
 
-    def hold(self, batch, level):
+    def allows(self, level):
+        return True
+
+    def compress(self, batch, level):
         raise RuntimeError("out of luck")
 
 
@@ -73,8 +79,8 @@ def test_shares_at_16_bits_do_not_shrink_packed_codes():
     class HalfPacked(type(get_method("unfused"))):
         name = "half_packed"
 
-        def hold(self, batch, level):
-            held = super().hold(batch, level)
+        def compress(self, batch, level):
+            held = super().compress(batch, level)
             held.nbytes_packed = held.nbytes // 2
             return held
 
@@ -89,6 +95,79 @@ def test_a_method_that_cannot_run_has_a_row_that_says_why():
     assert [row.not_run for row in rows] == ["RuntimeError: out of luck", "needs no-such-distribution", None]
     assert rows[0].kl is None and rows[0].nbytes is None and rows[0].per_request == ()
     assert lines[0] == "unfused reference" and "broken at 1 failed: RuntimeError: out of luck" in lines
+
+
+class NotFinite(type(get_method("unfused"))):
+    name = "not_finite"
+
+    @torch.inference_mode()
+    def compress(self, batch, level):
+        batch.dense[0].layers[0].keys[0, 0, 0, 0] = float("nan")
+        return super().compress(batch, level)
+
+
+def test_logits_that_are_not_finite_are_said_not_shown_as_numbers():
+    unfused, broken = run_methods(batch_of(different()), [(get_method("unfused"), 1.0), (NotFinite(), 1.0)], generate=2)
+    assert unfused.not_run is None
+    assert broken.not_run == "broken: logits are not finite" and broken.kl is None and broken.per_request == ()
+    batch = batch_of(different())
+    batch.model.lm_head.weight.data[3] = float("nan")
+    (row,) = run_methods(batch, [(get_method("unfused"), 1.0)])
+    assert row.not_run == "broken: the unfused model's logits are not finite"
+
+
+def test_a_reference_that_fails_is_said_in_every_row():
+    batch, lines = batch_of(different()), []
+    batch.requests[1] = dataclasses.replace(batch.requests[1], prompt=(10_000, *batch.requests[1].prompt))
+    wanted = [(get_method("minicache"), 0.5), (get_method("semantic"), 0.99)]
+    rows = run_methods(batch, wanted, progress=lines.append, traffic="odd")
+    assert [(row.method, row.traffic) for row in rows] == [("minicache", "odd"), ("semantic", "odd")]
+    assert all(row.not_run.startswith("unfused reference: IndexError: ") for row in rows)
+    assert lines[1].startswith("unfused reference failed: IndexError")
+
+
+def test_a_level_out_of_range_costs_its_row_only():
+    rows = run_methods(batch_of(different()), [(get_method("minicache"), 1.5), (get_method("minicache"), 0.5)])
+    assert "BadInput: minicache: level 1.5" in rows[0].not_run and rows[1].not_run is None
+
+
+class Says(type(get_method("unfused"))):
+    """Holds the prompts, but says `outputs` whatever it is fed."""
+
+    name = "says"
+
+    def __init__(self, *outputs):
+        self.outputs = outputs
+
+    def compress(self, batch, level):
+        held = super().compress(batch, level)
+        script, step = self.outputs, iter(range(99))
+
+        def feed(tokens):
+            at = next(step)
+            return one_hot(torch.tensor([[row[at]] for row in script]), VOCABULARY).float()
+
+        fork = held.fork()
+        fork.feed = feed
+        held.fork = lambda: fork
+        return held
+
+
+def test_what_follows_an_end_token_is_not_compared(monkeypatch):
+    batch = batch_of(different(), eos_token_id=[5, 6])
+    told = Says((7, 8, 5, 9), (7, 8, 9, 10), (7, 6, 9, 9))
+    monkeypatch.setattr(comparison, "Unfused", lambda: told)
+    # The first ends like the reference, the second goes on otherwise, the third ends where the reference goes on.
+    (row,) = run_methods(batch, [(Says((7, 8, 5, 4), (7, 8, 4, 10), (7, 5, 9, 9)), 1.0)], generate=4)
+    assert row.not_run is None and row.generated == 4
+    assert row.outputs == ((7, 8, 5), (7, 8, 4, 10), (7, 5))
+    assert row.common_prefix == pytest.approx((4 + 2 + 1) / 3) and row.common_prefix_worst_request == 1
+
+
+def test_byte_counts_add_up():
+    total = ByteCount(100, 60, 20, 4) + ByteCount(300, 100, 60, 4)
+    assert total == ByteCount(400, 160, 80, 4) and total.share == 0.4
+    assert total.share_16bit == pytest.approx((80 + 80 / 2) / 200)
 
 
 def test_equal_bytes_asks_for_the_share_or_takes_all_levels():

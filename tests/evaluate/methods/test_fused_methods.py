@@ -108,6 +108,13 @@ def test_bytes_of_quantised_pages(bits):
     assert held.nbytes == held.nbytes_packed + tail
 
 
+@pytest.mark.parametrize("name", ["quantized_pages", "fused_quantized"])
+def test_prompts_without_a_full_block_are_held_as_they_are(name):
+    batch = batch_of(requests_of(random_tokens(3, 1), random_tokens(4, 2)))
+    (row,) = run_methods(batch, [(get_method(name), 8)], generate=2)
+    assert row.not_run is None and row.nbytes == row.unfused_nbytes and row.kl < 1e-9
+
+
 def test_a_fused_page_is_quantised_once():
     batch = batch_of(same_start())
     alone, fused = (get_method(name).hold(batch, 4) for name in ("quantized_pages", "fused_quantized"))

@@ -51,3 +51,9 @@ def test_equal_numbers_stay_equal():
 def test_other_bits_are_refused():
     with pytest.raises(BadInput, match="3 bits; known: 8, 4, 2"):
         pack(torch.zeros(1, 1), 0, 3)
+
+
+def test_no_entries_can_be_selected_from_none():
+    packed = pack(torch.zeros(0, 4, 2, 8), 1, 4)
+    none = packed.select(torch.zeros(0, dtype=torch.long))
+    assert none.read().shape == (0, 4, 2, 8) and none.nbytes == 0

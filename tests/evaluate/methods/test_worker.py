@@ -1,12 +1,15 @@
 """Methods run in another process, as in another environment."""
 
 import json
+import subprocess
 import sys
+import time
 
 import pytest
 from tiny_batches import batch_of, different
 
 from jointkv.errors import BadInput
+from jointkv.evaluate import worker
 from jointkv.evaluate.comparison import run_methods
 from jointkv.evaluate.methods import get_method
 from jointkv.evaluate.methods.minicache import MiniCache
@@ -84,6 +87,58 @@ def test_rows_made_before_a_worker_died_are_kept(saved, tmp_path):
     assert [row.level for row in rows] == [0.5, 0.75, 0.25]
     assert rows[0].not_run is None and rows[0].kl > 0
     assert all("exit code 9" in row.not_run for row in rows[1:])
+
+
+def script_of(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def is_running(pid):
+    return subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout[:1] not in ("", "Z")
+
+
+def test_a_worker_that_cannot_be_started_loses_no_row(saved, tmp_path):
+    batch, folder = saved
+    python = tmp_path / "python"
+    python.write_text("not a program")
+    wanted = [(Elsewhere(), 0.5), (MiniCache(), 0.5)]
+    rows = compare_methods(batch, wanted, model_folder=folder, worker_python=python)
+    assert "could not be started" in rows[0].not_run and "Permission denied" in rows[0].not_run
+    assert rows[1].not_run is None and rows[1].kl > 0
+
+
+def test_a_silent_worker_is_ended_with_all_that_it_started(saved, tmp_path):
+    batch, folder = saved
+    python = script_of(tmp_path / "python", f"sleep 600 & echo $! > {tmp_path / 'pid'}; echo started; wait")
+    lines, start = [], time.perf_counter()
+    rows = compare_methods(
+        *(batch, [(Elsewhere(), 0.5)]),
+        **{"model_folder": folder, "worker_python": python, "progress": lines.append, "silence_seconds": 0.5},
+    )
+    assert rows[0].not_run == "the worker was ended after 0.5 s without output" and lines == ["started"]
+    assert time.perf_counter() - start < 60 and not is_running((tmp_path / "pid").read_text().strip())
+
+
+def test_an_interrupt_ends_the_worker(saved, tmp_path):
+    batch, folder = saved
+    python = script_of(tmp_path / "python", f"echo $$ > {tmp_path / 'pid'}; echo started; exec sleep 600")
+
+    def interrupt(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare_methods(batch, [(Elsewhere(), 0.5)], model_folder=folder, worker_python=python, progress=interrupt)
+    assert not is_running((tmp_path / "pid").read_text().strip())
+
+
+def test_the_prefill_is_released_before_the_worker_starts(saved, monkeypatch):
+    batch, folder = saved
+    seen = []
+    monkeypatch.setattr(worker, "run_in_worker", lambda job, wanted, *_: seen.append(set(vars(batch))) or [None])
+    compare_methods(batch, [(Elsewhere(), 0.5), (MiniCache(), 0.5)], model_folder=folder)
+    assert seen == [{"model", "requests", "block_size"}]
 
 
 def test_a_job_holds_everything_in_json(saved):

@@ -1,5 +1,7 @@
 """Decoding in a batch, choosing, scoring; and a real cache against the unfused model."""
 
+import weakref
+
 import pytest
 from toy_tasks import LOADED, Characters, Script, Words, example, tiny_model
 
@@ -33,7 +35,7 @@ class Toy(Task):
 
 
 def answers(script, *examples):
-    held = script.hold(type("Requests", (), {"requests": examples}), 1.0)
+    held = script.compress(type("Requests", (), {"requests": examples}), 1.0)
     return answer(held, examples, Characters(), ENDS)
 
 
@@ -56,7 +58,7 @@ def test_a_stop_text_ends_decoding_and_the_earliest_in_one_token_counts():
             return super().decode(token_ids, **options).replace("@", "a.b!c")
 
     script = Script("@xyz")
-    held = script.hold(type("Requests", (), {"requests": [0]}), 1.0)
+    held = script.compress(type("Requests", (), {"requests": [0]}), 1.0)
     asked = [example(max_new_tokens=5, stop=("!c", "."))]
     assert answer(held, asked, LongToken(), ENDS) == ["a"] and len(script.fed) == 1
 
@@ -82,8 +84,50 @@ def test_a_result_has_scores_by_request_and_bytes_of_all_batches():
     assert result.answers == ("x", "y", "x", "y", "x") and script.batches == [2, 2, 1]
     # Two layers, one head of size 8, K and V in float32, four prefilled tokens in five requests.
     assert result.nbytes == 30 and result.unfused_nbytes == 2 * 8 * 2 * 4 * 4 * 5 and result.counted == "predicted"
+    assert result.share == result.share_16bit == 30 / result.unfused_nbytes
     assert (result.source, result.stand_in) == ("written here", False)
     assert task.max_tokens == 40, "the model's context is the smaller limit"
+
+
+def test_packed_bytes_weigh_more_at_16_bits():
+    class HalfPacked(Script):
+        def compress(self, batch, level):
+            held = super().compress(batch, level)
+            held.nbytes_packed = 5
+            return held
+
+    result = run_task(Toy(max_new_tokens=1), HalfPacked("x"), 1.0, tiny_model(), Characters(), count=2, batch_size=1)
+    assert result.share_16bit == pytest.approx((10 + 10 / 2) / (result.unfused_nbytes / 2))
+
+
+def test_one_batch_is_held_at_a_time():
+    alive = weakref.WeakSet()
+
+    class Watched(Unfused):
+        def compress(self, batch, level):
+            assert not alive
+            held = super().compress(batch, level)
+            alive.update([held, *batch.dense])
+            return held
+
+    task = Toy(prompt="abcde", max_new_tokens=3)
+    result = run_task(task, Watched(), 1.0, tiny_model(), Characters(), count=3, batch_size=1)
+    assert len(result.scores) == 3
+
+
+def test_the_prefill_is_not_kept_beside_what_is_held_of_it():
+    class Copied(Script):
+        def compress(self, batch, level):
+            self.prefill = weakref.ref(batch.dense[0])
+            held = super().compress(batch, level)
+            held.feed, feed = lambda tokens: (self.kept.append(self.prefill()), feed(tokens))[1], held.feed
+            return held
+
+    script = Copied("xx|")
+    script.kept = []
+    task = Toy(prompt="abcde", max_new_tokens=3)
+    run_task(task, script, 1.0, tiny_model(), Characters(), count=1, batch_size=1)
+    assert script.kept == [None] * 3
 
 
 def test_a_stand_in_shows():

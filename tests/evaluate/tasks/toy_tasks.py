@@ -53,7 +53,12 @@ class Script(Method):
     def __init__(self, *texts):
         self.texts, self.fed, self.batches = texts, [], []
 
-    def hold(self, batch: Batch, level: float) -> HeldBatch:
+    allowed = "1"
+
+    def allows(self, level: float) -> bool:
+        return level == 1
+
+    def compress(self, batch: Batch, level: float) -> HeldBatch:
         self.batches.append(len(batch.requests))
         return _Scripted(self, len(batch.requests))
 

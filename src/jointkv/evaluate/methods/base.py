@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor
 
-from jointkv.errors import UnsupportedModel
+from jointkv.errors import BadInput, UnsupportedModel
 from jointkv.evaluate.traffic.base import Request
 from jointkv.policy import Scope
 
@@ -32,7 +32,8 @@ class Batch:
     """Requests on a model, with their unfused prefill in the forms that methods start from; each made on first use.
 
     A prefill covers all but the last prompt token: that one and the continuation are fed to what a method holds.
-    Nobody may change what `prefilled` and `dense` return.
+    Nobody may change what `prefilled` and `dense` return. Methods refuse a model with layers that do not attend to all
+    tokens, see `check_full_attention`.
     """
 
     model: PreTrainedModel
@@ -46,14 +47,20 @@ class Batch:
         from jointkv.evaluate.prefilled import from_dense
 
         try:
-            return from_dense(self.model, self.requests, self.dense, self.block_size)
+            check_full_attention(self.model)
         except UnsupportedModel:
             return prefill(self.model, self.requests, block_size=self.block_size)
+        return from_dense(self.model, self.requests, self.dense, self.block_size)
 
     @cached_property
     def dense(self) -> list[DynamicCache]:
         """One `DynamicCache` per request."""
         return [prefill_dense(self.model, request) for request in self.requests]
+
+    def release(self) -> None:
+        """Drop the prefills, for memory; they are made again when they are asked for."""
+        for name in ("prefilled", "dense"):
+            self.__dict__.pop(name, None)
 
     @property
     def lengths(self) -> list[int]:
@@ -156,6 +163,7 @@ class Method(ABC):
     Attributes:
         levels: settings to try, in the method's own unit, the most faithful first.
         level_means: what a level is, for tables.
+        allowed: what a level may be, for messages.
         shares_across_requests: whether requests can share memory.
         frees_engine_memory: whether a paged engine such as vLLM gets blocks back, as it stands.
         packages: distributions that must be installed besides `torch` and `transformers`.
@@ -165,13 +173,34 @@ class Method(ABC):
     description: str
     levels: tuple[float, ...]
     level_means: str
+    allowed: str
     shares_across_requests: bool = False
     frees_engine_memory: bool = False
     packages: tuple[str, ...] = ()
 
-    @abstractmethod
     def hold(self, batch: Batch, level: float) -> HeldBatch:
-        """Prefill `batch` and compress it, or compress what `batch` has prefilled."""
+        """What is held of `batch` at `level`.
+
+        Raises:
+            BadInput: see `check_level`.
+            UnsupportedModel: see `check_full_attention`.
+        """
+        self.check_level(level)
+        check_full_attention(batch.model)
+        return self.compress(batch, level)
+
+    @abstractmethod
+    def compress(self, batch: Batch, level: float) -> HeldBatch:
+        """Prefill `batch` and compress it, or compress what `batch` has prefilled; `hold` has checked both."""
+
+    @abstractmethod
+    def allows(self, level: float) -> bool:
+        """Whether `level` is one that `allowed` describes."""
+
+    def check_level(self, level: float) -> None:
+        """Raises `BadInput` for a level that makes no sense for this method."""
+        if not self.allows(level):
+            raise BadInput(f"{self.name}: level {level:g} ({self.level_means}); allowed: {self.allowed}")
 
     def level_for_share(self, share: float) -> float | None:
         """The level that keeps `share` (0 to 1) of the unfused bytes; None if that cannot be chosen."""
@@ -184,6 +213,20 @@ class Method(ABC):
     def missing_packages(self) -> tuple[str, ...]:
         """Those of `packages` that are not installed here."""
         return tuple(name for name in self.packages if not _is_installed(name))
+
+
+def check_full_attention(model: PreTrainedModel) -> None:
+    """Raises `UnsupportedModel` unless every layer caches all tokens: bytes would be counted wrongly otherwise."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    other = next((layer for layer in layers if type(layer) is not DynamicLayer), None)
+    if other is not None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has layers with a {type(other).__name__}; methods are compared on models whose "
+            "layers all attend to all tokens"
+        )
 
 
 @torch.inference_mode()

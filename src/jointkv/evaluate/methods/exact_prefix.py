@@ -19,10 +19,14 @@ class ExactPrefix(Method):
     description = "full blocks shared by requests whose text is equal from the start, as in a prefix cache"
     levels = (1.0,)
     level_means = "nothing to set"
+    allowed = "1"
     shares_across_requests = True
     frees_engine_memory = True
 
-    def hold(self, batch: Batch, level: float) -> HeldBatch:
+    def allows(self, level: float) -> bool:
+        return level == 1
+
+    def compress(self, batch: Batch, level: float) -> HeldBatch:
         from jointkv.evaluate.held import FusedBatch
 
         prefilled = batch.prefilled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 from jointkv.evaluate.methods.base import Batch, HeldBatch, Method
 from jointkv.policy import FusionPolicy, Scope
@@ -24,6 +25,7 @@ class Fused(Method):
     description = "joint encoding, preset `safe` at a bound on the relative error"
     levels: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)
     level_means = "max_relative_error"
+    allowed = "a finite number from 0"
     shares_across_requests = True
     frees_engine_memory = True
 
@@ -40,6 +42,7 @@ class Fused(Method):
             self.level_means = "key_threshold" if policy.max_relative_error is None else "max_relative_error"
             number = policy.threshold(self.level_means, 0)
             self.levels = (0.0 if number is None or not policy.enabled else number,)
+            self.allowed = f"that of the policy, {self.levels[0]:g}"
 
     def policy_at(self, level: float) -> FusionPolicy:
         """The policy that `level` stands for."""
@@ -58,7 +61,10 @@ class Fused(Method):
             twin._policy = dataclasses.replace(twin._policy, scope=scope)
         return twin
 
-    def hold(self, batch: Batch, level: float) -> HeldBatch:
+    def allows(self, level: float) -> bool:
+        return 0 <= level < math.inf if self._policy is None else level == self.levels[0]
+
+    def compress(self, batch: Batch, level: float) -> HeldBatch:
         from jointkv.evaluate.held import FusedBatch
 
         return FusedBatch(batch.model, batch.prefilled, self.policy_at(level), block_size=batch.block_size)
@@ -70,9 +76,13 @@ class Paper(Fused):
     description = "joint encoding, preset `paper` at a threshold on the cosine of keys"
     levels = (0.9, 0.8, 0.7)
     level_means = "key_threshold"
+    allowed = "-1 to 1"
 
     def __init__(self) -> None:
         super().__init__("paper")
+
+    def allows(self, level: float) -> bool:
+        return -1 <= level <= 1
 
     def policy_at(self, level: float) -> FusionPolicy:
         return FusionPolicy.preset("paper", key_threshold=level, scope=self._scope)

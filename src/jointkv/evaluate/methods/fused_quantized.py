@@ -33,6 +33,7 @@ class QuantizedPages(Method):
 
     levels = tuple(float(bits) for bits in BITS)
     level_means = "bits"
+    allowed = "8, 4, 2"
 
     def __init__(
         self,
@@ -51,7 +52,10 @@ class QuantizedPages(Method):
         twin._policy = dataclasses.replace(self._policy, scope=scope)
         return twin
 
-    def hold(self, batch: Batch, level: float) -> HeldBatch:
+    def allows(self, level: float) -> bool:
+        return level in BITS
+
+    def compress(self, batch: Batch, level: float) -> HeldBatch:
         from jointkv.evaluate.held import FusedBatch
         from jointkv.hf import saving
 

@@ -26,7 +26,7 @@ class KVzip(Pressed):
         return KVzipPress(compression_ratio)
 
     @torch.inference_mode()  # the press runs the model again after the prefill
-    def hold(self, batch: Batch, level: float) -> HeldBatch:
+    def compress(self, batch: Batch, level: float) -> HeldBatch:
         press, caches, masks = self.press(1 - level), [], []
         for request in batch.requests:
             with press(batch.model):

@@ -28,8 +28,12 @@ class MiniCache(Method):
     description = "adjacent layers share an interpolated direction and keep their norms (MiniCache)"
     levels = (0.25, 0.5, 0.75)
     level_means = "share of layers merged, from the top (the paper: 0.5)"
+    allowed = "0 to 1"
 
-    def hold(self, batch: Batch, level: float) -> HeldBatch:
+    def allows(self, level: float) -> bool:
+        return 0 <= level <= 1
+
+    def compress(self, batch: Batch, level: float) -> HeldBatch:
         return MergedBatch(batch, int(level * len(batch.dense[0].layers) / 2))
 
 

@@ -33,7 +33,8 @@ class Packed:
 
     def select(self, index: Tensor) -> Packed:
         """The entries `index` of the first dimension, whose numbers must fill whole bytes."""
-        codes = self.codes.view(self.shape[0], -1)[index]
+        width = self.shape[1:].numel() * self.bits // 8  # given, because no entries at all leave it open
+        codes = self.codes.view(self.shape[0], width)[index]
         shape = torch.Size((len(index), *self.shape[1:]))
         return Packed(codes.flatten(), self.scale[index], self.low[index], self.bits, shape)
 

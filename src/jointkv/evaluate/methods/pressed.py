@@ -13,13 +13,17 @@ class Pressed(Method):
 
     levels = (0.75, 0.5, 0.25, 0.125)
     level_means = "share of tokens kept"
+    allowed = "more than 0, at most 1"
     packages = ("kvpress",)
 
     @abstractmethod
     def press(self, compression_ratio: float) -> Any:
         """The press of `kvpress` that drops the share `compression_ratio` of the tokens."""
 
-    def hold(self, batch: Batch, level: float) -> HeldBatch:
+    def allows(self, level: float) -> bool:
+        return 0 < level <= 1
+
+    def compress(self, batch: Batch, level: float) -> HeldBatch:
         with self.press(1 - level)(batch.model):
             caches = [prefill_dense(batch.model, request) for request in batch.requests]
         return DenseBatch(batch, caches, sum(nbytes_of(layer_states(cache)) for cache in caches))

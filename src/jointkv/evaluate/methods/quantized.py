@@ -23,9 +23,13 @@ class Quantized(Method):
     description = "QuantizedCache of transformers: packed codes, a scale and a zero per token and head"
     levels = (8.0, 4.0, 2.0)
     level_means = "bits"
+    allowed = "8, 4, 2"
     packages = ("optimum-quanto", "hqq")
 
-    def hold(self, batch: Batch, level: float) -> HeldBatch:
+    def allows(self, level: float) -> bool:
+        return level in BACKENDS
+
+    def compress(self, batch: Batch, level: float) -> HeldBatch:
         caches = [prefill_dense(batch.model, request, _cache(batch, int(level))) for request in batch.requests]
         held = [tensor for cache in caches for tensor in held_tensors(cache)]
         quantized = DenseBatch(batch, caches, sum(tensor.nbytes for tensor in held))

@@ -17,12 +17,16 @@ class Semantic(Method):
 
     name = "semantic"
     description = "reuse of the nearest earlier request's cache, by cosine of the mean input embeddings of prompts"
-    levels = (0.999, 0.99, 0.95, 0.9)
+    levels = (0.9999, 0.9995, 0.999, 0.99)
     level_means = "least cosine of prompt embeddings"
+    allowed = "-1 to 1"
     shares_across_requests = True
     frees_engine_memory = True
 
-    def hold(self, batch: Batch, level: float) -> HeldBatch:
+    def allows(self, level: float) -> bool:
+        return -1 <= level <= 1
+
+    def compress(self, batch: Batch, level: float) -> HeldBatch:
         return ReusedBatch(batch, donors(prompt_embeddings(batch), level))
 
 

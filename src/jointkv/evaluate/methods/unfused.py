@@ -12,7 +12,11 @@ class Unfused(Method):
     description = "every request keeps all of its own KV"
     levels = (1.0,)
     level_means = "share of tokens kept"
+    allowed = "1"
 
-    def hold(self, batch: Batch, level: float) -> HeldBatch:
+    def allows(self, level: float) -> bool:
+        return level == 1
+
+    def compress(self, batch: Batch, level: float) -> HeldBatch:
         caches = [fork_cache(cache) for cache in batch.dense]
         return DenseBatch(batch, caches, sum(nbytes_of(layer_states(cache)) for cache in caches))

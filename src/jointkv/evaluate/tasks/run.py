@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from jointkv.errors import BadInput
+from jointkv.evaluate.comparison import ByteCount
+from jointkv.evaluate.comparison import end_tokens as end_tokens_of_model
 from jointkv.evaluate.methods.base import Batch, Counted, HeldBatch, Method
 from jointkv.evaluate.tasks.base import Example, Task
 
@@ -28,6 +30,7 @@ class TaskResult:
         source: where the rows come from.
         stand_in: whether any row stands for a data set that could not be reached.
         nbytes, unfused_nbytes: bytes of K and V of all prompts as held, and as they are; sums over batches.
+        share, share_16bit: of these sums, see `ByteCount`.
         counted: where `nbytes` comes from, see `HeldBatch`.
         seconds: prefill, compression, decoding and scoring.
     """
@@ -43,6 +46,8 @@ class TaskResult:
     stand_in: bool
     nbytes: int
     unfused_nbytes: int
+    share: float
+    share_16bit: float
     counted: Counted
     batch_size: int
     seconds: float
@@ -72,13 +77,13 @@ def run_task(
     examples = task.examples(tokenizer, count, seed, max_tokens=min(rooms, default=None))
     start = time.perf_counter()
     answers: list[str | int] = []
-    nbytes = unfused = 0
+    counts: list[ByteCount] = []
     for first in range(0, count, batch_size):
         part = examples[first : first + batch_size]
-        batch = Batch(model, [example.request for example in part], block_size)
-        held = method.hold(batch, level)
-        nbytes, unfused = nbytes + held.nbytes, unfused + batch.unfused_nbytes
-        answers += answer(held, part, tokenizer, end_tokens(model, tokenizer))
+        given, counted, bytes_held = _answer_batch(part, method, level, model, tokenizer, block_size)
+        answers += given
+        counts.append(bytes_held)
+    total = sum(counts[1:], counts[0])
     scores = tuple(task.score(given, example) for given, example in zip(answers, examples, strict=True))
     return TaskResult(
         task=task.name,
@@ -90,12 +95,29 @@ def run_task(
         mean=fmean(scores),
         source="; ".join(dict.fromkeys(example.loaded_from.source for example in examples)),
         stand_in=any(example.loaded_from.stand_in for example in examples),
-        nbytes=nbytes,
-        unfused_nbytes=unfused,
-        counted=held.counted,
+        nbytes=total.nbytes,
+        unfused_nbytes=total.unfused_nbytes,
+        share=total.share,
+        share_16bit=total.share_16bit,
+        counted=counted,
         batch_size=batch_size,
         seconds=time.perf_counter() - start,
     )
+
+
+def _answer_batch(
+    examples: Sequence[Example],
+    method: Method,
+    level: float,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+) -> tuple[list[str | int], Counted, ByteCount]:
+    """Answers, and how many bytes were held; a function, so that nothing is held any more when the next batch is."""
+    batch = Batch(model, [example.request for example in examples], block_size)
+    held = method.hold(batch, level)
+    batch.release()  # what is held need not stand beside the prefill that it was made from
+    return answer(held, examples, tokenizer, end_tokens(model, tokenizer)), held.counted, ByteCount.of(held, batch)
 
 
 def context_of(model: PreTrainedModel) -> int | None:
@@ -105,9 +127,7 @@ def context_of(model: PreTrainedModel) -> int | None:
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that end an answer: those of the model's generation config and the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
+    return end_tokens_of_model(model) | ({tokenizer.eos_token_id} - {None})
 
 
 @torch.inference_mode()

@@ -1,25 +1,32 @@
 """Traffic from a data set by name: each row's prompt, followed by its answer."""
 
 import random
+from collections.abc import Sequence
 from functools import cached_property
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.datasets import Loaded, Row, get_dataset
+from jointkv.evaluate.datasets import ChoiceRow, Loaded, Row, get_dataset
 from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic, check_counts, cut_request, encode, too_few
 
 PREFIX = "dataset:"
 MOST_ROWS = 2000
+LEAST_TOKENS = 32
+"""Two blocks of 16 tokens: a shorter prompt has next to nothing that could be shared."""
+SHOTS = 5
 
 
 class DatasetTraffic(Traffic):
     """The rows of one data set. `description` names the stand-in where it is one.
 
+    Rows whose prompt would have fewer than `LEAST_TOKENS` tokens are not used. Of rows with choices the first `SHOTS`
+    of a subject stand solved before each of its other questions, and are not asked.
+
     `prompt_tokens` cuts longer prompts to their beginning; then the prompt itself goes on in the continuation.
     """
 
     def __init__(self, dataset: str, prompt_tokens: int | None = None) -> None:
-        if prompt_tokens is not None and prompt_tokens < 1:
-            raise BadInput(f"prompt_tokens must be at least 1, got {prompt_tokens}")
+        if prompt_tokens is not None and prompt_tokens < LEAST_TOKENS:
+            raise BadInput(f"prompt_tokens must be at least {LEAST_TOKENS}, got {prompt_tokens}")
         self._dataset = get_dataset(dataset)
         self._prompt_tokens = prompt_tokens
         self.name = f"{PREFIX}{self._dataset.name}"
@@ -43,22 +50,41 @@ class DatasetTraffic(Traffic):
         continuation, so that it is true text in any case.
         """
         check_counts(count, continuation_tokens)
-        rows = self.loaded.rows
+        rows, heads = _asked(self.loaded.rows)
         made: dict[tuple[int, ...], Request] = {}
+        short = 0
         for row in random.Random(seed).sample(rows, len(rows)):
-            request = self._request(tokenizer, row, continuation_tokens)
-            if request is not None:
+            head = heads[row.subject] if isinstance(row, ChoiceRow) else ""
+            request = self._request(tokenizer, head, row, continuation_tokens)
+            if request is None:
+                short += 1
+            else:
                 made.setdefault(request.prompt, request)
             if len(made) == count:
                 return list(made.values())
-        raise too_few(self, count, len(made), continuation_tokens)
+        reason = too_few(self, count, len(made), continuation_tokens)
+        raise BadInput(f"{reason}; {short} of {len(rows)} rows leave fewer than {LEAST_TOKENS} tokens for the prompt")
 
-    def _request(self, tokenizer: Tokenizer, row: Row, continuation_tokens: int) -> Request | None:
+    def _request(self, tokenizer: Tokenizer, head: str, row: Row, continuation_tokens: int) -> Request | None:
+        text = head + row.text
         answer = row.answers[0] if row.answers else ""
-        space = "" if not answer or row.text[-1].isspace() else " "
-        whole = encode(tokenizer, f"{row.text}{space}{answer}")
-        limits = [len(encode(tokenizer, row.text)), len(whole) - continuation_tokens]
+        space = "" if not answer or text[-1].isspace() else " "
+        whole = encode(tokenizer, f"{text}{space}{answer}")
+        limits = [len(encode(tokenizer, text)), len(whole) - continuation_tokens]
         if self._prompt_tokens is not None:
             limits.append(self._prompt_tokens)
         split = min(limits)
-        return cut_request(tokenizer, whole[: split + continuation_tokens], split) if split >= 1 else None
+        return cut_request(tokenizer, whole[: split + continuation_tokens], split) if split >= LEAST_TOKENS else None
+
+
+def _asked(rows: Sequence[Row]) -> tuple[list[Row], dict[str, str]]:
+    """The rows to ask, and by subject the solved questions that stand before those with choices."""
+    solved: dict[str, list[str]] = {}
+    asked: list[Row] = []
+    for row in rows:
+        shown = solved.setdefault(row.subject, []) if isinstance(row, ChoiceRow) else None
+        if shown is None or len(shown) == SHOTS:
+            asked.append(row)
+        else:
+            shown.append(f"{row.text} {row.answers[0]}\n\n")
+    return asked, {subject: "".join(texts) for subject, texts in solved.items()}
