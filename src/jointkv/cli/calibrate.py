@@ -145,7 +145,9 @@ def _prepare(
 
 def check_lengths(lengths: Sequence[int], tokens: int, lines: Sequence[int], model: Any) -> None:
     """Raises BadInput when a request is a single token or, with `tokens` after it, longer than the model's context."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    from jointkv.evaluate.methods.base import context_of
+
+    context = context_of(model)
     for length, line in zip(lengths, lines, strict=True):
         if length < 2:
             raise BadInput(f"line {line}: a prompt of one token")

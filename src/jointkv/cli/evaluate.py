@@ -66,9 +66,9 @@ def evaluate(
     if context.invoked_subcommand is not None:
         return
     with named_errors():
+        from jointkv.evaluate.methods.base import context_of
         from jointkv.evaluate.suite import Suite, choices_of, task_methods
         from jointkv.evaluate.tasks import get_task
-        from jointkv.evaluate.tasks.run import context_of
         from jointkv.evaluate.traffic import get_traffic
         from jointkv.hf.models import locate_model
         from jointkv.profile import Profile

@@ -219,7 +219,9 @@ def _gathered(prompts: Sequence[str], file: Path | None) -> list["UserRequest"]:
 
 
 def _check_lengths(rows: Sequence[Sequence[int]], model: "PreTrainedModel", new_tokens: int) -> None:
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    from jointkv.evaluate.methods.base import context_of
+
+    longest = context_of(model)
     for number, row in enumerate(rows, start=1):
         if not row:
             raise BadInput(f"prompt {number} has no token")

@@ -91,22 +91,20 @@ def pair_error_matrices(
     found.diagonal(dim1=2, dim2=3).masked_fill_(valid, 0.0)
     own, other = lines.pages[line, first], lines.pages[line, second]
     for number, layers in enumerate(groups):
-        both = [torch.zeros(0), torch.zeros(0)]
         for part in _parts(len(own)):
             sums = _sums(batch, layers, own[part], other[part])
-            for side, order in enumerate(([0, 1, 2], [0, 2, 1])):
+            where = line[part], first[part], second[part]
+            for (at, i, j), order in ((where, [0, 1, 2]), ((where[0], where[2], where[1]), [0, 2, 1])):
                 key, value, token = pair_errors(sums[..., order], aggregate)
                 least = effective_error(key, value, token)
-                least = least.masked_fill(token > token_limit, math.inf)
-                both[side] = torch.cat((both[side], least))
+                found[number, at, i, j] = least.masked_fill(token > token_limit, math.inf)
             if progress is not None:
                 progress((number + (int(part[-1]) + 1) / len(own)) / len(groups))
-        found[number, line, first, second], found[number, line, second, first] = both
     return found
 
 
 def errors_of(batch: Prefilled, layers: Sequence[int], own: Tensor, read: Tensor, aggregate: str = "rms") -> Tensor:
-    """The least bounds under which blocks `own [n]` may be read from the pages of blocks `read [n]`."""
+    """The least bounds under which blocks `own [n]` may be read from the pages of blocks `read [n]`, `[n]`."""
     parts = [torch.zeros(0)]
     for part in _parts(len(own)):
         parts.append(effective_error(*pair_errors(_sums(batch, layers, own[part], read[part]), aggregate)))

@@ -16,8 +16,7 @@ from jointkv.evaluate.comparison import Outputs, Progress, greedy, score
 from jointkv.evaluate.datasets import get_dataset
 from jointkv.evaluate.fidelity import Fidelity, Scorer
 from jointkv.evaluate.held import FusedBatch, Prefilled, prefill
-from jointkv.evaluate.methods.base import Batch
-from jointkv.evaluate.tasks.run import context_of
+from jointkv.evaluate.methods.base import Batch, context_of
 from jointkv.evaluate.traffic.base import Request, Tokenizer, begins_with_bos, encode
 from jointkv.policy import FusionPolicy
 from jointkv.theory.rarefaction import LEAST_REQUESTS

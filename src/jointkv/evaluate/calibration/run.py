@@ -17,6 +17,7 @@ from jointkv.evaluate.calibration.half import Half
 from jointkv.evaluate.calibration.settings import CalibrationSettings, policy_of
 from jointkv.evaluate.calibration.store import Store, digest
 from jointkv.evaluate.held import Prefilled, prefill
+from jointkv.evaluate.methods.base import context_of
 from jointkv.evaluate.prediction import predict_batch, predict_chunks
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.pool import full_attention_layers
@@ -58,12 +59,12 @@ class Calibration:
 
     Args:
         requests: at least twice `MIN_HALF`, each with the true tokens that follow its prompt.
-        identity, source: of the model and the data, for the profile.
         work: a folder for results in between; None keeps none.
 
     Raises:
         BadInput: too few requests, or one that the model's context cannot hold.
         InvalidPolicy: layer groups or chunks that do not fit the model or the block size.
+        UnsupportedModel: the model has layers without pages.
     """
 
     def __init__(
@@ -75,12 +76,11 @@ class Calibration:
         work: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
-        check_requests(requests, getattr(model.config, "max_position_embeddings", None), settings.block_size)
+        check_requests(requests, context_of(model), settings.block_size)
         if settings.scope == "both":
             raise BadInput("scope: calibrate batch and chunk one at a time")
         self.model, self.requests, self.settings = model, requests, settings
         self.progress = progress or Progress()
-        self._store = Store(work, model, requests, settings)
         count = len(requests) // 2
         order = random.Random(settings.seed).sample(range(len(requests)), len(requests))
         self._rows = (sorted(order[:count]), sorted(order[count:]))
@@ -89,6 +89,7 @@ class Calibration:
             raise UnsupportedModel("models with sliding-window layers cannot be calibrated yet; set the bounds by hand")
         groups = LayerGroups.of(policy_of((REFERENCE_BOUND,) * settings.layer_groups, settings), layers)
         self.layers = [range(group * groups.layers, (group + 1) * groups.layers) for group in range(groups.count)]
+        self._store = Store(work, model, requests, settings)
 
     @cached_property
     def whole(self) -> Prefilled:
@@ -125,6 +126,9 @@ class Calibration:
 
     def run(self, model: ModelIdentity, source: str, versions: dict[str, str]) -> Profile:
         """Measure, choose, check.
+
+        Args:
+            model, source, versions: what was calibrated, on which data and by what software, for the profile.
 
         Raises:
             TargetUnmet: no setting reaches the target.

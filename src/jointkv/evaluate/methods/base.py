@@ -256,6 +256,11 @@ def feed_each(model: PreTrainedModel, caches: Sequence[Any], positions: Sequence
     return torch.cat(logits)
 
 
+def context_of(model: PreTrainedModel) -> int | None:
+    """Tokens that the model can attend to, if its config says."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def fork_cache(cache: Any) -> Any:
     """A copy of a growing cache of transformers; its layers replace their tensors and never write into them."""
     twin = copy.copy(cache)

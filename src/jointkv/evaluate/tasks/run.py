@@ -13,7 +13,7 @@ import torch
 from jointkv.errors import BadInput
 from jointkv.evaluate.comparison import ByteCount
 from jointkv.evaluate.comparison import end_tokens as end_tokens_of_model
-from jointkv.evaluate.methods.base import Batch, Counted, HeldBatch, Method
+from jointkv.evaluate.methods.base import Batch, Counted, HeldBatch, Method, context_of
 from jointkv.evaluate.tasks.base import Example, Task
 
 if TYPE_CHECKING:
@@ -118,11 +118,6 @@ def _answer_batch(
     held = method.hold(batch, level)
     batch.release()  # what is held need not stand beside the prefill that it was made from
     return answer(held, examples, tokenizer, end_tokens(model, tokenizer)), held.counted, ByteCount.of(held, batch)
-
-
-def context_of(model: PreTrainedModel) -> int | None:
-    """Tokens that the model can attend to, if its config says."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
