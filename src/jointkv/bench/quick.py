@@ -1,15 +1,16 @@
-"""The quick A/B: arms, the order in which they run, medians over repeats, ratios within a round."""
+"""The quick A/B: arms, what a run is, medians over repeats, ratios within a round."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median
-from typing import Any, Protocol
+from statistics import median
+from typing import Any
 
 from jointkv.bench.engine_run import EngineRun, Measured
 from jointkv.bench.launch import EngineRunFailed
+from jointkv.bench.schedule import Watcher, about, round_order, seconds_left
 from jointkv.errors import BadInput
 from jointkv.vllm_plugin.settings import PluginSettings
 
@@ -112,19 +113,6 @@ class ArmSummary:
     outputs_equal_to_large_pool: float | None
 
 
-class Watcher(Protocol):
-    """Where progress goes."""
-
-    def start(self, description: str) -> None:
-        """The next run begins."""
-
-    def part(self, fraction: float) -> None:
-        """Of the present run `fraction` is done."""
-
-    def say(self, line: str) -> None:
-        """A line that stays."""
-
-
 def choose_arms(names: Sequence[str]) -> tuple[Arm, ...]:
     """The arms called `names`, each once, in the order of reports. Raises `BadInput` for an unknown name."""
     known = [arm.name for arm in ARMS]
@@ -132,12 +120,6 @@ def choose_arms(names: Sequence[str]) -> tuple[Arm, ...]:
         if name not in known:
             raise BadInput(f"unknown arm {name!r}; known: {', '.join(known)}")
     return tuple(arm for arm in ARMS if arm.name in names)
-
-
-def round_order(arms: Sequence[Arm], number: int) -> tuple[Arm, ...]:
-    """The order of round `number`, from 0: rotated, so that no arm always follows the same one or comes first."""
-    turn = number % len(arms)
-    return (*arms[turn:], *arms[:turn])
 
 
 def pool_blocks(settings: QuickSettings, arm: Arm) -> int:
@@ -215,19 +197,6 @@ def run_quick(
             f"{measured.steps} steps, {measured.preemptions} preemptions"
         )
     return compare_outputs(samples)
-
-
-def seconds_left(spent: Mapping[str, Sequence[float]], remaining: Sequence[str]) -> float | None:
-    """Estimate from the seconds `spent` on runs by arm; an arm not seen yet counts as the mean of the others."""
-    if not spent:
-        return None
-    typical = fmean(fmean(seconds) for seconds in spent.values())
-    return sum(fmean(spent[arm]) if arm in spent else typical for arm in remaining)
-
-
-def about(seconds: float) -> str:
-    """A duration as one would say it."""
-    return f"about {seconds / 60:.0f} min" if seconds >= 90 else f"about {seconds:.0f} s"
 
 
 def compare_outputs(samples: Sequence[Sample]) -> list[Sample]:

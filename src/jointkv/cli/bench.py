@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from jointkv.cli.bench_serve import serve
 from jointkv.cli.console import named_errors, progress, require, stages, stderr_console, write_json
 from jointkv.cli.fusion_options import fusion_options
 from jointkv.errors import BadInput
@@ -27,6 +28,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="Compare a serving engine with and without fusion.")
     group.callback()(lambda: None)
     group.command()(quick)
+    group.command()(serve)
     app.add_typer(group, name="bench")
 
 

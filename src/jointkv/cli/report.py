@@ -1,4 +1,4 @@
-"""`jointkv report`: pictures and tables from JSON results."""
+"""`jointkv report`: pictures, tables and a page from JSON results."""
 
 from pathlib import Path
 
@@ -20,12 +20,34 @@ def plots(
         from jointkv.report.pictures import make_pictures
 
         for path in make_pictures(results, output):
-            stderr_console().print(f"wrote {path}", soft_wrap=True, highlight=False)
+            _wrote(path)
+
+
+def html(
+    results: list[Path] = typer.Argument(..., metavar="RESULT.json...", help="Files that `jointkv bench serve` wrote."),
+    output: Path = typer.Option(Path("report.html"), "--output", "-o", help="The page."),
+) -> None:
+    """Write one page, which needs no network, on results of `jointkv bench serve`: verdict, tables, charts, break-even.
+
+    Several files, of other traffics, pools or loads, are set side by side; those of another model or machine are kept
+    apart.
+    """
+    with named_errors():
+        require("matplotlib")
+        from jointkv.report.serving.page import write_page
+
+        write_page(results, output)
+        _wrote(output)
+
+
+def _wrote(path: Path) -> None:
+    stderr_console().print(f"wrote {path}", soft_wrap=True, highlight=False, markup=False)
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb `report` to `app`."""
-    group = typer.Typer(no_args_is_help=True, help="Pictures and tables from JSON results.")
+    group = typer.Typer(no_args_is_help=True, help="Pictures, tables and a page from JSON results.")
     group.callback()(lambda: None)
     group.command()(plots)
+    group.command()(html)
     app.add_typer(group, name="report")

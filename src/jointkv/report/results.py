@@ -10,7 +10,10 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from jointkv.bench.serving.result import ServingResult
 from jointkv.errors import BadInput
+from jointkv.report.serving.reading import conflict as serving_conflict
+from jointkv.report.serving.reading import contradiction
 
 # Drawn on a logarithmic axis.
 Positive = Annotated[float, Field(gt=0)]
@@ -269,7 +272,26 @@ class PaperResult(Result):
     layers: list[LayerRow] = []
 
 
-_FORMATS: dict[str, type[Result]] = {kind.FORMAT: kind for kind in (Evaluation, Curves, Calibrations, PaperResult)}
+class Serving(ServingResult, Result):
+    """An A/B of served engines; its fields are those of `jointkv bench serve`."""
+
+    FORMAT = "jointkv.bench.serving/1"
+
+    def conflict(self, other: Result) -> str | None:
+        """Another model, dtype or machine."""
+        assert isinstance(other, Serving)
+        return serving_conflict(self, other)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problem = contradiction(self)
+        if problem is not None:
+            raise PydanticCustomError("contradiction", "{problem}", {"problem": problem})
+        return self
+
+
+_KINDS: tuple[type[Result], ...] = (Evaluation, Curves, Calibrations, PaperResult, Serving)
+_FORMATS = {kind.FORMAT: kind for kind in _KINDS}
 
 
 def read_result(path: Path) -> Result:

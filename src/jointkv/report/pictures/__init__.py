@@ -16,6 +16,8 @@ from jointkv.report.pictures.paper_chunk import PaperChunk
 from jointkv.report.pictures.paper_layers import PaperLayers
 from jointkv.report.pictures.predicted_against_measured import PredictedAgainstMeasured
 from jointkv.report.pictures.rate_distortion import RateDistortion
+from jointkv.report.pictures.serving import ServingLevels
+from jointkv.report.pictures.serving_ratios import ServingRatios
 from jointkv.report.pictures.task_scores import TaskScores
 from jointkv.report.results import read_results
 
@@ -28,6 +30,8 @@ PICTURES: tuple[Picture[Any], ...] = (
     PaperBatch(),
     PaperChunk(),
     PaperLayers(),
+    ServingLevels(),
+    ServingRatios(),
 )
 
 

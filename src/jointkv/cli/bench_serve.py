@@ -1,0 +1,254 @@
+"""`jointkv bench serve`: real servers under load, with and without fusion, paired and repeated."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import typer
+from rich.text import Text
+
+from jointkv.cli.console import named_errors, progress, require, stages, stderr_console, write_json
+from jointkv.cli.fusion_options import fusion_options
+from jointkv.errors import BadInput
+
+if TYPE_CHECKING:
+    from jointkv.bench.serving.options import Model, Options
+    from jointkv.bench.serving.result import ServingResult
+
+FAILED = 1
+INTERRUPTED = 130
+BLOCK_SIZE = 32
+SHOWN = ("output_tokens_per_s", "ttft_p50", "ttft_p95", "itl_p50", "e2el_p95", "running_peak")
+
+
+def serve(
+    model: str = typer.Option("smollm2", help="Known name, local folder or hub name."),
+    traffic: str = typer.Option(
+        "near_prefix", help="Kind of requests: one of jointkv's, dataset:NAME, or vLLM's random and prefix_repetition."
+    ),
+    data: Path | None = typer.Option(
+        None, help="Requests from this file instead: JSONL with prompt or messages, or JSON in ShareGPT's format."
+    ),
+    replay: Path | None = typer.Option(None, help="The requests of a JSONL log, at the times of its timestamp field."),
+    speed: str | None = typer.Option(None, metavar="X[,X...]", help="Replay this many times as fast. Default 1."),
+    concurrency: str | None = typer.Option(
+        None, metavar="N[,N...]", help="Closed loop: requests under way at once. Default: all that may run."
+    ),
+    rate: str | None = typer.Option(None, metavar="X[,X...]", help="Open loop: requests per second, Poisson."),
+    burstiness: str | None = typer.Option(
+        None, metavar="X[,X...]", help="Shape of the gaps at each rate: 1 is Poisson, below it they come in bursts."
+    ),
+    arm: list[str] | None = typer.Option(
+        None,
+        metavar="NAME | NAME=ARM [KEY=VALUE...] [--FLAG...]",
+        help="stock, fused, large_pool, no_prefix_caching, fp8, fp8_fused, layer_groups, or one of these with options "
+        "of the plugin and flags of vLLM: 'tight=fused max_relative_error=0.1'. May be repeated. "
+        "(default: stock and fused)",
+    ),
+    flags: str | None = typer.Option(None, help="Further flags of vLLM for all arms, in one string."),
+    requests: int | None = typer.Option(None, min=1, help="Default 32; of a log all."),
+    output_tokens: int | None = typer.Option(
+        None, min=1, help="Tokens generated for every request. Default 96, or what a file says."
+    ),
+    pool_blocks: int = typer.Option(200, min=2, help="Blocks in the KV pool; large_pool has 8 times as many."),
+    block_size: int | None = typer.Option(None, min=1, help="Tokens per KV block. Default 32, or the profile's."),
+    repeats: int = typer.Option(3, min=1, max=16, help="Rounds; each runs every arm, with the same requests."),
+    max_running: int = typer.Option(64, min=1, help="Requests the engine may run at once."),
+    max_batched_tokens: int = typer.Option(2048, min=1, help="Tokens the engine may compute in one step."),
+    eager: bool = typer.Option(True, "--eager/--compile", help="Whether vLLM runs the model as it is, or compiled."),
+    max_relative_error: float | None = typer.Option(None, help="Error bound of the arms that fuse."),
+    min_pool_usage: float | None = typer.Option(None, help="Pool usage from which they merge."),
+    profile: Path | None = typer.Option(None, help="What `jointkv calibrate` wrote, for the arms that fuse."),
+    option: list[str] | None = typer.Option(
+        None, "--set", metavar="KEY=VALUE", help="Any option of the plugin, for the arms that fuse; may be repeated."
+    ),
+    dtype: str = typer.Option("auto", help="bfloat16, float16, float32; auto is bfloat16 where that is fast."),
+    seed: int = typer.Option(0, help="Seed of the requests, and of the arrivals of the first round."),
+    server_cores: str | None = typer.Option(
+        None, metavar="0-2,4", help="Cores of the server. Default: all but the last of four and more, else all."
+    ),
+    port: int = typer.Option(0, min=0, max=65535, help="Port of the server. Default: one that is free."),
+    start_timeout: float = typer.Option(600.0, min=1.0, help="Seconds that the start of a server may take."),
+    fresh: bool = typer.Option(False, "--fresh", help="Start anew: remove the runs that are in the output folder."),
+    output: Path = typer.Option(Path("out/serving"), help="Folder for serving.json, runs and logs."),
+    json: Path | None = typer.Option(None, help="Write the JSON here as well ('-' for stdout)."),
+) -> None:
+    """Serve the same requests by real vLLM servers, with and without fusion, and compare.
+
+    Arms take turns, in another order each round; every arm of a round has a server of its own, the same memory, cores
+    and seeds, and all loads.
+    A benchmark that was interrupted goes on where it stopped when the same command is given again.
+    """
+    with named_errors():
+        from jointkv.bench.machine import fast_dtype
+        from jointkv.bench.serving.arms import DEFAULT_ARMS
+        from jointkv.bench.serving.options import Options
+        from jointkv.cli.bench import DTYPES
+        from jointkv.profile import Profile
+
+        if dtype not in DTYPES:
+            raise BadInput(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
+        given = {
+            "max_relative_error": max_relative_error,
+            "min_pool_usage": min_pool_usage,
+            "profile": None if profile is None else str(profile),
+        }
+        options = Options(
+            model=model,
+            traffic=traffic,
+            data=data,
+            replay=replay,
+            speed=speed,
+            concurrency=concurrency,
+            rate=rate,
+            burstiness=burstiness,
+            arms=tuple(arm or DEFAULT_ARMS),
+            flags=tuple(_split(flags)),
+            requests=requests,
+            output_tokens=output_tokens,
+            pool_blocks=pool_blocks,
+            block_size=block_size or (BLOCK_SIZE if profile is None else Profile.load(profile).block_size),
+            repeats=repeats,
+            max_running=max_running,
+            max_batched_tokens=max_batched_tokens,
+            eager=eager,
+            fusion=fusion_options(option or [], given, "--set"),
+            dtype=fast_dtype() if dtype == "auto" else dtype,
+            seed=seed,
+            server_cores=server_cores,
+        )
+        result = _run(options, output, port, start_timeout, fresh)
+        if json is not None:
+            write_json(json, result.model_dump())
+    if str(json) != "-":
+        _print(result)
+    stderr_console().print(
+        f"wrote {output / 'serving.json'}; the report: jointkv report html {shlex.quote(str(output / 'serving.json'))}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _run(options: Options, output: Path, port: int, start_timeout: float, fresh: bool) -> ServingResult:
+    """Raises `typer.Exit` when a server or a load fails, and on Ctrl-C; the runs before that are kept."""
+    require("vllm")
+    from jointkv.bench.machine import allowed_cores
+    from jointkv.bench.serving import options as options_
+    from jointkv.bench.serving.load_generator import LoadFailed
+    from jointkv.bench.serving.measure import measure
+    from jointkv.bench.serving.run import run_plan, server_starter
+    from jointkv.bench.serving.server import ServerFailed, server_environment
+    from jointkv.bench.serving.state import RunFolder
+
+    cores = options_.server_cores(options)
+    with _interruptible(output):
+        with stages(f"preparing {options.model}"):
+            model = _model(options)
+            plan = options_.make_plan(options, model, shlex.join(["jointkv", *sys.argv[1:]]))
+        folder = RunFolder(output, options_.settings_of(plan), fresh)
+        if folder.runs:
+            found = f"{output} has {len(folder.runs)} finished runs, which are not repeated"
+            stderr_console().print(found, soft_wrap=True, highlight=False)
+        local = Path(model.location).is_dir()
+        environment = server_environment(os.environ, allowed_cores(), options_.pool_bytes(plan), local, cores)
+        serve = server_starter(plan, environment, cores, port or _free_port(), start_timeout, output / "logs")
+        try:
+            with progress(plan.steps(folder)) as steps:
+                return run_plan(plan, folder, serve, measure, steps)
+        except (ServerFailed, LoadFailed) as error:
+            stderr_console().print(Text(f"error: {error}\n{_kept(output)}", style="red"), soft_wrap=True)
+            raise typer.Exit(code=FAILED) from None
+
+
+def _model(options: Options) -> Model:
+    """Fetch the model if need be, and read what a plan needs of it."""
+    import torch
+
+    from jointkv.bench.serving.options import Model
+    from jointkv.cli.model import describe
+    from jointkv.hf.models import KNOWN_MODELS, fetch_model, load_config, load_tokenizer, locate_model
+
+    if options.model in KNOWN_MODELS:
+        fetch_model(options.model)
+    info = describe(options.model, load_config(options.model))
+    return Model(
+        location=locate_model(options.model),
+        tokenizer=load_tokenizer(options.model),
+        max_tokens=info.max_tokens,
+        numbers_per_token=info.kv_bytes_per_token // getattr(torch, info.dtype).itemsize,
+        layers=info.kv_layers,
+    )
+
+
+@contextmanager
+def _interruptible(output: Path) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP end what runs inside in order, once; then exit code 130."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        # Impatience must not cut short the stopping of the server.
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        stderr_console().print("interrupted; stopping the server")
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    except KeyboardInterrupt:
+        stderr_console().print(_kept(output), soft_wrap=True, highlight=False)
+        raise typer.Exit(code=INTERRUPTED) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _kept(output: Path) -> str:
+    return f"finished runs are kept in {output}; the same command goes on with them"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _split(flags: str | None) -> list[str]:
+    try:
+        return shlex.split(flags or "")
+    except ValueError as error:
+        raise BadInput(f"--flags {flags!r}: {error}") from None
+
+
+def _print(result: ServingResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{result.requests} requests of {result.traffic}, {result.output_tokens} tokens out, {result.dtype}: "
+        f"median ratio of {result.rounds} round(s), and p"
+    )
+    table.add_column("load", no_wrap=True)
+    table.add_column("arms", no_wrap=True)
+    for metric in SHOWN:
+        table.add_column(metric, justify="right", no_wrap=True)
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in result.comparisons:
+        cell = f"{row.median_ratio:.2f} ({row.p:.2g})"
+        cells.setdefault((row.load, f"{row.upper}/{row.lower}"), {})[row.metric] = cell
+    for (load, arms), row_cells in cells.items():
+        table.add_row(load, arms, *(row_cells.get(metric, "-") for metric in SHOWN))
+    console = Console(width=None if Console().is_terminal else 140)
+    if cells:
+        console.print(table)
+        smallest = max(row.smallest_p for row in result.comparisons)
+        console.print(f"with so many rounds p is {smallest:.2g} at best", highlight=False)

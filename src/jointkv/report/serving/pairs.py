@@ -1,0 +1,123 @@
+"""Which arms are compared, and their ratios round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from jointkv.bench.serving.result import Arm, Load, ServingResult
+from jointkv.bench.serving.statistics import sign_flip_p, smallest_p
+from jointkv.report.serving.metrics import Metric
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An arm with fusion and the arm without it that is otherwise the same, or nearest to that.
+
+    Attributes:
+        differences: what else differs, in words; such a pair measures more than fusion.
+    """
+
+    upper: Arm
+    lower: Arm
+    differences: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One metric of two arms under one load, upper over lower.
+
+    Attributes:
+        rounds: the ratio of each round that has both, in their order.
+    """
+
+    metric: Metric
+    load: str
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float | None:
+        """Over the rounds; None without any."""
+        return median(self.rounds) if self.rounds else None
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided, see `sign_flip_p`; None without a round."""
+        return sign_flip_p(self.rounds) if self.rounds else None
+
+    @property
+    def smallest_p(self) -> float:
+        """What `p` is at best with so many rounds."""
+        return smallest_p(len(self.rounds))
+
+    @property
+    def written(self) -> str:
+        """The median with two digits after the point."""
+        return "-" if self.median is None else f"{self.median:.2f}"
+
+    @property
+    def range(self) -> str:
+        """Smallest to largest; empty for fewer than two rounds."""
+        return f"{min(self.rounds):.2f} to {max(self.rounds):.2f}" if len(self.rounds) > 1 else ""
+
+
+def called(arm: Arm) -> str:
+    """The arm's name as a sentence has it."""
+    return arm.name.replace("_", " ")
+
+
+def pool_bytes(result: ServingResult, arm: Arm) -> int:
+    """Bytes of the arm's pool; a block of one of n layer groups holds an n-th of the layers."""
+    groups = int((arm.fusion or {}).get("layer_groups") or 1)
+    return arm.pool_blocks * result.block_bytes // groups
+
+
+def fusion_pairs(result: ServingResult) -> list[Pair]:
+    """Every arm with fusion beside its counterpart; none for a result without an arm that has no fusion.
+
+    The counterpart has the same flags if any arm has, then the same bytes of pool if any has.
+    """
+    plain = [arm for arm in result.arms if arm.fusion is None]
+    pairs = []
+    for upper in result.arms:
+        if upper.fusion is None or not plain:
+            continue
+        pool = pool_bytes(result, upper)
+        lower = min(plain, key=lambda arm: (arm.flags != upper.flags, abs(pool_bytes(result, arm) - pool)))
+        differences = []
+        if lower.flags != upper.flags:
+            differences.append(f"flags ({' '.join(upper.flags) or 'none'} and {' '.join(lower.flags) or 'none'})")
+        if pool_bytes(result, lower) != pool:
+            differences.append(f"pool ({upper.pool_blocks} and {lower.pool_blocks} blocks)")
+        pairs.append(Pair(upper, lower, tuple(differences)))
+    return pairs
+
+
+def baseline(result: ServingResult) -> Arm:
+    """The arm that the others are shown against: the first pair's without fusion, else the first."""
+    pairs = fusion_pairs(result)
+    return pairs[0].lower if pairs else next((arm for arm in result.arms if arm.fusion is None), result.arms[0])
+
+
+def large_pool(result: ServingResult, lower: Arm) -> Arm | None:
+    """The arm like `lower` with the largest pool above its own: what memory alone could give."""
+    larger = [
+        arm
+        for arm in result.arms
+        if arm.fusion is None and arm.flags == lower.flags and arm.pool_blocks > lower.pool_blocks
+    ]
+    return max(larger, key=lambda arm: arm.pool_blocks, default=None)
+
+
+def ratio(result: ServingResult, upper: Arm, lower: Arm, load: Load, metric: Metric) -> Ratio:
+    """The metric of two arms under one load. Rounds in which it is 0 or missing on a side are left out."""
+    above = {run.round: metric.value(run) for run in result.of(upper.name, load.label)}
+    below = {run.round: metric.value(run) for run in result.of(lower.name, load.label)}
+    rounds = [(above[number], below[number]) for number in sorted(above.keys() & below.keys())]
+    return Ratio(metric, load.label, tuple(high / low for high, low in rounds if high and low))
+
+
+def loads_run(result: ServingResult, arms: Sequence[Arm]) -> list[Load]:
+    """The loads that all of `arms` have a run of."""
+    return [load for load in result.loads if all(result.of(arm.name, load.label) for arm in arms)]

@@ -1,0 +1,117 @@
+"""Tables of options and metrics, and the list of results, against the code and the files."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from doc_pages import ROOT, blocks
+
+from jointkv.theory.adapt import BoundController
+from jointkv.vllm_plugin.settings import PluginSettings
+
+DOCS = ROOT / "docs"
+METRICS = ROOT / "src" / "jointkv" / "vllm_plugin" / "metrics.py"
+
+
+def constants() -> dict[str, object]:
+    """The literals of the metrics module; importing it needs vLLM."""
+    found = {}
+    for node in ast.parse(METRICS.read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                found[node.targets[0].id] = ast.literal_eval(node.value)
+            except ValueError:
+                continue
+    return found
+
+
+def section(page: str, heading: str) -> str:
+    found = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None, heading
+    return found[1]
+
+
+def first_column(text: str) -> list[str]:
+    """The code in the first cell of every row."""
+    return [
+        code for row in re.findall(r"^\| ([^|]*`[^|]*)\|", text, re.MULTILINE) for code in re.findall("`(.*?)`", row)
+    ]
+
+
+def test_options_and_their_defaults() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \|", section("operating.md", "Options"), re.MULTILINE)
+    said = {name: None if default == "none" else yaml.safe_load(default) for name, default in rows}
+    assert said == {name: field.default for name, field in PluginSettings.model_fields.items()}
+
+
+def test_every_metric_is_explained() -> None:
+    literals = constants()
+    counters, reasons, states = literals["COUNTERS"], literals["REASONS"], literals["STATES"]
+    assert isinstance(counters, dict) and isinstance(reasons, dict) and isinstance(states, tuple)
+    page = (DOCS / "metrics.md").read_text()
+    named = {code.partition("{")[0] for code in first_column(page)}
+    expected = {f"jointkv_{name}_total" for name in counters} | {"jointkv_blocks_rejected_total"}
+    expected |= {"jointkv_pages_shared", "jointkv_relative_error", "jointkv_state"}
+    assert {name for name in named if name.startswith("jointkv_")} == expected
+    assert expected >= set(re.findall(r'"(jointkv_\w+[a-z])"', METRICS.read_text())) - {"jointkv_blocks_rejected"}
+    assert set(reasons) | set(states) <= named
+    for name, text in reasons.items():
+        assert f"| `{name}` | {text} |" in page
+
+
+def test_labels_and_buckets() -> None:
+    literals, page = constants(), (DOCS / "metrics.md").read_text()
+    readers, buckets = literals["READERS"], literals["ERROR_BUCKETS"]
+    assert isinstance(readers, tuple) and isinstance(buckets, tuple)
+    assert ", ".join(f"`{label}`" for label in readers) in page
+    assert "buckets " + ", ".join(f"{edge:g}" for edge in buckets) + " |" in page
+
+
+def test_every_alert_has_an_answer() -> None:
+    groups = yaml.safe_load((ROOT / "deploy" / "alerts.yml").read_text())["groups"]
+    alerts = [rule["alert"] for group in groups for rule in group["rules"]]
+    assert {name for name in first_column(section("operating.md", "Alerts")) if name.startswith("Jointkv")} == set(
+        alerts
+    )
+
+
+def test_how_bounds_adapt() -> None:
+    text = section("choosing-a-bound.md", "Adaptation")
+    defaults = BoundController(distortion=0.0, acceptance=0.0)
+    for number in (f"{defaults.window} blocks", f"above {defaults.band} times", f"a step of {defaults.step}"):
+        assert number in text
+    assert defaults.patience == 2 and "two windows in a row" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("result", sorted((DOCS / "results").rglob("*.json")), ids=lambda path: path.name)
+def test_every_result_has_its_command(result: Path) -> None:
+    """A link to the file, or to all files of its folder as `docs/results/FOLDER/*.json`."""
+    text = (DOCS / "reproducing.md").read_text()
+    assert f"({result.relative_to(DOCS)})" in text or f"`{result.parent.relative_to(ROOT)}/*.json`" in text
+
+
+def test_numbers_that_the_pages_quote() -> None:
+    profile = json.loads((DOCS / "results/calibration/profile_near_prefix.json").read_text())
+    predicted, held_out = profile["predicted"], profile["held_out"]
+    text = " ".join((DOCS / "choosing-a-bound.md").read_text().split())
+    assert f"ratio of {predicted['ratio']:.2f} ({predicted['low']:.2f} to {predicted['high']:.2f})" in text
+    assert f"measured {held_out['ratio']:.2f} on the held-out half, at KL {held_out['kl']:.5f}" in text
+    ratios = json.loads((DOCS / "results/bench/quick.json").read_text())["ratios"]
+    text = " ".join((DOCS / "index.md").read_text().split())
+    large, fused = 1 / ratios["stock/stock_large_pool"]["tokens_per_s"], ratios["fused/stock"]["tokens_per_s"]
+    assert f"only {large:.2f} times the tokens, and fusion {fused:.2f} times" in text
+
+
+def test_queries_name_metrics_that_are_explained() -> None:
+    page = DOCS / "metrics.md"
+    named = {code.partition("{")[0] for code in first_column(page.read_text())}
+    queries = [block.text for block in blocks(page) if block.language == "promql"]
+    used = {
+        re.sub(r"_(bucket|count|sum)$", "", name) for query in queries for name in re.findall(r"jointkv_\w+", query)
+    }
+    assert queries and used <= named
