@@ -15,7 +15,7 @@ from test_generate import save_tiny
 
 from jointkv.bench.machine import allowed_cores, core_list
 from jointkv.bench.serving import measure, options, run
-from jointkv.bench.serving.options import server_cores
+from jointkv.bench.serving.options import client_cores, server_cores
 from jointkv.bench.serving.result import Arm, Latency, Load, Run, ServingResult, Timeline
 from jointkv.bench.serving.server import ServerFailed
 from jointkv.cli import bench_serve
@@ -179,6 +179,7 @@ def test_a_signal_keeps_what_is_done(fake: Fake, model: str, log: Path, tmp_path
         (("--block-size", "20"), "multiple of 16"),
         (("--max-batched-tokens", "8"), "max_batched_tokens must be at least max_running"),
         (("--server-cores", "x"), "server_cores: expected numbers"),
+        (("--client-cores", "100000"), "client_cores: 100000 is not among the cores to use"),
         (("--server-cores", "100000"), "server_cores: 100000 is not among the cores to use"),
         (("--dtype", "fp4"), "unknown dtype"),
         (("--pool-blocks", "20"), "there are 20"),
@@ -200,13 +201,14 @@ def test_data_and_replay_exclude_each_other(fake: Fake, model: str, log: Path, t
 
 
 def test_the_last_of_four_cores_is_left_to_the_load_generator(monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(allowed: set[int], text: str | None = None) -> set[int]:
+    def chosen(allowed: set[int], text: str | None = None) -> tuple[set[int], set[int]]:
         monkeypatch.setattr(options, "allowed_cores", lambda: allowed)
-        return server_cores(cast(options.Options, SimpleNamespace(server_cores=text)))
+        asked = cast(options.Options, SimpleNamespace(server_cores=text, client_cores=None))
+        return server_cores(asked), client_cores(asked)
 
-    assert chosen({0, 1}) == {0, 1}
-    assert chosen({1, 2, 3, 5}) == {1, 2, 3}
-    assert chosen({0, 1, 2, 3}, "0-1,3") == {0, 1, 3}
+    assert chosen({0, 1}) == ({0, 1}, {0, 1})
+    assert chosen({1, 2, 3, 5}) == ({1, 2, 3}, {5})
+    assert chosen({0, 1, 2, 3}, "0-1,3") == ({0, 1, 3}, {2})
 
 
 def test_real_servers_get_the_flags_of_their_arm(fake: Fake, model: str, log: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -76,6 +77,9 @@ def serve(
     server_cores: str | None = typer.Option(
         None, metavar="0-2,4", help="Cores of the server. Default: all but the last of four and more, else all."
     ),
+    client_cores: str | None = typer.Option(
+        None, metavar="3", help="Cores of the load generator. Default: those the server leaves, else all."
+    ),
     port: int = typer.Option(0, min=0, max=65535, help="Port of the server. Default: one that is free."),
     start_timeout: float = typer.Option(600.0, min=1.0, help="Seconds that the start of a server may take."),
     fresh: bool = typer.Option(False, "--fresh", help="Start anew: remove the runs that are in the output folder."),
@@ -125,6 +129,7 @@ def serve(
             dtype=fast_dtype() if dtype == "auto" else dtype,
             seed=seed,
             server_cores=server_cores,
+            client_cores=client_cores,
         )
         result = _run(options, output, port, start_timeout, fresh)
         if json is not None:
@@ -149,7 +154,7 @@ def _run(options: Options, output: Path, port: int, start_timeout: float, fresh:
     from jointkv.bench.serving.server import ServerFailed, server_environment
     from jointkv.bench.serving.state import RunFolder
 
-    cores = options_.server_cores(options)
+    cores, client = options_.server_cores(options), options_.client_cores(options)
     with _interruptible(output):
         with stages(f"preparing {options.model}"):
             model = _model(options)
@@ -163,7 +168,7 @@ def _run(options: Options, output: Path, port: int, start_timeout: float, fresh:
         serve = server_starter(plan, environment, cores, port or _free_port(), start_timeout, output / "logs")
         try:
             with progress(plan.steps(folder)) as steps:
-                return run_plan(plan, folder, serve, measure, steps)
+                return run_plan(plan, folder, serve, partial(measure, client_cores=client), steps)
         except (ServerFailed, LoadFailed) as error:
             stderr_console().print(Text(f"error: {error}\n{_kept(output)}", style="red"), soft_wrap=True)
             raise typer.Exit(code=FAILED) from None

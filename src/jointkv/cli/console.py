@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 FAILURE = 2
-EXTRAS = {"transformers": "hf", "gguf": "hf", "matplotlib": "plot", "vllm": "vllm"}
+EXTRAS = {"transformers": "hf", "gguf": "hf", "matplotlib": "plot", "jinja2": "plot", "vllm": "vllm"}
 
 
 def stderr_console() -> Console:

@@ -37,7 +37,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         yield started
 
 
-def send(url: str, model: str, tokenizer: str, load: Load, requests: Any, seed: int, progress: Any, during: Any) -> Any:
+def send(
+    url: str, model: str, tokenizer: str, load: Load, requests: Any, seed: int, progress: Any, during: Any, cores: Any
+) -> Any:
     """In place of the load generator: really sends, and makes the times up."""
     with during:
         for number, request in enumerate(requests):
@@ -101,7 +103,7 @@ def test_jointkv_switched_itself_off(server: Server, monkeypatch: pytest.MonkeyP
 def test_a_server_that_dies_under_load(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("prometheus_client", reason="comes with vLLM")
 
-    def die(*arguments: Any, during: Any) -> None:
+    def die(*arguments: Any, during: Any, cores: Any) -> None:
         with during:
             os.kill(min(server.pids()), 9)
             assert server._guard is not None

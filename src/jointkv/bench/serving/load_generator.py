@@ -16,11 +16,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
+from jointkv.bench.machine import allowed_cores, on_cores
 from jointkv.bench.serving.requests import ServingRequest
 from jointkv.bench.serving.result import Load
 from jointkv.errors import BadInput, JointKVError
@@ -97,6 +98,7 @@ def drive(
     seed: int,
     progress: Callable[[int], None],
     during: AbstractContextManager[object] | None = None,
+    cores: Collection[int] | None = None,
 ) -> LoadOutcome:
     """Send `requests` to the server at `url` as `load` says. The process that does it ends with this call.
 
@@ -106,6 +108,7 @@ def drive(
         seed: of the arrivals; the same seed sends at the same times.
         progress: called with the number of requests that have ended, whenever it grows.
         during: entered just before the first request is sent and left right after the last one has ended.
+        cores: where it runs; anywhere unless given.
 
     Raises:
         BadInput: no requests, or a replay of requests without timestamps.
@@ -114,9 +117,10 @@ def drive(
     order, spec = _spec(url, model, tokenizer, load, requests, seed)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         environment = {**os.environ, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True
-        )
+        with on_cores(cores or allowed_cores()):
+            process = subprocess.Popen(
+                COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True
+            )
         try:
             answer = _converse(process, spec, progress, during or nullcontext())
             if process.stdin is not None:

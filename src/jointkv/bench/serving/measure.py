@@ -70,6 +70,7 @@ def measure(
     block_bytes: int,
     seed: int,
     progress: Callable[[int], None],
+    client_cores: Collection[int] | None = None,
 ) -> tuple[Run, list[str]]:
     """Send `requests` to the running `server`; returns the run, and the texts in the order of the requests.
 
@@ -77,6 +78,7 @@ def measure(
         model: the name it is served under.
         block_bytes: bytes of one block of this arm's pool.
         progress: called with the number of requests that have ended.
+        client_cores: where the load generator runs; anywhere unless given.
 
     Raises:
         BadInput: no requests, or a replay of requests without timestamps.
@@ -85,7 +87,7 @@ def measure(
     """
     window = _Window(server, allowed_cores())
     try:
-        outcome = drive(server.url, model, tokenizer, load, requests, seed, progress, during=window)
+        outcome = drive(server.url, model, tokenizer, load, requests, seed, progress, during=window, cores=client_cores)
     except LoadFailed:
         server.require_alive(f"under load ({load.label})")
         raise

@@ -32,7 +32,7 @@ class Options:
         arms: see `make_arms`.
         flags: of `vllm serve`, for all arms.
         fusion: options of `PluginSettings` for all arms that fuse.
-        server_cores: as `core_list` writes them.
+        server_cores, client_cores: as `core_list` writes them.
     """
 
     model: str
@@ -57,6 +57,7 @@ class Options:
     dtype: str
     seed: int
     server_cores: str | None
+    client_cores: str | None
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,10 @@ def make_plan(options: Options, model: Model, command: str) -> Plan:
             "dtype": options.dtype,
             "seed": options.seed,
             "common_flags": _common_flags(options, work),
-            # The load generator is not pinned: where the server leaves a core, the system puts it there.
-            "cores": {"server": core_list(server_cores(options)), "load_generator": core_list(allowed_cores())},
+            "cores": {
+                "server": core_list(server_cores(options)),
+                "load_generator": core_list(client_cores(options)),
+            },
             "machine": machine(),
             "versions": versions(),
         },
@@ -141,22 +144,30 @@ def settings_of(plan: Plan) -> dict[str, Any]:
 
 
 def server_cores(options: Options) -> set[int]:
-    """The cores of the server: as asked for, or all but the last of four and more, or all.
-
-    Raises:
-        BadInput: not written as `0-2,4`, or cores that this process may not use.
-    """
+    """The cores of the server: as asked for, or all but the last of four and more, or all. Raises `BadInput`."""
     allowed = sorted(allowed_cores())
     if options.server_cores is None:
         return set(allowed[:-1] if len(allowed) >= FEWEST_CORES_TO_SHARE_OUT else allowed)
+    return _cores("server_cores", options.server_cores)
+
+
+def client_cores(options: Options) -> set[int]:
+    """The cores of the load generator: as asked for, or those the server leaves, or all. Raises `BadInput`."""
+    if options.client_cores is None:
+        return allowed_cores() - server_cores(options) or allowed_cores()
+    return _cores("client_cores", options.client_cores)
+
+
+def _cores(name: str, text: str) -> set[int]:
+    """Raises `BadInput` for what is not written as `0-2,4`, or cores that this process may not use."""
     cores: set[int] = set()
-    for part in options.server_cores.split(","):
+    for part in text.split(","):
         first, _, last = part.partition("-")
         if not first.isdigit() or not (last or first).isdigit():
-            raise BadInput(f"server_cores: expected numbers and ranges such as 0-2,4, got {options.server_cores!r}")
+            raise BadInput(f"{name}: expected numbers and ranges such as 0-2,4, got {text!r}")
         cores.update(range(int(first), int(last or first) + 1))
-    if not cores or not cores <= set(allowed):
-        raise BadInput(f"server_cores: {options.server_cores} is not among the cores to use, {core_list(allowed)}")
+    if not cores or not cores <= allowed_cores():
+        raise BadInput(f"{name}: {text} is not among the cores to use, {core_list(allowed_cores())}")
     return cores
 
 

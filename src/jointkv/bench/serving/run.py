@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from jointkv.bench.machine import on_cores
 from jointkv.bench.quick import QUIET
 from jointkv.bench.schedule import Watcher, about, round_order, seconds_left
 from jointkv.bench.serving.fidelity import compare_outputs
@@ -160,7 +160,7 @@ def server_starter(
         flags = [*plan.facts["common_flags"], "--num-gpu-blocks-override", str(arm.pool_blocks), *arm.flags]
         command = server_command(plan.location, arm.fusion, ["--served-model-name", plan.model, *flags])
         with Server(command, environment, port, logs / f"{arm.name}-{number}.log") as server:
-            with _on(cores):
+            with on_cores(cores):
                 server.start(timeout)
             warm_up(server, plan.model, plan.requests)
             yield server
@@ -214,17 +214,3 @@ def _say(watcher: Watcher, title: str, run: Run) -> None:
         f"{title}: {run.output_tokens_per_s:.1f} output tokens/s, TTFT p95 {run.ttft.p95:.1f} s, "
         f"at most {run.running_peak:.0f} running, {run.preemptions} preemptions{failed}"
     )
-
-
-@contextmanager
-def _on(cores: Collection[int]) -> Iterator[None]:
-    """Processes started inside run on `cores`, where the system can do that."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)

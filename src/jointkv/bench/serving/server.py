@@ -287,5 +287,8 @@ class Server:
         """The errors in the log, or its last lines where it names none, and where it is."""
         lines = self._log_lines()
         reasons = dict.fromkeys(match[1] for line in lines if (match := REASON.search(line)))
-        words = list(reasons)[-LOG_LINES:] or lines[-LOG_LINES:] or ["nothing was logged"]
+        # Errors that follow from the first one often only point at it.
+        words = (
+            [*list(reasons)[:1], *list(reasons)[1:][-LOG_LINES + 1 :]] or lines[-LOG_LINES:] or ["nothing was logged"]
+        )
         return f"{' | '.join(words)} (log: {self.log_file})"
