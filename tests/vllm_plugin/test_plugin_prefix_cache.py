@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ pytest.importorskip("vllm")
 
 from engines import LOSSY, Engine, Prompt, engine, near_prefix, text
 from torch import Tensor
+from vllm.v1.request import Request
 
 ALONE = {"jointkv": False}
 """Requests that do not take part are not approximated themselves: what they say depends on the prefix cache alone."""
@@ -35,6 +37,7 @@ class Served:
     answered: dict[str, list[Prompt]] = field(default_factory=dict)
     expected: dict[str, list[Prompt]] = field(default_factory=dict)
     cached: list[tuple[int, bytes, int, Tensor]] = field(default_factory=list)
+    private: int = 0
     exact: dict[bytes, Tensor] = field(default_factory=dict)
     approximated: list[tuple[bytes, Tensor]] = field(default_factory=list)
     hits: int = 0
@@ -42,13 +45,35 @@ class Served:
     merged: int = 0
 
 
+def private_hashes(fused: Engine) -> set[bytes]:
+    """Hashes that only one running or preempted request can look up."""
+    return {
+        key
+        for tracked in fused.fusion._requests.values()
+        if tracked.private_from is not None
+        for key in tracked.request.block_hashes[tracked.private_from // 32 :]
+    }
+
+
+def exact_hashes(request: Request) -> list[bytes]:
+    """Those that stand for the text of `request`, whatever it looks up itself."""
+    twin = copy(request)
+    twin.block_hashes = []
+    twin.update_block_hashes()
+    return twin.block_hashes
+
+
 def look(served: Served) -> Callable[[Engine], None]:
-    """Keep copies of all cached pages now and then."""
+    """Keep copies of all cached pages now and then, but of those that answer for private hashes."""
 
     def watcher(fused: Engine) -> None:
         if fused.steps % 16 == 0:
+            private = private_hashes(fused)
             for key, pages in fused.pages_by_hash().items():
-                served.cached.extend((fused.steps, key, number, content) for number, content in pages)
+                if key[:32] in private:
+                    served.private += 1
+                else:
+                    served.cached.extend((fused.steps, key, number, content) for number, content in pages)
 
     return watcher
 
@@ -56,8 +81,7 @@ def look(served: Served) -> Callable[[Engine], None]:
 def keep_tables(served: Served, fused: Engine) -> None:
     """Keep the pages that running requests read, by the hash that stands for their text."""
     for request in fused.vllm_scheduler.running:
-        hashes = request.block_hashes
-        for key, number in zip(hashes, fused.table(request.request_id), strict=False):
+        for key, number in zip(exact_hashes(request), fused.table(request.request_id), strict=False):
             served.approximated.append((key, fused.page(number)))
 
 
@@ -126,7 +150,7 @@ def test_the_engine_merged_what_differs(served: Served) -> None:
 
 
 def test_the_prefix_cache_was_hit(served: Served) -> None:
-    assert served.hits > 2000
+    assert served.hits > 1500
 
 
 def test_answers_behind_a_hit_are_those_of_the_stock_engine(served: Served) -> None:
@@ -135,7 +159,7 @@ def test_answers_behind_a_hit_are_those_of_the_stock_engine(served: Served) -> N
 
 
 def test_every_cached_page_holds_what_its_hash_stands_for(served: Served) -> None:
-    assert len(served.cached) > 200
+    assert len(served.cached) > 200 and served.private > 50
     assert {key for _, key, _, _ in served.cached} <= set(served.exact)
     wrong = [
         (step, number) for step, key, number, content in served.cached if difference(content, served.exact[key]) > SAME

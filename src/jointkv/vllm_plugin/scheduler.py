@@ -80,7 +80,9 @@ class FusionScheduler:
 
     def dismiss(self, request_id: str) -> None:
         """Forget a request that has finished or was aborted. Its pages stay resident until they are reused."""
-        self._requests.pop(request_id, None)
+        tracked = self._requests.pop(request_id, None)
+        if tracked is not None and tracked.private_from is not None:
+            self.tables.forget(tracked.request, tracked.private_from)
 
     def next_inquiry(self) -> Inquiry:
         """The message of the next step: its number and the remaps committed since the last one. Asks nothing yet."""
@@ -178,7 +180,7 @@ class FusionScheduler:
                 continue
             request = tracked.request
             if request.num_preemptions != tracked.epoch:
-                tracked.restart()
+                tracked.restart(request.num_computed_tokens // self._block_size)
             # With asynchronous scheduling the last tokens are placeholders: their text is not known yet.
             filled = min(request.num_computed_tokens + scheduled, request.num_tokens) // self._block_size
             end = min(filled, tracked.next_slot + budget)
@@ -216,8 +218,8 @@ class FusionScheduler:
             page = member.candidates[choice]
             if self._written[page] <= verdict.step:
                 self._merge(member, page)
-                if max(worst[choice], token[choice]) > 0:
-                    self.tables.stop_caching(request.request_id)
+                if self.tables.prefix_caching and max(worst[choice], token[choice]) > 0:
+                    self._keep_apart(member)
                 self.statistics.merged(float(worst[choice]))
                 self._observe(
                     member.tracked, member.group, member.slot, [float(max(worst[choice], token[choice] / TOKEN_SLACK))]
@@ -258,6 +260,15 @@ class FusionScheduler:
                 self._remaps.append(Remap(*entry, page))
         self.index.prefer(page)
         member.tracked.served.add((member.group, member.slot))
+
+    def _keep_apart(self, member: Member) -> None:
+        """What the request of `member` holds from there on is for others no longer what its text stands for."""
+        tracked, start = member.tracked, member.slot * self._block_size
+        if tracked.private_from is None or start < tracked.private_from:
+            tracked.private_from = start
+            self.tables.keep_apart(tracked.request, start, tracked.secret)
+        else:
+            self.tables.answer_for(tracked.request, member.group, member.slot)
 
     def _turn_down(self, member: Member) -> None:
         """No candidate is within the bounds: try those that became resident meanwhile, once, or become resident."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -24,6 +25,9 @@ class TrackedRequest:
         next_slot: first block not looked at yet.
         served: (group, slot) of blocks read from another request's page; they are never fused again, because errors
             would add up.
+        private_from: first token of the blocks that only this request finds in the prefix cache; None while all are
+            exact.
+        secret: what tells its private hashes from all others.
     """
 
     request: Request
@@ -31,12 +35,14 @@ class TrackedRequest:
     epoch: int = 0
     next_slot: int = 0
     served: set[tuple[int, int]] = field(default_factory=set)
+    private_from: int | None = None
+    secret: bytes = field(default_factory=lambda: os.urandom(16), repr=False)
 
-    def restart(self) -> None:
-        """Forget everything about blocks: the request was preempted and computes them again."""
+    def restart(self, kept: int) -> None:
+        """The request was preempted: forget all blocks but the first `kept`, which it found again."""
         self.epoch = self.request.num_preemptions
-        self.next_slot = 0
-        self.served.clear()
+        self.next_slot = kept
+        self.served = {(group, slot) for group, slot in self.served if slot < kept}
 
     def take_hashes(self, end: int, block_size: int) -> list[int]:
         """Hashes of the tokens of blocks `next_slot` to `end`, which count as looked at from now on."""
