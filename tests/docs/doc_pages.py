@@ -11,7 +11,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
-VLLM_FLAGS = {"--block-size", "--dtype", "--max-num-seqs", "--num-gpu-blocks-override", "--kv-cache-dtype", "--port"}
+VLLM_FLAGS = {
+    "--no-scheduler-reserve-full-isl",
+    "--watermark",
+    "--block-size",
+    "--dtype",
+    "--max-num-seqs",
+    "--num-gpu-blocks-override",
+    "--kv-cache-dtype",
+    "--port",
+}
 """Flags of vLLM's that the pages name; tests/docs/test_vllm_flags.py asks vLLM for them."""
 FENCE = re.compile(r"^```(?P<info>[^`\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 

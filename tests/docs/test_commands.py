@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import typer.main
-from doc_pages import PAGES, README, ROOT, VLLM_FLAGS, Command, blocks, commands, inline_code, links
+from doc_pages import PAGES, ROOT, VLLM_FLAGS, Command, blocks, commands, inline_code, links
 
 from jointkv.cli.fusion_options import fusion_options
 from jointkv.cli.main import app
@@ -32,40 +32,12 @@ hooks = importlib.util.module_from_spec(
 )
 hooks.__spec__.loader.exec_module(hooks)  # type: ignore[union-attr]
 
-README_NEEDS = {
-    "make demo": "minutes",
-    "make test": "minutes",
-    "make setup-vllm": "minutes",
-    "make test-vllm": "minutes",
-    "make setup-eval": "minutes",
-    "jointkv serve MODEL [any option of vllm serve]": "data,vllm",
-    "jointkv doctor": "vllm,minutes",
-    "jointkv bench quick --json out.json": "vllm,minutes",
-    "vllm serve MODEL": "data,vllm",
-    "jointkv calibrate --model MODEL --data requests.jsonl": "data,minutes",
-    "jointkv serve MODEL --profile profile.json": "data,vllm",
-    "jointkv evaluate --traffic near_prefix": "eval,minutes",
-    "jointkv evaluate --policy safe --policy paper --task gsm8k": "minutes",
-    "jointkv evaluate curves --traffic names": "minutes",
-    "jointkv evaluate paper": "data,minutes",
-    "jointkv report plots out/evaluate/*.json": "data",
-}
-"""What commands of the README need that does not say so itself, by how they begin."""
-
 ALL = [command for page in PAGES for command in commands(page)]
-
-
-def needs_of(command: Command) -> frozenset[str]:
-    if command.page == README and not command.needs:
-        for start, words in README_NEEDS.items():
-            if shlex.join(command.words).startswith(shlex.join(shlex.split(start))):
-                return frozenset(words.split(","))
-    return command.needs
 
 
 def run_here(command: Command) -> bool:
     """Whether nothing is needed beyond what CI has."""
-    return not needs_of(command) - {"prometheus"}
+    return not command.needs - {"prometheus"}
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +76,6 @@ def test_marks_are_shown_on_the_site() -> None:
         '```sh title="needs vLLM (make setup-vllm) and minutes"'
     )
     assert hooks.on_page_markdown("```sh\nneeds=vllm\n```\n") == "```sh\nneeds=vllm\n```\n"
-
-
-def test_marks_of_the_readme_are_used() -> None:
-    """An entry goes when the README says it itself."""
-    unmarked = [shlex.join(command.words) for command in commands(README) if not command.needs]
-    for start in README_NEEDS:
-        assert any(text.startswith(shlex.join(shlex.split(start))) for text in unmarked), start
 
 
 @pytest.mark.parametrize("command", ALL, ids=str)

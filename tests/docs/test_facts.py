@@ -11,6 +11,7 @@ import pytest
 import yaml
 from doc_pages import ROOT, blocks
 
+from jointkv.bench.serving.result import ServingResult
 from jointkv.theory.adapt import BoundController
 from jointkv.vllm_plugin.settings import PluginSettings
 
@@ -101,10 +102,11 @@ def test_numbers_that_the_pages_quote() -> None:
     text = " ".join((DOCS / "choosing-a-bound.md").read_text().split())
     assert f"ratio of {predicted['ratio']:.2f} ({predicted['low']:.2f} to {predicted['high']:.2f})" in text
     assert f"measured {held_out['ratio']:.2f} on the held-out half, at KL {held_out['kl']:.5f}" in text
-    ratios = json.loads((DOCS / "results/bench/quick.json").read_text())["ratios"]
+    serving = ServingResult.load(DOCS / "results/serving/near_prefix.json")
+    ratio = {each.metric: each.median_ratio for each in serving.comparisons}
     text = " ".join((DOCS / "index.md").read_text().split())
-    large, fused = 1 / ratios["stock/stock_large_pool"]["tokens_per_s"], ratios["fused/stock"]["tokens_per_s"]
-    assert f"only {large:.2f} times the tokens, and fusion {fused:.2f} times" in text
+    assert f"{ratio['running_peak']:.1f} times as many requests at once gave" in text
+    assert f"gave {ratio['output_tokens_per_s']:.2f} times the tokens per second" in text
 
 
 def test_queries_name_metrics_that_are_explained() -> None:
