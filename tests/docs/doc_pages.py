@@ -13,6 +13,7 @@ README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 VLLM_FLAGS = {
     "--no-scheduler-reserve-full-isl",
+    "--max-num-batched-tokens",
     "--watermark",
     "--block-size",
     "--dtype",
