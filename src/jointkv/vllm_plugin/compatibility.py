@@ -88,6 +88,11 @@ def _check_setup(config: Any) -> None:
             "set the context parallel sizes to 1",
         ),
         "model runner V2": (config.use_v2_model_runner, "set VLLM_USE_V2_MODEL_RUNNER=0"),
+        "KV-cache events": (
+            # They would tell routers of pages that only one request can look up.
+            config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events,
+            "drop --kv-events-config",
+        ),
         "a sharing of KV between layers": (
             config.cache_config.kv_sharing_fast_prefill,
             "drop --kv-sharing-fast-prefill",

@@ -217,9 +217,7 @@ class FusionScheduler:
         for choice in allowed[worst[allowed].argsort(kind="stable")]:
             page = member.candidates[choice]
             if self._written[page] <= verdict.step:
-                self._merge(member, page)
-                if self.tables.prefix_caching and max(worst[choice], token[choice]) > 0:
-                    self._keep_apart(member)
+                self._merge(member, page, exact=max(worst[choice], token[choice]) == 0)
                 self.statistics.merged(float(worst[choice]))
                 self._observe(
                     member.tracked, member.group, member.slot, [float(max(worst[choice], token[choice] / TOKEN_SLACK))]
@@ -250,25 +248,24 @@ class FusionScheduler:
             logger.info(self.adaptation.describe(group, move))
             self.statistics.add("bounds_tightened" if move.direction == "tighten" else "bounds_loosened")
 
-    def _merge(self, member: Member, page: int) -> None:
-        entry = member.tracked.request.request_id, member.group, member.slot
+    def _merge(self, member: Member, page: int, exact: bool) -> None:
+        tracked, start = member.tracked, member.slot * self._block_size
+        entry, private_from = (tracked.request.request_id, member.group, member.slot), tracked.private_from
+        new = not exact and (private_from is None or start < private_from)
+        if self.tables.prefix_caching and new:
+            # Before anything else: what follows is for others no longer what its text stands for.
+            self.tables.make_private(tracked.request, start, private_from, tracked.secret)
+            tracked.private_from = start
         try:
             self.tables.replace(*entry, page)
         finally:  # whatever goes wrong, the workers' tables must follow the scheduler's
             block = self.tables.block(*entry)
             if block is not None and block.block_id == page:
                 self._remaps.append(Remap(*entry, page))
+        if tracked.private_from is not None and start >= tracked.private_from:
+            self.tables.answer_for(tracked.request, start, private_from if new else start + self._block_size)
         self.index.prefer(page)
-        member.tracked.served.add((member.group, member.slot))
-
-    def _keep_apart(self, member: Member) -> None:
-        """What the request of `member` holds from there on is for others no longer what its text stands for."""
-        tracked, start = member.tracked, member.slot * self._block_size
-        if tracked.private_from is None or start < tracked.private_from:
-            tracked.private_from = start
-            self.tables.keep_apart(tracked.request, start, tracked.secret)
-        else:
-            self.tables.answer_for(tracked.request, member.group, member.slot)
+        tracked.served.add((member.group, member.slot))
 
     def _turn_down(self, member: Member) -> None:
         """No candidate is within the bounds: try those that became resident meanwhile, once, or become resident."""

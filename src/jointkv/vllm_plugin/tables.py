@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from hashlib import sha256
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    BlockHashWithGroupId,
+    KVCacheBlock,
+    make_block_hash_with_group_id,
+)
 from vllm.v1.request import Request, RequestStatus
 
 from jointkv.errors import IntegrityError
@@ -56,61 +60,60 @@ class BlockTables:
         blocks[slot] = new
         self.pool.free_blocks([old])
 
-    def keep_apart(self, request: Request, start: int, secret: bytes) -> None:
-        """From token `start` on, `request` finds its blocks in the prefix cache by hashes that only it can look up.
+    def make_private(self, request: Request, start: int, end: int | None, secret: bytes) -> None:
+        """`request` looks up its blocks of tokens `start` to `end` (or all) by hashes that nobody else has.
 
-        What it computes from now on follows from approximated blocks, so it is not what an exact hash promises to
-        others. To the request itself its blocks are its own: after a preemption it reads them again instead of
-        computing them again. Hashes of later blocks chain on from these, which makes them private as well.
+        What it computes behind an approximated block is not what an exact hash promises to others. To the request
+        itself its blocks are its own: after a preemption it reads them again instead of computing them again. Hashes
+        of later blocks chain on from these, which makes them private as well.
 
         Args:
-            start: a multiple of every group's block size.
+            start, end: multiples of every group's block size.
             secret: what the hashes are made of; different for every request.
         """
         hashes, size = request.block_hashes, self.pool.hash_block_size
-        for number in range(start // size, len(hashes)):
+        last = len(hashes) if end is None else end // size
+        for number in range(start // size, last):
             hashes[number] = BlockHash(sha256(secret + number.to_bytes(8, "big")).digest())
-        for group, blocks, slot in self._slots(request.request_id, start):
-            if slot < self.groups[group].num_cached_block.get(request.request_id, 0):
-                self._answer_for(request, group, slot, blocks[slot])
 
-    def answer_for(self, request: Request, group: int, slot: int) -> None:
-        """The page that `request` now holds at `slot` answers for its hash, which `keep_apart` has made private."""
-        block = self.block(request.request_id, group, slot)
-        assert block is not None
-        self._answer_for(request, group, slot, block)
+    def answer_for(self, request: Request, start: int, end: int | None) -> None:
+        """Of tokens `start` to `end` (or all) the pages that `request` holds answer for its hashes, and no others."""
+        for number, group in enumerate(self.groups):
+            blocks = group.req_to_blocks.get(request.request_id, [])
+            last = min(len(blocks), group.num_cached_block.get(request.request_id, 0))
+            if end is not None:
+                last = min(last, end // group.block_size)
+            for slot in range(start // group.block_size, last):
+                if blocks[slot].is_null:
+                    continue
+                tokens = (slot + 1) * group.block_size
+                private = request.block_hashes[tokens // self.pool.hash_block_size - 1]
+                key = make_block_hash_with_group_id(private, number)
+                self._forget(key)
+                self.pool._insert_block_hash(key, blocks[slot], num_tokens=tokens)
 
     def forget(self, request: Request, start: int) -> None:
         """No page answers for the private hashes of `request` any more, which begin at token `start`.
 
         Pages that many read would otherwise collect the hashes of all who ever read them.
         """
-        cached = self.pool.cached_block_hash_to_block
-        for number in range(start // self.pool.hash_block_size, len(request.block_hashes)):
+        for private in request.block_hashes[start // self.pool.hash_block_size :]:
             for group in range(len(self.groups)):
-                key = make_block_hash_with_group_id(request.block_hashes[number], group)
-                while (block := cached.get_one_block(key)) is not None:
-                    cached.pop(key, block.block_id)
-                    if block.block_hash == key:
-                        block.reset_hash()
-                    elif (others := self.pool.cached_block_hashes_by_block.get(block.block_id)) is not None:
-                        others.discard(key)
-                        if not others:
-                            del self.pool.cached_block_hashes_by_block[block.block_id]
+                self._forget(make_block_hash_with_group_id(private, group))
 
-    def _slots(self, request_id: str, start: int) -> Iterator[tuple[int, list[KVCacheBlock], int]]:
-        """Group, table and slot of every block of `request_id` from token `start` on."""
-        for number, group in enumerate(self.groups):
-            blocks = group.req_to_blocks.get(request_id, [])
-            for slot in range(start // group.block_size, len(blocks)):
-                yield number, blocks, slot
-
-    def _answer_for(self, request: Request, group: int, slot: int, block: KVCacheBlock) -> None:
-        if block.is_null:
-            return
-        tokens = (slot + 1) * self.groups[group].block_size
-        private = request.block_hashes[tokens // self.pool.hash_block_size - 1]
-        self.pool._insert_block_hash(make_block_hash_with_group_id(private, group), block, num_tokens=tokens)
+    def _forget(self, key: BlockHashWithGroupId) -> None:
+        cached, more = self.pool.cached_block_hash_to_block, self.pool.cached_block_hashes_by_block
+        while (block := cached.get_one_block(key)) is not None:
+            cached.pop(key, block.block_id)
+            others = more.get(block.block_id, set())
+            others.discard(key)
+            if block.block_hash == key:
+                tokens = block.block_hash_num_tokens
+                block.reset_hash()
+                if others:  # vLLM takes a page without a hash of its own for one of no further use
+                    block.set_block_hash(others.pop(), num_tokens=tokens)
+            if not others:
+                more.pop(block.block_id, None)
 
     def shared_pages(self) -> Counter[int]:
         """Number of pages by how many table entries read them, from 1 up."""

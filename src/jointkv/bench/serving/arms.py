@@ -53,10 +53,7 @@ class PoolSize:
 
     def block_bytes(self, flags: Sequence[str] = (), layer_groups: int = 1) -> int:
         """Bytes of one block under `flags`, which may choose the cache's dtype. Raises `BadInput`."""
-        chosen = _cache_dtype(flags)
-        width = WIDTHS.get(self.dtype if chosen == "auto" else chosen)
-        if width is None:
-            raise BadInput(f"{CACHE_DTYPE} {chosen}: no arm of equal memory; use auto, {', '.join(WIDTHS)}")
+        width = cache_width(flags, self.dtype)
         if self.layers % layer_groups:
             raise BadInput(f"layer_groups={layer_groups} does not divide the model's {self.layers} layers")
         return self.numbers_per_token * width * self.block_size // layer_groups
@@ -112,6 +109,15 @@ def make_arms(
 def block_bytes(arm: Arm, pool: PoolSize, common_flags: Sequence[str] = ()) -> int:
     """Bytes of one block of the pool of `arm`."""
     return pool.block_bytes((*common_flags, *arm.flags), _groups(arm.fusion))
+
+
+def cache_width(flags: Sequence[str], dtype: str) -> int:
+    """Bytes of one number in the pool of a server with `flags` and a model in `dtype`. Raises `BadInput`."""
+    chosen = _cache_dtype(flags)
+    width = WIDTHS.get(dtype if chosen == "auto" else chosen)
+    if width is None:
+        raise BadInput(f"{CACHE_DTYPE} {chosen}: no arm of equal memory; use auto, {', '.join(WIDTHS)}")
+    return width
 
 
 def check_flags(flags: Sequence[str], refused: Sequence[str], where: str) -> None:

@@ -178,7 +178,8 @@ class Server:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.close()
         try:
-            process.wait(GRACE_SECONDS + KILL_SECONDS)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_SECONDS + KILL_SECONDS)
         finally:
             # Also after Ctrl-C while waiting: no more patience.
             process.kill()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from jointkv.bench.serving.arms import cache_width
 from jointkv.bench.serving.result import Arm, Load, ServingResult
 from jointkv.bench.serving.statistics import sign_flip_p, smallest_p
 from jointkv.report.serving.metrics import Metric
@@ -70,7 +71,8 @@ def called(arm: Arm) -> str:
 def pool_bytes(result: ServingResult, arm: Arm) -> int:
     """Bytes of the arm's pool; a block of one of n layer groups holds an n-th of the layers."""
     groups = int((arm.fusion or {}).get("layer_groups") or 1)
-    return arm.pool_blocks * result.block_bytes // groups
+    width = cache_width([*result.common_flags, *arm.flags], result.dtype)
+    return arm.pool_blocks * result.block_bytes * width // cache_width(result.common_flags, result.dtype) // groups
 
 
 def fusion_pairs(result: ServingResult) -> list[Pair]:
