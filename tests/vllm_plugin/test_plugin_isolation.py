@@ -139,7 +139,9 @@ def test_hashes_are_taken_once_until_the_restart() -> None:
     first = tracked.take_hashes(2, 32)
     assert len(first) == 2 and tracked.next_slot == 2
     assert len(tracked.take_hashes(3, 32)) == 1
-    tracked.served.add((0, 1))
-    tracked.restart()
-    assert (tracked.epoch, tracked.next_slot, tracked.served) == (3, 0, set())
-    assert tracked.take_hashes(2, 32) == first
+    tracked.served |= {(0, 0), (0, 1)}
+    tracked.restart(kept=1)
+    assert (tracked.epoch, tracked.next_slot, tracked.served) == (3, 1, {(0, 0)})
+    assert tracked.take_hashes(2, 32) == first[1:]
+    tracked.restart(kept=0)
+    assert tracked.served == set() and tracked.take_hashes(2, 32) == first
