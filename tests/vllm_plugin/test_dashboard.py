@@ -24,24 +24,16 @@ from typing import Any
 
 import pytest
 import yaml
-from test_serve_engine import living
+from test_serve_engine import MODEL, SHARED, living
 
 from jointkv.vllm_plugin.server import Launch
 
 pytest.importorskip("vllm")
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-MODEL = "smollm2"
 STARTS_WITHIN_S = 180.0
 WINDOW = "30s"
 REQUESTS = 6
-SHARED = """You answer questions of customers of a small bookshop, politely and in one sentence.
-Question: Do you have the new atlas of the Alps? Answer: Yes, it lies on the table beside the door.
-Question: When do you open on Saturday? Answer: We open at nine and close at one.
-Question: Can I bring a book back? Answer: Within two weeks, if it looks like new.
-Question: Do you wrap presents? Answer: Gladly, and we charge nothing for it.
-Question: Where can I leave my bicycle? Answer: In the yard behind the house.
-"""
 NEVER_YET = {
     'http_requests_total{job="jointkv", status="5xx"}': "the series appears with the first failing request",
 }

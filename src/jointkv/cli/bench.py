@@ -11,16 +11,12 @@ import typer
 
 from jointkv.cli.bench_serve import serve
 from jointkv.cli.console import named_errors, progress, require, stages, stderr_console, write_json
+from jointkv.cli.engine_options import INTERRUPTED, engine_block_size, engine_dtype
 from jointkv.cli.fusion_options import fusion_options
-from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
     from jointkv.bench.engine_run import EngineRun, Measured
     from jointkv.bench.quick import ArmSummary, QuickSettings, Sample
-
-INTERRUPTED = 130
-BLOCK_SIZE = 32
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def register(app: typer.Typer) -> None:
@@ -58,12 +54,8 @@ def quick(
     prefix caching on. Numbers are medians over rounds; ratios are taken within a round first.
     """
     with named_errors():
-        from jointkv.bench.machine import fast_dtype
         from jointkv.bench.quick import QuickSettings, choose_arms
-        from jointkv.profile import Profile
 
-        if dtype not in DTYPES:
-            raise BadInput(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
         given = {
             "max_relative_error": max_relative_error,
             "min_pool_usage": min_pool_usage,
@@ -75,10 +67,10 @@ def quick(
             requests=requests,
             output_tokens=output_tokens,
             pool_blocks=pool_blocks,
-            block_size=block_size or (BLOCK_SIZE if profile is None else Profile.load(profile).block_size),
+            block_size=engine_block_size(block_size, profile),
             repeats=repeats,
             arms=tuple(chosen.name for chosen in choose_arms(arm or QuickSettings.arms)),
-            dtype=fast_dtype() if dtype == "auto" else dtype,
+            dtype=engine_dtype(dtype),
             seed=seed,
             fusion=fusion_options(option or [], given, "--set"),
         )

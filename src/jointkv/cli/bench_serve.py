@@ -18,6 +18,7 @@ import typer
 from rich.text import Text
 
 from jointkv.cli.console import named_errors, progress, require, stages, stderr_console, write_json
+from jointkv.cli.engine_options import INTERRUPTED, engine_block_size, engine_dtype
 from jointkv.cli.fusion_options import fusion_options
 from jointkv.errors import BadInput
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from jointkv.bench.serving.result import ServingResult
 
 FAILED = 1
-INTERRUPTED = 130
-BLOCK_SIZE = 32
 SHOWN = ("output_tokens_per_s", "ttft_p50", "ttft_p95", "itl_p50", "e2el_p95", "running_peak")
 
 
@@ -93,14 +92,9 @@ def serve(
     A benchmark that was interrupted goes on where it stopped when the same command is given again.
     """
     with named_errors():
-        from jointkv.bench.machine import fast_dtype
         from jointkv.bench.serving.arms import DEFAULT_ARMS
         from jointkv.bench.serving.options import Options
-        from jointkv.cli.bench import DTYPES
-        from jointkv.profile import Profile
 
-        if dtype not in DTYPES:
-            raise BadInput(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
         given = {
             "max_relative_error": max_relative_error,
             "min_pool_usage": min_pool_usage,
@@ -120,13 +114,13 @@ def serve(
             requests=requests,
             output_tokens=output_tokens,
             pool_blocks=pool_blocks,
-            block_size=block_size or (BLOCK_SIZE if profile is None else Profile.load(profile).block_size),
+            block_size=engine_block_size(block_size, profile),
             repeats=repeats,
             max_running=max_running,
             max_batched_tokens=max_batched_tokens,
             eager=eager,
             fusion=fusion_options(option or [], given, "--set"),
-            dtype=fast_dtype() if dtype == "auto" else dtype,
+            dtype=engine_dtype(dtype),
             seed=seed,
             server_cores=server_cores,
             client_cores=client_cores,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jointkv.bench.machine import on_cores
 from jointkv.bench.quick import QUIET
@@ -68,24 +68,8 @@ Serve = Callable[[Arm, int], AbstractContextManager[Any]]
 """Starts and warms up the server of an arm in a round; it ends with the context."""
 
 
-class Measure(Protocol):
-    """See `jointkv.bench.serving.measure.measure`."""
-
-    def __call__(
-        self,
-        server: Any,
-        arm: Arm,
-        load: Load,
-        requests: Sequence[ServingRequest],
-        *,
-        model: str,
-        tokenizer: str,
-        round: int,
-        position: int,
-        block_bytes: int,
-        seed: int,
-        progress: Callable[[int], None],
-    ) -> tuple[Run, list[str]]: ...
+Measure = Callable[..., tuple[Run, list[str]]]
+"""See `jointkv.bench.serving.measure.measure`."""
 
 
 def run_plan(plan: Plan, folder: RunFolder, serve: Serve, measure: Measure, watcher: Watcher) -> ServingResult:
