@@ -33,6 +33,9 @@ def _vllm_environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, os.environ.get(name, value))
+        if "PYTEST_XDIST_WORKER" in os.environ:  # else all processes would be bound to one core
+            core = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % (os.cpu_count() or 1)
+            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(core))
         yield
 
 

@@ -1,0 +1,130 @@
+"""Which hazard a test stands for: `@pytest.mark.hazard(area, what goes wrong, what is promised)`.
+
+`pytest --hazards FILE` writes what the marked tests showed. Numbers that a test gives to `record_property` (steps,
+merges, violations, ...) are added up per hazard. `python tests/hazards.py FILE...` puts the tables of several such files
+into docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROPERTY = "hazard"
+PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
+BEGIN, END = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
+
+
+@dataclass
+class Evidence:
+    """What the tests of one hazard showed."""
+
+    tests: set[str] = field(default_factory=set)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    numbers: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+
+class HazardReport:
+    """Collects the reports of marked tests; registered only with `--hazards`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.evidence: dict[tuple[str, ...], Evidence] = defaultdict(Evidence)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Every test reports its set-up, call and tear-down; a set-up that ended well says nothing yet."""
+        hazards = [tuple(value) for name, value in report.user_properties if name == PROPERTY]
+        if report.when == "teardown" and report.passed or report.when == "setup" and report.passed:
+            return
+        for hazard in hazards:
+            evidence = self.evidence[hazard]
+            evidence.tests.add(report.nodeid.partition("[")[0])
+            evidence.outcomes[report.outcome] += 1
+            evidence.seconds += report.duration
+            for name, value in report.user_properties:
+                if isinstance(value, int | float):
+                    evidence.numbers[name] += value
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Write the file."""
+        rows = [
+            {
+                "area": area,
+                "hazard": hazard,
+                "promise": promise,
+                "tests": sorted(found.tests),
+                "outcomes": dict(found.outcomes),
+                "numbers": dict(found.numbers),
+                "seconds": round(found.seconds, 1),
+            }
+            for (area, hazard, promise), found in sorted(self.evidence.items())
+        ]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        command = ["pytest", *map(str, session.config.invocation_params.args)]
+        self.path.write_text(json.dumps({"schema": 1, "command": command, "hazards": rows}, indent=1) + "\n")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--hazards`."""
+    parser.addoption("--hazards", type=Path, help="write what tests marked with a hazard showed to this JSON file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start collecting where the option is given; with several processes, in the one that gathers the reports."""
+    path = config.getoption("--hazards")
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(HazardReport(path), "hazard-report")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Properties travel with the reports, marks do not."""
+    for mark in item.iter_markers(PROPERTY):
+        area, hazard, promise = mark.args
+        item.user_properties.append((PROPERTY, [area, hazard, promise]))
+
+
+def tables(files: list[Path]) -> str:
+    """Markdown: a table per area, a row per hazard; a hazard that several files know appears as in the last one."""
+    rows = {
+        (row["area"], row["hazard"], row["promise"]): row
+        for file in files
+        for row in json.loads(file.read_text(encoding="utf-8"))["hazards"]
+    }
+    lines = []
+    for area in sorted({area for area, *_ in rows}):
+        lines += [f"### {area}", "", "| hazard | promise | tests | result |", "| --- | --- | --- | --- |"]
+        lines += [_line(row) for key, row in sorted(rows.items()) if key[0] == area]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    files = sorted({f"`{test.partition('::')[0].removeprefix('tests/')}`" for test in row["tests"]})
+    counts = [f"{count} {outcome}" for outcome, count in sorted(row["outcomes"].items(), reverse=True)]
+    numbers = [f"{name.replace('_', ' ')} {value:,g}" for name, value in sorted(row["numbers"].items())]
+    return f"| {row['hazard']} | {row['promise']} | {', '.join(files)} | {', '.join(counts + numbers)} |"
+
+
+def rewritten(page: str, files: list[Path]) -> str:
+    """`page` with what stands between the two marks replaced."""
+    head, _, rest = page.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{tables(files)}\n{END}{tail}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Put the tables of the hazards into docs/reliability.md.")
+    parser.add_argument("files", nargs="+", type=Path, help="what `pytest --hazards FILE` wrote")
+    files = parser.parse_args().files
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), files), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
