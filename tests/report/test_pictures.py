@@ -139,6 +139,18 @@ def test_curve_tables_equal_the_json(tmp_path: Path) -> None:
         assert cells[4] == ("-" if point["measured_ratio"] is None else f"{point['measured_ratio']:.2f}")
 
 
+def test_calibrations_of_samples_of_unlike_size_are_summed_up_apart(tmp_path: Path) -> None:
+    rows = [{**UNFINISHED, "unmet": "no bound"}] * 2
+    results = [
+        {"format": "jointkv.calibration/1", "settings": {"requests": requests}, "rows": rows} for requests in (40, 96)
+    ]
+    found = table("predicted_against_measured", tmp_path, *results)
+    assert [line[:3] for line in found] == [
+        ["names, 40 requests", "kl=0.005", "2"],
+        ["names, 96 requests", "kl=0.005", "2"],
+    ]
+
+
 def test_calibration_table_summarises_splits(tmp_path: Path) -> None:
     splits = [(2.0, 2.0, 0.001, True), (2.2, 2.0, 0.004, True), (1.7, 2.0, 0.002, False)]
     rows = [

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from jointkv.bench.serving.result import ServingResult
 from jointkv.errors import BadInput
+from jointkv.report.isolation_results import Influence, SideChannel
+from jointkv.report.record import Record, Result
 from jointkv.report.serving.reading import conflict as serving_conflict
 from jointkv.report.serving.reading import contradiction
 
@@ -19,22 +21,7 @@ from jointkv.report.serving.reading import contradiction
 Positive = Annotated[float, Field(gt=0)]
 
 
-class _Record(BaseModel):
-    # What a picture does not read may change without a new format.
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Result(_Record):
-    """One result file; a subclass per format, which is named in the field "format" of the file."""
-
-    FORMAT: ClassVar[str]
-
-    def conflict(self, other: Result) -> str | None:
-        """Why this result and `other`, of the same format, must not be put into one picture; None if they may."""
-        return None
-
-
-class Ratio(_Record):
+class Ratio(Record):
     """A predicted ratio of blocks before to blocks after; the ends of its interval are None where not known."""
 
     ratio: Positive
@@ -42,7 +29,7 @@ class Ratio(_Record):
     high: Positive | None = None
 
 
-class Difference(_Record):
+class Difference(Record):
     """A mean difference paired by request, with the ends of its interval."""
 
     mean: float
@@ -50,7 +37,7 @@ class Difference(_Record):
     high: float
 
 
-class Traffic(_Record):
+class Traffic(Record):
     """What was asked of the methods."""
 
     requests: int
@@ -58,7 +45,7 @@ class Traffic(_Record):
     description: str = ""
 
 
-class MethodResult(_Record):
+class MethodResult(Record):
     """One method at one level on one traffic, see `jointkv.evaluate.comparison.MethodRow`."""
 
     traffic: str
@@ -84,7 +71,7 @@ class MethodResult(_Record):
         return None if self.share_16bit is None else 1 - self.share_16bit
 
 
-class TaskScore(_Record):
+class TaskScore(Record):
     """A task under one method, see `jointkv.evaluate.tasks.run.TaskResult`; `difference` is to the unfused model."""
 
     task: str
@@ -92,7 +79,7 @@ class TaskScore(_Record):
     method: str
     level: float
     mean: float
-    scores: list[float] = []
+    scores: list[float] = Field(default_factory=list)
     source: str
     stand_in: bool
     difference: Difference | None = None
@@ -106,7 +93,7 @@ class Evaluation(Result):
     dtype: str
     traffics: dict[str, Traffic]
     rows: list[MethodResult]
-    tasks: list[TaskScore] = []
+    tasks: list[TaskScore] = Field(default_factory=list)
 
     def conflict(self, other: Result) -> str | None:
         """Another model, dtype or set of requests: the numbers cannot be compared."""
@@ -121,7 +108,7 @@ class Evaluation(Result):
         return None
 
 
-class Point(_Record):
+class Point(Record):
     """One bound of a rate-distortion curve, see `jointkv.theory.curve.CurvePoint`."""
 
     bound: float
@@ -132,7 +119,7 @@ class Point(_Record):
     measured_distortion: float | None = None
 
 
-class Curve(_Record):
+class Curve(Record):
     """The curve of one layer, or of all (group None)."""
 
     group: int | None
@@ -165,7 +152,7 @@ class Curves(Result):
         return f"{self.traffic.replace('_', '-')}, {self.requests} requests, {self.held_out} held out"
 
 
-class HeldOut(_Record):
+class HeldOut(Record):
     """What a calibration measured on requests it had not seen."""
 
     ratio: Positive
@@ -173,13 +160,13 @@ class HeldOut(_Record):
     kl_worst_request: float | None = None
 
 
-class Split(_Record):
+class Split(Record):
     """One calibration on one random split; `unmet` says why the target cannot be met, and then nothing was measured."""
 
     traffic: str
     target: str
     seed: int
-    max_relative_error: list[float] = []
+    max_relative_error: list[float] = Field(default_factory=list)
     predicted: Ratio | None = None
     held_out: HeldOut | None = None
     met: bool
@@ -207,14 +194,26 @@ class Split(_Record):
         return self
 
 
+class Sample(Record):
+    """Of how many requests one half chose the bound and the other half was measured."""
+
+    requests: int | None = None
+
+
 class Calibrations(Result):
     """Calibrations on random splits."""
 
     FORMAT = "jointkv.calibration/1"
+    settings: Sample = Sample()
     rows: list[Split]
 
+    def sample(self, split: Split) -> str:
+        """The traffic, and how much of it: what splits must have in common to be summed up together."""
+        traffic = split.traffic.replace("_", "-")
+        return traffic if self.settings.requests is None else f"{traffic}, {self.settings.requests} requests"
 
-class BatchRow(_Record):
+
+class BatchRow(Record):
     """Batch scope at one batch size."""
 
     dataset: str
@@ -231,7 +230,7 @@ class BatchRow(_Record):
     source: str = ""
 
 
-class ChunkRow(_Record):
+class ChunkRow(Record):
     """Chunk scope on one data set."""
 
     dataset: str
@@ -247,7 +246,7 @@ class ChunkRow(_Record):
     source: str = ""
 
 
-class LayerRow(_Record):
+class LayerRow(Record):
     """One layer at one threshold; `low` and `high` belong to `rarefaction`."""
 
     layer: int
@@ -267,9 +266,9 @@ class PaperResult(Result):
     """The paper's experiments on this model."""
 
     FORMAT = "jointkv.paper/1"
-    batch: list[BatchRow] = []
-    chunk: list[ChunkRow] = []
-    layers: list[LayerRow] = []
+    batch: list[BatchRow] = Field(default_factory=list)
+    chunk: list[ChunkRow] = Field(default_factory=list)
+    layers: list[LayerRow] = Field(default_factory=list)
 
 
 class Serving(ServingResult, Result):
@@ -290,7 +289,15 @@ class Serving(ServingResult, Result):
         return self
 
 
-_KINDS: tuple[type[Result], ...] = (Evaluation, Curves, Calibrations, PaperResult, Serving)
+_KINDS: tuple[type[Result], ...] = (
+    Evaluation,
+    Curves,
+    Calibrations,
+    PaperResult,
+    Serving,
+    SideChannel,
+    Influence,
+)
 _FORMATS = {kind.FORMAT: kind for kind in _KINDS}
 
 

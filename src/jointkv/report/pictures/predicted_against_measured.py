@@ -18,7 +18,7 @@ TOLERANCE = 0.1
 
 
 class PredictedAgainstMeasured(Picture[Calibrations]):
-    """Predicted against measured ratio: a colour per traffic, a marker per target, a point per split."""
+    """Predicted against measured ratio: a colour per sample, a marker per target, a point per split."""
 
     name = "predicted_against_measured"
     reads = Calibrations
@@ -27,36 +27,36 @@ class PredictedAgainstMeasured(Picture[Calibrations]):
         return bool(result.rows)
 
     def draw(self, results: Sequence[Calibrations]) -> Figure | None:
-        splits = [split for split in _splits(results) if split.deviation is not None]
-        if not splits:
+        found = [(sample, split) for sample, split in _splits(results) if split.deviation is not None]
+        if not found:
             return None
         figure, (axes,) = grid(1, 1, (5.6, 6.2))
-        ends = [value for split in splits for value in _ends(split)]
+        ends = [value for _, split in found for value in _ends(split)]
         low, high = min(ends), max(ends)
         _draw_identity(axes, low / 2, high * 2)
-        traffics = list(dict.fromkeys(split.traffic for split in splits))
-        targets = list(dict.fromkeys(split.target for split in splits))
-        for split in splits:
-            _draw_split(axes, split, colour(traffics.index(split.traffic)), marker(targets.index(split.target)))
+        samples = list(dict.fromkeys(sample for sample, _ in found))
+        targets = list(dict.fromkeys(split.target for _, split in found))
+        for sample, split in found:
+            _draw_split(axes, split, colour(samples.index(sample)), marker(targets.index(split.target)))
         ratio_axis(axes, "x", low, high)
         ratio_axis(axes, "y", low, high)
         axes.set_aspect("equal")
         axes.set_xlabel("ratio measured on held-out requests")
         axes.set_ylabel("ratio predicted (bar: interval)")
-        legend_below(figure, 3, _handles(traffics, targets))
+        legend_below(figure, 3, _handles(samples, targets))
         return figure
 
     def table(self, results: Sequence[Calibrations]) -> str:
         groups: dict[tuple[str, str], list[Split]] = {}
-        for split in _splits(results):
-            groups.setdefault((split.traffic, split.target), []).append(split)
+        for sample, split in _splits(results):
+            groups.setdefault((sample, split.target), []).append(split)
         return (
             "Each split chooses thresholds on one half of the requests and is measured on the other. "
             "Medians over splits. Deviation: predicted over measured ratio, less 1; the largest of any split.\n\n"
             + table(
-                ("traffic", "target"),
+                ("sample", "target"),
                 NUMBERS,
-                (_line(traffic, target, found) for (traffic, target), found in groups.items()),
+                (_line(sample, target, found) for (sample, target), found in groups.items()),
             )
         )
 
@@ -74,7 +74,7 @@ NUMBERS = (
 )
 
 
-def _line(traffic: str, target: str, splits: Sequence[Split]) -> list[str]:
+def _line(sample: str, target: str, splits: Sequence[Split]) -> list[str]:
     measured = [split.held_out for split in splits if split.held_out is not None]
     predicted = [split.predicted.ratio for split in splits if split.predicted is not None]
     out_of_reach = sum(split.unmet is not None for split in splits)
@@ -83,7 +83,7 @@ def _line(traffic: str, target: str, splits: Sequence[Split]) -> list[str]:
     deviations = [split.deviation for split in splits if split.deviation is not None]
     seconds = [split.seconds for split in splits if split.seconds is not None]
     return [
-        traffic.replace("_", "-"),
+        sample,
         target,
         str(len(splits)),
         f"{sum(split.met for split in splits)} of {len(splits)}"
@@ -98,8 +98,8 @@ def _line(traffic: str, target: str, splits: Sequence[Split]) -> list[str]:
     ]
 
 
-def _splits(results: Sequence[Calibrations]) -> list[Split]:
-    return [split for result in results for split in result.rows]
+def _splits(results: Sequence[Calibrations]) -> list[tuple[str, Split]]:
+    return [(result.sample(split), split) for result in results for split in result.rows]
 
 
 def _ends(split: Split) -> list[float]:
@@ -125,12 +125,12 @@ def _draw_split(axes: Axes, split: Split, hue: Any, shape: str) -> None:
     axes.plot(measured, predicted.ratio, shape, color=hue, markerfacecolor=face, markersize=6, zorder=3)
 
 
-def _handles(traffics: Sequence[str], targets: Sequence[str]) -> list[Any]:
+def _handles(samples: Sequence[str], targets: Sequence[str]) -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     return [
-        *(Patch(color=colour(place), label=name.replace("_", "-")) for place, name in enumerate(traffics)),
+        *(Patch(color=colour(place), label=sample) for place, sample in enumerate(samples)),
         *(
             Line2D([], [], color="0.3", marker=marker(place), linestyle="", label=target)
             for place, target in enumerate(targets)
