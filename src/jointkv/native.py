@@ -1,4 +1,4 @@
-"""Compiles a C file of the package with the machine's own compiler, once, and loads it."""
+"""Compiles a C file of the package and the headers beside it with the machine's own compiler, once, and loads it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def load(source: Path) -> ctypes.CDLL:
     """
     settings = Settings.from_environment()
     compiler = shlex.split(settings.cc)
-    identity = (source.read_text(), _run([*compiler, "--version"]), _processor())
+    texts = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
+    identity = (*texts, _run([*compiler, "--version"]), _processor())
     try:
         return _load(source, compiler, (*FLAGS, *OPENMP), identity, settings.native_dir)
     except NativeUnavailable:

@@ -1,0 +1,339 @@
+"""The compiled attention is the definition in float64, whatever is shared; what it was not written for is refused."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attention.paged_cases import TOLERANCE, Batch, batches, expected, fill, relative_error, stored, turn
+from jointkv import native
+from jointkv.attention import cpu
+from jointkv.attention.cpu import paged_attention
+from jointkv.attention.grouping import group_pages
+from jointkv.attention.layouts import ENGINE_ORDERS, LayerPages
+from jointkv.errors import LayoutError
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """No kernel has been built or asked for yet."""
+    monkeypatch.setenv("JOINTKV_CACHE_DIR", str(tmp_path))
+    cpu._kernel.cache_clear()
+    yield
+    cpu._kernel.cache_clear()
+
+
+def attend(batch, pages, query, threads=1, share=True, scale=None):
+    """Attention of the kernel, and the definition's answer: outputs and log-sum-exps."""
+    work = batch.group(heads_per_kv_head=query.shape[1] // pages.num_heads, threads=threads, share=share)
+    torch.set_num_threads(threads)
+    found = paged_attention(query, pages, work, k_scale=batch.k_scale, v_scale=batch.v_scale, scale=scale, turn=turn)
+    torch.set_num_threads(1)
+    return found, expected(query, pages, batch, scale)
+
+
+def compare(found, truth, dtype):
+    assert relative_error(found[0], truth[0]) < TOLERANCE[dtype]
+    torch.testing.assert_close(found[1].double(), truth[1].double(), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=250)
+@given(
+    case=batches(),
+    order=st.sampled_from(["rows", "columns"]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 13]),
+    sizes=st.tuples(*2 * [st.sampled_from([16, 32, 48, 64, 80, 128])]),
+    threads=st.integers(1, 3),
+    share=st.booleans(),
+    scale=st.none() | st.floats(0.05, 1.0),
+    seed=st.integers(0, 2**20),
+)
+def test_the_kernel_is_the_definition(case, order, dtype, heads, group, sizes, threads, share, scale, seed):
+    batch, num_pages = case
+    pages = fill(batch, num_pages, heads, sizes, dtype, order, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    shape = (int(batch.query_lengths.sum()), heads * group, sizes[0])
+    query = torch.randn(shape, generator=generator).to(dtype)
+    found, truth = attend(batch, pages, query, threads, share, scale)
+    assert found[0].dtype == dtype and found[0].shape == (*shape[:2], sizes[1])
+    compare(found, truth, dtype)
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=60)
+@given(case=batches(most_rows=4), heads=st.integers(1, 2), group=st.integers(1, 4), sizes=st.sampled_from([32, 96]))
+def test_pages_by_pairs(case, heads, group, sizes):
+    batch, num_pages = case
+    batch.block_size = 32
+    batch.first = batch.count = None
+    pages = fill(batch, num_pages, heads, (sizes, sizes), torch.bfloat16, "pairs", 0)
+    query = torch.randn(int(batch.query_lengths.sum()), heads * group, sizes).bfloat16()
+    compare(*attend(batch, pages, query), torch.bfloat16)
+
+
+def long_batch(rows=24, slots=40, shared=30, queries=1):
+    tables = torch.arange(rows * slots).view(rows, slots)
+    tables[:, :shared] = torch.arange(shared)
+    lengths = torch.randint((slots - 2) * 16, slots * 16, (rows,), generator=torch.Generator().manual_seed(0))
+    asked = torch.full((rows,), queries)
+    return Batch(tables, lengths, asked, 16, None, None, None, None, None), rows * slots
+
+
+@needs_compiler
+@pytest.mark.parametrize("order", ["rows", "columns"])
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_long_contexts_of_many_sequences(order, queries, dtype):
+    """Many tiles, many blocks of rows, and logits that grow along the way."""
+    batch, num_pages = long_batch(queries=queries)
+    pages = fill(batch, num_pages, 2, (64, 64), dtype, order, 0)
+    growing = torch.linspace(0.1, 3, num_pages).to(dtype)[:, None, None, None]
+    pages.keys.mul_(growing)
+    query = torch.randn(int(batch.query_lengths.sum()), 6, 64).to(dtype)
+    compare(*attend(batch, pages, query, threads=2), dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sharing_does_not_change_the_answer_beyond_rounding(threads):
+    batch, num_pages = long_batch()
+    pages = fill(batch, num_pages, 2, (64, 64), torch.float32, "columns", 0)
+    query = torch.randn(24, 6, 64)
+    shared, _ = attend(batch, pages, query, threads)
+    alone, _ = attend(batch, pages, query, threads, share=False)
+    torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
+def test_decoding_into_the_last_block():
+    batch, num_pages = long_batch(rows=3)
+    batch.lengths = torch.tensor([625, 626, 635])
+    work = batch.group(heads_per_kv_head=3)
+    for _ in range(5):
+        batch.lengths = batch.lengths + 1
+        work.grow(batch.lengths)
+        pages = fill(batch, num_pages, 2, (64, 64), torch.float32, "rows", 0)
+        query = torch.randn(3, 6, 64)
+        compare(paged_attention(query, pages, work), expected(query, pages, batch), torch.float32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_page_that_one_sequence_reads_several_times_counts_as_often(scaled, shifted):
+    tables = torch.tensor([[7, 7, 3, 7, 9], [7, 3, 3, 9, 8]])
+    ones = torch.ones(2, dtype=torch.long)
+    batch = Batch(tables, torch.tensor([70, 80]), ones, 16, None, None, None, None, None)
+    if scaled:
+        batch.k_scale, batch.v_scale = torch.rand(2, 2, 5) + 0.5
+    if shifted:
+        batch.shift = torch.tensor([[0, 5, 5, 0, 0], [5, 0, 5, 0, 0]])
+    pages = fill(batch, 10, 2, (32, 32), torch.float32, "columns", 0)
+    compare(*attend(batch, pages, torch.randn(2, 6, 32)), torch.float32)
+
+
+@needs_compiler
+def test_extreme_logits():
+    """Logits of thousands, and a token that outweighs all others, overflow nothing."""
+    batch, num_pages = long_batch(rows=2)
+    pages = fill(batch, num_pages, 1, (64, 64), torch.float32, "columns", 0)
+    for factor in (100.0, 1e-3):
+        query = factor * torch.randn(2, 3, 64)
+        found, truth = attend(batch, pages, query)
+        assert relative_error(found[0], truth[0]) < 1e-4
+        torch.testing.assert_close(found[1].double(), truth[1].double(), rtol=1e-5, atol=1e-4)
+
+
+@needs_compiler
+def test_what_is_no_number_stays_with_its_sequence():
+    batch, num_pages = long_batch(rows=4)
+    pages = fill(batch, num_pages, 2, (64, 64), torch.float32, "columns", 0)
+    pages.values[batch.tables[2, 33], 3, 1] = torch.nan
+    pages.keys[batch.tables[1, 33], 3, 0] = torch.nan
+    found, _ = paged_attention(torch.randn(4, 6, 64), pages, batch.group(heads_per_kv_head=3))
+    broken = found.isnan().any(-1)
+    assert broken[1, :3].all() and broken[2, 3:].all() and broken.sum() == 6
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", ["-march=x86-64"])
+def test_a_plain_processor_will_do(flags, fresh, monkeypatch, tmp_path):
+    """The same source without AVX, FMA and F16C."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("flags of another processor")
+    script = tmp_path / "plain-cc"
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo {flags} && exit\nexec cc "$@" {flags}\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    batch, num_pages = long_batch(rows=3, slots=10, shared=5)
+    for dtype in TOLERANCE:
+        for order in ("rows", "columns"):
+            pages = fill(batch, num_pages, 2, (64, 64), dtype, order, 0)
+            compare(*attend(batch, pages, torch.randn(3, 6, 64).to(dtype)), dtype)
+
+
+def small_case(order="rows", dtype=torch.float32):
+    tables = torch.tensor([[0, 1, 2], [0, 3, 4]])
+    batch = Batch(tables, torch.tensor([40, 48]), torch.ones(2, dtype=torch.long), 16, None, None, None, None, None)
+    return batch, fill(batch, 5, 2, (16, 32), dtype, order, 0)
+
+
+def test_without_a_compiler_the_definition_does_it_and_says_so_once(fresh, monkeypatch):
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    batch, pages = small_case()
+    batch.k_scale, batch.v_scale = torch.rand(2, 2, 3) + 0.5
+    batch.shift = torch.tensor([[0, 3, 0], [0, 0, -2]])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            compare(*attend(batch, pages, torch.randn(2, 4, 16)), torch.float32)
+    assert [str(warning.message).count("install gcc") for warning in said] == [1]
+
+
+SCALES = torch.ones(2, 3)
+
+REFUSED = {
+    "queries without heads": {"query": torch.zeros(2, 16)},
+    "queries in float64": {"query": torch.zeros(2, 4, 16, dtype=torch.float64)},
+    "queries of another size": {"query": torch.zeros(2, 4, 32)},
+    "too few queries": {"query": torch.zeros(1, 4, 16)},
+    "query heads no multiple": {"query": torch.zeros(2, 3, 16)},
+    "more query heads than the work was cut for": {"query": torch.zeros(2, 8, 16)},
+    "K scales of another shape": {"k_scale": torch.ones(2, 2)},
+    "V scales of another shape": {"v_scale": torch.ones(6)},
+    "a scale of zero": {"k_scale": SCALES * torch.tensor([1.0, 0.0, 1.0])},
+    "a negative scale": {"v_scale": SCALES * torch.tensor([1.0, -1.0, 1.0])},
+    "a scale that is infinite": {"k_scale": SCALES * torch.inf},
+    "a scale that is no number": {"v_scale": SCALES * torch.nan},
+    "scales that are integers": {"k_scale": torch.ones(2, 3, dtype=torch.long)},
+}
+
+
+@pytest.mark.parametrize("changes", REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused(changes):
+    batch, pages = small_case()
+    fitting = {"query": torch.zeros(2, 4, 16), "k_scale": SCALES, "v_scale": SCALES}
+    query = fitting.pop("query")
+    paged_attention(query, pages, batch.group(heads_per_kv_head=2), **fitting)
+    arguments = {"query": query, **fitting, **changes}
+    with pytest.raises(LayoutError):
+        paged_attention(arguments.pop("query"), pages, batch.group(heads_per_kv_head=2), **arguments)
+
+
+def test_tables_and_pages_that_do_not_fit_are_refused():
+    batch, pages = small_case()
+    query = torch.zeros(2, 4, 16)
+    fewer = LayerPages.of_pool(pages.keys[:4], pages.values[:4])
+    with pytest.raises(LayoutError, match="5 pages"):
+        paged_attention(query, fewer, batch.group(heads_per_kv_head=2))
+    halves = group_pages(batch.tables, torch.tensor([20, 24]), 8, heads_per_kv_head=2)
+    with pytest.raises(LayoutError, match="of 8 tokens"):
+        paged_attention(query, pages, halves)
+    batch.shift = torch.tensor([[0, 3, 0], [0, 0, 0]])
+    with pytest.raises(LayoutError, match="rotary"):
+        paged_attention(query, pages, batch.group(heads_per_kv_head=2))
+
+
+def test_a_turn_that_loses_queries_is_refused():
+    batch, pages = small_case()
+    batch.shift = torch.tensor([[0, 3, 0], [0, 3, 0]])
+    with pytest.raises(LayoutError, match="turning"):
+        work = batch.group(heads_per_kv_head=2)
+        paged_attention(torch.zeros(2, 4, 16), pages, work, turn=lambda query, positions: query[:1])
+
+
+def pool(tokens=16, heads=2, size=64, value_size=None, dtype=torch.float32):
+    return torch.zeros(4, tokens, heads, size, dtype=dtype), torch.zeros(
+        4, tokens, heads, value_size or size, dtype=dtype
+    )
+
+
+BAD_PAGES = {
+    "float64": pool(dtype=torch.float64),
+    "integers": pool(dtype=torch.int8),
+    "K and V of different dtypes": (pool()[0], pool(dtype=torch.float16)[1]),
+    "a head size that is no multiple of 16": pool(size=40),
+    "a head size of V that is no multiple of 16": pool(value_size=40),
+    "a head size beyond 512": pool(size=528),
+    "pages beyond 256 tokens": pool(tokens=257),
+    "other heads": (pool(heads=2)[0], pool(heads=1)[1]),
+    "three dimensions": (pool()[0][0], pool()[1][0]),
+    "K with gaps in every direction": (torch.zeros(4, 16, 2, 128)[..., ::2], pool()[1]),
+    "V by columns": (pool()[0], torch.zeros(4, 2, 64, 16).permute(0, 3, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("pages", BAD_PAGES.values(), ids=BAD_PAGES)
+def test_pages_it_was_not_written_for_are_refused(pages):
+    with pytest.raises(LayoutError):
+        LayerPages.of_pool(*pages)
+
+
+@pytest.mark.parametrize("isa", ["neon", "rvv", "vxe", "vsx", "", "VEC"])
+def test_an_engine_layout_never_seen_is_refused_by_name(isa):
+    with pytest.raises(LayoutError, match=f"{isa!r} was never seen"):
+        LayerPages.of_engine(torch.zeros(4, 2, 32, 128), isa)
+
+
+@pytest.mark.parametrize(
+    ("cache", "isa"),
+    [
+        (torch.zeros(4, 2, 32, 128), "amx"),
+        (torch.zeros(4, 2, 16, 128, dtype=torch.bfloat16), "amx"),
+        (torch.zeros(4, 2, 32, 96, dtype=torch.bfloat16), "amx"),
+        (torch.zeros(4, 2, 32, 128, dtype=torch.uint8), "vec"),
+        (torch.zeros(4, 2, 128, 32).transpose(2, 3), "vec"),
+        (torch.zeros(2, 32, 128), "vec"),
+    ],
+)
+def test_a_cache_that_is_not_in_its_order_is_refused(cache, isa):
+    with pytest.raises(LayoutError):
+        LayerPages.of_engine(cache, isa)
+
+
+@pytest.mark.parametrize("isa", ENGINE_ORDERS)
+def test_an_order_is_confirmed_by_writing(isa):
+    """What the engine writes must be found where its order says; a page written in another order is refused."""
+    dtype = torch.bfloat16 if isa == "amx" else torch.float32
+    cache = torch.zeros(4, 2, 32, 128, dtype=dtype)
+    pages = LayerPages.of_engine(cache, isa)
+
+    def write_as(order):
+        def write(key, value, slots):
+            assert slots.tolist() == list(range(32, 64))
+            sides = [stored(part[None], order)[side] for side, part in enumerate((key, value))]
+            if order == "columns":
+                sides = [sides[0].permute(0, 2, 3, 1), sides[1].transpose(1, 2)]
+            elif order == "rows":
+                sides = [side.transpose(1, 2) for side in sides]
+            cache.view(4, 2, 2, -1)[1] = torch.stack([side[0].flatten(1) for side in sides], 1)
+
+        return write
+
+    own = ENGINE_ORDERS[isa]
+    pages.confirm(write_as(own), 1)
+    assert not cache.any(), "the page must be as it was"
+    for other in {"rows", "columns", "pairs"} - {own}:
+        with pytest.raises(LayoutError, match="never seen"):
+            pages.confirm(write_as(other), 1)
+
+
+@needs_compiler
+def test_a_header_that_changes_makes_another_library(tmp_path, monkeypatch):
+    """The library's name once came from the C file alone, and a changed header would not have been compiled."""
+    monkeypatch.setenv("JOINTKV_CACHE_DIR", str(tmp_path / "cache"))
+    source, header = tmp_path / "answer.c", tmp_path / "answer.h"
+    source.write_text('#include "answer.h"\nint answer(void) { return ANSWER; }\n')
+    for answer in (1, 2):
+        header.write_text(f"#define ANSWER {answer}\n")
+        assert native.load(source).answer() == answer
