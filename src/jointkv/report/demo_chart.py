@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jointkv.evaluate.held import Row
+from jointkv.files import replacing
 
 COLOURS = {"unfused": "#9aa0a6", "safe": "#1a73e8", "paper": "#d93025"}
 NO_CHANGE_KL = 1e-5
@@ -30,7 +31,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Write a PNG with KV bytes in use (left) and KL to the unfused model (right)."""
+    """Write a PNG with KV bytes in use (left) and KL to the unfused model (right). Raises `BadInput`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -63,5 +64,6 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.12)
     memory.legend(frameon=False)
-    figure.savefig(path, dpi=140)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=140)
     pyplot.close(figure)

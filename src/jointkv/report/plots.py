@@ -10,6 +10,7 @@ import numpy as np
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.similarity import ERROR_BOUNDS, RELATIONS, SIDES, Similarity
+from jointkv.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,11 +56,8 @@ def draw_similarity(found: Sequence[Similarity], path: Path, title: str) -> None
         axes.set_title(heading, fontsize=10)
         _draw_map(axes, grid, layers, [f"{'K' if side == 'key' else 'V'} {rel}" for side, rel in lines], unit)
     all_axes[-1].set_xlabel("layer")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from error
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=130)
 
 
 def _draw_map(axes: Axes, grid: list[list[float]], layers: list[int], names: list[str], unit: str) -> None:

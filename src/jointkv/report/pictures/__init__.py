@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from jointkv.errors import BadInput
+from jointkv.files import replacing
 from jointkv.report.pictures.base import Picture, png
+from jointkv.report.pictures.influence import InfluenceOfAttackers
 from jointkv.report.pictures.kl_against_bytes import KLAgainstBytes
 from jointkv.report.pictures.layer_map import LayerMap
 from jointkv.report.pictures.paper_batch import PaperBatch
@@ -18,6 +20,7 @@ from jointkv.report.pictures.predicted_against_measured import PredictedAgainstM
 from jointkv.report.pictures.rate_distortion import RateDistortion
 from jointkv.report.pictures.serving import ServingLevels
 from jointkv.report.pictures.serving_ratios import ServingRatios
+from jointkv.report.pictures.side_channel import SideChannelAUC
 from jointkv.report.pictures.task_scores import TaskScores
 from jointkv.report.results import read_results
 
@@ -32,6 +35,8 @@ PICTURES: tuple[Picture[Any], ...] = (
     PaperLayers(),
     ServingLevels(),
     ServingRatios(),
+    SideChannelAUC(),
+    InfluenceOfAttackers(),
 )
 
 
@@ -58,11 +63,7 @@ def make_pictures(paths: Sequence[Path], output: Path) -> list[Path]:
             if figure is not None:
                 files[f"{picture.name}.png"] = png(figure)
             files[f"{picture.name}.md"] = picture.table(chosen).encode()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=output, prefix=".plots-") as work:
-            for name, content in files.items():
-                (Path(work) / name).write_bytes(content)
-            return [(Path(work) / name).replace(output / name) for name in files]
-    except OSError as error:
-        raise BadInput(f"cannot write to {output}: {error.strerror or error}") from error
+    with ExitStack() as written:  # they take their places when all are written
+        for name, content in files.items():
+            written.enter_context(replacing(output / name)).write_bytes(content)
+    return [output / name for name in files]

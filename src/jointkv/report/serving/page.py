@@ -11,7 +11,6 @@ from typing import Any
 
 import jointkv
 from jointkv.bench.serving.result import ServingResult
-from jointkv.errors import BadInput
 from jointkv.report.serving.break_even import Point, heading, in_words, points
 from jointkv.report.serving.cautions import cautions
 from jointkv.report.serving.figures import Chart, Figures
@@ -73,11 +72,7 @@ def write_page(paths: Sequence[Path], output: Path) -> None:
 
     unique = list({path.resolve(): path for path in paths}.values())
     text = page([(path, read(path)) for path in unique])
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(output.resolve(), text)
-    except OSError as error:
-        raise BadInput(f"cannot write {output}: {error.strerror or error}") from error
+    replace_text(output, text)
 
 
 def page(files: Sequence[tuple[Path, ServingResult]]) -> str:
