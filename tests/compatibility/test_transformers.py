@@ -1,0 +1,69 @@
+"""A release of transformers whose interface differs is refused on import, with every difference named."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import transformers
+from transformers import cache_utils, masking_utils
+from typer.testing import CliRunner
+
+from jointkv.cli.main import app
+from jointkv.errors import JointKVError
+from jointkv.hf import compatibility
+
+HAZARD = pytest.mark.hazard(
+    "Compatibility", "transformers has changed an interface", "refused on import; the message names every difference"
+)
+
+
+@HAZARD
+def test_the_installed_release_is_accepted_in_a_moment() -> None:
+    start = time.process_time()
+    compatibility.check_transformers()
+    compatibility.check_overrides()
+    assert time.process_time() - start < 0.1
+
+
+@HAZARD
+@pytest.mark.parametrize(
+    ("owner", "name", "said"),
+    [
+        (cache_utils.DynamicSlidingWindowLayer, "crop", None),
+        (cache_utils, "DynamicSlidingWindowLayer", "transformers.cache_utils has no DynamicSlidingWindowLayer"),
+        (masking_utils, "sdpa_mask", "transformers.masking_utils has no sdpa_mask"),
+        (transformers.PreTrainedModel, "get_decoder", "PreTrainedModel has no get_decoder"),
+        (transformers.PreTrainedConfig, "get_text_config", "PreTrainedConfig has no get_text_config"),
+    ],
+)
+def test_something_is_gone(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, said: str | None) -> None:
+    monkeypatch.delattr(owner, name)
+    if said is None:  # inherited all the same
+        compatibility.check_transformers()
+        return
+    with pytest.raises(compatibility.UnsupportedTransformers, match=said) as refusal:
+        compatibility.check_transformers()
+    assert isinstance(refusal.value, JointKVError) and isinstance(refusal.value, ImportError)
+    assert transformers.__version__ in str(refusal.value)
+
+
+@HAZARD
+def test_a_parameter_that_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crop(self: object, tokens_to_remove: int, keep_first: bool) -> None: ...
+
+    monkeypatch.setattr(cache_utils.Cache, "crop", crop)
+    monkeypatch.setattr(cache_utils.CacheLayerMixin, "get_mask_sizes", lambda self, cache_position, length: None)
+    with pytest.raises(compatibility.UnsupportedTransformers, match=r"keep_first.*") as refusal:
+        compatibility.check_overrides()
+    assert "get_mask_sizes" in str(refusal.value)
+
+
+@HAZARD
+def test_the_command_says_it_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise compatibility.UnsupportedTransformers("transformers 9 is not what jointkv was written for")
+
+    monkeypatch.setattr("jointkv.hf.models.load_config", lambda name: refuse())
+    result = CliRunner().invoke(app, ["model", "info", "smollm2"])
+    assert result.exit_code == 2 and result.stderr.startswith("error: transformers 9 is not")
