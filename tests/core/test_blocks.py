@@ -96,9 +96,12 @@ def test_served_errors_are_the_definition(seed, layers, pages, aggregate, dtype,
         found = served_errors(PagedKV(*sides), own, served_by, aggregate, *scales)
     token_errors = np.zeros(7)
     for side, scale, errors in zip(sides, scales, (found.key, found.value), strict=True):
-        vectors = np.stack([tensor.double().flatten(1).numpy() for tensor in side])
-        factors = np.ones((layers, 7)) if scale is None else scale.double().numpy()
-        pairs = [(vectors[:, own[i]], vectors[:, served_by[i]] * factors[:, i, None]) for i in range(7)]
+        vectors = torch.stack([tensor.flatten(1) for tensor in side])
+        read = vectors[:, served_by]
+        if scale is not None:
+            read = (read.float() * scale[:, :, None]).to(dtype)
+        written, read = vectors.double().numpy(), read.double().numpy()
+        pairs = [(written[:, own[i]], read[:, i]) for i in range(7)]
         expected = [naive_error(*pair, aggregate) for pair in pairs]
         worst = [naive_token_error(*pair, TOKENS, aggregate) for pair in pairs]
         token_errors = np.maximum(token_errors, worst)

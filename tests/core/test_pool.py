@@ -5,11 +5,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from core.shadow import Content, State, entries_of, read_block, same, state_of
+from effort import machine_settings
 from jointkv.errors import IntegrityError, PoolFull, StalePlan
 from jointkv.plan import FusionPlan
 from jointkv.pool import NULL_PAGE, BlockPool
@@ -297,4 +297,12 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(deadline=None, max_examples=100, stateful_step_count=40)
+TestPool.settings = machine_settings(40)
+TestPool.pytestmark = [
+    pytest.mark.timeout(0),
+    pytest.mark.hazard(
+        "State",
+        "pages are shared, copied, scaled, freed and planned away in any order (core)",
+        "counts stay right, nobody's content changes, and what is refused changes nothing",
+    ),
+]

@@ -45,7 +45,7 @@ def test_a_missing_file_and_a_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(BadInput, match="cannot read profile"):
         Profile.load(tmp_path / "none.json")
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match="cannot write profile"):
+    with pytest.raises(BadInput, match="cannot write"):
         make_profile().save(tmp_path / "file" / "p.json")
 
 

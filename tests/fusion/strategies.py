@@ -69,7 +69,7 @@ class Case:
         return plans
 
     def read(self) -> dict[tuple[int, int], Block]:
-        """Every block as attention would read it: the page's content times the scales, in float32."""
+        """Every block as attention would read it: the page's content times the scales, rounded to its dtype."""
         return {entry: read_block(self.table, *entry) for entry in self.entries()}
 
     def page(self, row: int, slot: int) -> int:
@@ -84,7 +84,7 @@ def read_block(table: BlockTable, row: int, slot: int) -> Block:
         (table.pool.kv.values, [ref.v_scale for ref in refs]),
     ):
         read = [layer[refs[0].page].float() * scale for layer, scale in zip(layers, scales, strict=True)]
-        sides.append(torch.stack(read).flatten(1).double().numpy())
+        sides.append(torch.stack(read).to(layers[0].dtype).flatten(1).double().numpy())
     return sides[0], sides[1]
 
 

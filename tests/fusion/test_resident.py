@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from effort import machine_settings
 from jointkv.errors import IntegrityError
 from jointkv.fusion.resident import ResidentIndex
 
@@ -142,7 +142,15 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndex = IndexMachine.TestCase
-TestIndex.settings = settings(deadline=None, max_examples=40, stateful_step_count=25)
+TestIndex.settings = machine_settings(25)
+TestIndex.pytestmark = [
+    pytest.mark.timeout(0),
+    pytest.mark.hazard(
+        "State",
+        "resident pages come, go and are looked up in any order (transformers)",
+        "the index knows what a plain dictionary knows, and finds nothing else",
+    ),
+]
 
 
 def test_look_ups_in_an_empty_index_find_nothing():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from effort import machine_settings
 from jointkv.errors import IntegrityError
 from jointkv.fusion.token_index import TokenIndex
 
@@ -68,7 +68,15 @@ class TokenIndexMachine(RuleBasedStateMachine):
 
 
 TestTokenIndex = TokenIndexMachine.TestCase
-TestTokenIndex.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestTokenIndex.settings = machine_settings(40)
+TestTokenIndex.pytestmark = [
+    pytest.mark.timeout(0),
+    pytest.mark.hazard(
+        "State",
+        "resident pages come, go and are looked up in any order (vLLM)",
+        "the index knows what plain lists know, and finds nothing else",
+    ),
+]
 
 
 def damage_list(index: TokenIndex) -> None:

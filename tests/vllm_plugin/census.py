@@ -7,8 +7,8 @@ from typing import Any
 
 from engines import Engine
 
-Party = tuple[str | None, bool]
-"""Salt of a request, and whether it opted out."""
+Party = tuple[str | None, str | None, bool]
+"""Salt and adapter of a request, and whether it opted out."""
 
 
 class Census:
@@ -16,15 +16,18 @@ class Census:
 
     Attributes:
         merges, generated: table entries replaced, and those of them past the prompt.
+        met: per merge the request that reads a page from then on and the one that has written it.
         checks: steps whose worker tables were compared with the scheduler's.
     """
 
     def __init__(self, engine: Engine, patch: Any) -> None:
         self.engine = engine
         self.merges = self.generated = self.checks = 0
+        self.met: list[tuple[str, str]] = []
         self._written_by: dict[int, Party] = {}
+        self._writer: dict[int, str] = {}
         tables = engine.fusion.tables
-        replace, execute = tables.replace, engine.runner.execute_model
+        replace, execute, hand_out = tables.replace, engine.runner.execute_model, engine.pool.get_new_blocks
 
         def watched(request_id: str, group: int, slot: int, page: int) -> None:
             self._before_replacing(request_id, slot, page)
@@ -35,42 +38,63 @@ class Census:
             self._compare_worker(scheduler_output)
             return result
 
+        def handed_out(*more: Any, **options: Any) -> Any:
+            blocks = hand_out(*more, **options)
+            for block in blocks:
+                self._writer.pop(block.block_id, None)
+            return blocks
+
         patch.setattr(tables, "replace", watched)
         patch.setattr(engine.runner, "execute_model", compared)
+        patch.setattr(engine.pool, "get_new_blocks", handed_out)
         engine.watchers.append(self.after_step)
+
+    def between(self, *names: str) -> int:
+        """Merges so far between different ones of the requests `names`."""
+        ours = [[name for name in names for one in pair if one.startswith(f"{name}-")] for pair in self.met]
+        return sum(len(set(pair)) == 2 for pair in ours)
 
     def after_step(self, engine: Engine) -> None:
         """Reference counts are numbers of entries; readers of one page have one salt, the one the index knows."""
         entries: Counter[int] = Counter()
-        readers: dict[int, set[str | None]] = {}
-        for request_id, pages in self._tables().items():
+        readers: dict[int, set[Party]] = {}
+        for request_id, groups in self._tables().items():
             party = self._party(request_id)
-            entries.update(pages)
-            for slot, page in enumerate(pages):
-                for isolation, _, place, _ in engine.fusion.index._buckets.get(page, ()):
-                    assert (isolation[0], place) == (party[0], slot), "the index holds a page that was handed out again"
-                readers.setdefault(page, set()).add(party[0])
-                self._written_by[page] = party
-        assert all(len(salts) == 1 for salts in readers.values())
+            for pages in groups:
+                entries.update(pages)
+                for slot, page in enumerate(pages):
+                    for isolation, _, place, _ in engine.fusion.index._buckets.get(page, ()):
+                        if len(isolation) == 3:  # that of a chunk names its request
+                            moved = place != slot and engine.fusion.settings.scope == "batch"
+                            known = isolation[0] == party[0] and not moved
+                            assert known, "the index holds a page that was handed out again"
+                    readers.setdefault(page, set()).add((*party[:2], False))
+                    self._written_by[page] = party
+                    self._writer.setdefault(page, request_id)
+        assert all(len(parties) == 1 for parties in readers.values())
         for block in engine.pool.blocks:
             assert block.is_null or block.ref_cnt == entries[block.block_id]
         assert engine.pages_in_use == len(entries)
         engine.fusion.check_integrity()
 
-    def _tables(self) -> dict[str, list[int]]:
-        (group,) = self.engine.vllm_scheduler.kv_cache_manager.coordinator.single_type_managers
-        return {name: [block.block_id for block in blocks] for name, blocks in group.req_to_blocks.items()}
+    def _tables(self) -> dict[str, list[list[int]]]:
+        """Per request the pages of its table in every group."""
+        managers = self.engine.vllm_scheduler.kv_cache_manager.coordinator.single_type_managers
+        names = managers[0].req_to_blocks
+        return {name: [[block.block_id for block in one.req_to_blocks[name]] for one in managers] for name in names}
 
     def _party(self, request_id: str) -> Party:
         request = self.engine.vllm_scheduler.requests[request_id]
-        return request.cache_salt, (request.sampling_params.extra_args or {}).get("jointkv") is False
+        adapter = request.lora_request and request.lora_request.lora_name
+        return request.cache_salt, adapter, (request.sampling_params.extra_args or {}).get("jointkv") is False
 
     def _before_replacing(self, request_id: str, slot: int, page: int) -> None:
         request = self.engine.vllm_scheduler.requests[request_id]
-        held = [name for name, pages in self._tables().items() if page in pages]
+        held = [name for name, groups in self._tables().items() if any(page in pages for pages in groups)]
         for party in [self._party(name) for name in held] or [self._written_by[page]]:
-            assert party == (request.cache_salt, False)
+            assert party == (*self._party(request_id)[:2], False)
         self.merges += 1
+        self.met.append((request_id, self._writer.get(page, held[0] if held else "unknown")))
         size = self.engine.vllm_scheduler.block_size
         self.generated += (slot + 1) * size > request.num_prompt_tokens
 
@@ -78,7 +102,8 @@ class Census:
         """The tables with which a step was computed are the scheduler's."""
         tables, batch = self._tables(), self.engine.runner.input_batch
         for request_id in scheduler_output.num_scheduled_tokens:
-            pages = tables[request_id]
-            row = batch.block_table[0].block_table.np[batch.req_id_to_index[request_id], : len(pages)]
-            assert row.tolist() == pages == self.engine.runner.requests[request_id].block_ids[0]
+            row = batch.req_id_to_index[request_id]
+            for group, pages in enumerate(tables[request_id]):
+                known = batch.block_table[group].block_table.np[row, : len(pages)]
+                assert known.tolist() == pages == self.engine.runner.requests[request_id].block_ids[group]
         self.checks += bool(scheduler_output.num_scheduled_tokens)

@@ -63,7 +63,7 @@ class Engine:
 
     Attributes:
         watchers: called after every step.
-        outputs: tokens of finished requests.
+        outputs, logprobs: tokens of finished requests, and their log-probabilities where they were asked for.
         steps, most_running, peak_pages, preempted, cached_tokens: counted since the start; tokens of prompts that the
         prefix cache answered.
     """
@@ -71,6 +71,7 @@ class Engine:
     llm: Any
     watchers: list[Callable[[Engine], None]] = field(default_factory=list)
     outputs: dict[str, Prompt] = field(default_factory=dict)
+    logprobs: dict[str, list[float]] = field(default_factory=dict)
     steps: int = 0
     most_running: int = 0
     peak_pages: int = 0
@@ -125,9 +126,15 @@ class Engine:
         return sum(block.ref_cnt for block in self.pool.blocks if not block.is_null)
 
     def submit(
-        self, prompt: Prompt, out: int = 8, salt: str | None = None, extra: dict[str, Any] | None = None, **more: Any
+        self,
+        prompt: Prompt,
+        out: int = 8,
+        salt: str | None = None,
+        extra: dict[str, Any] | None = None,
+        lora: Any = None,
+        **more: Any,
     ) -> str:
-        """Add a request that produces `out` tokens; its name."""
+        """Add a request that produces `out` tokens, with an adapter if `lora` is given; its name."""
         name = f"request-{next(self._names)}"
         text: dict[str, Any] = {"prompt_token_ids": list(prompt)}
         if salt is not None:
@@ -135,7 +142,7 @@ class Engine:
         params = SamplingParams(
             max_tokens=out, temperature=0, ignore_eos=True, detokenize=False, extra_args=extra, **more
         )
-        self.llm.llm_engine.add_request(name, text, params)
+        self.llm.llm_engine.add_request(name, text, params, lora_request=lora)
         return name
 
     def abort(self, name: str) -> None:
@@ -144,7 +151,11 @@ class Engine:
     def step(self) -> None:
         for output in self.llm.llm_engine.step():
             if output.finished:
-                self.outputs[output.request_id] = list(output.outputs[0].token_ids)
+                answer = output.outputs[0]
+                self.outputs[output.request_id] = list(answer.token_ids)
+                if answer.logprobs:
+                    chosen = zip(answer.logprobs, answer.token_ids, strict=True)
+                    self.logprobs[output.request_id] = [position[token].logprob for position, token in chosen]
                 self.cached_tokens += output.num_cached_tokens or 0
         self.steps += 1
         self.most_running = max(self.most_running, len(self.vllm_scheduler.running))

@@ -1,147 +1,235 @@
-"""Who may share pages with whom."""
+"""Who may share pages with whom, for every way in which two requests meet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
-from engines import LOSSY, Engine, engine, near_prefix
+from census import Census
+from engines import LOSSY, Engine, Prompt, engine, near_prefix, text
 
-from jointkv.vllm_plugin.tracking import TrackedRequest, isolation_key, takes_part
+OUT = 4
+OPTED_OUT = {"extra": {"jointkv": False}}
 
-
-@pytest.fixture(scope="module")
-def fused(calm: Path) -> Iterator[Engine]:
-    with engine(calm, fusion=LOSSY) as served:
-        yield served
-        served.assert_drained()
-
-
-@pytest.fixture(scope="module")
-def strict(calm: Path) -> Iterator[Engine]:
-    with engine(calm, fusion={**LOSSY, "isolation": "strict"}) as served:
-        yield served
-        served.assert_drained()
-
-
-def merged_by(served: Engine, seed: int, options: list[dict[str, Any]]) -> int:
-    """Blocks merged among requests of one text, one after each of `options`."""
-    before = served.statistics["blocks_merged"]
-    for prompt, option in zip(near_prefix(len(options), shared=320, seed=seed), options, strict=True):
-        served.submit(prompt, 4, **option)
-    served.finish()
-    assert served.statistics["faults"] == 0
-    return served.statistics["blocks_merged"] - before
+SETUPS: dict[str, dict[str, Any]] = {
+    "one table": {"fusion": LOSSY},
+    "two groups": {"fusion": {**LOSSY, "layer_groups": 2}, "pages": 400},
+    "no prefix cache": {"fusion": LOSSY, "enable_prefix_caching": False},
+    "chunks": {
+        "fusion": {"scope": "both", "chunk_tokens": 96, "max_relative_error": 1.5, "max_token_error": None},
+        "max_num_batched_tokens": 128,
+    },
+    "strict": {"fusion": {**LOSSY, "isolation": "strict"}},
+}
+SALTED = ("one table", "two groups", "no prefix cache", "chunks")
+NEEDS_THE_PREFIX_CACHE = ("through_a_prefix_hit", "after_the_other_has_finished")
+"""Without it vLLM hands the pages of a finished request out first."""
 
 
-@pytest.mark.parametrize(
-    ("seed", "first", "second", "merges"),
-    [
-        (1, "red", "red", True),
-        (2, "red", "blue", False),
-        (3, "red", None, False),
-        (4, None, "red", False),
-        (5, None, None, True),
-    ],
-)
-def test_salts(fused: Engine, seed: int, first: str | None, second: str | None, merges: bool) -> None:
-    assert (merged_by(fused, seed, [{"salt": first}, {"salt": second}]) > 0) is merges
+@dataclass
+class Meeting:
+    """Two requests with near-equal prompts in one engine, and what they share.
+
+    Attributes:
+        options: of either request, such as its salt.
+        names: of those that were submitted.
+        before: merges between them that do not count.
+    """
+
+    served: Engine
+    census: Census
+    options: tuple[dict[str, Any], dict[str, Any]]
+    seed: int
+    names: list[str] = field(default_factory=list)
+    before: int = 0
+
+    @property
+    def same_words(self) -> dict[str, Any]:
+        """Answers then have equal text, whatever the context, and no other meeting has it."""
+        return {"allowed_token_ids": [10 + self.seed]}
+
+    def prompt(self, number: int) -> Prompt:
+        return near_prefix(2, shared=304, tail=0, seed=self.seed)[number]
+
+    def ask(self, number: int, out: int = OUT, prompt: Prompt | None = None, **more: Any) -> str:
+        options = {**self.options[number], **more}
+        self.names.append(self.served.submit(prompt or self.prompt(number), out, **options))
+        return self.names[-1]
+
+    def ask_both_and_wait_for_answers(self, out: int, **more: Any) -> None:
+        for number in range(2):
+            self.ask(number, out, **more)
+        self.served.run_until_decoding()
+        self.served.step()
+
+    def forget_what_was(self) -> None:
+        self.before = self.census.between(*self.names)
+
+    def shared(self) -> int:
+        return self.census.between(*self.names) - self.before
 
 
-def test_who_opts_out_neither_merges_nor_serves(fused: Engine) -> None:
-    alone = {"extra": {"jointkv": False}}
-    assert merged_by(fused, 11, [alone, {}]) == 0
-    assert merged_by(fused, 12, [{}, alone]) == 0
-    assert merged_by(fused, 13, [{"extra": {"jointkv": True}}, {"extra": {"other": 1}}]) > 0
+def in_the_same_step(meeting: Meeting) -> None:
+    meeting.ask(0)
+    meeting.ask(1)
 
 
-def test_strict_isolation_wants_a_salt(strict: Engine) -> None:
-    assert merged_by(strict, 21, [{}, {}]) == 0
-    assert strict.statistics["isolation_refusals"] == 2 * ((320 + 36 + 3) // 32)
-    assert strict.statistics["state"] == "inert"
-    assert merged_by(strict, 22, [{"salt": "red"}, {"salt": "red"}]) > 0
-    assert merged_by(strict, 23, [{"salt": "red"}, {"salt": "blue"}]) == 0
+def while_the_other_runs(meeting: Meeting) -> None:
+    meeting.ask(0, out=24)
+    meeting.served.run_until_decoding()
+    meeting.ask(1)
 
 
-def stand_in(**more: Any) -> Any:
-    fields: dict[str, Any] = {
-        "cache_salt": None,
-        "lora_request": None,
-        "mm_features": [],
-        "sampling_params": SimpleNamespace(extra_args=None),
-        "prompt_embeds": None,
-        "prompt_token_ids": [1],
-        "resumable": False,
-        "num_preemptions": 0,
-    }
-    return SimpleNamespace(**{**fields, **more})
+def after_the_other_has_finished(meeting: Meeting) -> None:
+    meeting.ask(0)
+    meeting.served.finish()
+    meeting.ask(1)
 
 
-def image(identifier: str, offset: int, length: int) -> Any:
-    return SimpleNamespace(identifier=identifier, mm_position=SimpleNamespace(offset=offset, length=length))
+def through_a_prefix_hit(meeting: Meeting) -> None:
+    """All blocks of the second one come from its own prefix cache and are looked at only then."""
+    meeting.ask(1, **OPTED_OUT)
+    meeting.served.finish()
+    meeting.ask(0)
+    meeting.served.finish()
+    cached = meeting.served.cached_tokens
+    meeting.ask(1)
+    meeting.served.finish()
+    assert meeting.served.cached_tokens - cached >= 256
 
 
-DIFFERENT = [
-    stand_in(),
-    stand_in(cache_salt=""),
-    stand_in(cache_salt="red"),
-    stand_in(lora_request=SimpleNamespace(lora_name="red", lora_int_id=1)),
-    stand_in(lora_request=SimpleNamespace(lora_name="red", lora_int_id=2)),
-    stand_in(lora_request=SimpleNamespace(lora_name="blue", lora_int_id=1)),
-    stand_in(mm_features=[image("a", 0, 10)]),
-    stand_in(mm_features=[image("b", 0, 10)]),
-    stand_in(mm_features=[image("a", 4, 10)]),
-    stand_in(mm_features=[image("a", 0, 9)]),
-    stand_in(mm_features=[image("a", 0, 10), image("b", 20, 10)]),
-    stand_in(mm_features=[image("b", 20, 10), image("a", 0, 10)]),
+def in_their_answers(meeting: Meeting) -> None:
+    """The prompts have nothing in common, the answers have equal text."""
+    for number in range(2):
+        meeting.ask(number, 40, text(320, 100 * meeting.seed + number), **meeting.same_words)
+
+
+def after_a_preemption(meeting: Meeting) -> None:
+    """The second one is preempted and resumed; what it computes afterwards has the text of the first one's answer."""
+    meeting.ask_both_and_wait_for_answers(40, **meeting.same_words)
+    preempt(meeting.served, meeting.names[1])
+    meeting.forget_what_was()
+    meeting.served.finish()
+
+
+def after_a_reset(meeting: Meeting) -> None:
+    """Both run when the prefix cache is reset, and compute everything again."""
+    meeting.ask_both_and_wait_for_answers(24)
+    assert meeting.served.llm.reset_prefix_cache(reset_running_requests=True)
+    meeting.forget_what_was()
+
+
+def across_chunks(meeting: Meeting) -> None:
+    """Prompts that repeat themselves: every block has candidates in its own request too."""
+    body = text(96, meeting.seed) * 3
+    for number in range(2):
+        meeting.ask(number, OUT, text(96, 100 * meeting.seed + number) + body)
+
+
+WAYS: list[Callable[[Meeting], None]] = [
+    in_the_same_step,
+    while_the_other_runs,
+    after_the_other_has_finished,
+    through_a_prefix_hit,
+    in_their_answers,
+    after_a_preemption,
+    after_a_reset,
+    across_chunks,
 ]
 
 
-def test_the_isolation_key_tells_all_of_these_apart() -> None:
-    assert len({isolation_key(request) for request in DIFFERENT}) == len(DIFFERENT)
+def preempt(served: Engine, name: str) -> None:
+    """As vLLM does when the pool is full."""
+    scheduler = served.vllm_scheduler
+    (request,) = (one for one in scheduler.running if one.request_id.startswith(f"{name}-"))
+    scheduler.running.remove(request)
+    scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
+    scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
 
 
-def test_the_isolation_key_of_equal_requests_is_equal() -> None:
-    features = [[image("a", 0, 10)], [image("a", 0, 10)]]
-    adapters = [SimpleNamespace(lora_name="red", lora_int_id=1) for _ in range(2)]
-    first, second = (
-        stand_in(cache_salt="red", lora_request=adapter, mm_features=feature)
-        for adapter, feature in zip(adapters, features, strict=True)
+@dataclass
+class Place:
+    """An engine in which requests meet; every meeting gets texts of its own."""
+
+    served: Engine
+    census: Census
+    setup: str
+    meetings: int = 0
+
+    def meet(self, way: Callable[[Meeting], None], first: dict[str, Any], second: dict[str, Any]) -> int:
+        """Merges between two requests with these options that meet in this way."""
+        self.meetings += 1
+        meeting = Meeting(self.served, self.census, (first, second), self.meetings)
+        way(meeting)
+        self.served.finish()
+        assert self.served.statistics["faults"] == 0
+        return meeting.shared()
+
+
+@pytest.fixture(scope="module")
+def place(request: pytest.FixtureRequest, calm: Path) -> Iterator[Place]:
+    with engine(calm, **SETUPS[request.param]) as served, pytest.MonkeyPatch.context() as patch:
+        yield Place(served, Census(served, patch), request.param)
+        served.assert_drained()
+
+
+@pytest.mark.hazard(
+    "Isolation",
+    "a request reads K and V computed for a request with another cache_salt",
+    "none, however the two meet; with equal salts they do share",
+)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("place", SALTED, indirect=True)
+def test_salts_keep_requests_apart(place: Place, way: Callable[[Meeting], None], record_property: Any) -> None:
+    if place.setup == "no prefix cache" and way.__name__ in NEEDS_THE_PREFIX_CACHE:
+        pytest.skip("there is no prefix cache")
+    together = place.meet(way, {"salt": "red"}, {"salt": "red"})
+    assert together > 0
+    apart = sum(
+        place.meet(way, {"salt": first}, {"salt": second}) for first, second in (("red", "blue"), (None, "red"))
     )
-    assert isolation_key(first) == isolation_key(second)
+    assert apart == 0
+    record_property("merges_with_equal_salts", together)
+    record_property("merges_across_salts", apart)
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, True),
-        ({"sampling_params": None}, True),
-        ({"sampling_params": SimpleNamespace(extra_args={"jointkv": True})}, True),
-        ({"sampling_params": SimpleNamespace(extra_args={"jointkv": False})}, False),
-        ({"prompt_embeds": object()}, False),
-        ({"prompt_token_ids": None}, False),
-        ({"resumable": True}, False),
-    ],
+    ("first", "second", "merges"), [(None, None, True), ("red", None, False), ("red", "reda", False)]
 )
-def test_takes_part(changes: dict[str, Any], expected: bool) -> None:
-    assert takes_part(stand_in(**changes)) is expected
+@pytest.mark.parametrize("place", ["one table"], indirect=True)
+def test_no_salt_is_a_key_of_its_own(place: Place, first: str | None, second: str | None, merges: bool) -> None:
+    assert (place.meet(in_the_same_step, {"salt": first}, {"salt": second}) > 0) is merges
 
 
-def test_hashes_are_taken_once_until_the_restart() -> None:
-    request = stand_in(all_token_ids=list(range(100)), num_preemptions=3)
-    tracked = TrackedRequest(request, None)
-    first = tracked.take_hashes(2, 32)
-    assert len(first) == 2 and tracked.next_slot == 2
-    assert len(tracked.take_hashes(3, 32)) == 1
-    tracked.served |= {(0, 0), (0, 1)}
-    tracked.restart(kept=1)
-    assert (tracked.epoch, tracked.next_slot, tracked.served) == (3, 1, {(0, 0)})
-    assert tracked.take_hashes(2, 32) == first[1:]
-    tracked.restart(kept=0)
-    assert tracked.served == set() and tracked.take_hashes(2, 32) == first
+@pytest.mark.parametrize("place", ["one table"], indirect=True)
+@pytest.mark.hazard(
+    "Isolation", "a request that opted out reads or serves a shared page", "none, whether it comes first or second"
+)
+def test_who_opts_out_neither_merges_nor_serves(place: Place) -> None:
+    for way in (in_the_same_step, while_the_other_runs, after_the_other_has_finished):
+        assert place.meet(way, OPTED_OUT, {}) == place.meet(way, {}, OPTED_OUT) == 0
+        assert place.meet(way, {"extra": {"jointkv": True}}, {"extra": {"other": 1}}) > 0
+
+
+@pytest.mark.hazard(
+    "Isolation",
+    "with isolation=strict a request without a salt shares pages",
+    "none; the blocks left alone are counted; equal salts do share",
+)
+@pytest.mark.parametrize("place", ["strict"], indirect=True)
+def test_strict_isolation_wants_a_salt(place: Place) -> None:
+    assert place.meet(in_the_same_step, {}, {}) == 0
+    statistics = place.served.statistics
+    assert (statistics["state"], statistics["blocks_considered"]) == ("inert", 0)
+    assert statistics["isolation_refusals"] == 2 * (320 // 32)
+    for way in (in_the_same_step, after_the_other_has_finished, through_a_prefix_hit):
+        assert place.meet(way, {}, {}) == place.meet(way, {"salt": "red"}, {}) == 0
+        assert place.meet(way, {"salt": "red"}, {"salt": "blue"}) == 0
+        assert place.meet(way, {"salt": "red"}, {"salt": "red"}) > 0
