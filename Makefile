@@ -10,7 +10,11 @@ VLLM_BIN := $(VLLM_VENV)/bin
 EVAL_VENV := .venv-eval
 EVAL_BIN := $(EVAL_VENV)/bin
 
-.PHONY: setup setup-vllm setup-eval demo test test-slow test-vllm test-eval lint bench docs clean
+# A file's tests stay together: they share engines and models.
+QUICK := -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not nightly"
+HAZARDS := docs/results/reliability
+
+.PHONY: setup setup-vllm setup-eval demo test test-slow test-vllm test-eval soak fuzz nightly lint bench docs clean
 
 setup: $(VENV)/.ready
 
@@ -49,7 +53,7 @@ demo: setup
 
 test: setup
 	$(BIN)/jointkv model fetch smollm2
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest $(QUICK)
 
 test-slow: setup
 	$(BIN)/jointkv model fetch smollm2
@@ -57,10 +61,26 @@ test-slow: setup
 
 test-vllm: setup-vllm
 	$(VLLM_BIN)/jointkv model fetch smollm2
-	$(VLLM_BIN)/pytest -m "not slow and not gpu" tests/vllm_plugin tests/docs/test_vllm_flags.py
+	$(VLLM_BIN)/pytest $(QUICK) tests/vllm_plugin tests/docs/test_vllm_flags.py
 
 test-eval: setup-eval
-	$(EVAL_BIN)/pytest -m "not slow and not gpu" tests/evaluate/methods
+	$(EVAL_BIN)/pytest $(QUICK) tests/evaluate/methods
+
+# 20 minutes at a full pool.
+soak: setup-vllm
+	$(VLLM_BIN)/python benchmarks/soak.py --minutes 20 --output $(HAZARDS)/soak.json
+
+# 20,000 inputs for every parser.
+fuzz: setup
+	JOINTKV_FUZZ_EXAMPLES=20000 $(BIN)/pytest --timeout=0 -n auto --maxprocesses 4 --hazards $(HAZARDS)/fuzz.json tests/fuzz
+
+# Everything docs/reliability.md shows but the soak and the fuzzers: 100,000 steps of every state machine.
+nightly: setup setup-vllm
+	$(BIN)/jointkv model fetch smollm2
+	JOINTKV_TEST_STEPS=100000 $(BIN)/pytest --timeout=0 -m "hazard and not gpu" --hazards $(HAZARDS)/core.json
+	JOINTKV_TEST_STEPS=100000 $(VLLM_BIN)/pytest --timeout=0 -m "hazard and not gpu" --hazards $(HAZARDS)/vllm.json \
+	  tests/vllm_plugin
+	$(BIN)/python tests/hazards.py $(HAZARDS)/core.json $(HAZARDS)/vllm.json $(HAZARDS)/fuzz.json
 
 lint: setup
 	$(BIN)/ruff check .

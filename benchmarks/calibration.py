@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jointkv.files import replace_text
+
 FORMAT = "jointkv.calibration/1"
 
 
@@ -71,8 +73,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     result = run(arguments)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    replace_text(arguments.output, json.dumps(result, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

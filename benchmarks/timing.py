@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from jointkv.files import replace_text
+
 
 def timed(work: Callable[[], Any], repeats: int = 5, warmup: int = 1) -> list[float]:
     """Seconds of `repeats` calls after `warmup` uncounted ones."""
@@ -37,7 +39,6 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
 
 def write(path: Path, name: str, result: dict[str, Any]) -> None:
     """Write a benchmark's result with the machine it ran on, and print the headline numbers."""
-    path.mkdir(parents=True, exist_ok=True)
     machine = {
         "processor": _processor(),
         "cores": torch.get_num_threads(),
@@ -45,7 +46,7 @@ def write(path: Path, name: str, result: dict[str, Any]) -> None:
         "python": platform.python_version(),
     }
     document = {"benchmark": name, "machine": machine, **result}
-    (path / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+    replace_text(path / f"{name}.json", json.dumps(document, indent=2) + "\n")
     print(f"{name}: " + json.dumps(result.get("headline", {})), flush=True)
 
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+
 from hazards import pytest_addoption, pytest_configure, pytest_runtest_setup  # noqa: F401
 
 

@@ -1,4 +1,4 @@
-"""How long the state machines and the fuzzers run: briefly with the other tests, long with `make nightly` and `make fuzz`."""
+"""How long state machines and fuzzers run: briefly with the other tests, long with `make nightly` and `make fuzz`."""
 
 import os
 

@@ -1,8 +1,8 @@
 """Which hazard a test stands for: `@pytest.mark.hazard(area, what goes wrong, what is promised)`.
 
 `pytest --hazards FILE` writes what the marked tests showed. Numbers that a test gives to `record_property` (steps,
-merges, violations, ...) are added up per hazard. `python tests/hazards.py FILE...` puts the tables of several such files
-into docs/reliability.md.
+merges, violations, ...) are added up per hazard. `python tests/hazards.py FILE...` puts the tables of such files into
+docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class HazardReport:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Every test reports its set-up, call and tear-down; a set-up that ended well says nothing yet."""
         hazards = [tuple(value) for name, value in report.user_properties if name == PROPERTY]
-        if report.when == "teardown" and report.passed or report.when == "setup" and report.passed:
+        if (report.when == "teardown" and report.passed) or (report.when == "setup" and report.passed):
             return
         for hazard in hazards:
             evidence = self.evidence[hazard]

@@ -36,6 +36,9 @@ class KVPages(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
     def page_nbytes(self) -> int: ...
 
     def vectors(self, pages: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -96,6 +99,10 @@ class PagedKV:
         return self.keys[0].device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.keys[0].dtype
+
+    @property
     def page_nbytes(self) -> int:
         """Bytes of one page: K and V of all layers of the group."""
         return sum(layer[0].nbytes for layer in (*self.keys, *self.values))
@@ -122,6 +129,11 @@ def as_vectors(layer: Tensor, pages: Tensor) -> Tensor:
 
 TINY = 1e-30
 """Squared norms below this have lost their digits in float32; such blocks are only equal or not."""
+
+RESOLUTION = 1e-14
+"""Squared relative errors below this are lost in float32, or vanish with their squares: it stands for all of them."""
+
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def relative(difference: Tensor, norm: Tensor) -> Tensor:
@@ -158,12 +170,23 @@ def block_errors(blocks: Tensor, read: Tensor, block_size: int, aggregate: str) 
     """
     tokens = blocks.unflatten(-1, (block_size, -1))
     apart = read.sub_(blocks).unflatten(-1, (block_size, -1))
-    difference, norm = _squares(apart), _squares(tokens)
-    vanishing = norm < TINY
-    if vanishing.any():
-        unequal = vanishing & (apart != 0).any(-1)
-        difference = difference.masked_fill(unequal, torch.inf)
-    return aggregate_errors(difference, norm, aggregate)
+    difference, norm = lift_lost(_squares(apart), _squares(tokens), apart)
+    return aggregate_errors(difference.masked_fill((norm < TINY) & (difference > 0), torch.inf), norm, aggregate)
+
+
+def lift_lost(difference: Tensor, norm: Tensor, apart: Tensor) -> tuple[Tensor, Tensor]:
+    """`difference`, above 0 wherever tokens differ at all, and `norm`.
+
+    Args:
+        difference, norm: squared norms `[...]`, as computed in float32.
+        apart: what tokens differ by, `[..., numbers]`.
+    """
+    least = (RESOLUTION * norm).clamp(min=SMALLEST)
+    lost = difference < least
+    if lost.any():
+        lost[lost.clone()] = (apart[lost] != 0).any(-1)
+        difference = torch.where(lost, least, difference)
+    return difference, norm
 
 
 def aggregate_errors(difference: Tensor, norm: Tensor, aggregate: str) -> tuple[Tensor, Tensor]:
@@ -204,7 +227,8 @@ def served_errors(
             kv.vectors(pages[part]), kv.vectors(served_by[part]), (k_scale, v_scale), strict=True
         ):
             if scale is not None:
-                read = read.mul_(scale[:, part, None].to(read.device))
+                # Rounded as attention reads it, which may also overflow.
+                read = read.mul_(scale[:, part, None].to(read.device)).to(kv.dtype).float()
             sides.append(block_errors(blocks, read, kv.block_size, aggregate))
         (key, key_token), (value, value_token) = sides
         parts.append((key, value, torch.maximum(key_token, value_token)))

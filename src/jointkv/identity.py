@@ -71,7 +71,7 @@ def checkpoint_fingerprint(folder: Path | str) -> str | None:
                     row = (part[:1] if shape else file.get_tensor(name)).flatten()
                     head = row.float().numpy().tobytes()
                     tensors[name] = f"{name}{shape}{part.get_dtype()}".encode() + head
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, RuntimeError, TypeError):  # damaged, or of a type that torch does not convert
         return None
     if not tensors:
         return None

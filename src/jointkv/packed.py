@@ -101,6 +101,10 @@ class PackedPages:
         return self.layers[0].device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].dtype
+
+    @property
     def page_nbytes(self) -> int:
         """Bytes of one page: K and V of all layers of the group."""
         return self.num_layers * self.layers[0].shape[1] * self.layers[0].itemsize

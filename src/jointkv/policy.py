@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from reprlib import repr as shown
 from typing import Any, Literal, get_args
 
 from jointkv.errors import InvalidPolicy
@@ -19,6 +20,8 @@ Threshold = float | tuple[float, ...] | None
 
 PER_LAYER = "per_layer"
 THRESHOLDS = ("key_threshold", "value_threshold", "max_relative_error", "max_token_error")
+MOST = 2**31 - 1
+"""Of anything counted: what is larger is a mistake, and no tensor could hold it."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class FusionPolicy:
 
     def __post_init__(self) -> None:
         if not isinstance(self.enabled, bool):
-            raise InvalidPolicy(f"enabled: {self.enabled!r} is neither true nor false")
+            raise InvalidPolicy(f"enabled: {shown(self.enabled)} is neither true nor false")
         self._check_choices()
         for name in THRESHOLDS:
             self._check_threshold(name)
@@ -86,7 +89,7 @@ class FusionPolicy:
         for name, kind in choices.items():
             allowed = get_args(kind)
             if getattr(self, name) not in allowed:
-                raise InvalidPolicy(f"{name}: {getattr(self, name)!r} is none of {', '.join(allowed)}")
+                raise InvalidPolicy(f"{name}: {shown(getattr(self, name))} is none of {', '.join(allowed)}")
 
     def _check_threshold(self, name: str) -> None:
         value = getattr(self, name)
@@ -100,9 +103,8 @@ class FusionPolicy:
             raise InvalidPolicy(f"{name}: an empty list of thresholds")
         low, high = (0.0, math.inf) if name.endswith("_error") else (-1.0, 1.0)
         for number in numbers:
-            numeric = isinstance(number, int | float) and not isinstance(number, bool)
-            if not numeric or not low <= number <= high:
-                raise InvalidPolicy(f"{name}: {number!r} is not a number from {low:g} to {high:g}")
+            if not _is_number(number) or not low <= number <= high:
+                raise InvalidPolicy(f"{name}: {shown(number)} is not a number from {low:g} to {high:g}")
         groups = self.layer_groups
         if isinstance(value, tuple) and isinstance(groups, int) and len(value) != groups:
             raise InvalidPolicy(f"{name}: {len(value)} thresholds for {groups} layer groups")
@@ -111,11 +113,11 @@ class FusionPolicy:
         least = {"chunk_tokens": 1, "skip_first_layers": 0, "skip_last_layers": 0, "max_candidates": 1}
         for name, minimum in least.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise InvalidPolicy(f"{name}: {value!r} is not a whole number of at least {minimum}")
+            if not _is_count(value, minimum):
+                raise InvalidPolicy(f"{name}: {shown(value)} is no whole number from {minimum} to {MOST}")
         groups = self.layer_groups
-        if groups != PER_LAYER and (not isinstance(groups, int) or isinstance(groups, bool) or groups < 1):
-            raise InvalidPolicy(f"layer_groups: {groups!r} is neither a whole number of at least 1 nor 'per_layer'")
+        if groups != PER_LAYER and not _is_count(groups, 1):
+            raise InvalidPolicy(f"layer_groups: {shown(groups)} is neither a whole number of 1 or more nor 'per_layer'")
 
     def _check_combination(self) -> None:
         if not self.enabled:
@@ -154,11 +156,11 @@ class FusionPolicy:
     @classmethod
     def _from_fields(cls, name: str, changes: dict[str, Any]) -> FusionPolicy:
         if name not in PRESETS:
-            raise InvalidPolicy(f"preset: {name!r} is none of {', '.join(PRESETS)}")
+            raise InvalidPolicy(f"preset: {shown(name)} is none of {', '.join(PRESETS)}")
         known = {field.name for field in dataclasses.fields(cls)}
         for field_name in changes:
             if field_name not in known:
-                raise InvalidPolicy(f"{field_name}: no such field; there are {', '.join(sorted(known))}")
+                raise InvalidPolicy(f"{field_name[:40]}: no such field; there are {', '.join(sorted(known))}")
         return cls(**{**PRESETS[name], **changes})
 
     def threshold(self, name: str, group: int) -> float | None:
@@ -179,11 +181,20 @@ class FusionPolicy:
         """
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidPolicy(f"policy: not JSON ({error})") from None
         if not isinstance(fields, dict):
             raise InvalidPolicy("policy: not a JSON object")
         return cls._from_fields("safe", fields)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a tensor can be compared with `value`; infinity is a number here, and NaN is sorted out by its range."""
+    return isinstance(value, float) or _is_count(value, -MOST)
+
+
+def _is_count(value: object, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= MOST
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -21,7 +21,8 @@ RANGES: dict[str, tuple[float, float]] = {"kl": (0.0, 10.0), "ratio": (1.0, 1000
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # JSON has no infinity: what could be written and not be read again is refused when it is made.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Target(_Record):
@@ -166,9 +167,12 @@ class Profile(_Record):
     def load(cls, path: Path | str) -> Self:
         """Read what `save` wrote. Raises `BadInput` for anything else."""
         try:
-            return cls.model_validate_json(Path(path).expanduser().read_bytes())
-        except OSError as error:
-            raise BadInput(f"cannot read profile {path}: {error.strerror or error}") from None
+            text = Path(path).expanduser().read_bytes()
+        except (OSError, ValueError, RuntimeError) as error:  # no such file, no path at all, no such user
+            reason = getattr(error, "strerror", None) or error
+            raise BadInput(f"cannot read profile {path}: {reason}") from None
+        try:
+            return cls.model_validate_json(text)
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(str(part) for part in problem["loc"]) or "file"
@@ -176,9 +180,8 @@ class Profile(_Record):
 
     def save(self, path: Path | str) -> None:
         """Write the profile in one step: either all of it is there or what was before. Raises `BadInput`."""
-        target = Path(path).expanduser()
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(target, self.model_dump_json(indent=2) + "\n")
-        except OSError as error:
-            raise BadInput(f"cannot write profile {path}: {error.strerror or error}") from None
+        replace_text(path, self.to_json())
+
+    def to_json(self) -> str:
+        """The profile as `load` reads it."""
+        return self.model_dump_json(indent=2) + "\n"

@@ -1,9 +1,10 @@
 """The only place where jointkv reads environment variables."""
 
+import shlex
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from jointkv.errors import BadInput
@@ -22,6 +23,20 @@ class Settings(BaseSettings):
     xdg_cache_home: Path | None = Field(default=None, validation_alias="XDG_CACHE_HOME")
     hf_hub_offline: bool = Field(default=False, validation_alias="HF_HUB_OFFLINE")
     cc: str = Field(default="cc", validation_alias="CC")
+
+    @field_validator("cache_dir", "data_dir")
+    @classmethod
+    def _home_exists(cls, folder: Path | None) -> Path | None:
+        try:
+            return None if folder is None else folder.expanduser()
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("cc")
+    @classmethod
+    def _can_be_split(cls, command: str) -> str:
+        shlex.split(command)  # raises ValueError
+        return command
 
     @classmethod
     def from_environment(cls) -> Self:
@@ -46,7 +61,7 @@ class Settings(BaseSettings):
     @property
     def _cache_root(self) -> Path:
         if self.cache_dir is not None:
-            return self.cache_dir.expanduser().absolute()
+            return self.cache_dir.absolute()
         # The XDG specification says that a relative path must be ignored.
         if self.xdg_cache_home is not None and self.xdg_cache_home.is_absolute():
             return self.xdg_cache_home / "jointkv"

@@ -161,7 +161,7 @@ class BlockTable:
         moved = plan.page != plan.old_page
         self.pool.share(plan.page[moved])
         self._replace(plan.row, plan.slot, plan.page, plan.k_scale, plan.v_scale)
-        self.served[plan.row, plan.slot] = (plan.key_error > 0) | (plan.value_error > 0)
+        self.served[plan.row, plan.slot] = (plan.key_error > 0) | (plan.value_error > 0) | (plan.token_error > 0)
         return self.pool.free(plan.old_page[moved])
 
     def ref(self, row: int, slot: int, layer: int = 0) -> BlockRef:

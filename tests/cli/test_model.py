@@ -138,7 +138,8 @@ def test_write_json_replaces_in_one_step(tmp_path: Path) -> None:
 def test_write_json_spares_devices_and_names_the_path(tmp_path: Path) -> None:
     console.write_json("/dev/null", {})
     assert Path("/dev/null").is_char_device()
-    for place in (tmp_path, tmp_path / "missing" / "result.json"):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "result.json"):
         with pytest.raises(BadInput, match="cannot write"):
             console.write_json(place, {})
 

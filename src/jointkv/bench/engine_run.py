@@ -114,7 +114,7 @@ def measure(run: EngineRun, notify: Notify) -> Measured:
         trace.submit(str(number), prompt, run.output_tokens)
     trace.drain(notify)
     after = _statistics(scheduler)
-    if after is not None and after.get("state") == "disabled":
+    if after is not None and after.get("faults"):
         raise EngineFault("jointkv switched itself off during the run; its log says why")
     return trace.summarise(startup_seconds, clock, _difference(before, after))
 

@@ -96,7 +96,9 @@ def _converse(process: subprocess.Popen[str], run: EngineRun, finished: Callable
     for line in process.stdout:
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(message, dict):
             continue
         if "finished" in message:
             finished(message["finished"])

@@ -13,6 +13,7 @@ from jointkv.cli.bench_serve import serve
 from jointkv.cli.console import named_errors, progress, require, stages, stderr_console, write_json
 from jointkv.cli.engine_options import INTERRUPTED, engine_block_size, engine_dtype
 from jointkv.cli.fusion_options import fusion_options
+from jointkv.files import make_folder, replace_text
 
 if TYPE_CHECKING:
     from jointkv.bench.engine_run import EngineRun, Measured
@@ -90,17 +91,17 @@ def _run(
     from jointkv.bench import quick as bench
     from jointkv.report.quick_table import markdown
 
+    make_folder(output)
     location, rounds, kv_bytes_per_token = _prepare(settings)
     with progress(len(rounds) * len(settings.arms)) as steps:
         launch = _launcher(settings, location, kv_bytes_per_token, output)
         samples = bench.run_quick(settings, location, rounds, launch, steps)
     summaries, ratios = bench.summarise(settings, samples), bench.ratios(samples)
     document = _document(settings, rounds, samples, summaries, ratios)
-    output.mkdir(parents=True, exist_ok=True)
     write_json(output / "quick.json", document)
     if json is not None:
         write_json(json, document)
-    (output / "quick.md").write_text(markdown(summaries, ratios), encoding="utf-8")
+    replace_text(output / "quick.md", markdown(summaries, ratios))
     return summaries, ratios
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from jointkv.cli.console import make_folder, named_errors, progress, stderr_console, write_json
+from jointkv.cli.console import named_errors, progress, stderr_console, write_json, write_result
 from jointkv.cli.inspect import load, request_tokens
 from jointkv.errors import BadInput
+from jointkv.files import make_folder
 
 if TYPE_CHECKING:
     from jointkv.evaluate.calibration import Calibration, TargetUnmet
@@ -83,7 +84,7 @@ def calibrate(
                 _report_unmet(unmet, json)
                 raise typer.Exit(code=UNMET) from None
         if profile.met:
-            profile.save(output)
+            write_result(output, profile.to_json())
         if json is not None:
             write_json(json, profile.model_dump())
         calibration.clean()

@@ -4,7 +4,9 @@ import dataclasses
 import importlib.util
 import json
 import math
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -35,7 +37,8 @@ def stderr_console() -> Console:
 
 def fail(message: str) -> NoReturn:
     """Print `message` as one red line on stderr and end the command with exit code 2."""
-    line = " ".join(message.split())
+    # Names in a file may hold what a terminal takes for a command.
+    line = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(message.split()))
     stderr_console().print(Text(f"error: {line}", style="red"), soft_wrap=True)
     raise typer.Exit(code=FAILURE)
 
@@ -44,10 +47,11 @@ def fail(message: str) -> NoReturn:
 def named_errors() -> Iterator[None]:
     """Turn a `JointKVError` or a missing optional package inside the block into `fail`.
 
-    Anything else is a bug and keeps its traceback.
+    Anything else is a bug and keeps its traceback. SIGTERM ends the block in order, see `terminable`.
     """
     try:
-        yield
+        with terminable():
+            yield
     except JointKVError as error:
         fail(str(error) or type(error).__name__)
     except ModuleNotFoundError as error:
@@ -55,6 +59,19 @@ def named_errors() -> Iterator[None]:
         if extra is None:
             raise
         fail(f"this needs the package {error.name}: pip install 'jointkv[{extra}]'")
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM inside the block removes what is half written and ends what was started, then exit code 143."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def require(package: str) -> None:
@@ -114,33 +131,31 @@ def stages(first: str) -> Iterator[Any]:
 
 
 def write_json(path: Path | str, data: Any) -> None:
-    """Write `data` as JSON to `path` in one step (temporary file, then replace); `-` means stdout.
+    """Write `data` as JSON to `path`, see `write_result`; `-` means stdout.
 
     Dataclasses become objects and paths strings; NaN and infinities, which JSON lacks, become null.
-    Raises `BadInput` when the file cannot be written.
     """
-    text = json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    if str(path) == "-":
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        return
-    target = Path(path).expanduser()
-    try:
-        if target.exists() and not target.is_file():
-            # A pipe or /dev/stdout must be written to, not replaced; a folder refuses.
-            target.write_text(text, encoding="utf-8")
+    write_result(path, json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_result(path: Path | str, text: str) -> None:
+    """Replace the file `path` by `text`; `-` means stdout.
+
+    Raises `BadInput` when that cannot be. What took long to compute is then on stdout, so that it is not lost.
+    """
+    if str(path) != "-":
+        try:
+            replace_text(path, text)
             return
-        replace_text(target.resolve(), text)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from error
+        except BadInput as error:
+            _print(text)
+            raise BadInput(f"{error}; it was printed instead") from error
+    _print(text)
 
 
-def make_folder(path: Path) -> None:
-    """Make the folder `path` and those above it. Raises `BadInput` when that cannot be."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot make the folder {path}: {error.strerror or error}") from None
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _plain(value: Any) -> Any:

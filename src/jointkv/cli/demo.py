@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from jointkv.cli.console import named_errors, progress, stderr_console, write_json
+from jointkv.files import make_folder, replace_text
 
 if TYPE_CHECKING:
     from jointkv.evaluate.held import Row
@@ -48,6 +49,7 @@ def demo(
             "safe": FusionPolicy.preset("safe", max_relative_error=max_relative_error),
             "paper": FusionPolicy.preset("paper", key_threshold=key_threshold),
         }
+        make_folder(output)
         console = stderr_console()
         console.print(f"loading {model} ...")
         loaded, tokenizer = load_model(model, dtype=dtype)
@@ -58,11 +60,10 @@ def demo(
             for row in _rows(loaded, tokenizer, policies, settings, steps.start):
                 rows.append(row)
         result = _result(model, rows, policies, settings_of_run)
-        output.mkdir(parents=True, exist_ok=True)
         write_json(output / "demo.json", result)
         if json is not None:
             write_json(json, result)
-        (output / "demo.md").write_text(markdown(rows))
+        replace_text(output / "demo.md", markdown(rows))
         draw(rows, output / "demo.png")
     if json is None or str(json) != "-":
         _print_table(rows)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from jointkv.cli.console import make_folder, named_errors, progress, stderr_console, write_json
+from jointkv.cli.console import named_errors, progress, stderr_console, write_json
 from jointkv.cli.evaluate_curves import curves
 from jointkv.cli.evaluate_paper import paper
 from jointkv.cli.inspect import load
 from jointkv.errors import BadInput
+from jointkv.files import make_folder
 
 if TYPE_CHECKING:
     from jointkv.evaluate.comparison import MethodRow

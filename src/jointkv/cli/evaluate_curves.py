@@ -9,6 +9,7 @@ import typer
 
 from jointkv.cli.console import named_errors, progress, stderr_console, write_json
 from jointkv.cli.inspect import load
+from jointkv.files import make_folder
 
 BOUNDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 FORMAT = "jointkv.curves/1"
@@ -30,6 +31,7 @@ def curves(
         from jointkv.evaluate.traffic import get_traffic
 
         kind = get_traffic(traffic)
+        make_folder(output.parent)
         loaded, tokenizer = load(model, dtype=dtype)
         made = kind.requests(tokenizer, requests, continuation_tokens=1, seed=seed)
         with progress(3) as steps:
@@ -47,6 +49,5 @@ def curves(
             "machine": machine(),
             "curves": found,
         }
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, result)
     stderr_console().print(f"wrote {output}", soft_wrap=True)

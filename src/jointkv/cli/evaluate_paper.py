@@ -72,7 +72,6 @@ def paper(
         with progress(steps(settings, parts)) as bar:
             result = run_paper(loaded, tokenizer, settings, parts, bar.start)
         document_of_run = _document(model, dtype, settings, parts, result)
-        output.mkdir(parents=True, exist_ok=True)
         write_json(output / "paper.json", document_of_run)
         if json is not None:
             write_json(json, document_of_run)

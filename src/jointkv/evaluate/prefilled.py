@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
@@ -17,6 +15,7 @@ from transformers import PreTrainedModel
 from jointkv.errors import UnsupportedModel
 from jointkv.evaluate.held import Prefilled
 from jointkv.evaluate.traffic.base import Request
+from jointkv.files import replace_tensors
 from jointkv.hf.pool import full_attention_layers
 
 ONE_TABLE = ("table.0", "served.0")
@@ -75,15 +74,10 @@ def take(batch: Prefilled, rows: Sequence[int]) -> Prefilled:
 
 
 def save(batch: Prefilled, path: Path) -> None:
-    """Write `batch`, without its requests, to `path` in one step."""
-    temporary = path.with_suffix(f".tmp-{os.getpid()}")
+    """Write `batch`, without its requests, to `path`. Raises `BadInput`."""
     tensors = {name: tensor.contiguous() for name, tensor in batch.state.items()}
-    save_file(
-        {**tensors, "mask": batch.mask},
-        str(temporary),
-        metadata={"length": str(batch.length), "seconds": str(batch.seconds)},
-    )
-    temporary.replace(path)
+    metadata = {"length": str(batch.length), "seconds": str(batch.seconds)}
+    replace_tensors(path, {**tensors, "mask": batch.mask}, metadata)
 
 
 def load(path: Path, requests: Sequence[Request]) -> Prefilled | None:
@@ -93,9 +87,26 @@ def load(path: Path, requests: Sequence[Request]) -> Prefilled | None:
             told = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         mask = state.pop("mask")
-        return Prefilled(requests, state, int(told["length"]), mask, float(told["seconds"]))
-    except (OSError, SafetensorError, KeyError, ValueError):
+        found = Prefilled(requests, state, int(told["length"]), mask, float(told["seconds"]))
+        return found if _is_whole(found) else None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
         return None
+
+
+def _is_whole(batch: Prefilled) -> bool:
+    """Whether the tensors belong together. Raises what torch raises for tensors of a kind that makes no sense."""
+    rows, table = len(batch.requests), batch.state["table.0"]
+    pages = {name: tensor for name, tensor in batch.state.items() if name.startswith(("key.", "value."))}
+    others = [tensor for name, tensor in batch.state.items() if name not in pages]
+    return (
+        batch.mask.shape == (rows, batch.length)
+        and table.dtype == torch.long
+        and batch.state["padding"].shape == batch.state["fusable"].shape == (rows,)
+        and batch.state["served.0"].shape == table.shape
+        and all(len(tensor) == rows for tensor in others)
+        and len({tensor.shape[:2] for tensor in pages.values()}) == 1
+        and -1 <= int(table.min()) <= int(table.max()) < len(pages["key.0"])
+    )
 
 
 def from_dense(

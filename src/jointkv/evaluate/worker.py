@@ -20,7 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from jointkv.errors import BadInput
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from jointkv.errors import BadInput, JointKVError
 from jointkv.evaluate.comparison import MethodRow, Progress, Wanted, iter_methods, not_run, run_methods
 from jointkv.evaluate.methods import get_method
 from jointkv.evaluate.methods.base import Batch
@@ -28,8 +30,31 @@ from jointkv.evaluate.traffic.base import Request
 
 JOB_FORMAT = "jointkv.methods.job/1"
 STDERR_LINES = 3
+ROW = TypeAdapter(MethodRow)
 SILENCE_SECONDS = 1800.0
 """A worker that prints nothing for so long is ended; it prints a line before each method."""
+
+
+class _Wanted(BaseModel):
+    name: str
+    level: float
+
+
+class _Request(BaseModel):
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+class _Job(BaseModel):
+    """What `make_job` makes."""
+
+    model: str
+    dtype: str
+    block_size: int = Field(ge=1)
+    traffic: str
+    generate: int = Field(ge=0)
+    requests: tuple[_Request, ...]
+    methods: tuple[_Wanted, ...]
 
 
 def compare_methods(
@@ -111,10 +136,37 @@ def _run_process(
         ended = f"the worker ended with exit code {code}"
         if code is None:
             ended = f"the worker was ended after {silence_seconds:g} s without output"
-        text = paths[1].read_text() if paths[1].is_file() else ""
-        complete = text.split("\n")[:-1]  # a worker that died may have left part of a line
-        rows = [MethodRow.from_dict(json.loads(line)) for line in complete]
+        try:
+            rows = read_rows(paths[1]) if paths[1].is_file() else []
+        except BadInput as error:
+            return [], f"{error}; {ended}"
         return rows, f"{ended}: {last}" if last else ended
+
+
+def read_rows(path: Path) -> list[MethodRow]:
+    """What a worker has written, without the part of a line that one may leave that dies. Raises `BadInput`."""
+    try:
+        return [ROW.validate_json(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    except (OSError, ValidationError) as error:
+        raise BadInput(f"{path.name} is not what a worker writes: {_first(error)}") from None
+
+
+def read_job(path: Path) -> dict[str, Any]:
+    """A job as `make_job` makes it; `run_job` looks closer. Raises `BadInput`."""
+    try:
+        job = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: {error}") from None
+    if not isinstance(job, dict):
+        raise BadInput(f"{path}: a JSON object expected")
+    return job
+
+
+def _first(error: OSError | ValidationError) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    problem = error.errors()[0]
+    return ".".join(["", *map(str, problem["loc"])]).lstrip(".") + f": {problem['msg']}"
 
 
 def _follow(command: Sequence[str], errors: IO[str], progress: Progress, silence_seconds: float) -> int | None:
@@ -148,16 +200,20 @@ def _read_lines(stream: IO[bytes], lines: queue.Queue[str | None]) -> None:
 
 
 def run_job(job: dict[str, Any], progress: Progress | None = None) -> Iterator[MethodRow]:
-    """Load the model of `job` and run its methods; raises `BadInput` for another format or an unknown method."""
+    """Load the model of `job` and run its methods; raises `BadInput` for what is no job, or an unknown method."""
     if job.get("format") != JOB_FORMAT:
-        raise BadInput(f"a job of format {JOB_FORMAT} expected, got {job.get('format')}")
-    wanted = [(get_method(each["name"]), float(each["level"])) for each in job["methods"]]
+        raise BadInput(f"a job of format {JOB_FORMAT} expected, got {str(job.get('format'))[:40]}")
+    try:
+        asked = _Job.model_validate(job)
+    except ValidationError as error:
+        raise BadInput(f"the job is malformed: {_first(error)}") from None
+    wanted = [(get_method(each.name), each.level) for each in asked.methods]
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"]).eval()
-    requests = [Request(tuple(each["prompt"]), tuple(each["continuation"]), "") for each in job["requests"]]
-    batch = Batch(model, requests, job["block_size"])
-    return iter_methods(batch, wanted, job["generate"], progress, traffic=job["traffic"])
+    model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=asked.dtype, trust_remote_code=False).eval()
+    requests = [Request(each.prompt, each.continuation, "") for each in asked.requests]
+    batch = Batch(model, requests, asked.block_size)
+    return iter_methods(batch, wanted, asked.generate, progress, traffic=asked.traffic)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -168,11 +224,15 @@ def main(arguments: Sequence[str]) -> int:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # stderr is for what goes wrong
-    job = json.loads(Path(arguments[0]).read_text())
-    with Path(arguments[1]).open("w") as result:
-        for row in run_job(job, progress=lambda line: print(line, flush=True)):
-            # A row at a time: a later method may take the whole process down.
-            print(json.dumps(asdict(row)), file=result, flush=True)
+    try:
+        job = read_job(Path(arguments[0]))
+        with Path(arguments[1]).open("w") as result:
+            for row in run_job(job, progress=lambda line: print(line, flush=True)):
+                # A row at a time: a later method may take the whole process down.
+                print(json.dumps(asdict(row)), file=result, flush=True)
+    except JointKVError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

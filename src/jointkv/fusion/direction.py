@@ -34,7 +34,7 @@ class Directions:
 def shared_directions(kv: PagedKV, pages: Tensor, group_of: Tensor, num_groups: int, aggregate: str) -> Directions:
     """Compute the directions of the groups of blocks `pages [n]`, numbered by `group_of [n]`.
 
-    The errors are those of what will be stored: directions rounded to the pages' dtype, times the scales.
+    The errors are those of what attention will read: directions rounded to the pages' dtype, times the scales, rounded.
     """
     pages, group_of = pages.to(kv.device), group_of.to(kv.device)
     key, value = (_one_side(layers, pages, group_of, num_groups, aggregate) for layers in (kv.keys, kv.values))
@@ -53,6 +53,7 @@ def _one_side(
         part = slice(start, start + max(1, BATCH // len(layers)))
         blocks = torch.stack([as_vectors(layer, pages[part]) for layer in layers])
         read = directions[:, group_of[part]].flatten(2).float().mul_(scales[:, part, None])
+        read = read.to(directions.dtype).float()
         errors.append(block_errors(blocks, read, layers[0].shape[1], aggregate))
     block, token = (torch.cat(parts) for parts in zip(*errors, strict=True))
     return directions.cpu(), scales.cpu(), block, token

@@ -139,19 +139,28 @@ INLINE const uint8_t *row_of(const row_patterns *rows, const uint8_t *page, int6
     return memcpy(end, page + start * size, left * size);
 }
 
-/* Gives tokens that differ a difference above zero, although the squares of tiny numbers vanish. */
-INLINE void keep_tiny(const row_patterns *rows, const uint8_t *own, const uint8_t *other, float tiny, float *sums,
-                      enum dtype dtype)
+/* The least squared difference of tokens that differ, of which these are the sums. */
+INLINE float least(const float *sum, float resolution)
+{
+    float relative = resolution * sum[1];
+    return relative > FLT_MIN ? relative : FLT_MIN;
+}
+
+/* Gives tokens that differ a difference above zero, although the squares of small numbers vanish. */
+INLINE void keep_tiny(const row_patterns *rows, const uint8_t *own, const uint8_t *other, float resolution,
+                      float *sums, enum dtype dtype)
 {
     int64_t size = size_of(dtype);
     int lost = 0;
     for (int64_t slot = 0; slot < rows->slots; slot++)
-        lost |= sums[3 * slot] < FLT_MIN && sums[3 * slot + 1] < tiny;
+        lost |= sums[3 * slot] < least(sums + 3 * slot, resolution);
     if (!lost || memcmp(own, other, rows->elements * size) == 0)
         return;
     uint8_t ends[2][LANES * 4];
     for (int64_t row = 0; row * LANES < rows->elements; row++) {
         const uint8_t *x = row_of(rows, own, row, ends[0], size), *y = row_of(rows, other, row, ends[1], size);
+        if (memcmp(x, y, LANES * size) == 0)
+            continue;
         for (int part = 0; part < PARTS; part += 2) {
             floats numbers[2][2];
             decode(numbers[0], x + part * WIDTH * size, dtype);
@@ -159,8 +168,8 @@ INLINE void keep_tiny(const row_patterns *rows, const uint8_t *own, const uint8_
             for (int lane = 0; lane < 2 * WIDTH; lane++) {
                 float *sum = sums + 3 * rows->slot[row * LANES + part * WIDTH + lane];
                 int differ = numbers[0][lane / WIDTH][lane % WIDTH] != numbers[1][lane / WIDTH][lane % WIDTH];
-                if (differ && sum[0] < FLT_MIN)
-                    sum[0] = FLT_MIN;
+                if (differ && sum[0] < least(sum, resolution))
+                    sum[0] = least(sum, resolution);
             }
         }
     }
@@ -169,7 +178,7 @@ INLINE void keep_tiny(const row_patterns *rows, const uint8_t *own, const uint8_
 /* `next`: the pages that come after these, fetched meanwhile: the processor foresees neither them nor the order in
  * which patterns read a page. */
 INLINE void compare(const row_patterns *rows, const uint8_t *own, const uint8_t *other, const uint8_t *const next[2],
-                    float tiny, float *sums, enum dtype dtype)
+                    float resolution, float *sums, enum dtype dtype)
 {
     int64_t stride = LANES * size_of(dtype), whole = rows->elements / LANES;
     memset(sums, 0, rows->slots * 3 * sizeof *sums);
@@ -197,7 +206,7 @@ INLINE void compare(const row_patterns *rows, const uint8_t *own, const uint8_t 
     if (dtype == FLOAT8_E4M3FN)
         for (int64_t i = 0; i < rows->slots * 3; i++)
             sums[i] *= E4M3_SCALE * E4M3_SCALE;
-    keep_tiny(rows, own, other, tiny, sums, dtype);
+    keep_tiny(rows, own, other, resolution, sums, dtype);
 }
 
 typedef void comparison(const row_patterns *, const uint8_t *, const uint8_t *, const uint8_t *const[2], float,
@@ -205,9 +214,9 @@ typedef void comparison(const row_patterns *, const uint8_t *, const uint8_t *, 
 
 #define COMPARISON(name, dtype)                                                                                        \
     static void name(const row_patterns *rows, const uint8_t *own, const uint8_t *other, const uint8_t *const next[2], \
-                     float tiny, float *sums)                                                                          \
+                     float resolution, float *sums)                                                                    \
     {                                                                                                                  \
-        compare(rows, own, other, next, tiny, sums, dtype);                                                            \
+        compare(rows, own, other, next, resolution, sums, dtype);                                                      \
     }
 COMPARISON(compare_float32, FLOAT32)
 COMPARISON(compare_bfloat16, BFLOAT16)
@@ -225,8 +234,8 @@ static comparison *const comparisons[] = {
 
 /* Writes `sums [pairs, layers, slots, 3]` for the pages `own [pairs]` and `other [pairs]` of every layer. */
 void jointkv_pair_sums(const row_patterns *rows, const uint8_t *const *layers, int64_t num_layers, int64_t page_bytes,
-                       int32_t dtype, const int64_t *own, const int64_t *other, int64_t pairs, float tiny, float *sums,
-                       int32_t threads)
+                       int32_t dtype, const int64_t *own, const int64_t *other, int64_t pairs, float resolution,
+                       float *sums, int32_t threads)
 {
     int64_t items = pairs * num_layers;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -237,6 +246,6 @@ void jointkv_pair_sums(const row_patterns *rows, const uint8_t *const *layers, i
             pages[ahead][0] = layers[of % num_layers] + own[of / num_layers] * page_bytes;
             pages[ahead][1] = layers[of % num_layers] + other[of / num_layers] * page_bytes;
         }
-        comparisons[dtype](rows, pages[0][0], pages[0][1], pages[1], tiny, sums + item * rows->slots * 3);
+        comparisons[dtype](rows, pages[0][0], pages[0][1], pages[1], resolution, sums + item * rows->slots * 3);
     }
 }

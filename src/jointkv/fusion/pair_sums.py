@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from jointkv import native
-from jointkv.blocks import TINY, ServedErrors, aggregate_errors
+from jointkv.blocks import RESOLUTION, TINY, ServedErrors, aggregate_errors, lift_lost
 from jointkv.errors import LayoutError, NativeUnavailable
 from jointkv.packed import PACKED_DTYPES, PackedPages, RowPatterns
 
 SOURCE = Path(__file__).with_suffix(".c")
 
 UNLIKE_NORMS = 1e4
-
-SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def pair_sums(pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
@@ -30,8 +28,8 @@ def pair_sums(pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
         own, other: page numbers, `[n]`.
 
     Returns:
-        float32 `[n, layers, 2, tokens, 3]` on the CPU; K is side 0. Where `own` is below `TINY`, the difference is
-        zero only of tokens that are equal, even if its square vanishes in float32.
+        float32 `[n, layers, 2, tokens, 3]` on the CPU; K is side 0. The difference is zero only of tokens that are
+        equal, even if its square vanishes in float32: see `blocks.lift_lost`.
 
     Raises:
         IndexError: a page number is out of range.
@@ -53,8 +51,7 @@ def pair_sums_reference(pages: PackedPages, own: Tensor, other: Tensor) -> Tenso
             x, y = (vectors.unflatten(-1, (pages.block_size, -1)) for vectors in (blocks, read))
             apart = x - y
             difference, norm, read_norm = (vectors.square().sum(-1) for vectors in (apart, x, y))
-            lost = (difference < SMALLEST) & (norm < TINY) & (apart != 0).any(-1)
-            sides.append(torch.stack((difference.masked_fill(lost, SMALLEST), norm, read_norm), -1))
+            sides.append(torch.stack((*lift_lost(difference, norm, apart), read_norm), -1))
         parts.append(torch.stack(sides, 2).transpose(0, 1).cpu())
     return torch.cat(parts)
 
@@ -139,6 +136,6 @@ def _pair_sums_native(kernel: Kernel, pages: PackedPages, own: Tensor, other: Te
     layers = (ctypes.c_void_p * pages.num_layers)(*(layer.data_ptr() for layer in pages.layers))
     kernel(
         *(rows, layers, pages.num_layers, first.stride(0) * first.itemsize, PACKED_DTYPES.index(first.dtype)),
-        *(own.data_ptr(), other.data_ptr(), len(own), TINY, sums.data_ptr(), torch.get_num_threads()),
+        *(own.data_ptr(), other.data_ptr(), len(own), RESOLUTION, sums.data_ptr(), torch.get_num_threads()),
     )
     return sums

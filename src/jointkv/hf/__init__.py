@@ -1,6 +1,12 @@
 """Joint encoding for transformers: `JointPool` holds pages and policy, `JointCache` is the cache of one batch."""
 
-from jointkv.hf.cache import JointCache
-from jointkv.hf.pool import JointPool
+from jointkv.hf import compatibility
+
+compatibility.check_transformers()  # what follows imports all of it, and would name the first difference only
+
+from jointkv.hf.cache import JointCache  # noqa: E402
+from jointkv.hf.pool import JointPool  # noqa: E402
+
+compatibility.check_overrides()
 
 __all__ = ["JointCache", "JointPool"]

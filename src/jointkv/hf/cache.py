@@ -461,7 +461,8 @@ class JointCache(Cache):
             self.tokens = tensors.get("tokens")
         for group, table in enumerate(self.tables):
             local = tensors[f"table.{group}"]
-            adopted = pages[local.clamp(min=0)].masked_fill(local < 0, -1)
+            adopted = local.clone()
+            adopted[local >= 0] = pages[local[local >= 0]]
             scales = (tensors.get(f"{side}_scale.{group}") for side in "kv")
             table.adopt(adopted, tensors[f"served.{group}"], *scales)
         blocks.free(pages)

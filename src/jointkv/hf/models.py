@@ -18,6 +18,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from jointkv.errors import BadInput, JointKVError, UnsupportedModel
 from jointkv.settings import Settings
 
@@ -75,7 +77,7 @@ def fetch_model(
     """
     if name not in KNOWN_MODELS:
         raise BadInput(f"unknown model {name!r}; known: {', '.join(sorted(KNOWN_MODELS))}")
-    folder = _cache_folder(name) if output is None else Path(output).expanduser().resolve()
+    folder = _cache_folder(name) if output is None else _expanded(output).resolve()
     if _is_complete(folder, name, verify):
         return folder
     _require_transformers()
@@ -111,9 +113,13 @@ def load_model(
     config = load_config(name_or_path)
     location = locate_model(name_or_path)
     with _loading(name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(location)
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            location, config=config, dtype=dtype, attn_implementation=attn_implementation
+            location,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=False,
         )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
@@ -128,7 +134,7 @@ def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
 
     location = locate_model(name_or_path)
     with _loading(name_or_path):
-        return AutoTokenizer.from_pretrained(location)
+        return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
 
 
 def load_config(name_or_path: str) -> "PreTrainedConfig":
@@ -141,7 +147,7 @@ def load_config(name_or_path: str) -> "PreTrainedConfig":
 
     location = locate_model(name_or_path)
     with _loading(name_or_path):
-        config = AutoConfig.from_pretrained(location)
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     _require_kv_cache(config, name_or_path)
     return config
 
@@ -149,6 +155,13 @@ def load_config(name_or_path: str) -> "PreTrainedConfig":
 def _require_transformers() -> None:
     if importlib.util.find_spec("transformers") is None:
         raise BadInput("models need transformers; run: pip install 'jointkv[hf]'")
+
+
+def _expanded(path: Path | str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise BadInput(f"{path}: {error}") from None
 
 
 def _cache_folder(name: str) -> Path:
@@ -165,7 +178,7 @@ def locate_model(name_or_path: str) -> str:
         if not _is_complete(folder, name_or_path, verify=False):
             raise BadInput(f"{name_or_path} is not fetched yet; run: jointkv model fetch {name_or_path}")
         return str(folder)
-    path = Path(name_or_path).expanduser()
+    path = _expanded(name_or_path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BadInput(f"{name_or_path} is not a model folder: it has no config.json")
@@ -194,12 +207,10 @@ def _require_kv_cache(config: "PreTrainedConfig", name: str) -> None:
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
     """Silence transformers, and turn what it raises about a bad folder or name into `BadInput`."""
-    from safetensors import SafetensorError
-
     try:
         with _quiet():
             yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # it checks little of what it reads, so a damaged folder shows as any error
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise BadInput(f"cannot load the model {name}: {reason.strip()}") from error
 
@@ -224,23 +235,36 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
+class _File(BaseModel):
+    bytes: int
+    sha256: str
+
+
+class _Record(BaseModel):
+    """`source.json`; entries on where the model came from are for people."""
+
+    model: str
+    files: dict[str, _File]
+
+
+def _read_record(folder: Path) -> _Record | None:
+    """What jointkv wrote into `folder`; None if it did not, or the file is damaged."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return _Record.model_validate_json((folder / RECORD).read_bytes())
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("files"), dict) else None
 
 
 def _is_complete(folder: Path, name: str, verify: bool) -> bool:
     record = _read_record(folder)
-    if record is None or record.get("model") != name or "model.safetensors" not in record["files"]:
+    if record is None or record.model != name or "model.safetensors" not in record.files:
         return False
-    for file_name, expected in record["files"].items():
+    for file_name, expected in record.files.items():
         file = folder / file_name
-        if not file.is_file() or file.stat().st_size != expected["bytes"]:
+        # A name that leads elsewhere is nothing jointkv wrote.
+        if Path(file_name).name != file_name or not file.is_file() or file.stat().st_size != expected.bytes:
             return False
-        if verify and _sha256(file) != expected["sha256"]:
+        if verify and _sha256(file) != expected.sha256:
             return False
     return True
 
@@ -251,7 +275,7 @@ def _refuse_foreign(folder: Path, name: str) -> None:
         raise BadInput(f"{folder} is a file; the model needs a folder")
     if folder.is_dir() and any(folder.iterdir()):
         record = _read_record(folder)
-        if record is None or record.get("model") != name:
+        if record is None or record.model != name:
             raise BadInput(f"{folder} holds something else than {name}; remove it or choose another folder")
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from reprlib import repr as shown
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from jointkv.errors import BadInput, ModelMismatch
+from jointkv.files import replace_tensors
+from jointkv.policy import MOST
 
 if TYPE_CHECKING:
     from jointkv.hf.cache import JointCache
 
 FORMAT = "jointkv.cache/1"
+LONGEST_COMMON_PADDING = 1 << 20
+"""Tokens; the longest row of a batch may be gone while its padding is still there."""
 
 
 def save_cache(cache: JointCache, path: Path | str) -> None:
@@ -29,10 +33,7 @@ def save_cache(cache: JointCache, path: Path | str) -> None:
         raise BadInput(f"{path}: an empty cache cannot be saved")
     metadata = {"format": FORMAT, "length": str(cache.length), **_layout(cache)}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in pack(cache).items()}
-    try:
-        save_file(tensors, str(path), metadata=metadata)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: cannot be written: {error}") from None
+    replace_tensors(path, tensors, metadata)
 
 
 def pack(cache: JointCache) -> dict[str, Tensor]:
@@ -66,14 +67,10 @@ def load_cache(cache: JointCache, path: Path | str) -> JointCache:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
+            _check_metadata(cache, path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path}: not a saved cache: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise BadInput(f"{path}: not a saved cache ({FORMAT})")
-    for name, expected in _layout(cache).items():
-        if metadata.get(name) != expected:
-            raise ModelMismatch(f"{path}: saved with {name} {metadata.get(name)}, this pool has {expected}")
     try:
         length = int(metadata["length"])
         _check(cache, tensors, length)
@@ -96,6 +93,15 @@ def unpack(cache: JointCache, length: int, tensors: dict[str, Tensor]) -> None:
         layer.keys, layer.values, layer.cumulative_length = keys, values, length
 
 
+def _check_metadata(cache: JointCache, path: Path | str, metadata: dict[str, str]) -> None:
+    """Raises BadInput for a file of another kind, ModelMismatch for one of another model or layout."""
+    if metadata.get("format") != FORMAT:
+        raise BadInput(f"{path}: not a saved cache ({FORMAT})")
+    for name, expected in _layout(cache).items():
+        if metadata.get(name) != expected:
+            raise ModelMismatch(f"{path}: saved with {name} {shown(metadata.get(name))}, this pool has {expected}")
+
+
 def _layout(cache: JointCache) -> dict[str, str]:
     """What must agree between a file and a pool."""
     return {
@@ -112,38 +118,56 @@ def _sliding(cache: JointCache) -> list[tuple[int, DynamicSlidingWindowLayer]]:
 
 
 def _check(cache: JointCache, tensors: dict[str, Tensor], length: int) -> None:
-    """Raises KeyError or ValueError for missing tensors, or tables that name pages outside the file."""
-    pages, size = tensors["key.0"].shape[:2]
-    rows = len(tensors["padding"])
-    if size != cache.pool.block_size or length < 0 or len(tensors["fusable"]) != rows:
-        raise ValueError("sizes do not agree")
-    if str(tensors["key.0"].dtype) != _layout(cache)["dtype"]:
-        raise ValueError("pages of another dtype than the file says")
-    if ((tensors["padding"] < 0) | (tensors["padding"] > length)).any():
+    """Raises KeyError or ValueError for what is missing, malformed or contradictory, or names pages outside the file.
+
+    Whatever memory is taken for later is bounded here by what the file holds: a shape without elements, or padding that
+    all rows share, costs a file nothing.
+    """
+    padding = _expect(tensors, "padding", torch.long, None)
+    rows = len(padding)
+    if not rows or not 0 <= length <= MOST or not 0 <= padding.min() <= padding.max() <= length:
         raise ValueError("padding outside the sequence")
-    for index in range(cache.pool.groups.layers):
-        for side in ("key", "value"):
-            if tensors[f"{side}.{index}"].shape != tensors[f"{side}.0"].shape:
-                raise ValueError(f"{side}.{index} differs in shape")
-            if tensors[f"{side}.{index}"].shape[:3] != tensors["key.0"].shape[:3]:
-                raise ValueError(f"{side}.{index} differs in shape")
-    needed = -(-(length - tensors["padding"]) // size)
+    if padding.min() > LONGEST_COMMON_PADDING:
+        raise ValueError(f"{int(padding.min())} tokens of padding in every row")
+    _expect(tensors, "fusable", torch.bool, rows)
+    pages = _check_pages(cache, tensors)
+    needed = -(-(length - padding) // cache.pool.block_size)
     for group in range(cache.pool.groups.count):
-        table = tensors[f"table.{group}"]
-        if table.dtype != torch.long or table.dim() != 2 or len(table) != rows:
-            raise ValueError(f"table.{group} is malformed")
+        table = _expect(tensors, f"table.{group}", torch.long, rows, None)
         present = torch.arange(table.shape[1]) < needed[:, None]
         if needed.max() > table.shape[1] or ((table >= 0) != present).any() or (table >= pages).any():
             raise ValueError(f"table.{group} names pages that the file lacks")
-        served = tensors[f"served.{group}"]
-        if served.dtype != torch.bool or served.shape != table.shape:
-            raise ValueError(f"served.{group} is malformed")
-        scales = [tensors[name] for name in (f"k_scale.{group}", f"v_scale.{group}") if name in tensors]
-        shape = (cache.pool.groups.layers, *table.shape)
-        if len(scales) == 1 or any(scale.shape != shape or not scale.isfinite().all() for scale in scales):
+        _expect(tensors, f"served.{group}", torch.bool, *table.shape)
+        names = [name for name in (f"k_scale.{group}", f"v_scale.{group}") if name in tensors]
+        scales = [_expect(tensors, name, torch.float32, cache.pool.groups.layers, *table.shape) for name in names]
+        if len(scales) == 1 or any(not scale.isfinite().all() for scale in scales):
             raise ValueError(f"the scales of table.{group} are malformed")
     for index, _ in _sliding(cache):
-        if tensors[f"sliding.{index}.keys"].shape[0] != rows:
-            raise ValueError(f"sliding.{index} is malformed")
-    if "tokens" in tensors and tensors["tokens"].shape != (rows, length):
-        raise ValueError("tokens are malformed")
+        keys, values = (tensors[f"sliding.{index}.{side}"] for side in ("keys", "values"))
+        if keys.dim() != 4 or keys.shape[0] != rows or keys.shape[2] > length or keys.shape[:3] != values.shape[:3]:
+            raise ValueError(f"sliding.{index} is {list(keys.shape)} and {list(values.shape)}")
+        if keys.dtype != values.dtype or not keys.is_floating_point() or not keys[:, :, :1].numel():
+            raise ValueError(f"sliding.{index} is {keys.dtype} and {values.dtype}")
+    if "tokens" in tensors:
+        _expect(tensors, "tokens", torch.long, rows, length)
+
+
+def _check_pages(cache: JointCache, tensors: dict[str, Tensor]) -> int:
+    """How many pages there are; see `_check`."""
+    count = len(_expect(tensors, "key.0", None, None, None, None, None))
+    for side in ("key", "value"):
+        first = _expect(tensors, f"{side}.0", None, count, cache.pool.block_size, None, None)
+        if str(first.dtype) != _layout(cache)["dtype"] or not first.shape[2:].numel():
+            raise ValueError(f"{side}.0 is {first.dtype} {list(first.shape)}")
+        for index in range(cache.pool.groups.layers):
+            _expect(tensors, f"{side}.{index}", first.dtype, *first.shape)
+    return count
+
+
+def _expect(tensors: dict[str, Tensor], name: str, dtype: torch.dtype | None, *shape: int | None) -> Tensor:
+    """The tensor `name`. Raises ValueError unless it has `dtype` and `shape`, where None stands for any."""
+    tensor = tensors[name]
+    agrees = all(wanted in (None, found) for wanted, found in zip(shape, tensor.shape, strict=False))
+    if dtype not in (None, tensor.dtype) or tensor.dim() != len(shape) or not agrees:
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
+    return tensor

@@ -50,7 +50,7 @@ class PageComparer:
         sums = pair_sums(self.groups[number], own, other)
         errors = pair_errors(sums, self.policy.across_layers)
         group = self._threshold_of[number]
-        accepted = within_bound(errors, self.policy, group)
+        accepted = within_bound(errors, self.policy, group) & ~errors.token.isnan()
         for name, cosine in zip(("key_threshold", "value_threshold"), pair_cosines(sums), strict=True):
             threshold = self.policy.threshold(name, group)
             if threshold is not None:

@@ -1,7 +1,7 @@
 """The KV connector: vLLM's official channel between scheduler and workers, used here to share pages.
 
 Nothing is transferred. The connector asks workers which pages are alike and, one step later, tells them which block
-table entries to replace. Any error inside the plugin ends fusion and leaves serving as it is.
+table entries to replace. Any error inside the plugin switches fusion off, see `Recovery`, and leaves serving as it is.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from jointkv.errors import LayoutError
+from jointkv.errors import IntegrityError, LayoutError
 from jointkv.vllm_plugin.comparer import PageComparer, apply_remaps, check_tables
 from jointkv.vllm_plugin.compatibility import check_engine
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.metrics import JointPromMetrics, JointStats
 from jointkv.vllm_plugin.pages import packed_pages
+from jointkv.vllm_plugin.recovery import Recovery
 from jointkv.vllm_plugin.scheduler import FusionScheduler
 from jointkv.vllm_plugin.settings import PluginSettings
 from jointkv.vllm_plugin.spec import register
@@ -37,7 +38,7 @@ REPORT_EVERY = 64
 
 
 def fail_safe(hook: Callable[..., R]) -> Callable[..., R | None]:
-    """An error inside `hook` disables fusion and is logged; the engine goes on."""
+    """An error inside `hook` switches fusion off; the engine goes on."""
 
     @functools.wraps(hook)
     def guarded(self: JointConnector, *args: Any, **kwargs: Any) -> R | None:
@@ -45,7 +46,7 @@ def fail_safe(hook: Callable[..., R]) -> Callable[..., R | None]:
         try:
             return hook(self, *args, **kwargs)
         except Exception as error:
-            self.give_up(f"{hook.__name__}: {type(error).__name__}: {error}")
+            self._switch_off(f"{hook.__name__}: {type(error).__name__}: {error}", isinstance(error, IntegrityError))
             return None
         finally:
             if self.scheduler is not None:
@@ -63,11 +64,13 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         self.groups = check_engine(vllm_config, kv_cache_config, self.settings)
         register()  # vLLM makes its block tables after this
         self.scheduler: FusionScheduler | None = None
+        self.recovery = Recovery(self.settings.retry_after, self.settings.max_faults)
+        self._ranks = vllm_config.parallel_config.world_size
+        self._reports = 0
         self._runner: Any = None
         self._comparer: PageComparer | None = None
-        self._fault: str | None = None
+        self._last_step = 0
         self._apply_seconds = 0.0
-        self._steps = 0
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -96,7 +99,11 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         self._admit(request)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Inquiry:
-        """What the workers shall do in this step."""
+        """What the workers shall do in this step.
+
+        Only the asking is fail-safe: table entries that are already replaced here must reach the workers, or else the
+        engine must end.
+        """
         assert self.scheduler is not None
         inquiry = self.scheduler.next_inquiry()
         self._ask(inquiry, scheduler_output)
@@ -127,51 +134,42 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing to load."""
 
     def reset_cache(self) -> bool:
-        """Forget all resident pages."""
-        if self.scheduler is not None:
-            self.scheduler.reset()
+        """Forget all resident pages. An error makes fusion forget them as well."""
+        self._reset()
         return True
 
     def statistics(self) -> dict[str, Any]:
-        """Totals since the start, with `state`: inert (nothing was ever considered), active, disabled or off."""
+        """Totals since the start, with `state`."""
         assert self.scheduler is not None
         return {**self.scheduler.statistics.totals(), "state": self.state}
 
     @property
     def fault(self) -> str | None:
-        """The error that switched fusion off, if one did."""
-        return self._fault
+        """The last error that switched fusion off, if one did."""
+        return self.recovery.cause
 
     @property
     def state(self) -> str:
         """One of `metrics.STATES`."""
-        if self._fault is not None:
-            return "disabled"
+        if self.recovery.off:
+            return "disabled" if self.recovery.for_good else "recovering"
         if not self.settings.enabled:
             return "off"
         assert self.scheduler is not None
         return "active" if self.scheduler.statistics.totals()["blocks_considered"] else "inert"
 
-    def give_up(self, fault: str) -> None:
-        """Fuse nothing from now on. Logged and counted once for each error; requests go on."""
-        first = self._fault is None
-        self._fault = self._fault or fault
-        if self.scheduler is not None:
+    def _switch_off(self, fault: str, for_good: bool) -> None:
+        """Fuse nothing for now. Logged and counted, unless it was off already; requests go on."""
+        assert self.scheduler is not None
+        self.scheduler.disable()
+        if self.recovery.fault(fault, for_good):
             self.scheduler.statistics.add("faults")
-            self.scheduler.disable()
-        if first:
-            logger.error("jointkv has switched itself off, requests go on unfused: %s", fault)
-            logger.debug("where it happened", exc_info=True)
+            logger.error("jointkv has switched itself off %s, requests go on unfused: %s", self.recovery.outlook, fault)
+        logger.debug("where it happened", exc_info=True)
 
     def get_kv_connector_stats(self) -> JointStats | None:
         """What is new since the last step, for vLLM's log and `/metrics`."""
-        if self.scheduler is None:
-            return None
-        self._steps += 1
-        regular = self._steps % REPORT_EVERY == 1
-        if not regular and not self.scheduler.statistics.has_news():
-            return None
-        return self.scheduler.statistics.take(self.state, self.scheduler.tables.shared_pages() if regular else None)
+        return None if self.scheduler is None else self._report()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> JointStats:
@@ -186,6 +184,9 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
     @fail_safe
     def _admit(self, request: Request) -> None:
         assert self.scheduler is not None
+        if self.recovery.resume():
+            self.scheduler.enable()
+            logger.info("jointkv is on again, for requests that arrive from now on")
         self.scheduler.admit(request)
 
     @fail_safe
@@ -197,7 +198,9 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
     def _settle(self, verdict: Verdict) -> None:
         assert self.scheduler is not None
         if verdict.fault is not None:
-            raise RuntimeError(f"a worker gave up: {verdict.fault}")
+            raise (IntegrityError if verdict.broken else RuntimeError)(f"a worker gave up: {verdict.fault}")
+        if verdict.ranks != self._ranks:
+            raise RuntimeError(f"{verdict.ranks} of {self._ranks} workers answered step {verdict.step}")
         self.scheduler.settle(verdict)
         if self.settings.check_integrity:
             self.scheduler.check_integrity()
@@ -206,6 +209,20 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
     def _dismiss(self, request_id: str) -> None:
         assert self.scheduler is not None
         self.scheduler.dismiss(request_id)
+
+    @fail_safe
+    def _reset(self) -> None:
+        assert self.scheduler is not None
+        self.scheduler.reset()
+
+    @fail_safe
+    def _report(self) -> JointStats | None:
+        assert self.scheduler is not None
+        self._reports += 1
+        regular = self._reports % REPORT_EVERY == 1
+        if not regular and not self.scheduler.statistics.has_news(self.state):
+            return None
+        return self.scheduler.statistics.take(self.state, self.scheduler.tables.shared_pages() if regular else None)
 
     # With every worker.
 
@@ -232,13 +249,24 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         """Replace the block table entries that the scheduler has committed, before the step is prepared.
 
         Not fail-safe: a worker that cannot follow the scheduler must not go on with pages that are no longer its own.
+        An inquiry that comes again is passed over, because tables may have changed since.
+
+        Raises:
+            IntegrityError: an inquiry before this one never came. vLLM ends the engine, before a page is written.
         """
         start = time.perf_counter()
-        apply_remaps(self._runner, inquiry.remaps)
+        if inquiry.step > self._last_step + 1:
+            raise IntegrityError(f"the inquiry of step {self._last_step + 1} is lost, and table entries with it")
+        if inquiry.step > self._last_step:
+            self._last_step = inquiry.step
+            apply_remaps(self._runner, inquiry.remaps)
         self._apply_seconds += time.perf_counter() - start
 
     def build_connector_worker_meta(self) -> Verdict | None:
-        """Compare what the scheduler asked for, after the step has been computed."""
+        """Compare what the scheduler asked for, after the step has been computed.
+
+        A worker that cannot says so and is ready for the next inquiry: only the scheduler stops asking.
+        """
         inquiry = self._get_connector_metadata()
         assert isinstance(inquiry, Inquiry)
         try:
@@ -248,9 +276,8 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
                 return None
             verdict = self._comparer.answer(inquiry)
         except Exception as error:
-            self._comparer = None
             logger.debug("comparing pages failed", exc_info=True)  # the scheduler says it once for all ranks
-            return Verdict.given_up(inquiry.step, f"{type(error).__name__}: {error}")
+            return Verdict.failed(inquiry.step, error)
         verdict.apply_seconds, self._apply_seconds = self._apply_seconds, 0.0
         return verdict
 

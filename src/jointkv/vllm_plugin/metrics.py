@@ -8,7 +8,10 @@ from typing import Any
 from prometheus_client import Counter as PromCounter
 from prometheus_client import Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
+
+logger = init_logger(f"vllm.{__name__}")
 
 COUNTERS = {
     "blocks_considered": "Newly filled KV blocks, of one layer group, that were looked up among resident ones.",
@@ -20,7 +23,7 @@ COUNTERS = {
     "apply_seconds": "Seconds workers spent replacing block table entries.",
     "bounds_tightened": "Times the bound of a layer group was tightened, because errors were above the profile's.",
     "bounds_loosened": "Times it was loosened again, inside the user's bound.",
-    "faults": "Internal errors; the first one disables fusion.",
+    "faults": "Internal errors, each of which switches fusion off for a while or for good.",
 }
 REASONS = {
     "bound": "no resident block was within the bounds",
@@ -32,7 +35,7 @@ REASONS = {
 }
 ERROR_BUCKETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0)
 READERS = ("1", "2", "3-4", "5-8", "9-16", "17+")
-STATES = ("inert", "active", "disabled", "off")
+STATES = ("inert", "active", "recovering", "disabled", "off")
 
 
 def readers_of(count: int) -> str:
@@ -83,6 +86,7 @@ class Statistics:
         self._rejected: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
         self._reported_rejected: Counter[str] = Counter()
+        self._reported_state: str | None = None
         self._errors: list[float] = []
 
     def add(self, name: str, amount: float = 1) -> None:
@@ -103,10 +107,11 @@ class Statistics:
         """Everything counted so far, with `rejected` by reason."""
         return {**{name: self._totals[name] for name in COUNTERS}, "rejected": dict(self._rejected)}
 
-    def has_news(self) -> bool:
-        """Whether any block was looked at, or anything went wrong, since the last report."""
+    def has_news(self, state: str) -> bool:
+        """Whether any block was looked at, anything went wrong or the state has changed since the last report."""
         names = ("blocks_considered", "isolation_refusals", "faults")
-        return bool(self._errors) or any(self._totals[name] != self._reported[name] for name in names)
+        counted = any(self._totals[name] != self._reported[name] for name in names)
+        return counted or bool(self._errors) or state != self._reported_state
 
     def take(self, state: str, shared: Counter[int] | None) -> JointStats:
         """What is new since the last call, with the present state and pages by readers."""
@@ -122,6 +127,7 @@ class Statistics:
                 pages[readers_of(count)] += number
             data["shared"] = {label: pages[label] for label in READERS}
         self._reported, self._reported_rejected, self._errors = Counter(self._totals), Counter(self._rejected), []
+        self._reported_state = state
         return JointStats(data)
 
 
@@ -155,7 +161,8 @@ class JointPromMetrics(KVConnectorPromMetrics):
         self._shared = {readers: self._per_engine(shared, readers) for readers in READERS}
         state = self._gauge_cls(
             "jointkv_state",
-            "1 for the present state. inert: nothing was ever considered; disabled: by an internal error.",
+            "1 for the present state. inert: nothing was ever considered; recovering: off for a while after an error; "
+            "disabled: off for good after internal errors.",
             labelnames=[*labelnames, "state"],
         )
         self._state = {name: self._per_engine(state, name) for name in STATES}
@@ -167,11 +174,20 @@ class JointPromMetrics(KVConnectorPromMetrics):
                 buckets=ERROR_BUCKETS,
             )
         )
+        self._lost = False
         for engine in per_engine_labelvalues:
             self._state["inert"][engine].set(1)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """Add one report."""
+        """Add one report. vLLM's API server ends with an error here, so there is none: it is logged, the first one."""
+        try:
+            self._add(transfer_stats_data, engine_idx)
+        except Exception:
+            if not self._lost:
+                logger.exception("jointkv's metrics are incomplete from now on")
+            self._lost = True
+
+    def _add(self, transfer_stats_data: dict[str, Any], engine_idx: int) -> None:
         for name, amount in transfer_stats_data.get("counters", {}).items():
             self._counters[name][engine_idx].inc(amount)
         for reason, amount in transfer_stats_data.get("rejected", {}).items():

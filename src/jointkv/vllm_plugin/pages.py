@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jointkv.errors import LayoutError
-from jointkv.packed import PackedPages
+from jointkv.packed import PACKED_DTYPES, PackedPages
 
 PROBED_PAGE = 1
 """Page 0 is vLLM's null block. At the start no page is in use."""
@@ -48,15 +48,22 @@ def _page_rows(cache: Any, num_blocks: int) -> Tensor:
     return cache.as_strided((num_blocks, cache[0].numel()), (cache.stride(0), 1))
 
 
+FLOAT8_FORMATS = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_inc": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""`kv_cache_dtype`s of one byte a number with one scale a layer, which cancels in relative errors."""
+
+
 def _as_numbers(pages: Tensor, layer: Any) -> Tensor:
-    """Pages of bytes are fp8 numbers; scales are per layer and cancel in relative errors."""
-    if pages.dtype != torch.uint8:
-        return pages
+    """Pages of bytes are fp8 numbers, in formats that keep no scales of tokens or heads beside them."""
     name = str(layer.kv_cache_dtype)
-    formats = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-    if name not in formats:
-        raise LayoutError(f"KV pages of kv_cache_dtype {name!r} are not supported")
-    return pages.view(formats[name])
+    dtype = pages.dtype if pages.itemsize > 1 else FLOAT8_FORMATS.get(name)
+    if dtype not in PACKED_DTYPES or pages.dtype not in (dtype, torch.uint8):
+        raise LayoutError(f"KV pages of kv_cache_dtype {name!r}, stored as {pages.dtype}, are not supported")
+    return pages.view(dtype)
 
 
 def _probe(layer: Any, pages: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

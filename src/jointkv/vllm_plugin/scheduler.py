@@ -23,6 +23,10 @@ from jointkv.vllm_plugin.tracking import TrackedRequest, isolation_key, takes_pa
 
 logger = init_logger(f"vllm.{__name__}")
 
+PATIENCE = 16
+"""Steps that the verdict on one may take. vLLM schedules two steps ahead at the most."""
+BOUNDS = ("max_relative_error", "max_token_error")
+
 
 @dataclass
 class Member:
@@ -63,9 +67,15 @@ class FusionScheduler:
         self.adaptation: Adaptation | None = None
         if profile is not None and settings.adapts:
             self.adaptation = Adaptation(profile, settings.max_relative_error, settings.max_token_error)
+        policy = settings.policy()
+        self._bounds = [
+            [np.inf if bound is None else bound for bound in (policy.threshold(name, group) for name in BOUNDS)]
+            for group in range(len(self._fused_groups))
+        ]
         self._block_size = self.tables.groups[self._fused_groups[0]].block_size
         self._chunk_blocks = settings.chunk_tokens // self._block_size
         self._requests: dict[str, TrackedRequest] = {}
+        self._left_alone: dict[str, TrackedRequest] = {}
         self._step = 0
         self._written = np.zeros(self.tables.pool.num_gpu_blocks, np.int64)
         self._hash_map = self.tables.pool.cached_block_hash_to_block
@@ -80,7 +90,7 @@ class FusionScheduler:
 
     def dismiss(self, request_id: str) -> None:
         """Forget a request that has finished or was aborted. Its pages stay resident until they are reused."""
-        tracked = self._requests.pop(request_id, None)
+        tracked = self._requests.pop(request_id, None) or self._left_alone.pop(request_id, None)
         if tracked is not None and tracked.private_from is not None:
             self.tables.forget(tracked.request, tracked.private_from)
 
@@ -98,6 +108,7 @@ class FusionScheduler:
             return
         self._forget_if_reset()
         self._forget_written(output)
+        self._expect_none_before(inquiry.step - PATIENCE)
         members = list(self._members_again())
         if self._requests and self.tables.pool.get_usage() >= self.settings.min_pool_usage:
             members.extend(self._new_members(output))
@@ -107,12 +118,19 @@ class FusionScheduler:
             inquiry.group, inquiry.own, inquiry.other = np.array(pairs, np.int64).T
 
     def settle(self, verdict: Verdict) -> None:
-        """Carry out what a verdict allows. Proposals whose blocks have changed since are dropped."""
-        for step in [step for step in self._asked if step < verdict.step]:
-            del self._asked[step]
-        members = self._asked.pop(verdict.step, ())
-        if not self.enabled:
+        """Carry out what a verdict allows. Proposals whose blocks have changed since are dropped.
+
+        So is a verdict on what was never asked, or is no longer to be done: it came twice, or fusion was off meanwhile.
+
+        Raises:
+            LayoutError, IntegrityError: see `Verdict.check`.
+            RuntimeError: the verdict before this one was lost.
+        """
+        members = self._asked.pop(verdict.step, None)
+        if members is None:
             return
+        self._expect_none_before(verdict.step)
+        verdict.check(sum(len(member.candidates) for member in members))
         self.statistics.add("compare_seconds", verdict.seconds)
         self.statistics.add("apply_seconds", verdict.apply_seconds)
         first = 0
@@ -122,10 +140,19 @@ class FusionScheduler:
             first = last
 
     def disable(self) -> None:
-        """Fuse nothing from now on. What is shared stays shared; remaps already committed are still sent."""
+        """Fuse nothing until `enable`. What is shared stays shared; remaps already committed are still sent.
+
+        Requests that run now are left alone for good, but their private hashes are still to be forgotten.
+        """
         self.enabled = False
-        self._requests.clear()
-        self.reset()
+        self._left_alone.update(self._requests)
+        self._requests = {}
+        # Anew, because the old ones may be what is broken.
+        self.index, self._asked, self._again = TokenIndex(), {}, []
+
+    def enable(self) -> None:
+        """Fuse requests that are admitted from now on, if the settings allow any fusion."""
+        self.enabled = self.settings.enabled
 
     def reset(self) -> None:
         """Forget all resident pages, because their content is no longer what the model would compute."""
@@ -144,6 +171,12 @@ class FusionScheduler:
                 for group, slot in tracked.served:
                     if self.tables.block(request_id, group, slot) is None:
                         raise IntegrityError(f"{request_id} is served at slot {slot}, which it does not hold")
+
+    def _expect_none_before(self, step: int) -> None:
+        """Verdicts come in the order of the inquiries. Raises RuntimeError when there is none on one before `step`."""
+        oldest = next(iter(self._asked), step)
+        if oldest < step:
+            raise RuntimeError(f"the verdict of step {oldest} is lost")
 
     def _members_again(self) -> Iterator[Member]:
         """Members whose first candidates were not within the bounds, with the others that are still resident."""
@@ -188,7 +221,7 @@ class FusionScheduler:
                 continue
             slots = range(tracked.next_slot, end)
             budget -= len(slots)
-            if self.settings.isolation == "strict" and request.cache_salt is None:
+            if self.settings.isolation == "strict" and not request.cache_salt:  # vLLM takes an empty salt for none
                 tracked.next_slot = end
                 self.statistics.add("isolation_refusals", len(slots))
                 continue
@@ -229,10 +262,9 @@ class FusionScheduler:
             self._turn_down(member)
 
     def _within_bounds_in_force(self, member: Member, block: np.ndarray, token: np.ndarray) -> np.ndarray:
-        """Which errors are within what adaptation has left of the bounds; the workers know the user's only."""
-        if self.adaptation is None:
-            return np.ones(len(block), bool)
-        block_bound, token_bound = self.adaptation.bounds(self._fused_groups.index(member.group))
+        """Which errors are within the bounds, of which adaptation may have left less than the workers know."""
+        group = self._fused_groups.index(member.group)
+        block_bound, token_bound = self._bounds[group] if self.adaptation is None else self.adaptation.bounds(group)
         return (block <= block_bound) & (token <= token_bound)
 
     def _observe(self, tracked: TrackedRequest, number: int, slot: int, errors: list[float]) -> None:

@@ -16,7 +16,11 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
+from jointkv.errors import BadInput, JointKVError
 from jointkv.vllm_plugin import ENVIRONMENT, arguments_for, engine_args
+from jointkv.vllm_plugin.settings import PluginSettings
 
 Device = Literal["auto", "cpu", "gpu"]
 
@@ -37,6 +41,19 @@ class Launch:
         """One line of JSON, which `main` reads."""
         return json.dumps(asdict(self))
 
+    @classmethod
+    def from_json(cls, text: str) -> Launch:
+        """Read what `to_json` wrote. Raises `BadInput`, or what `PluginSettings.parse` raises."""
+        try:
+            launch = TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "it"
+            raise BadInput(f"no launch of jointkv: {where}: {problem['msg']}") from None
+        if launch.options is not None:
+            PluginSettings.parse(launch.options)
+        return launch
+
     def flags(self) -> list[str]:
         """The flags of `vllm serve` that turn fusion on. Imports vllm only where `device` is `"auto"`."""
         if self.options is None:
@@ -52,7 +69,11 @@ class Launch:
 
 def main() -> None:
     """Serve until vLLM ends. `sys.argv` becomes that of `vllm serve`, because parts of vLLM read it."""
-    launch = Launch(**json.loads(sys.argv[1]))
+    try:
+        launch = Launch.from_json(sys.argv[1] if len(sys.argv) > 1 else "")
+    except JointKVError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     if launch.options is not None:
         os.environ.update({**ENVIRONMENT, **os.environ})
     sys.argv = ["vllm", "serve", *sys.argv[2:], *launch.flags()]

@@ -37,6 +37,9 @@ class PluginSettings(BaseModel):
         profile: what `jointkv calibrate` wrote, for this model and block size. Options given beside it win; a bound
             given beside it is the limit up to which the profile's bound is adapted, which else is the profile's own.
         adapt: with a profile, move its bounds when the live errors are not those that were calibrated.
+        retry_after: seconds after an internal error until fusion is tried again, for requests that arrive from then on;
+            each further error doubles them. None: never.
+        max_faults: after so many internal errors it stays off until the engine is restarted.
         allow_untested: start on an engine or device that was never run with this plugin.
         check_integrity: check the block tables and reference counts at every step. For tests; slow.
     """
@@ -58,6 +61,8 @@ class PluginSettings(BaseModel):
     isolation: Literal["salt", "strict"] = "salt"
     profile: Path | None = None
     adapt: bool = True
+    retry_after: float | None = Field(default=60.0, ge=0.0, allow_inf_nan=False)
+    max_faults: int = Field(default=3, ge=1, le=16)
     allow_untested: bool = False
     check_integrity: bool = False
 

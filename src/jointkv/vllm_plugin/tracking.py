@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from vllm.v1.request import Request
@@ -12,6 +13,25 @@ from vllm.v1.request import Request
 from jointkv.fusion.signature import token_hashes
 
 OPT_OUT = "jointkv"
+
+
+class IsolationKey(NamedTuple):
+    """What two requests must have in common to be compared.
+
+    Salts are secrets, and what is wrong with an index of keys is logged: its text says nothing.
+
+    Attributes:
+        salt: `cache_salt`.
+        adapter: name, number and path of the LoRA adapter.
+        media: identifier, first token and number of tokens of each.
+    """
+
+    salt: str | None
+    adapter: tuple[str, int, str] | None
+    media: tuple[tuple[str, int, int], ...]
+
+    def __repr__(self) -> str:
+        return "<isolation key>"
 
 
 @dataclass
@@ -60,10 +80,10 @@ def takes_part(request: Request) -> bool:
     return request.prompt_embeds is None and request.prompt_token_ids is not None and not request.resumable
 
 
-def isolation_key(request: Request) -> Hashable:
-    """What two requests must have in common to be compared: salt, LoRA adapter, and media at the same places."""
+def isolation_key(request: Request) -> IsolationKey:
+    """The key of a request. No coarser than what vLLM's own prefix cache tells apart."""
     adapter = request.lora_request
-    media = tuple(
-        (feature.identifier, feature.mm_position.offset, feature.mm_position.length) for feature in request.mm_features
+    media = ((one.identifier, one.mm_position.offset, one.mm_position.length) for one in request.mm_features)
+    return IsolationKey(
+        request.cache_salt, adapter and (adapter.lora_name, adapter.lora_int_id, adapter.lora_path), tuple(media)
     )
-    return request.cache_salt, adapter and (adapter.lora_name, adapter.lora_int_id), media

@@ -180,7 +180,7 @@ def _option(pair: str) -> tuple[str, Any]:
     key, _, value = pair.partition("=")
     try:
         return key, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return key, value
 
 

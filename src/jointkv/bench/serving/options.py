@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,11 +162,13 @@ def client_cores(options: Options) -> set[int]:
 def _cores(name: str, text: str) -> set[int]:
     """Raises `BadInput` for what is not written as `0-2,4`, or cores that this process may not use."""
     cores: set[int] = set()
+    most = max(allowed_cores())
     for part in text.split(","):
         first, _, last = part.partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
+        if not re.fullmatch(r"[0-9]{1,9}", first) or not re.fullmatch(r"[0-9]{1,9}", last or first):
             raise BadInput(f"{name}: expected numbers and ranges such as 0-2,4, got {text!r}")
-        cores.update(range(int(first), int(last or first) + 1))
+        # One core too many is enough to refuse a range; a list of all of them may not fit the memory.
+        cores.update(range(int(first), min(int(last or first), most + 1) + 1))
     if not cores or not cores <= allowed_cores():
         raise BadInput(f"{name}: {text} is not among the cores to use, {core_list(allowed_cores())}")
     return cores

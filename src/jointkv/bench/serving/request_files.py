@@ -108,19 +108,19 @@ def _is_array(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # no such file, or no name of one
+        raise BadInput(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _entries(path: Path, array: bool) -> Iterator[tuple[str, bytes]]:
-    """Place and JSON of every request. Raises `BadInput` for an array that is no JSON."""
+def _entries(path: Path, array: bool) -> Iterator[tuple[str, Any]]:
+    """Place of every request, and its JSON, or what that stands for where the file is one array. Raises `BadInput`."""
     if array:
         try:
             entries = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}: not JSON: {error}") from None
         for number, entry in enumerate(entries):
-            yield f"item {number}", json.dumps(entry).encode()
+            yield f"item {number}", entry
         return
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -147,8 +147,8 @@ def _read_line(text: bytes, tokenizer: Any, output_tokens: int | None, default: 
     return ServingRequest(prompt, length, None if when is None else when.timestamp())
 
 
-def _read_conversation(text: bytes, tokenizer: Any, output_tokens: int | None, default: int) -> ServingRequest:
-    first, second = _validated(_Conversation.model_validate_json, text).conversations[:2]
+def _read_conversation(entry: Any, tokenizer: Any, output_tokens: int | None, default: int) -> ServingRequest:
+    first, second = _validated(_Conversation.model_validate, entry).conversations[:2]
     prompt = encode(tokenizer, first.value)
     length = _length(tokenizer, second.value)
     if min(len(prompt), length) < FEWEST_TOKENS:
@@ -156,10 +156,10 @@ def _read_conversation(text: bytes, tokenizer: Any, output_tokens: int | None, d
     return ServingRequest(prompt, output_tokens or length)
 
 
-def _validated(validate: Callable[[bytes], Model], text: bytes) -> Model:
+def _validated(validate: Callable[[Any], Model], given: Any) -> Model:
     """Raises `_Skipped` with the first thing that is wrong."""
     try:
-        return validate(text)
+        return validate(given)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])

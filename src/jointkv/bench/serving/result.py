@@ -8,17 +8,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from jointkv.errors import BadInput
 
 LoadKind = Literal["closed", "poisson", "bursty", "replay"]
+NEEDED: dict[LoadKind, tuple[str, ...]] = {
+    "closed": ("concurrency",),
+    "poisson": ("rate",),
+    "bursty": ("rate", "burstiness"),
+    "replay": ("speed",),
+}
 
 
 class Record(BaseModel):
     """Read-only, and no field that is not known here."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Load(Record):
@@ -35,6 +42,13 @@ class Load(Record):
     rate: float | None = None
     burstiness: float | None = None
     speed: float | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        for name in NEEDED[self.kind]:
+            if getattr(self, name) is None:
+                raise PydanticCustomError("incomplete", "{kind} without {name}", {"kind": self.kind, "name": name})
+        return self
 
     @property
     def label(self) -> str:
@@ -234,7 +248,7 @@ class ServingResult(Record):
         """
         try:
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # not there, no name of a file, not UTF-8
             raise BadInput(f"{path}: {error}") from None
         try:
             return cls.model_validate_json(text)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from jointkv.bench.serving.result import Run, ServingResult
 from jointkv.errors import BadInput
@@ -18,6 +18,7 @@ RESULT = "serving.json"
 SETTINGS = "settings.json"
 RUNS = "runs"
 OUTPUTS = ".outputs.json"
+TEXTS = TypeAdapter(list[str])
 
 Key = tuple[str, str, int]
 """Arm, label of the load, round."""
@@ -42,9 +43,9 @@ class RunFolder:
             if fresh:
                 self._clear()
             self._check(settings)
-            replace_text(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
         except OSError as error:
             raise BadInput(f"cannot use the folder {folder}: {error.strerror or error}") from None
+        replace_text(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
         self.runs: dict[Key, Run] = {}
         self.outputs: dict[Key, list[str]] = {}
         for file in self._run_files():
@@ -57,21 +58,15 @@ class RunFolder:
         outputs = self.folder / RUNS / f"{name}{OUTPUTS}"
         run = run.model_copy(update={"outputs_file": f"{RUNS}/{outputs.name}"})
         # The outputs first: a run that is found has them.
-        self._write(outputs, json.dumps(texts, ensure_ascii=False, indent=1) + "\n")
-        self._write(self.folder / RUNS / f"{name}.json", run.model_dump_json(indent=1) + "\n")
+        replace_text(outputs, json.dumps(texts, ensure_ascii=False, indent=1) + "\n")
+        replace_text(self.folder / RUNS / f"{name}.json", run.model_dump_json(indent=1) + "\n")
         self.runs[key], self.outputs[key] = run, texts
 
     def write_result(self, result: ServingResult) -> Path:
         """Replace the result file and return its path. Raises `BadInput` when that cannot be."""
         path = self.folder / RESULT
-        self._write(path, result.model_dump_json(indent=1) + "\n")
+        replace_text(path, result.model_dump_json(indent=1) + "\n")
         return path
-
-    def _write(self, path: Path, text: str) -> None:
-        try:
-            replace_text(path, text)
-        except OSError as error:
-            raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
 
     def _run_files(self) -> list[Path]:
         files = sorted((self.folder / RUNS).glob("*.json"))
@@ -86,8 +81,8 @@ class RunFolder:
             return
         remedy = "choose another --output, or start anew with --fresh"
         try:
-            old = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            old = dict(json.loads((self.folder / SETTINGS).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
             raise BadInput(f"{self.folder} has runs, and no {SETTINGS} that says what they are; {remedy}") from None
         different = sorted(name for name in {*old, *settings} if old.get(name) != settings.get(name))
         if different:
@@ -100,8 +95,8 @@ class RunFolder:
     def _read(self, file: Path) -> None:
         try:
             run = Run.model_validate_json(file.read_bytes())
-            texts = json.loads(file.with_name(f"{file.stem}{OUTPUTS}").read_text(encoding="utf-8"))
-        except (OSError, ValueError, ValidationError) as error:
+            texts = TEXTS.validate_json(file.with_name(f"{file.stem}{OUTPUTS}").read_bytes())
+        except (OSError, ValidationError) as error:
             raise BadInput(f"{file} cannot be read ({type(error).__name__}); remove it to repeat this run") from None
         self.runs[run.arm, run.load, run.round] = run
         self.outputs[run.arm, run.load, run.round] = texts

@@ -8,17 +8,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jointkv.errors import BadInput
+from pydantic import TypeAdapter, ValidationError
+
 from jointkv.evaluate import prefilled
 from jointkv.evaluate.calibration.settings import CalibrationSettings
 from jointkv.evaluate.held import Prefilled
 from jointkv.evaluate.traffic.base import Request
-from jointkv.files import replace_text
+from jointkv.files import make_folder, replace_text
 from jointkv.profile import Measurement
 from jointkv.theory.calibrate import Setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+MEASURED = TypeAdapter(list[tuple[Setting, Measurement]])
 
 
 class Store:
@@ -36,10 +40,7 @@ class Store:
         self._measure_key = [*base, digest(requests), str(settings.seed), settings.scope, str(settings.chunk_tokens)]
         self._measure_key += [str(settings.layer_groups), settings.across_layers, str(settings.token_limit)]
         if folder is not None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise BadInput(f"cannot make the folder {folder}: {error.strerror or error}") from None
+            make_folder(folder)
 
     def prefilled(self, requests: Sequence[Request], make: Callable[[], Prefilled]) -> Prefilled:
         """What an earlier run has prefilled, or else what `make` returns, which is kept."""
@@ -58,13 +59,12 @@ class Store:
         if self._folder is None or not self._path(half).exists():
             return {}
         try:
-            rows = json.loads(self._path(half).read_text())
-            return {tuple(setting): Measurement.model_validate(row) for setting, row in rows}
-        except (OSError, ValueError, TypeError):  # damaged: measured again
+            return dict(MEASURED.validate_json(self._path(half).read_bytes()))
+        except (OSError, ValidationError):  # damaged: measured again
             return {}
 
     def keep(self, half: str, measured: dict[Setting, Measurement]) -> None:
-        """Remember the measurements of a half."""
+        """Remember the measurements of a half. Raises `BadInput`."""
         if self._folder is not None:
             rows = [[setting, row.model_dump()] for setting, row in measured.items()]
             replace_text(self._path(half), json.dumps(rows))

@@ -1,0 +1,77 @@
+"""The two faults that end the engine, with an error and before anything wrong is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from engines import LOSSY, Engine, engine, near_prefix
+from faulty import Injected, raising
+
+from jointkv.errors import IntegrityError
+from jointkv.vllm_plugin import connector
+from jointkv.vllm_plugin.messages import Inquiry
+
+
+@pytest.fixture
+def fused(calm: Path) -> Iterator[Engine]:
+    with engine(calm, fusion=LOSSY) as served:
+        for prompt in near_prefix(3, shared=200):
+            served.submit(prompt, 8)
+        yield served
+
+
+def computed(fused: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Numbers of tokens of the steps that the model computes from now on."""
+    steps: list[int] = []
+    execute = fused.runner.execute_model
+
+    def counted(output: Any, *more: Any) -> Any:
+        steps.append(output.total_num_scheduled_tokens)
+        return execute(output, *more)
+
+    monkeypatch.setattr(fused.runner, "execute_model", counted)
+    return steps
+
+
+@pytest.mark.hazard(
+    "Faults",
+    "a worker that cannot replace an entry of its block table",
+    "the engine ends with the error before it computes anything with a page that is no longer the request's",
+)
+def test_a_worker_that_cannot_follow(fused: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connector, "apply_remaps", raising)
+    steps = computed(fused, monkeypatch)
+    with pytest.raises(Injected):
+        fused.finish()
+    assert steps == []
+
+
+@pytest.mark.hazard(
+    "Faults",
+    "a message of the scheduler that is lost, or comes twice",
+    "lost: the engine ends with an error before anything is computed; twice: passed over",
+)
+def test_a_lost_inquiry(fused: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker once went on with pages that the scheduler had handed out to others."""
+    inquire = fused.fusion.next_inquiry
+    lost: list[Inquiry] = []
+
+    def lossy() -> Inquiry:
+        inquiry = inquire()
+        if inquiry.remaps and not lost:
+            lost.append(inquiry)
+            steps.clear()
+            inquiry = inquire()
+        return inquiry
+
+    monkeypatch.setattr(fused.fusion, "next_inquiry", lossy)
+    steps = computed(fused, monkeypatch)
+    with pytest.raises(IntegrityError, match="is lost, and table entries with it"):
+        fused.finish()
+    assert lost and steps == []
