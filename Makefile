@@ -14,7 +14,7 @@ EVAL_BIN := $(EVAL_VENV)/bin
 QUICK := -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not nightly"
 HAZARDS := docs/results/reliability
 
-.PHONY: setup setup-vllm setup-eval demo test test-slow test-vllm test-eval soak fuzz nightly lint bench docs clean
+.PHONY: setup setup-vllm setup-eval demo test test-slow test-vllm test-eval soak fuzz matrix nightly lint bench docs clean
 
 setup: $(VENV)/.ready
 
@@ -73,6 +73,10 @@ soak: setup-vllm
 # 20,000 inputs for every parser.
 fuzz: setup
 	JOINTKV_FUZZ_EXAMPLES=20000 $(BIN)/pytest --timeout=0 -n auto --maxprocesses 4 --hazards $(HAZARDS)/fuzz.json tests/fuzz
+
+# The supported versions of transformers and vLLM, each in an environment of its own.
+matrix: setup-vllm
+	$(VLLM_BIN)/python tests/compatibility/matrix.py --output $(HAZARDS)/matrix.json
 
 # Everything docs/reliability.md shows but the soak and the fuzzers: 100,000 steps of every state machine.
 nightly: setup setup-vllm

@@ -1,8 +1,8 @@
 """Which hazard a test stands for: `@pytest.mark.hazard(area, what goes wrong, what is promised)`.
 
 `pytest --hazards FILE` writes what the marked tests showed. Numbers that a test gives to `record_property` (steps,
-merges, violations, ...) are added up per hazard. `python tests/hazards.py FILE...` puts the tables of such files into
-docs/reliability.md.
+merges, violations, ...) are added up per hazard. `python tests/hazards.py FILE...` puts the tables of such files, and
+of what benchmarks/soak.py wrote, into docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def tables(files: list[Path]) -> str:
     rows = {
         (row["area"], row["hazard"], row["promise"]): row
         for file in files
-        for row in json.loads(file.read_text(encoding="utf-8"))["hazards"]
+        for row in _rows(json.loads(file.read_text(encoding="utf-8")))
     }
     lines = []
     for area in sorted({area for area, *_ in rows}):
@@ -103,6 +103,28 @@ def tables(files: list[Path]) -> str:
         lines += [_line(row) for key, row in sorted(rows.items()) if key[0] == area]
         lines.append("")
     return "\n".join(lines)
+
+
+def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return document["hazards"] if "hazards" in document else [_soaked(document, arm) for arm in document["arms"]]
+
+
+def _soaked(document: dict[str, Any], arm: str) -> dict[str, Any]:
+    found = document["arms"][arm]
+    counts = found["counts"]
+    return {
+        "area": "Soak",
+        "hazard": f"{document['minutes']:g} minutes of random load at a full pool ({arm})",
+        "promise": f"none of {len(found['violations'])} kinds of violation",
+        "tests": ["benchmarks/soak.py"],
+        "outcomes": {"violations": sum(found["violations"].values())},
+        "numbers": {
+            "requests": counts["requests"],
+            "preemptions": counts["preemptions"],
+            "merges": counts["witness"]["merges"],
+            "run_again_alone": found["compared"]["requests"],
+        },
+    }
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -40,6 +40,10 @@ class UnsupportedModel(JointKVError, ValueError):
     """The model has no KV cache of a kind that can be fused. The message names the reason."""
 
 
+class UnsupportedTransformers(JointKVError, ImportError):
+    """The installed transformers lacks what jointkv uses of it. The message names every difference."""
+
+
 class BadInput(JointKVError, ValueError):
     """A file or a command-line argument cannot be used. The message says where and why."""
 

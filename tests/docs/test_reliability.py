@@ -1,0 +1,16 @@
+"""The tables of docs/reliability.md are those of the committed runs."""
+
+import hazards
+from doc_pages import ROOT
+
+FILES = [ROOT / "docs" / "results" / "reliability" / f"{name}.json" for name in ("core", "vllm", "soak")]
+
+
+def test_the_tables_are_those_of_the_committed_runs() -> None:
+    page = hazards.PAGE.read_text(encoding="utf-8")
+    assert hazards.rewritten(page, FILES) == page
+
+
+def test_no_committed_run_has_failed() -> None:
+    table = hazards.tables(FILES)
+    assert "failed" not in table and "passed" in table
