@@ -72,7 +72,7 @@ soak: setup-vllm
 
 # 20,000 inputs for every parser.
 fuzz: setup
-	JOINTKV_FUZZ_EXAMPLES=20000 $(BIN)/pytest --timeout=0 -n auto --maxprocesses 4 --hazards $(HAZARDS)/fuzz.json tests/fuzz
+	JOINTKV_FUZZ_EXAMPLES=20000 $(BIN)/pytest --timeout=0 -n auto --maxprocesses 4 --hazards=$(HAZARDS)/fuzz.json tests/fuzz
 
 # The supported versions of transformers and vLLM, each in an environment of its own.
 matrix: setup-vllm
@@ -81,10 +81,10 @@ matrix: setup-vllm
 # Everything docs/reliability.md shows but the soak and the fuzzers: 100,000 steps of every state machine.
 nightly: setup setup-vllm
 	$(BIN)/jointkv model fetch smollm2
-	JOINTKV_TEST_STEPS=100000 $(BIN)/pytest --timeout=0 -m "hazard and not gpu" --hazards $(HAZARDS)/core.json
-	JOINTKV_TEST_STEPS=100000 $(VLLM_BIN)/pytest --timeout=0 -m "hazard and not gpu" --hazards $(HAZARDS)/vllm.json \
+	JOINTKV_TEST_STEPS=100000 $(BIN)/pytest --timeout=0 -m "hazard and not gpu" --hazards=$(HAZARDS)/core.json
+	JOINTKV_TEST_STEPS=100000 $(VLLM_BIN)/pytest --timeout=0 -m "hazard and not gpu" --hazards=$(HAZARDS)/vllm.json \
 	  tests/vllm_plugin
-	$(BIN)/python tests/hazards.py $(HAZARDS)/core.json $(HAZARDS)/vllm.json $(HAZARDS)/fuzz.json
+	$(BIN)/python tests/hazards.py $(HAZARDS)/core.json $(HAZARDS)/vllm.json $(HAZARDS)/soak.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Which hazard a test stands for: `@pytest.mark.hazard(area, what goes wrong, what is promised)`.
 
-`pytest --hazards FILE` writes what the marked tests showed. Numbers that a test gives to `record_property` (steps,
+`pytest --hazards=FILE` writes what the marked tests showed. Numbers that a test gives to `record_property` (steps,
 merges, violations, ...) are added up per hazard. `python tests/hazards.py FILE...` puts the tables of such files, and
 of what benchmarks/soak.py wrote, into docs/reliability.md.
 """
@@ -73,7 +73,7 @@ class HazardReport:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--hazards`."""
-    parser.addoption("--hazards", type=Path, help="write what tests marked with a hazard showed to this JSON file")
+    parser.addoption("--hazards", type=Path, help="write what tests marked with a hazard showed to this file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -143,7 +143,7 @@ def rewritten(page: str, files: list[Path]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Put the tables of the hazards into docs/reliability.md.")
-    parser.add_argument("files", nargs="+", type=Path, help="what `pytest --hazards FILE` wrote")
+    parser.add_argument("files", nargs="+", type=Path, help="what `pytest --hazards=FILE` wrote")
     files = parser.parse_args().files
     PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), files), encoding="utf-8")
 

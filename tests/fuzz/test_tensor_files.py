@@ -95,7 +95,7 @@ def changed(tensors: dict[str, Tensor], changes: list[tuple[int, int, torch.dtyp
         if how == 1:
             made[name] = tensor.to(dtype)
         elif how == 2:
-            made[name] = tensor[:, :1] if tensor.dim() > 1 else tensor[:1]
+            made[name] = tensor[:, :1] if tensor.dim() > 1 else tensor.reshape(-1)[:1]
         elif how == 3:
             made[name] = tensor.flatten()[0] if tensor.numel() else tensor.flatten()
         elif how == 4:
