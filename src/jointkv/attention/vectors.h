@@ -5,26 +5,16 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__F16C__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "written for little-endian processors"
-#endif
-
 #ifdef __AVX512F__
-enum { WIDTH = 16 };
+#define WIDTH 16
 #else
-enum { WIDTH = 8 };
+#define WIDTH 8
 #endif
+#include "../floats.h"
+
 enum { LINE = 64 };
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
 
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float floats __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t words __attribute__((vector_size(4 * WIDTH)));
-typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
 typedef float eights __attribute__((vector_size(32)));
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -39,22 +29,6 @@ typedef int32_t eight_words __attribute__((vector_size(32)));
 #else
 #define IN_REGISTER(value) (void)(value)
 #endif
-
-INLINE floats from_half(halves half)
-{
-#if defined(__AVX512F__)
-    return (floats)_mm512_cvtph_ps((__m256i)half);
-#elif defined(__F16C__)
-    return (floats)_mm256_cvtph_ps((__m128i)half);
-#else
-    words bits = __builtin_convertvector(half, words);
-    words magnitude = bits & 0x7fff, sign = (bits >> 15) << 31;
-    words subnormal = magnitude < 0x0400, not_finite = magnitude >= 0x7c00;
-    words wide = (magnitude << 13) + (112 << 23);
-    floats value = (floats)(wide + (subnormal & (1 << 23))) - (floats)(subnormal & (113 << 23));
-    return (floats)((words)value | sign | (not_finite & 0x7f800000));
-#endif
-}
 
 INLINE int64_t size_of(enum dtype dtype)
 {

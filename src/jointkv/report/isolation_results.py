@@ -23,11 +23,6 @@ class ToldApart(Record):
     auc: float
     low: float
     high: float
-    accuracy: float
-    p_value: float
-    median_absent: float
-    median_resident: float
-    absent: int
     resident: int
     varies: bool
     found: bool

@@ -11,6 +11,14 @@ from torch import Tensor
 from jointkv.errors import LayoutError
 from jointkv.packed import PACKED_DTYPES, PackedPages
 
+FLOAT8_FORMATS = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_inc": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""`kv_cache_dtype`s of one byte a number with one scale a layer, which cancels in relative errors."""
+
 PROBED_PAGE = 1
 """Page 0 is vLLM's null block. At the start no page is in use."""
 
@@ -46,15 +54,6 @@ def _page_rows(cache: Any, num_blocks: int) -> Tensor:
     if not cache[0].is_contiguous():
         raise LayoutError(f"a page is not contiguous: shape {list(cache.shape)}, strides {list(cache.stride())}")
     return cache.as_strided((num_blocks, cache[0].numel()), (cache.stride(0), 1))
-
-
-FLOAT8_FORMATS = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_inc": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
-"""`kv_cache_dtype`s of one byte a number with one scale a layer, which cancels in relative errors."""
 
 
 def _as_numbers(pages: Tensor, layer: Any) -> Tensor:
