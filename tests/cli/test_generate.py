@@ -25,7 +25,9 @@ TEMPLATE = (
 )
 
 
-def save_tiny(folder: Path, *, template: str | None = TEMPLATE, end_token: int = 1, tokens: int = 2048) -> str:
+def save_tiny(
+    folder: Path, *, template: str | None = TEMPLATE, end_token: int = 1, tokens: int = 2048, head_size: int = 8
+) -> str:
     """A random Llama of 4 layers and a byte-level tokenizer trained on the packaged sample, in `folder`."""
     raw = RawTokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence(
@@ -48,6 +50,7 @@ def save_tiny(folder: Path, *, template: str | None = TEMPLATE, end_token: int =
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_size,
         max_position_embeddings=tokens,
         initializer_range=0.5,
         pad_token_id=0,

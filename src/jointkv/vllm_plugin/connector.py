@@ -19,7 +19,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from jointkv.errors import IntegrityError, LayoutError
+from jointkv.errors import IntegrityError, LayoutError, NativeUnavailable
 from jointkv.vllm_plugin.comparer import PageComparer, apply_remaps, check_tables
 from jointkv.vllm_plugin.compatibility import check_engine
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
@@ -71,6 +71,7 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         self._comparer: PageComparer | None = None
         self._last_step = 0
         self._apply_seconds = 0.0
+        self.readings: dict[int, Any] = {}
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -244,6 +245,25 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
             chosen = [layers[name] for name in group.layer_names]
             pages[number] = packed_pages(chosen, self._kv_cache_config.num_blocks, group.kv_cache_spec.block_size)
         self._comparer = PageComparer(self.settings.policy(), pages)
+        if self.settings.attention != "engine":
+            self._share_pages(layers)
+
+    def _share_pages(self, layers: dict[str, Any]) -> None:
+        """Let attention read shared pages once; where that cannot be, the engine's own attention stays."""
+        try:
+            if self._vllm_config.device_config.device_type != "cpu":
+                raise LayoutError("attention that reads shared pages once is there for CPUs only")
+            from jointkv.vllm_plugin.cpu_attention import share_pages
+
+            for number in self.groups:
+                group = self._kv_cache_config.kv_cache_groups[number]
+                chosen = [layers[name] for name in group.layer_names]
+                longest = self._vllm_config.model_config.max_model_len
+                self.readings[number] = share_pages(
+                    chosen, group.kv_cache_spec.block_size, longest, measured=self.settings.attention == "auto"
+                )
+        except (LayoutError, NativeUnavailable) as error:
+            logger.warning("every request reads its pages for itself, by vLLM's attention: %s", error)
 
     def apply(self, inquiry: Inquiry) -> None:
         """Replace the block table entries that the scheduler has committed, before the step is prepared.

@@ -122,6 +122,34 @@ METRICS = (
     Use(f"{CONNECTOR}.metrics:KVConnectorPromMetrics", ("_counter_cls", "_gauge_cls", "_histogram_cls")),
     Use("vllm.v1.metrics.utils", ("create_metric_per_engine(_, _)",)),
 )
+CPU_BACKEND = "vllm.v1.attention.backends.cpu_attn"
+CPU_ATTENTION = (
+    Use("vllm.v1.attention.selector", ("_cached_get_attn_backend",)),
+    Use("vllm.v1.attention.backends.registry", ("register_backend(_, _)",)),
+    Use("vllm.v1.attention.backends.registry:AttentionBackendEnum", ("CPU_ATTN", "clear_override()")),
+    Use(
+        "vllm.v1.attention.backend:CommonAttentionMetadata",
+        ("block_table_tensor", "seq_lens", "max_seq_len", "max_query_len", "query_start_loc_cpu"),
+    ),
+    Use(
+        f"{CPU_BACKEND}:CPUAttentionMetadata",
+        (
+            *("num_actual_tokens", "max_query_len", "query_start_loc", "max_seq_len", "seq_lens", "block_table"),
+            *("slot_mapping", "scheduler_metadata", "causal", "dynamic_causal"),
+        ),
+    ),
+    Use(
+        f"{CPU_BACKEND}:CPUAttentionBackendImpl",
+        (
+            *("num_heads", "num_kv_heads", "head_size", "scale", "sliding_window", "alibi_slopes", "logits_soft_cap"),
+            *("sinks", "is_fp8_kv_cache", "do_kv_cache_update(_, _, _, _, _)"),
+        ),
+        ("forward",),
+    ),
+    Use(f"{CPU_BACKEND}:CPUAttentionMetadataBuilder", ("vllm_config", "layer_names"), ("build",)),
+    Use(f"{CPU_BACKEND}:CPUAttentionBackend", (), ("get_impl_cls", "get_builder_cls")),
+)
+"""Needed only where attention reads shared pages once; without them it is vLLM's."""
 USES = (*TABLES, *REQUESTS, *STEPS, *WORKERS, *CONFIGURATION, *METRICS)
 
 

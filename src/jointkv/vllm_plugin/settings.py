@@ -34,6 +34,9 @@ class PluginSettings(BaseModel):
         max_blocks_per_step: blocks compared in one engine step at the most; the rest wait for the next.
         isolation: `"salt"`: blocks of requests with equal `cache_salt` (or both without) are compared.
             `"strict"`: a request without a salt is left alone.
+        attention: what reads the pages. `"engine"`: vLLM's own kernels, which read a page for every request that
+            uses it. `"shared"`: on the CPU, a kernel that reads it once for all of them; equal up to rounding.
+            `"auto"`: that one wherever a measurement at start says that it is faster.
         profile: what `jointkv calibrate` wrote, for this model and block size. Options given beside it win; a bound
             given beside it is the limit up to which the profile's bound is adapted, which else is the profile's own.
         adapt: with a profile, move its bounds when the live errors are not those that were calibrated.
@@ -59,6 +62,7 @@ class PluginSettings(BaseModel):
     min_pool_usage: float = Field(default=0.5, ge=0.0, le=1.0)
     max_blocks_per_step: int = Field(default=256, ge=1)
     isolation: Literal["salt", "strict"] = "salt"
+    attention: Literal["engine", "auto", "shared"] = "engine"
     profile: Path | None = None
     adapt: bool = True
     retry_after: float | None = Field(default=60.0, ge=0.0, allow_inf_nan=False)

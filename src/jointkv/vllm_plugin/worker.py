@@ -19,6 +19,13 @@ class RemappingWorker:
     model_runner: Any
     vllm_config: Any
 
+    def settings(self) -> PluginSettings | None:
+        """The plugin's, or None where the engine was started without its connector."""
+        transfer = self.vllm_config.kv_transfer_config
+        if transfer is None or transfer.kv_connector_module_path != CONNECTOR_MODULE:
+            return None
+        return PluginSettings.parse(transfer.kv_connector_extra_config)
+
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """What every layer keeps, which is also what vLLM groups layers by.
 
@@ -26,10 +33,10 @@ class RemappingWorker:
             UnsupportedEngine: the layers cannot be split into as many groups as the settings say.
         """
         specs = super().get_kv_cache_spec()  # type: ignore[misc]
-        transfer = self.vllm_config.kv_transfer_config
-        if transfer is None or transfer.kv_connector_module_path != CONNECTOR_MODULE:
+        settings = self.settings()
+        if settings is None:
             return specs  # refused later, see `initialize_from_config`
-        groups = PluginSettings.parse(transfer.kv_connector_extra_config).layer_groups
+        groups = settings.layer_groups
         if groups > 1 and self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             raise UnsupportedEngine(
                 f"layer_groups={groups} needs several block tables; drop --disable-hybrid-kv-cache-manager, or set "
