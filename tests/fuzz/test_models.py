@@ -77,6 +77,14 @@ def test_configurations(tmp_path: Path, data: st.DataObject) -> None:
         assert described.layers >= 0
 
 
+def test_architectures_that_are_no_list(tmp_path: Path) -> None:
+    """`true` ended in a TypeError."""
+    for architectures in (True, 7, "LlamaForCausalLM"):
+        (tmp_path / "config.json").write_text(json.dumps({**configuration(), "architectures": architectures}))
+        with pytest.raises(BadInput, match="architectures must be a list"):
+            models.load_config(str(tmp_path))
+
+
 class Burglar:
     """Unpickling it makes a folder."""
 

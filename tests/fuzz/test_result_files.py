@@ -142,3 +142,11 @@ def test_settings_of_a_benchmark_that_are_no_object(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text("[1]")
     with pytest.raises(BadInput, match="no settings"):
         RunFolder(tmp_path, {})
+
+
+@pytest.mark.parametrize("name", ["block_size", "block_bytes"])
+def test_blocks_of_no_size(tmp_path: Path, name: str) -> None:
+    """`jointkv report html` divided by a block size of 0."""
+    (tmp_path / "result.json").write_text(json.dumps({**serving(), name: False}))
+    with pytest.raises(BadInput, match=name):
+        read(tmp_path / "result.json")

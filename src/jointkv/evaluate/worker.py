@@ -200,7 +200,9 @@ def _read_lines(stream: IO[bytes], lines: queue.Queue[str | None]) -> None:
 
 
 def run_job(job: dict[str, Any], progress: Progress | None = None) -> Iterator[MethodRow]:
-    """Load the model of `job` and run its methods; raises `BadInput` for what is no job, or an unknown method."""
+    """Load the model of `job` and run its methods; raises `BadInput` for what is no job, a method
+    that is unknown, or a model that cannot be loaded.
+    """
     if job.get("format") != JOB_FORMAT:
         raise BadInput(f"a job of format {JOB_FORMAT} expected, got {str(job.get('format'))[:40]}")
     try:
@@ -210,7 +212,10 @@ def run_job(job: dict[str, Any], progress: Progress | None = None) -> Iterator[M
     wanted = [(get_method(each.name), each.level) for each in asked.methods]
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=asked.dtype, trust_remote_code=False).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=asked.dtype, trust_remote_code=False).eval()
+    except Exception as error:  # transformers checks little of what it reads
+        raise BadInput(f"cannot load the model {asked.model}: {type(error).__name__}: {error}") from error
     requests = [Request(each.prompt, each.continuation, "") for each in asked.requests]
     batch = Batch(model, requests, asked.block_size)
     return iter_methods(batch, wanted, asked.generate, progress, traffic=asked.traffic)

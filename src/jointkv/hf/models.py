@@ -167,8 +167,11 @@ def _require_kv_cache(config: "PreTrainedConfig", name: str) -> None:
         raise UnsupportedModel(f"{name}: {config.model_type} is an encoder-decoder; jointkv needs a decoder-only one")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(f"{name}: {config.model_type} is not a causal language model")
+    architectures = config.architectures or []
+    if not isinstance(architectures, list):
+        raise BadInput(f"{name}: config.json is malformed: architectures must be a list")
     # Masked language models share a configuration class with their decoder variant.
-    if any("ForMaskedLM" in architecture for architecture in config.architectures or ()):
+    if any("ForMaskedLM" in str(architecture) for architecture in architectures):
         raise UnsupportedModel(f"{name}: {config.model_type} was trained to fill masks and keeps no KV cache")
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if "past_key_values" not in inspect.signature(model_class.forward).parameters:

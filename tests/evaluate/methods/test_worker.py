@@ -154,6 +154,14 @@ def test_another_format_is_refused():
         run_job({"format": "other/2"})
 
 
+def test_a_model_that_is_not_there_is_bad_input(saved):
+    """The worker ended with a traceback of transformers."""
+    batch, folder = saved
+    job = make_job(batch, [(get_method("semantic"), 0.9)], model_folder=folder, generate=1)
+    with pytest.raises(BadInput, match="cannot load the model /nowhere"):
+        run_job({**json.loads(json.dumps(job)), "model": "/nowhere"})
+
+
 def test_usage(capsys):
     assert main([]) == 2
     assert "JOB.json RESULT.jsonl" in capsys.readouterr().err

@@ -224,8 +224,8 @@ class ServingResult(Record):
     traffic_description: str
     requests: int
     output_tokens: int
-    block_size: int
-    block_bytes: int
+    block_size: int = Field(ge=1)
+    block_bytes: int = Field(ge=1)
     dtype: str
     seed: int
     rounds: int
