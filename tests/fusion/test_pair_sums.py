@@ -17,7 +17,7 @@ from jointkv import native
 from jointkv.blocks import served_errors
 from jointkv.errors import LayoutError, NativeUnavailable
 from jointkv.fusion import pair_sums as module
-from jointkv.fusion.pair_sums import pair_cosines, pair_errors, pair_sums, pair_sums_reference
+from jointkv.fusion.pair_sums import pair_cosines, pair_errors, pair_sums, pair_sums_reference, with_own_norms
 from jointkv.fusion.tree import within_bound
 from jointkv.packed import PACKED_DTYPES, PackedPages
 
@@ -126,6 +126,30 @@ def test_errors_are_those_of_a_plain_cache(cache, aggregate, by_kernel):
         assert torch.equal(mine.isfinite(), theirs.isfinite())
         finite = theirs.isfinite()
         torch.testing.assert_close(mine[finite], theirs[finite], rtol=1e-4, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=150)
+@given(cache=caches())
+def test_own_norms_bring_a_page_nearer_or_are_left_out(cache):
+    plain, pages, own, other = cache
+    plainly = pair_sums_reference(pages, own, other)
+    sums, factors = with_own_norms(plainly)
+    assert factors.shape == (len(own), pages.num_layers, 2) and (factors > 0).all() and factors.isfinite().all()
+    expected = []
+    for side, vectors in enumerate(plain.vectors(torch.arange(plain.num_pages))):
+        tokens = vectors.double().unflatten(-1, (plain.block_size, -1))
+        x, y = tokens[:, own], tokens[:, other] * factors[:, :, side].T[..., None, None]
+        expected.append(torch.stack([part.square().sum(-1) for part in (x - y, x, y)], -1))
+    expected = torch.stack(expected, 2).transpose(0, 1)
+    known = expected.isfinite()
+    size = expected[..., 1:].sum(-1, keepdim=True).expand_as(expected)
+    assert ((sums - expected).abs()[known] <= 1e-5 * size[known] + 1e-37).all()
+    before, after = (part.sum(3)[..., 0] for part in (plainly, sums))
+    assert (after <= before)[before.isfinite()].all()
+    assert torch.equal((sums[..., 0] == 0).all(3), (plainly[..., 0] == 0).all(3)), "alike only where it was"
+    kept = (factors != 1) & (size.sum(3)[..., 1] > 1e-20)
+    norms = expected.sum(3)
+    torch.testing.assert_close(norms[..., 2][kept], norms[..., 1][kept], rtol=1e-4, atol=0)
 
 
 @settings(deadline=None, max_examples=100)

@@ -19,6 +19,8 @@ from jointkv.packed import PACKED_DTYPES, PackedPages, RowPatterns
 SOURCE = Path(__file__).with_suffix(".c")
 
 UNLIKE_NORMS = 1e4
+MOST_FACTOR = 8.0
+"""Norms that are further apart are left as they are."""
 
 
 def pair_sums(pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
@@ -79,6 +81,36 @@ def pair_cosines(sums: Tensor) -> tuple[Tensor, Tensor]:
     known = torch.minimum(own, other) * UNLIKE_NORMS**2 >= torch.maximum(own, other)
     key, value = ((own + other - difference) / 2 * inverse * known).mean(1).unbind(1)
     return key, value
+
+
+def with_own_norms(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """What becomes of `sums` when `own` reads the direction of `other` with its own norm: a factor on K and one on V.
+
+    Of every layer and side; 1 where the page as it stands is nearer. With norms `a` and `b` of `own` and `other`, which
+    are `d` apart, the square of what is left is `a/b (d^2 - (1 - a/b)^2 b^2)`.
+
+    Args:
+        sums: from `pair_sums`.
+
+    Returns:
+        Sums of `own - factor * other`, `own` and `factor * other`, and the factors, `[n, layers, 2]`, above 0.
+    """
+    whole = sums.sum(3)
+    factor = (whole[..., 1] / whole[..., 2]).sqrt()
+    factor = torch.where((factor > 1 / MOST_FACTOR) & (factor < MOST_FACTOR), factor, 1.0)
+    scaled = _scaled(sums, factor[..., None])
+    nearer = scaled[..., 0].sum(3) < whole[..., 0]
+    factor = torch.where(nearer, factor, 1.0)
+    return torch.where((factor == 1)[..., None, None], sums, scaled), factor
+
+
+def _scaled(sums: Tensor, factor: Tensor) -> Tensor:
+    """Sums when `other` is multiplied by `factor [n, layers, 2, 1]`, which is not 1."""
+    difference, own, other = sums.unbind(-1)
+    apart = factor * difference + (1 - factor) * (own - factor * other)
+    # Rounding must not make it 0, which stands for equal tokens.
+    least = (RESOLUTION * own).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.stack((torch.maximum(apart, least), own, factor.square() * other), -1)
 
 
 def _checked(pages: PackedPages, index: Tensor) -> Tensor:

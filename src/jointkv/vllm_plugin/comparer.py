@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from jointkv.errors import IntegrityError
-from jointkv.fusion.pair_sums import pair_cosines, pair_errors, pair_sums
+from jointkv.fusion.pair_sums import pair_cosines, pair_errors, pair_sums, with_own_norms
 from jointkv.fusion.tree import within_bound
 from jointkv.packed import PackedPages
 from jointkv.policy import FusionPolicy
 from jointkv.state import bookkeeping
 from jointkv.vllm_plugin.messages import Inquiry, Remap, Verdict
+from jointkv.vllm_plugin.norms import OwnNorms
 
 
 class PageComparer:
@@ -24,34 +25,44 @@ class PageComparer:
     Args:
         policy: its thresholds; one per layer group where they differ.
         groups: pages of each KV-cache group that takes part, by group number.
+        norms: takes the factors, where blocks keep their own norms.
     """
 
-    def __init__(self, policy: FusionPolicy, groups: dict[int, PackedPages]) -> None:
+    def __init__(self, policy: FusionPolicy, groups: dict[int, PackedPages], norms: OwnNorms | None = None) -> None:
         self.policy = policy
         self.groups = groups
+        self.norms = norms
         self._threshold_of = {number: place for place, number in enumerate(sorted(groups))}
         for pages in groups.values():  # builds the kernel now rather than inside the first request
             pair_sums(pages, torch.tensor([0]), torch.tensor([0]))
 
     @bookkeeping
     def answer(self, inquiry: Inquiry) -> Verdict:
-        """Compare the pairs of `inquiry`. Changes nothing."""
+        """Compare the pairs of `inquiry`. Changes nothing but what `norms` proposes."""
         start = time.perf_counter()
         count = len(inquiry.group)
         accepted = np.zeros(count, bool)
         errors = np.full((3, count), np.inf, np.float32)
+        factors = None if self.norms is None else torch.ones(count, self.norms.layers, 2)
         for number in np.unique(inquiry.group):
             chosen = inquiry.group == number
             own, other = (torch.from_numpy(pages[chosen]) for pages in (inquiry.own, inquiry.other))
-            accepted[chosen], errors[:, chosen] = self._compare(int(number), own, other)
+            sums = pair_sums(self.groups[int(number)], own, other)
+            cosines = pair_cosines(sums)
+            if factors is not None and self.norms is not None and self.norms.enabled:
+                sums, factors[torch.from_numpy(chosen)] = with_own_norms(sums)
+            accepted[chosen], errors[:, chosen] = self._judged(int(number), sums, cosines)
+        if factors is not None and self.norms is not None:
+            self.norms.propose(inquiry.step, factors)
         return Verdict(inquiry.step, accepted, *errors, seconds=time.perf_counter() - start)
 
-    def _compare(self, number: int, own: torch.Tensor, other: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        sums = pair_sums(self.groups[number], own, other)
+    def _judged(
+        self, number: int, sums: torch.Tensor, cosines: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[np.ndarray, np.ndarray]:
         errors = pair_errors(sums, self.policy.across_layers)
         group = self._threshold_of[number]
         accepted = within_bound(errors, self.policy, group) & ~errors.token.isnan()
-        for name, cosine in zip(("key_threshold", "value_threshold"), pair_cosines(sums), strict=True):
+        for name, cosine in zip(("key_threshold", "value_threshold"), cosines, strict=True):
             threshold = self.policy.threshold(name, group)
             if threshold is not None:
                 accepted &= cosine >= threshold
@@ -63,7 +74,7 @@ def apply_remaps(runner: Any, remaps: Sequence[Remap]) -> None:
 
     A request that has left the runner is passed over: its table is gone with it.
     """
-    for request_id, group, slot, page in remaps:
+    for request_id, group, slot, page, *_ in remaps:
         request = runner.requests.get(request_id)
         if request is None or slot >= len(request.block_ids[group]):
             continue

@@ -24,6 +24,7 @@ from jointkv.vllm_plugin.comparer import PageComparer, apply_remaps, check_table
 from jointkv.vllm_plugin.compatibility import check_engine
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.metrics import JointPromMetrics, JointStats
+from jointkv.vllm_plugin.norms import OwnNorms
 from jointkv.vllm_plugin.pages import packed_pages
 from jointkv.vllm_plugin.recovery import Recovery
 from jointkv.vllm_plugin.scheduler import FusionScheduler
@@ -72,6 +73,7 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         self._last_step = 0
         self._apply_seconds = 0.0
         self.readings: dict[int, Any] = {}
+        self.norms: OwnNorms | None = None
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -244,26 +246,21 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
                 raise LayoutError("the attention kernel splits pages into smaller blocks; set --block-size to its size")
             chosen = [layers[name] for name in group.layer_names]
             pages[number] = packed_pages(chosen, self._kv_cache_config.num_blocks, group.kv_cache_spec.block_size)
-        self._comparer = PageComparer(self.settings.policy(), pages)
-        if self.settings.attention != "engine":
-            self._share_pages(layers)
+        if self.settings.shares_reading:
+            self._share_reading()
+        self._comparer = PageComparer(self.settings.policy(), pages, self.norms)
 
-    def _share_pages(self, layers: dict[str, Any]) -> None:
+    def _share_reading(self) -> None:
         """Let attention read shared pages once; where that cannot be, the engine's own attention stays."""
         try:
             if self._vllm_config.device_config.device_type != "cpu":
                 raise LayoutError("attention that reads shared pages once is there for CPUs only")
-            from jointkv.vllm_plugin.cpu_attention import share_pages
+            from jointkv.vllm_plugin.shared_reading import share_reading
 
-            for number in self.groups:
-                group = self._kv_cache_config.kv_cache_groups[number]
-                chosen = [layers[name] for name in group.layer_names]
-                longest = self._vllm_config.model_config.max_model_len
-                self.readings[number] = share_pages(
-                    chosen, group.kv_cache_spec.block_size, longest, measured=self.settings.attention == "auto"
-                )
+            self.readings, self.norms = share_reading(self._runner, self._kv_cache_config, self.groups, self.settings)
         except (LayoutError, NativeUnavailable) as error:
-            logger.warning("every request reads its pages for itself, by vLLM's attention: %s", error)
+            without = " and as they stand" if self.settings.own_norms else ""
+            logger.warning("every request reads its pages for itself%s, by vLLM's attention: %s", without, error)
 
     def apply(self, inquiry: Inquiry) -> None:
         """Replace the block table entries that the scheduler has committed, before the step is prepared.
@@ -280,7 +277,14 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         if inquiry.step > self._last_step:
             self._last_step = inquiry.step
             apply_remaps(self._runner, inquiry.remaps)
+            if self.norms is not None:
+                self.norms.commit(inquiry.remaps)
         self._apply_seconds += time.perf_counter() - start
+
+    def follow(self, output: SchedulerOutput) -> None:
+        """Forget the norms of blocks that are gone, before the step is prepared."""
+        if self.norms is not None:
+            self.norms.follow(output, {number: reading.block_size for number, reading in self.readings.items()})
 
     def build_connector_worker_meta(self) -> Verdict | None:
         """Compare what the scheduler asked for, after the step has been computed.

@@ -25,7 +25,7 @@ class JointCPUWorker(RemappingWorker, CPUWorker):
 
     def _attention(self) -> contextlib.AbstractContextManager[None]:
         settings = self.settings()
-        if settings is None or settings.attention == "engine":
+        if settings is None or not settings.shares_reading:
             return contextlib.nullcontext()
         changed = differences(CPU_ATTENTION)
         if changed:

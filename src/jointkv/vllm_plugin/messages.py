@@ -15,12 +15,17 @@ KINDS = {"accepted": np.bool_, "key_error": np.float32, "value_error": np.float3
 
 
 class Remap(NamedTuple):
-    """From now on `request_id` reads `page` at `slot` of its table of `group`."""
+    """From now on `request_id` reads `page` at `slot` of its table of `group`.
+
+    `step` and `pair` say which answer of the workers this follows from: they may have to read it with factors.
+    """
 
     request_id: str
     group: int
     slot: int
     page: int
+    step: int = 0
+    pair: int = 0
 
 
 @dataclass

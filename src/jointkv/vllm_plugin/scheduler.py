@@ -250,7 +250,9 @@ class FusionScheduler:
         for choice in allowed[worst[allowed].argsort(kind="stable")]:
             page = member.candidates[choice]
             if self._written[page] <= verdict.step:
-                self._merge(member, page, exact=max(worst[choice], token[choice]) == 0)
+                self._merge(
+                    member, page, verdict.step, pairs.start + int(choice), max(worst[choice], token[choice]) == 0
+                )
                 self.statistics.merged(float(worst[choice]))
                 self._observe(
                     member.tracked, member.group, member.slot, [float(max(worst[choice], token[choice] / TOKEN_SLACK))]
@@ -280,7 +282,7 @@ class FusionScheduler:
             logger.info(self.adaptation.describe(group, move))
             self.statistics.add("bounds_tightened" if move.direction == "tighten" else "bounds_loosened")
 
-    def _merge(self, member: Member, page: int, exact: bool) -> None:
+    def _merge(self, member: Member, page: int, step: int, pair: int, exact: bool) -> None:
         tracked, start = member.tracked, member.slot * self._block_size
         entry, private_from = (tracked.request.request_id, member.group, member.slot), tracked.private_from
         new = not exact and (private_from is None or start < private_from)
@@ -293,7 +295,7 @@ class FusionScheduler:
         finally:  # whatever goes wrong, the workers' tables must follow the scheduler's
             block = self.tables.block(*entry)
             if block is not None and block.block_id == page:
-                self._remaps.append(Remap(*entry, page))
+                self._remaps.append(Remap(*entry, page, step, pair))
         if tracked.private_from is not None and start >= tracked.private_from:
             self.tables.answer_for(tracked.request, start, private_from if new else start + self._block_size)
         self.index.prefer(page)

@@ -37,6 +37,9 @@ class PluginSettings(BaseModel):
         attention: what reads the pages. `"engine"`: vLLM's own kernels, which read a page for every request that
             uses it. `"shared"`: on the CPU, a kernel that reads it once for all of them; equal up to rounding.
             `"auto"`: that one wherever a measurement at start says that it is faster.
+        own_norms: a block that reads another's page keeps its own norms of K and V in every layer where that brings it
+            nearer, so that more blocks are within a bound. It makes `attention` `"shared"`, and where that cannot be
+            had, pages are read as they stand.
         profile: what `jointkv calibrate` wrote, for this model and block size. Options given beside it win; a bound
             given beside it is the limit up to which the profile's bound is adapted, which else is the profile's own.
         adapt: with a profile, move its bounds when the live errors are not those that were calibrated.
@@ -63,6 +66,7 @@ class PluginSettings(BaseModel):
     max_blocks_per_step: int = Field(default=256, ge=1)
     isolation: Literal["salt", "strict"] = "salt"
     attention: Literal["engine", "auto", "shared"] = "engine"
+    own_norms: bool = False
     profile: Path | None = None
     adapt: bool = True
     retry_after: float | None = Field(default=60.0, ge=0.0, allow_inf_nan=False)
@@ -93,6 +97,11 @@ class PluginSettings(BaseModel):
             raise BadInput(f"jointkv: option {name}: {problem['msg']}, got {problem['input']!r}") from None
         settings.policy()
         return settings
+
+    @property
+    def shares_reading(self) -> bool:
+        """Whether pages are to be read once for all requests, always or where it is faster."""
+        return self.own_norms or self.attention != "engine"
 
     @property
     def adapts(self) -> bool:

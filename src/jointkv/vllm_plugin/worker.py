@@ -69,4 +69,5 @@ class RemappingWorker:
         connector = get_kv_transfer_group()
         with self.model_runner.synchronize_input_prep():
             connector.apply(scheduler_output.kv_connector_metadata)
+            connector.follow(scheduler_output)
         return super().execute_model(scheduler_output)  # type: ignore[misc]
