@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,33 +21,39 @@ Prepare = Callable[[Tensor, Tensor, Tensor], Callable[[], object]]
 """Gets attention ready for (block tables `[rows, slots]`, lengths `[rows]`, query lengths `[rows]`), all int32."""
 
 
-@dataclass(frozen=True)
-class Switch:
-    """What a block of a sequence costs in decode, in seconds, and whether prompts are read faster as well.
+class Cost(NamedTuple):
+    """Seconds that decode takes: for each page that is read, and for each block of a sequence that one serves."""
 
-    Attributes:
-        engine: by the engine's attention, which reads the page for every sequence.
-        per_page, per_block: by shared-page attention, for reading a page and for each sequence that uses it.
-        prompts: whether shared-page attention reads prompts at least as fast as the engine does.
-    """
-
-    engine: float
     per_page: float
     per_block: float
+
+    def of(self, pages: int, blocks: int) -> float:
+        """Seconds for `blocks` in `pages`."""
+        return self.per_page * pages + self.per_block * blocks
+
+    def __str__(self) -> str:
+        return f"{1e6 * self.per_page:.2f} us a page and {1e6 * self.per_block:.2f} us a block"
+
+
+@dataclass(frozen=True)
+class Switch:
+    """What both attentions cost, and whether shared-page attention reads prompts at least as fast.
+
+    The engine's reads a page for every sequence; shared ones cost it less as well, because they stay in a cache.
+    """
+
+    engine: Cost
+    shared: Cost
     prompts: bool
 
     def pays(self, work: WorkList) -> bool:
         """Whether shared-page attention is expected to do `work` faster."""
-        blocks, pages = len(work.entries.number), len(work.pages.page)
-        decode_pays = self.per_page * pages + self.per_block * blocks < self.engine * blocks
-        return decode_pays and (self.prompts or bool((work.query_lengths == 1).all()))
+        size = len(work.pages.page), len(work.entries.number)
+        return self.shared.of(*size) < self.engine.of(*size) and (self.prompts or bool((work.query_lengths == 1).all()))
 
     def __str__(self) -> str:
-        engine, page, block = (f"{1e6 * seconds:.2f}" for seconds in (self.engine, self.per_page, self.per_block))
-        return (
-            f"a block costs the engine's attention {engine} us, shared-page attention {page} us a page and {block} us "
-            f"a block; prompts are read {'faster' if self.prompts else 'slower'}"
-        )
+        prompts = "faster" if self.prompts else "slower"
+        return f"{self.shared}, against {self.engine} of the engine's attention; prompts are read {prompts}"
 
 
 def measure(
@@ -64,33 +71,40 @@ def measure(
         longest: tokens of a sequence at the most.
         engine, shared: the two.
     """
-    slots = max(1, min(num_pages // ROWS, DECODE_TOKENS // block_size, longest // block_size))
+    slots = max(2, min(DECODE_TOKENS, longest) // block_size)
     apart = torch.arange(ROWS * slots, dtype=torch.int32).remainder(num_pages).view(ROWS, slots)
     alike = apart[torch.arange(ROWS) // SHARERS]
     lengths = torch.full((ROWS,), slots * block_size, dtype=torch.int32)
     decode, prompt = torch.ones_like(lengths), lengths[:1].clamp(max=PROMPT_TOKENS)
 
-    def ours(tables: Tensor, asked: Tensor, share: bool = True) -> Callable[[], object]:
+    def ours(tables: Tensor, asked: Tensor) -> Callable[[], object]:
         work = group_pages(
             tables,
             lengths[: len(tables)],
             block_size,
             query_lengths=asked,
             heads_per_kv_head=heads_per_kv_head,
-            share=share,
         )
         return lambda: shared(work)
 
-    stock, alone, together, prompt_stock, prompt_ours = _seconds(
+    alone, together, own_alone, own_together, prompt_taken, own_prompt_taken = _seconds(
         engine(apart, lengths, decode),
-        ours(apart, decode, share=False),
+        engine(alike, lengths, decode),
+        ours(apart, decode),
         ours(alike, decode),
         engine(apart[:1], lengths[:1], prompt),
         ours(apart[:1], prompt),
     )
     blocks = ROWS * slots
+    return Switch(
+        _cost(alone, together, blocks), _cost(own_alone, own_together, blocks), own_prompt_taken <= prompt_taken
+    )
+
+
+def _cost(alone: float, together: float, blocks: int) -> Cost:
+    """From the time for `blocks` in as many pages, and for as many that `SHARERS` share each."""
     per_page = max(0.0, (alone - together) / (1 - 1 / SHARERS)) / blocks
-    return Switch(stock / blocks, per_page, alone / blocks - per_page, prompt_ours <= prompt_stock)
+    return Cost(per_page, max(0.0, alone / blocks - per_page))
 
 
 def _seconds(*calls: Callable[[], object]) -> list[float]:
