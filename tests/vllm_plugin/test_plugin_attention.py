@@ -53,6 +53,11 @@ def test_the_same_answers_as_with_vllms_attention(calm: Path, caching: bool, blo
         assert logprobs == pytest.approx(expected_logprobs, abs=1e-3)
 
 
+@pytest.mark.hazard(
+    "State",
+    "attention reads shared pages once while requests are merged, preempted, resumed and hit prefixes",
+    "every step is computed, page counts and tables stay right",
+)
 def test_lossy_merges_preemption_and_prefix_hits_at_a_full_pool(calm: Path) -> None:
     prompts = near_prefix(8, shared=320)
     with engine(calm, pages=60, fusion={**LOSSY, "attention": "shared"}, **CHUNKED) as shared:
@@ -78,6 +83,11 @@ def test_measured_at_start_and_used_where_it_pays(calm: Path) -> None:
         assert reading(measured).fault is None
 
 
+@pytest.mark.hazard(
+    "Faults",
+    "attention that reads shared pages once fails in the middle of a step",
+    "that step and all later ones are computed by vLLM's own attention; no token differs",
+)
 @pytest.mark.parametrize("broken", ["shared_reading.group_pages", "cpu_attention.paged_attention"])
 def test_after_an_error_attention_is_vllms(calm: Path, broken: str) -> None:
     with engine(calm, fusion=EXACT) as own:
@@ -93,6 +103,11 @@ def test_after_an_error_attention_is_vllms(calm: Path, broken: str) -> None:
         assert "planted" in reading(shared).fault and shared.statistics["faults"] == 0
 
 
+@pytest.mark.hazard(
+    "Compatibility",
+    "pages lie in an order that attention over shared pages was not written for",
+    "vLLM's own attention is used, and one line in the log says why",
+)
 def test_pages_that_are_not_as_believed_are_left_to_vllm(calm: Path) -> None:
     with (
         patch("jointkv.attention.layouts.LayerPages.confirm", side_effect=LayoutError("never seen")),

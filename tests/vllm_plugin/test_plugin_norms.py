@@ -102,6 +102,11 @@ def audited(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Auditor]]:
     yield auditors
 
 
+@pytest.mark.hazard(
+    "State",
+    "blocks are read with their own norms while requests are preempted and resumed",
+    "every block, its norms included, is within its bound of what was written",
+)
 def test_blocks_are_read_with_their_own_norms(calm: Path, audited: list[Auditor]) -> None:
     with engine(calm, pages=40, fusion={**NORMS, "across_layers": "max"}, **CHUNKED) as own:
         audited.append(Auditor(own))
@@ -129,6 +134,11 @@ def test_more_blocks_are_within_a_bound(calm: Path) -> None:
     assert merged[True] >= merged[False] > 0
 
 
+@pytest.mark.hazard(
+    "Faults",
+    "attention fails while blocks are read with their own norms",
+    "they are computed by its slow definition until their requests end; no token differs",
+)
 def test_after_an_error_no_block_is_read_without_its_factors(calm: Path) -> None:
     outputs = []
     for broken in (False, True):
