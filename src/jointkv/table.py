@@ -150,7 +150,8 @@ class BlockTable:
         """
         if not len(plan):
             return 0
-        inside = (plan.row < self.num_rows).all() and (plan.slot < self.pages.shape[1]).all()
+        limits = ((plan.row, self.num_rows), (plan.slot, self.pages.shape[1]), (plan.page, len(self.pool.references)))
+        inside = all(bool(((part >= 0) & (part < limit)).all()) for part, limit in limits)
         if not inside or not torch.equal(self.pages[plan.row, plan.slot], plan.old_page):
             raise StalePlan("the block table has changed since the plan was made")
         if self.scaled(plan.row, plan.slot).any():

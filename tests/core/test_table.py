@@ -135,7 +135,14 @@ def test_plans_for_blocks_or_pages_that_are_gone_are_stale():
     table = table_of(pool, 1, 2)
     page = int(table.pages[0, 0])
     plan = moving(table, 1, 1, page)
-    for wrong in ({"row": plan.row + 1}, {"slot": plan.slot + 50}, {"page": torch.tensor([pool.num_pages])}):
+    for wrong in (
+        {"row": plan.row + 1},
+        {"slot": plan.slot + 50},
+        {"page": torch.tensor([pool.num_pages])},
+        {"page": torch.tensor([2**40])},
+        {"page": torch.tensor([-1])},
+        {"row": plan.row - 2},
+    ):
         with pytest.raises(StalePlan):
             table.apply(dataclasses.replace(plan, **wrong))
     table.truncate(torch.tensor([0, 2]))

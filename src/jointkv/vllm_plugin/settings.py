@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -94,7 +95,7 @@ class PluginSettings(BaseModel):
         except ValidationError as error:
             problem = error.errors()[0]
             name = ".".join(str(part) for part in problem["loc"])
-            raise BadInput(f"jointkv: option {name}: {problem['msg']}, got {problem['input']!r}") from None
+            raise BadInput(f"jointkv: option {name}: {problem['msg']}, got {shown(problem['input'])}") from None
         settings.policy()
         return settings
 
