@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet -e ".[eval,docs,dev]"
+	$(BIN)/pip install --quiet -e ".[eval,docs,gpu,dev]"
 	touch $@
 
 # vLLM pins its own versions, so it lives in an environment beside the other one. The CPU wheel brings CUDA builds of

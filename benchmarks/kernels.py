@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import kernels_gpu
 from jointkv.attention.cpu import paged_attention
 from jointkv.attention.grouping import group_pages
 from jointkv.attention.layouts import LayerPages
@@ -280,9 +281,8 @@ def measure_cpu(repeats: int, options: argparse.Namespace) -> dict[str, Any]:
     return {"clock": options.clock, "measured_speed": speeds, "rows": rows}
 
 
-def measure_gpu(repeats: int, options: argparse.Namespace) -> dict[str, Any] | str:
-    """Nothing is written for GPUs here yet, so their rows cannot be measured even where there is one."""
-    return NOT_MEASURED
+def measure_gpu(repeats: int) -> dict[str, Any] | str:
+    return kernels_gpu.measure(torch.device("cuda"), repeats) if torch.cuda.is_available() else NOT_MEASURED
 
 
 def goals(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -298,9 +298,12 @@ def goals(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def run(output: Path, repeats: int = 5, options: argparse.Namespace | None = None) -> None:
     options = options or arguments([])
+    gpu = measure_gpu(repeats)
+    if options.device == "cuda":
+        write(output, "kernels_gpu", gpu if isinstance(gpu, dict) else {"headline": {"gpu": gpu}})
+        return
     cpu = measure_cpu(repeats, options)
-    result = {"headline": goals(cpu["rows"]), "cpu": cpu, "gpu": measure_gpu(repeats, options)}
-    write(output, "kernels", result)
+    write(output, "kernels", {"headline": goals(cpu["rows"]), "cpu": cpu, "gpu": gpu})
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -310,6 +313,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     parser.add_argument("--sharing", type=int, nargs="+", default=list(SHARING), help="sequences a page; divide 32")
     parser.add_argument("--cores", type=int, nargs="+", default=sorted({1, min(2, os.cpu_count() or 1)}))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the GPU's rows only")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: on one core of a busy machine")
     parser.add_argument("--output", type=Path, default=Path("out/bench"))

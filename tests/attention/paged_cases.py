@@ -158,3 +158,44 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
     """The largest over queries and heads."""
     apart = torch.linalg.vector_norm(found.double() - truth, dim=-1)
     return float((apart / torch.linalg.vector_norm(truth, dim=-1)).max())
+
+
+def compare(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    assert relative_error(found[0], truth[0]) < TOLERANCE[dtype]
+    torch.testing.assert_close(found[1].double(), truth[1].double(), rtol=1e-4, atol=1e-4)
+
+
+def long_batch(rows: int = 24, slots: int = 40, shared: int = 30, queries: int = 1) -> tuple[Batch, int]:
+    """Contexts of which `shared` pages are the same, and how many pages there are."""
+    tables = torch.arange(rows * slots).view(rows, slots)
+    tables[:, :shared] = torch.arange(shared)
+    lengths = torch.randint((slots - 2) * 16, slots * 16, (rows,), generator=torch.Generator().manual_seed(0))
+    asked = torch.full((rows,), queries)
+    return Batch(tables, lengths, asked, 16, None, None, None, None, None), rows * slots
+
+
+def small_case(order: Order = "rows", dtype: torch.dtype = torch.float32) -> tuple[Batch, LayerPages]:
+    """Two sequences that share a page, and their pages of two heads."""
+    tables = torch.tensor([[0, 1, 2], [0, 3, 4]])
+    batch = Batch(tables, torch.tensor([40, 48]), torch.ones(2, dtype=torch.long), 16, None, None, None, None, None)
+    return batch, fill(batch, 5, 2, (16, 32), dtype, order, 0)
+
+
+SCALES = torch.ones(2, 3)
+
+REFUSED: dict[str, dict[str, Tensor]] = {
+    "queries without heads": {"query": torch.zeros(2, 16)},
+    "queries in float64": {"query": torch.zeros(2, 4, 16, dtype=torch.float64)},
+    "queries of another size": {"query": torch.zeros(2, 4, 32)},
+    "too few queries": {"query": torch.zeros(1, 4, 16)},
+    "query heads no multiple": {"query": torch.zeros(2, 3, 16)},
+    "more query heads than the work was cut for": {"query": torch.zeros(2, 8, 16)},
+    "K scales of another shape": {"k_scale": torch.ones(2, 2)},
+    "V scales of another shape": {"v_scale": torch.ones(6)},
+    "a scale of zero": {"k_scale": SCALES * torch.tensor([1.0, 0.0, 1.0])},
+    "a negative scale": {"v_scale": SCALES * torch.tensor([1.0, -1.0, 1.0])},
+    "a scale that is infinite": {"k_scale": SCALES * torch.inf},
+    "a scale that is no number": {"v_scale": SCALES * torch.nan},
+    "scales that are integers": {"k_scale": torch.ones(2, 3, dtype=torch.long)},
+}
+"""Changes to a call with `small_case`, `SCALES` and queries `[2, 4, 16]`."""

@@ -10,7 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention.paged_cases import TOLERANCE, Batch, batches, expected, fill, relative_error, stored, turn
+from attention.paged_cases import (
+    REFUSED,
+    SCALES,
+    TOLERANCE,
+    Batch,
+    batches,
+    compare,
+    expected,
+    fill,
+    long_batch,
+    relative_error,
+    small_case,
+    stored,
+    turn,
+)
 from jointkv import native
 from jointkv.attention import cpu
 from jointkv.attention.cpu import paged_attention
@@ -37,11 +51,6 @@ def attend(batch, pages, query, threads=1, share=True, scale=None):
     found = paged_attention(query, pages, work, k_scale=batch.k_scale, v_scale=batch.v_scale, scale=scale, turn=turn)
     torch.set_num_threads(1)
     return found, expected(query, pages, batch, scale)
-
-
-def compare(found, truth, dtype):
-    assert relative_error(found[0], truth[0]) < TOLERANCE[dtype]
-    torch.testing.assert_close(found[1].double(), truth[1].double(), rtol=1e-4, atol=1e-4)
 
 
 @needs_compiler
@@ -79,14 +88,6 @@ def test_pages_by_pairs(case, heads, group, sizes):
     pages = fill(batch, num_pages, heads, (sizes, sizes), torch.bfloat16, "pairs", 0)
     query = torch.randn(int(batch.query_lengths.sum()), heads * group, sizes).bfloat16()
     compare(*attend(batch, pages, query), torch.bfloat16)
-
-
-def long_batch(rows=24, slots=40, shared=30, queries=1):
-    tables = torch.arange(rows * slots).view(rows, slots)
-    tables[:, :shared] = torch.arange(shared)
-    lengths = torch.randint((slots - 2) * 16, slots * 16, (rows,), generator=torch.Generator().manual_seed(0))
-    asked = torch.full((rows,), queries)
-    return Batch(tables, lengths, asked, 16, None, None, None, None, None), rows * slots
 
 
 @needs_compiler
@@ -182,12 +183,6 @@ def test_a_plain_processor_will_do(flags, fresh, monkeypatch, tmp_path):
             compare(*attend(batch, pages, torch.randn(3, 6, 64).to(dtype)), dtype)
 
 
-def small_case(order="rows", dtype=torch.float32):
-    tables = torch.tensor([[0, 1, 2], [0, 3, 4]])
-    batch = Batch(tables, torch.tensor([40, 48]), torch.ones(2, dtype=torch.long), 16, None, None, None, None, None)
-    return batch, fill(batch, 5, 2, (16, 32), dtype, order, 0)
-
-
 def test_without_a_compiler_the_definition_does_it_and_says_so_once(fresh, monkeypatch):
     monkeypatch.setenv("CC", "/nowhere/cc")
     batch, pages = small_case()
@@ -198,25 +193,6 @@ def test_without_a_compiler_the_definition_does_it_and_says_so_once(fresh, monke
         for _ in range(2):
             compare(*attend(batch, pages, torch.randn(2, 4, 16)), torch.float32)
     assert [str(warning.message).count("install gcc") for warning in said] == [1]
-
-
-SCALES = torch.ones(2, 3)
-
-REFUSED = {
-    "queries without heads": {"query": torch.zeros(2, 16)},
-    "queries in float64": {"query": torch.zeros(2, 4, 16, dtype=torch.float64)},
-    "queries of another size": {"query": torch.zeros(2, 4, 32)},
-    "too few queries": {"query": torch.zeros(1, 4, 16)},
-    "query heads no multiple": {"query": torch.zeros(2, 3, 16)},
-    "more query heads than the work was cut for": {"query": torch.zeros(2, 8, 16)},
-    "K scales of another shape": {"k_scale": torch.ones(2, 2)},
-    "V scales of another shape": {"v_scale": torch.ones(6)},
-    "a scale of zero": {"k_scale": SCALES * torch.tensor([1.0, 0.0, 1.0])},
-    "a negative scale": {"v_scale": SCALES * torch.tensor([1.0, -1.0, 1.0])},
-    "a scale that is infinite": {"k_scale": SCALES * torch.inf},
-    "a scale that is no number": {"v_scale": SCALES * torch.nan},
-    "scales that are integers": {"k_scale": torch.ones(2, 3, dtype=torch.long)},
-}
 
 
 @pytest.mark.parametrize("changes", REFUSED.values(), ids=REFUSED)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jointkv import native
 from jointkv.attention import reference
+from jointkv.attention.checks import check, check_scale, with_turned
 from jointkv.attention.layouts import PAGE_DTYPES, LayerPages
 from jointkv.attention.reference import Turn
 from jointkv.attention.work import NativeWork, WorkList
@@ -56,16 +57,15 @@ def paged_attention(
     Raises:
         LayoutError: shapes, dtypes or scales that do not fit, or a shift without `turn`.
     """
-    _check(query, pages, work, turn)
+    if pages.device.type != "cpu":
+        raise LayoutError(f"pages of {pages.dtype} on {pages.device} are not supported")
+    check(query, pages, work, turn)
     scales = _checked_scales(work, k_scale, v_scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     kernel = _kernel()
     if kernel is None:
         return _by_reference(query, pages, work, *scales, scale=scale, turn=turn)
-    rows = query.float()
-    if work.turned and turn is not None:
-        rows = torch.cat([rows, *_turned(rows, work, turn)])
-    rows = rows.contiguous()
+    rows = with_turned(query.float(), work, turn).contiguous()
     heads, size = query.shape[1], pages.value_size
     output = torch.empty(len(query), heads, size)
     log_sum = torch.empty(len(query), heads)
@@ -81,35 +81,6 @@ def paged_attention(
     return output.to(query.dtype), log_sum
 
 
-def _turned(rows: Tensor, work: WorkList, turn: Turn) -> list[Tensor]:
-    found = []
-    for shift, which in work.turned:
-        asked = rows[torch.from_numpy(which)]
-        found.append(turn(asked, -shift).float())
-        if found[-1].shape != asked.shape:
-            raise LayoutError(f"turning queries {list(asked.shape)} gave {list(found[-1].shape)}")
-    return found
-
-
-def _check(query: Tensor, pages: LayerPages, work: WorkList, turn: Turn | None) -> None:
-    if query.dim() != 3 or query.dtype not in PAGE_DTYPES or query.device.type != "cpu":
-        raise LayoutError(f"queries must be [n, heads, d] of a known dtype, got {query.dtype} {list(query.shape)}")
-    if query.shape[0] != work.num_queries or query.shape[2] != pages.key_size:
-        raise LayoutError(f"queries {list(query.shape)}: {work.num_queries} of size {pages.key_size} are asked for")
-    if query.shape[1] != pages.num_heads * work.heads_per_kv_head:
-        raise LayoutError(
-            f"{query.shape[1]} query heads for {pages.num_heads} KV heads, "
-            f"the work list was made for {work.heads_per_kv_head} each"
-        )
-    if work.block_size != pages.block_size or work.num_pages > pages.num_pages:
-        raise LayoutError(
-            f"the tables name {work.num_pages} pages of {work.block_size} tokens, "
-            f"there are {pages.num_pages} of {pages.block_size}"
-        )
-    if work.turned and turn is None:
-        raise LayoutError("a block reference has a position shift and no rotary embedding was given")
-
-
 def _checked_scales(
     work: WorkList, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -118,11 +89,7 @@ def _checked_scales(
         return None, None
     tables = [torch.ones(work.shape) if table is None else table for table in (k_scale, v_scale)]
     for table in tables:
-        if table.shape != work.shape or not table.is_floating_point():
-            raise LayoutError(f"scales must be {list(work.shape)}, got {table.dtype} {list(table.shape)}")
-        least, most = torch.aminmax(table)
-        if not (least > 0 and most < torch.inf):
-            raise LayoutError("scales must be positive and finite")
+        check_scale(table, work)
     key, value = (table.to("cpu", torch.float32).contiguous() for table in tables)
     return key, value
 

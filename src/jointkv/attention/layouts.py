@@ -1,4 +1,4 @@
-"""Where K and V lie in the pages of a layer in CPU memory, in the orders that were seen; others are refused by name."""
+"""Where K and V lie in the pages of a layer, in the orders that were seen; others are refused by name."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ class LayerPages:
 
     def __post_init__(self) -> None:
         keys, values = self.keys, self.values
-        if keys.dtype not in PAGE_DTYPES or values.dtype != keys.dtype or keys.device.type != "cpu":
+        if keys.dtype not in PAGE_DTYPES or values.dtype != keys.dtype or values.device != keys.device:
             raise LayoutError(f"pages of {keys.dtype} and {values.dtype} on {keys.device} are not supported")
+        if self.order != "rows" and keys.device.type != "cpu":
+            raise LayoutError(f"pages by {self.order} on {keys.device} were never seen")
         if self.order == "pairs" and keys.dtype != torch.bfloat16:
             raise LayoutError(f"pages by pairs are bfloat16, got {keys.dtype}")
         if (values.shape[0], self.num_heads, self.block_size) != (keys.shape[0], *self._value_shape[:2]):
@@ -95,6 +97,10 @@ class LayerPages:
         return self.keys.shape[0]
 
     @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.keys.dtype
 
@@ -141,9 +147,9 @@ class LayerPages:
         generator = torch.Generator().manual_seed(0)
         shape = (self.block_size, self.num_heads)
         key, value = (
-            torch.randn(*shape, size, generator=generator).to(self.dtype) for size in (self.key_size, self.value_size)
+            torch.randn(*shape, size, generator=generator).to(self.keys) for size in (self.key_size, self.value_size)
         )
-        write(key, value, page * self.block_size + torch.arange(self.block_size))
+        write(key, value, page * self.block_size + torch.arange(self.block_size, device=self.device))
         found = [part[page] for part in self.read()]
         agrees = torch.equal(found[0], key) and torch.equal(found[1], value)
         self.keys[page].zero_()

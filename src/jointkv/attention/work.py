@@ -6,10 +6,11 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from jointkv.errors import IntegrityError, LayoutError
@@ -150,6 +151,11 @@ class WorkList:
         """The arrays' addresses: they are changed in place only."""
         arrays = (*self.items, *self.pages, *self.queries, self.entries.number, *self.merge)
         return NativeWork(*(array.ctypes.data for array in arrays), len(self.items.page_from), self.num_queries)
+
+    @cached_property
+    def copies(self) -> dict[torch.device, Any]:
+        """What kernels keep of the list on other devices."""
+        return {}
 
     def grow(self, lengths: Tensor) -> None:
         """Let sequences that decode have `lengths [rows]` tokens; changes the list in place.

@@ -1,0 +1,60 @@
+"""Compiles the Triton kernels, as gpu.py calls them, for a GPU that need not be there. Run by test_triton_kernel.py: a
+process that has Triton's interpreter has no compiler."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from attention.paged_cases import small_case, turn
+from jointkv.attention import gpu, paged_triton
+
+
+class Compiled:
+    """A kernel that is compiled where it would be started."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def compile_only(*arguments: Any, **constants: Any) -> None:
+            made = self.kernel.warmup(*arguments, grid=grid, **constants)
+            print(
+                self.kernel.__name__, constants, "bytes of shared memory:", made.metadata.shared, made.metadata.target
+            )
+
+        return compile_only
+
+
+def no_gpu(capability: int) -> SimpleNamespace:
+    """What Triton asks a driver before it compiles."""
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: capability,
+        get_current_stream=lambda device: 0,
+    )
+
+
+def main() -> None:
+    kernels = {name: Compiled(getattr(paged_triton, name)) for name in ("attend", "merge")}
+    gpu._kernels = lambda: SimpleNamespace(INTERPRETED=triton.language.constexpr(True), **kernels)
+    triton.runtime.driver.set_active(no_gpu(90))
+    batch, pages = small_case(dtype=torch.bfloat16)
+    batch.query_lengths = torch.tensor([20, 20])
+    gpu.paged_attention(torch.zeros(40, 4, 16).bfloat16(), pages, batch.group(heads_per_kv_head=2, share=False))
+    triton.runtime.driver.set_active(no_gpu(80))
+    batch, pages = small_case(dtype=torch.float16)
+    batch.shift = torch.tensor([[0, 3, 0], [0, 3, 0]])
+    query, scales = torch.zeros(2, 4, 16).half(), torch.ones(2, 3)
+    gpu.paged_attention(query, pages, batch.group(heads_per_kv_head=2), k_scale=scales, turn=turn)
+
+
+if __name__ == "__main__":
+    main()
