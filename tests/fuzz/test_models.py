@@ -136,6 +136,13 @@ def test_gguf_files(tmp_path: Path) -> None:
             sources.convert_gguf(tmp_path / f"{name}.gguf", tmp_path / name)
 
 
+def test_a_home_of_nobody() -> None:
+    """A NUL behind the tilde ended in a ValueError."""
+    for name in ("~\x00", "~nobody-here"):
+        with pytest.raises(BadInput):
+            models.locate_model(name)
+
+
 @pytest.mark.hazard("Parsers", "wrong or hostile options on the command line", PROMISE)
 @fuzz_settings()
 @given(

@@ -131,8 +131,8 @@ def _require_transformers() -> None:
 def _expanded(path: Path | str) -> Path:
     try:
         return Path(path).expanduser()
-    except RuntimeError as error:  # there is no such user
-        raise BadInput(f"{path}: {error}") from None
+    except (RuntimeError, ValueError) as error:  # there is no such user, or a name has a NUL
+        raise BadInput(f"{path!r}: {error}") from None
 
 
 def _cache_folder(name: str) -> Path:
