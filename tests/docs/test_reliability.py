@@ -4,7 +4,8 @@ from doc_pages import ROOT
 
 import hazards
 
-FILES = [ROOT / "docs" / "results" / "reliability" / f"{name}.json" for name in ("core", "vllm", "soak")]
+NAMES = ("core", "vllm", "fuzz", "soak", "soak_exact")
+FILES = [ROOT / "docs" / "results" / "reliability" / f"{name}.json" for name in NAMES]
 
 
 def test_the_tables_are_those_of_the_committed_runs() -> None:

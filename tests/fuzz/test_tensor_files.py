@@ -104,7 +104,7 @@ def changed(tensors: dict[str, Tensor], changes: list[tuple[int, int, torch.dtyp
             made[name] = torch.zeros(SHAPES[shape])
         elif how == 6:
             whole = not tensor.is_floating_point() and not abs(value) < 2**62
-            made[name] = torch.full_like(tensor, 0 if whole else value)
+            made[name] = torch.full(tensor.shape, 0.0 if whole else value, dtype=torch.double).to(tensor.dtype)
         elif how == 7:
             made[name] = tensors[sorted(tensors)[which * 7 % len(tensors)]]
     return {name: tensor.clone() for name, tensor in made.items()}
@@ -268,6 +268,17 @@ def test_prefills_and_checkpoints(folder: Path, data: st.DataObject) -> None:
         assert found is None or len(found) == 32
         ignored = True
     assert ignored
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("padding", torch.bool), ("padding", torch.float32), ("served.0", torch.long)]
+)
+def test_a_prefill_of_other_kinds(folder: Path, name: str, dtype: torch.dtype) -> None:
+    """A padding of truth values was taken, and failed when it was subtracted."""
+    requests, path = prefill_in(folder)
+    tensors, metadata = opened(path)
+    save_file({**tensors, name: tensors[name].to(dtype)}, folder / "other", metadata=metadata)
+    assert prefilled.load(path, requests) is not None and prefilled.load(folder / "other", requests) is None
 
 
 @cache

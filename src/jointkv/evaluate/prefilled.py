@@ -18,6 +18,13 @@ from jointkv.evaluate.traffic.base import Request
 from jointkv.files import replace_tensors
 from jointkv.hf.pool import full_attention_layers
 
+KINDS = {
+    "table": torch.long,
+    "padding": torch.long,
+    "tokens": torch.long,
+    "served": torch.bool,
+    "fusable": torch.bool,
+}
 ONE_TABLE = ("table.0", "served.0")
 
 
@@ -100,7 +107,7 @@ def _is_whole(batch: Prefilled) -> bool:
     others = [tensor for name, tensor in batch.state.items() if name not in pages]
     return (
         batch.mask.shape == (rows, batch.length)
-        and table.dtype == torch.long
+        and all(tensor.dtype == KINDS.get(name.split(".")[0], tensor.dtype) for name, tensor in batch.state.items())
         and batch.state["padding"].shape == batch.state["fusable"].shape == (rows,)
         and batch.state["served.0"].shape == table.shape
         and all(len(tensor) == rows for tensor in others)
