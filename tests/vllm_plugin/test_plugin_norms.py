@@ -15,6 +15,7 @@ import torch
 from engines import Engine, engine, near_prefix, text
 from torch import Tensor
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
 from jointkv.errors import IntegrityError, LayoutError
 from jointkv.vllm_plugin.cpu_attention import JointAttention
@@ -160,6 +161,31 @@ def test_after_an_error_no_block_is_read_without_its_factors(calm: Path) -> None
             own.step()
             assert len(norms) == 0
     assert outputs[0] == outputs[1]
+
+
+def test_blocks_that_are_computed_again_answer_for_their_hashes(calm: Path) -> None:
+    """The page that had served them did: after a second preemption it was read as it stands, without the factors."""
+    with engine(calm, fusion=NORMS) as own:
+        names = [own.submit(prompt, 40) for prompt in PROMPTS]
+        own.run_until_decoding()
+        own.step()
+        scheduler, tables = own.vllm_scheduler, own.fusion.tables
+        request = scheduler.running[-1]
+        tracked = own.fusion._requests[request.request_id]
+        (first, *_) = table = own.table(names[-1])
+        assert tracked.private_from and request.request_id.startswith(names[-1])
+        scheduler.running.remove(request)
+        scheduler._preempt_request(request, 0.0)
+        own.pool._maybe_evict_cached_block(own.pool.blocks[first])  # so it finds nothing
+        with patch.object(own.fusion, "_new_members", return_value=iter(())):
+            own.step()
+        assert request.num_preemptions == 1 and not set(own.table(names[-1])) & set(table[1:8])
+        for slot in range(tracked.private_from // 32, request.num_computed_tokens // 32):
+            key = make_block_hash_with_group_id(request.block_hashes[slot], 0)
+            found = tables.pool.cached_block_hash_to_block.get_one_block(key)
+            assert found is not None and found.block_id == own.table(names[-1])[slot]
+        own.finish()
+        own.assert_drained()
 
 
 def test_where_attention_stays_vllms_pages_are_read_as_they_stand(calm: Path) -> None:

@@ -127,12 +127,13 @@ class LayerPages:
         shape = self.values.shape
         return (shape[1], shape[3] * 2, shape[2] * PAIRS) if self.order == "pairs" else (shape[2], shape[1], shape[3])
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """K `[pages, t, h, d]` and V `[pages, t, h, dv]`, views where possible."""
+    def read(self, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """K `[pages, t, h, d]` and V `[pages, t, h, dv]`: views where possible, or copies of the pages `chosen`."""
+        keys, values = (part if chosen is None else part[chosen] for part in (self.keys, self.values))
         if self.order != "pairs":
-            return self.keys, self.values
-        keys = self.keys.permute(0, 2, 4, 1, 3, 5).flatten(4, 5).flatten(1, 2)
-        values = self.values.permute(0, 3, 5, 1, 2, 4).flatten(4, 5).flatten(1, 2)
+            return keys, values
+        keys = keys.permute(0, 2, 4, 1, 3, 5).flatten(4, 5).flatten(1, 2)
+        values = values.permute(0, 3, 5, 1, 2, 4).flatten(4, 5).flatten(1, 2)
         return keys, values
 
     def confirm(self, write: Callable[[Tensor, Tensor, Tensor], None], page: int) -> None:

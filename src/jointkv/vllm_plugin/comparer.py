@@ -50,7 +50,8 @@ class PageComparer:
             sums = pair_sums(self.groups[int(number)], own, other)
             cosines = pair_cosines(sums)
             if factors is not None and self.norms is not None and self.norms.enabled:
-                sums, factors[torch.from_numpy(chosen)] = with_own_norms(sums)
+                sums, found = with_own_norms(sums)
+                factors[torch.from_numpy(chosen), : found.shape[1]] = found
             accepted[chosen], errors[:, chosen] = self._judged(int(number), sums, cosines)
         if factors is not None and self.norms is not None:
             self.norms.propose(inquiry.step, factors)

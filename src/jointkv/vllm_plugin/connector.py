@@ -19,7 +19,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from jointkv.errors import IntegrityError, LayoutError, NativeUnavailable
+from jointkv.errors import IntegrityError, LayoutError
 from jointkv.vllm_plugin.comparer import PageComparer, apply_remaps, check_tables
 from jointkv.vllm_plugin.compatibility import check_engine
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
@@ -258,9 +258,10 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
             from jointkv.vllm_plugin.shared_reading import share_reading
 
             self.readings, self.norms = share_reading(self._runner, self._kv_cache_config, self.groups, self.settings)
-        except (LayoutError, NativeUnavailable) as error:
+        except Exception as error:  # whatever it is, vLLM's attention does without
             without = " and as they stand" if self.settings.own_norms else ""
             logger.warning("every request reads its pages for itself%s, by vLLM's attention: %s", without, error)
+            logger.debug("where it happened", exc_info=True)
 
     def apply(self, inquiry: Inquiry) -> None:
         """Replace the block table entries that the scheduler has committed, before the step is prepared.

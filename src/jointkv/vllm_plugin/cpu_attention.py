@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from vllm.v1.attention import selector
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -120,19 +121,20 @@ class JointAttention(CPUAttentionBackendImpl):
 
     def _by_definition(self, query: Tensor, metadata: JointMetadata, factors: Tensor) -> Tensor:
         """Slow, and with nothing that may have failed: without its factors a block would be read as a wrong one."""
-        size = self.reading.block_size
-        tables = []
+        size, tables = self.reading.block_size, []
+        used = -(-metadata.max_seq_len // size)
+        there = torch.arange(used) * size < metadata.seq_lens[:, None]
+        pages, local = metadata.block_table[:, :used].masked_fill(~there, 0).long().unique(return_inverse=True)
         for row, length in enumerate(metadata.seq_lens.tolist()):
-            slots = range(-(-length // size))
-            pages, (k_scale, v_scale) = metadata.block_table[row].tolist(), factors[:, row].tolist()
+            k_scale, v_scale = factors[:, row].tolist()
             tables.append(
                 [
-                    BlockRef(pages[slot], k_scale[slot], v_scale[slot], count=min(size, length - slot * size))
-                    for slot in slots
+                    BlockRef(int(local[row, slot]), k_scale[slot], v_scale[slot], count=min(size, length - slot * size))
+                    for slot in range(-(-length // size))
                 ]
             )
         asked = metadata.query_start_loc.diff().tolist()
-        return reference.paged_attention(query, asked, *self.pages.read(), tables, scale=self.scale)[0]
+        return reference.paged_attention(query, asked, *self.pages.read(pages), tables, scale=self.scale)[0]
 
 
 class JointAttentionBackend(CPUAttentionBackend):

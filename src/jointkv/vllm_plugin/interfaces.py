@@ -129,7 +129,7 @@ CPU_ATTENTION = (
     Use("vllm.v1.attention.backends.registry:AttentionBackendEnum", ("CPU_ATTN", "clear_override()")),
     Use(
         "vllm.v1.attention.backend:CommonAttentionMetadata",
-        ("block_table_tensor", "seq_lens", "max_seq_len", "max_query_len", "query_start_loc_cpu"),
+        ("num_reqs", "block_table_tensor", "seq_lens", "max_seq_len", "max_query_len", "query_start_loc_cpu"),
     ),
     Use(
         f"{CPU_BACKEND}:CPUAttentionMetadata",
@@ -146,6 +146,11 @@ CPU_ATTENTION = (
         ),
         ("forward",),
     ),
+    Use("vllm._custom_ops", ("cpu_attn_get_scheduler_metadata",)),
+    Use("vllm.envs", ("VLLM_CPU_ATTN_SPLIT_KV",)),
+    Use(f"{CORE}.sched.output:SchedulerOutput", ("finished_req_ids",)),
+    Use(f"{WORKER}.gpu_input_batch:InputBatch", ("req_ids",)),
+    Use(f"{WORKER}.gpu_model_runner:GPUModelRunner", ("compilation_config", "max_model_len")),
     Use(f"{CPU_BACKEND}:CPUAttentionMetadataBuilder", ("vllm_config", "layer_names"), ("build",)),
     Use(f"{CPU_BACKEND}:CPUAttentionBackend", (), ("get_impl_cls", "get_builder_cls")),
 )

@@ -104,6 +104,7 @@ class FusionScheduler:
         """Add to `inquiry` what the workers shall compare after the step that `output` describes."""
         if self.settings.check_integrity:
             inquiry.tables = self._tables_of(output)
+        self._forget_computed_again(output)
         if not self.enabled:
             return
         self._forget_if_reset()
@@ -328,6 +329,20 @@ class FusionScheduler:
                 hits = computed // size if request_id in cached.resumed_req_ids else 0
                 self._forget(page for ids in groups for page in ids[hits:])
         self._forget(output.new_block_ids_to_zero or ())
+
+    def _forget_computed_again(self, output: SchedulerOutput) -> None:
+        """Private hashes of blocks that a resumed request did not find again lead to its own pages from now on.
+
+        The page that served such a block before may still be there, and its hash would lead to it: a page that the
+        request now reads as it stands, whatever factors it had.
+        """
+        cached = output.scheduled_cached_reqs
+        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            tracked = self._requests.get(request_id) or self._left_alone.get(request_id)
+            if request_id in cached.resumed_req_ids and tracked is not None and tracked.private_from is not None:
+                start = max(tracked.private_from, computed // self._block_size * self._block_size)
+                self.tables.forget(tracked.request, start)
+                self.tables.answer_for(tracked.request, start, None)
 
     def _forget(self, pages: Iterable[int]) -> None:
         for page in pages:

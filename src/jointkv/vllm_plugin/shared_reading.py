@@ -12,7 +12,7 @@ from vllm import envs
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from jointkv import native
 from jointkv.attention.cpu import SOURCE, paged_attention
@@ -20,7 +20,7 @@ from jointkv.attention.grouping import group_pages
 from jointkv.attention.layouts import LayerPages
 from jointkv.attention.switch import Switch, measure
 from jointkv.attention.work import WorkList
-from jointkv.errors import LayoutError
+from jointkv.errors import IntegrityError, LayoutError
 from jointkv.vllm_plugin.cpu_attention import JointAttention
 from jointkv.vllm_plugin.norms import OwnNorms
 from jointkv.vllm_plugin.pages import PROBED_PAGE
@@ -67,6 +67,8 @@ class SharedReading:
         factors = None
         if self.norms is not None:
             names = self.runner.input_batch.req_ids[: common.num_reqs]
+            if len(names) != len(common.block_table_tensor):
+                raise IntegrityError("the rows of the step are not those of the batch, and so nobody's norms are known")
             factors = self.norms.table(self.group, names, common.block_table_tensor[:, :used])
         if self.fault is not None:
             return None, factors
@@ -127,24 +129,31 @@ def share_reading(
         NativeUnavailable: no compiler, and so no kernel.
     """
     native.load(SOURCE)
-    layers = {number: _layers(runner, config.kv_cache_groups[number]) for number in groups}
+    layers = {number: _layers(runner, config, number) for number in groups}
     pages = {number: [_pages(layer) for layer in held] for number, held in layers.items()}
     norms = OwnNorms(max(map(len, layers.values()))) if settings.own_norms else None
+    measured = settings.attention == "auto" and not settings.own_norms
     readings = {}
     for number, held in layers.items():
         impl, size = held[0].impl, config.kv_cache_groups[number].kv_cache_spec.block_size
-        measured = settings.attention == "auto" and not settings.own_norms
         switch = _measured(held[0], pages[number][0], size, runner.max_model_len) if measured else None
         readings[number] = SharedReading(runner, number, size, impl.num_heads // impl.num_kv_heads, switch, norms)
-        for place, layer in enumerate(held):
-            layer.impl.pages, layer.impl.place, layer.impl.reading = pages[number][place], place, readings[number]
         logger.info(
             "shared pages are read once for all requests%s", "" if switch is None else f" where it pays: {switch}"
         )
+    for number, held in layers.items():
+        for place, layer in enumerate(held):
+            layer.impl.pages, layer.impl.place, layer.impl.reading = pages[number][place], place, readings[number]
     return readings, norms
 
 
-def _layers(runner: Any, group: KVCacheGroupSpec) -> list[Any]:
+def _layers(runner: Any, config: KVCacheConfig, number: int) -> list[Any]:
+    """The layers of a group. Raises `LayoutError` where others read its pages too, or not all of its tokens."""
+    group = config.kv_cache_groups[number]
+    if runner.kv_cache_config.kv_cache_groups[number].layer_names != group.layer_names:
+        raise LayoutError("other layers read the K and V of this group as well")
+    if getattr(group.kv_cache_spec, "attention_chunk_size", None) is not None:
+        raise LayoutError("shared-page attention was not written for chunked local attention")
     known = runner.compilation_config.static_forward_context
     return [known[name] for name in group.layer_names]
 
