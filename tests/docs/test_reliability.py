@@ -4,7 +4,7 @@ from doc_pages import ROOT
 
 import hazards
 
-NAMES = ("core", "vllm", "fuzz", "soak", "soak_exact")
+NAMES = ("core", "vllm", "vllm_nightly", "fuzz", "fuzz_again", "soak", "soak_exact")
 FILES = [ROOT / "docs" / "results" / "reliability" / f"{name}.json" for name in NAMES]
 
 
