@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engine_step import BLOCK_SIZE, MAX_MODEL_LEN, MODEL, prepare_environment
+from engine_step import BLOCK_SIZE, MAX_MODEL_LEN, MODEL, build, prepare_environment
 from timing import median_ratio, write
 
 OUTPUT_TOKENS, WARM_UP = 256, 4
@@ -43,9 +43,11 @@ def main() -> None:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     from jointkv.bench.machine import fast_dtype
+    from jointkv.vllm_plugin import engine_args
 
-    dtype = fast_dtype()
-    engine = build(dtype, max(arguments.running))
+    dtype, most = fast_dtype(), max(arguments.running)
+    attached = engine_args(min_pool_usage=0.0, attention="shared")
+    engine = build(dtype, most, most * MAX_MODEL_LEN // BLOCK_SIZE // 2, **attached)
     (reading,) = get_kv_transfer_group().readings.values()
     reading.switch = chosen = Chosen()
     rows = [
@@ -57,29 +59,6 @@ def main() -> None:
     headline = {f"{row['traffic']}_{row['running']}": round(row["stock_over_shared"], 2) for row in rows}
     write(arguments.output, "engine_attention", {"dtype": dtype, "headline": headline, "rows": rows})
     os._exit(0)  # the engine's threads need not be waited for
-
-
-def build(dtype: str, most: int) -> Any:
-    from vllm import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    from jointkv.hf.models import fetch_model
-    from jointkv.vllm_plugin import engine_args
-
-    return LLMEngine.from_engine_args(
-        EngineArgs(
-            model=str(fetch_model(MODEL)),
-            dtype=dtype,
-            max_model_len=MAX_MODEL_LEN,
-            max_num_seqs=most,
-            max_num_batched_tokens=MAX_MODEL_LEN,
-            block_size=BLOCK_SIZE,
-            num_gpu_blocks_override=most * MAX_MODEL_LEN // BLOCK_SIZE // 2,
-            enforce_eager=True,
-            disable_log_stats=True,
-            **engine_args(min_pool_usage=0.0, attention="shared"),
-        )
-    )
 
 
 def measure(engine: Any, chosen: Chosen, traffic: str, running: int, repeats: int) -> dict[str, Any]:

@@ -35,7 +35,9 @@ def main() -> None:
     from jointkv.bench.machine import fast_dtype
 
     dtype = arguments.dtype or fast_dtype()
-    engine = build(dtype, max(arguments.running), arguments.context)
+    most = max(arguments.running)
+    blocks = most * (-(-(arguments.context + 64) // BLOCK_SIZE)) + 8
+    engine = build(dtype, most, blocks, enable_prefix_caching=False)
     speed = machine_speed(dtype)
     rows = [measure(engine, running, arguments.context, arguments.repeats) for running in arguments.running]
     model = shape(engine)
@@ -63,13 +65,13 @@ def prepare_environment() -> None:
     os.environ.update(engine_environment(os.environ, allowed_cores(), 6 * 2**30, local_model=True))
 
 
-def build(dtype: str, most: int, context: int) -> Any:
+def build(dtype: str, most: int, blocks: int, **options: Any) -> Any:
+    """An engine of this process for `most` requests at once."""
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from jointkv.hf.models import fetch_model
 
-    blocks = most * (-(-(context + 64) // BLOCK_SIZE)) + 8
     return LLMEngine.from_engine_args(
         EngineArgs(
             model=str(fetch_model(MODEL)),
@@ -79,9 +81,9 @@ def build(dtype: str, most: int, context: int) -> Any:
             max_num_batched_tokens=MAX_MODEL_LEN,
             block_size=BLOCK_SIZE,
             num_gpu_blocks_override=blocks,
-            enable_prefix_caching=False,
             enforce_eager=True,
             disable_log_stats=True,
+            **options,
         )
     )
 
