@@ -110,7 +110,7 @@ def within_bounds(own: Block, other: Block, policy: FusionPolicy) -> bool:
 class Comparer:
     """In the place of `PageComparer`."""
 
-    def __init__(self, policy: FusionPolicy, groups: dict[int, Pages]) -> None:
+    def __init__(self, policy: FusionPolicy, groups: dict[int, Pages], norms: None = None) -> None:
         self.policy = policy
         self.groups = groups
 
