@@ -73,7 +73,7 @@ class Overheard:
             self.counts["accepted"] += int(verdict.accepted.sum())
 
     def _applied(self, result: None, inquiry: Any) -> None:
-        for request_id, group, slot, page in inquiry.remaps:
+        for request_id, group, slot, page, *_ in inquiry.remaps:
             request = self._runner.requests.get(request_id)
             # A request that has left is passed over rightly; its table is gone with it.
             self.counts["applied"] += request is None or request.block_ids[group][slot] == page
