@@ -256,6 +256,7 @@ def test_without_triton_it_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the other tests compile the kernels")
+@pytest.mark.slow
 def test_the_compiler_takes_what_the_interpreter_took(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     script = Path(__file__).with_name("compile_kernels.py")

@@ -20,7 +20,7 @@ from jointkv.interfaces import differences
 from jointkv.vllm_plugin.cpu_attention import JointAttention
 from jointkv.vllm_plugin.interfaces import CPU_ATTENTION
 
-OUT = 40
+OUT = 24
 PROMPTS = [text(300, number // 4) for number in range(12)] + [text(length, length) for length in (1, 31, 32, 33, 700)]
 CHUNKED = {"max_num_batched_tokens": 256, "enable_chunked_prefill": True}
 
@@ -31,6 +31,13 @@ def serve(served: Engine, prompts: list[list[int]] = PROMPTS) -> list[tuple[list
     served.finish()
     served.assert_drained()
     return [(served.outputs[name], served.logprobs[name]) for name in names]
+
+
+@pytest.fixture(scope="module")
+def expected(calm: Path) -> list[list[int]]:
+    """Tokens with vLLM's own attention."""
+    with engine(calm, fusion=EXACT) as own:
+        return [tokens for tokens, _ in serve(own)]
 
 
 def reading(served: Engine) -> Any:
@@ -67,11 +74,9 @@ def test_lossy_merges_preemption_and_prefix_hits_at_a_full_pool(calm: Path) -> N
         assert reading(shared).fault is None and reading(shared).shared_steps == reading(shared).steps
 
 
-def test_layer_groups_have_work_of_their_own(calm: Path) -> None:
-    with engine(calm, pages=400, fusion={**EXACT, "layer_groups": 2}) as own:
-        expected = serve(own)
+def test_layer_groups_have_work_of_their_own(calm: Path, expected: list[list[int]]) -> None:
     with engine(calm, pages=400, fusion={**EXACT, "layer_groups": 2, "attention": "shared"}) as shared:
-        assert [tokens for tokens, _ in serve(shared)] == [tokens for tokens, _ in expected]
+        assert [tokens for tokens, _ in serve(shared)] == expected
         assert len(shared.runner.kv_cache_config.kv_cache_groups) == 2 and reading(shared).fault is None
 
 
@@ -89,17 +94,15 @@ def test_measured_at_start_and_used_where_it_pays(calm: Path) -> None:
     "that step and all later ones are computed by vLLM's own attention; no token differs",
 )
 @pytest.mark.parametrize("broken", ["shared_reading.group_pages", "cpu_attention.paged_attention"])
-def test_after_an_error_attention_is_vllms(calm: Path, broken: str) -> None:
-    with engine(calm, fusion=EXACT) as own:
-        expected = serve(own)
+def test_after_an_error_attention_is_vllms(calm: Path, expected: list[list[int]], broken: str) -> None:
     with engine(calm, fusion={**EXACT, "attention": "shared"}) as shared:
         first = shared.submit(PROMPTS[0], OUT)
         for _ in range(5):
             shared.step()
         with patch(f"jointkv.vllm_plugin.{broken}", side_effect=RuntimeError("planted")) as planted:
-            assert [tokens for tokens, _ in serve(shared)] == [tokens for tokens, _ in expected]
+            assert [tokens for tokens, _ in serve(shared)] == expected
             assert planted.call_count == 1
-        assert shared.outputs[first] == expected[0][0]
+        assert shared.outputs[first] == expected[0]
         assert "planted" in reading(shared).fault and shared.statistics["faults"] == 0
 
 
