@@ -174,6 +174,18 @@ def long_batch(rows: int = 24, slots: int = 40, shared: int = 30, queries: int =
     return Batch(tables, lengths, asked, 16, None, None, None, None, None), rows * slots
 
 
+def repeating_batch(scaled: bool, shifted: bool) -> Batch:
+    """Two sequences that read pages several times each, of 10 pages."""
+    tables = torch.tensor([[7, 7, 3, 7, 9], [7, 3, 3, 9, 8]])
+    ones = torch.ones(2, dtype=torch.long)
+    batch = Batch(tables, torch.tensor([70, 80]), ones, 16, None, None, None, None, None)
+    if scaled:
+        batch.k_scale, batch.v_scale = torch.rand(2, 2, 5) + 0.5
+    if shifted:
+        batch.shift = torch.tensor([[0, 5, 5, 0, 0], [5, 0, 5, 0, 0]])
+    return batch
+
+
 def small_case(order: Order = "rows", dtype: torch.dtype = torch.float32) -> tuple[Batch, LayerPages]:
     """Two sequences that share a page, and their pages of two heads."""
     tables = torch.tensor([[0, 1, 2], [0, 3, 4]])

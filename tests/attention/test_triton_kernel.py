@@ -28,6 +28,7 @@ from attention.paged_cases import (
     fill,
     long_batch,
     relative_error,
+    repeating_batch,
     small_case,
     turn,
 )
@@ -135,13 +136,7 @@ def test_tokens_outside_a_range_are_not_read():
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_a_page_that_one_sequence_reads_several_times_counts_as_often(scaled, shifted):
-    tables = torch.tensor([[7, 7, 3, 7, 9], [7, 3, 3, 9, 8]])
-    ones = torch.ones(2, dtype=torch.long)
-    batch = Batch(tables, torch.tensor([70, 80]), ones, 16, None, None, None, None, None)
-    if scaled:
-        batch.k_scale, batch.v_scale = torch.rand(2, 2, 5) + 0.5
-    if shifted:
-        batch.shift = torch.tensor([[0, 5, 5, 0, 0], [5, 0, 5, 0, 0]])
+    batch = repeating_batch(scaled, shifted)
     pages = fill(batch, 10, 1, (32, 32), torch.float32, "rows", 0)
     compare(*attend(batch, pages, torch.randn(2, 3, 32)), torch.float32)
 

@@ -37,9 +37,13 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Switch:
-    """What both attentions cost, and whether shared-page attention reads prompts at least as fast.
+    """Which attention is faster for a step.
 
-    The engine's reads a page for every sequence; shared ones cost it less as well, because they stay in a cache.
+    Attributes:
+        engine: what the engine's attention costs, which reads a page for every sequence; shared ones cost it less as
+            well, because they stay in a cache.
+        shared: what shared-page attention costs.
+        prompts: whether it reads prompts at least as fast.
     """
 
     engine: Cost
@@ -68,8 +72,11 @@ def measure(
 
     Args:
         num_pages: of the pool. What they hold does not matter, and nothing is written.
+        block_size: tokens per page.
         longest: tokens of a sequence at the most.
-        engine, shared: the two.
+        engine: gets the engine's attention ready; what it returns is timed.
+        shared: shared-page attention of a work list; timed.
+        heads_per_kv_head: query heads that share a KV head.
     """
     slots = max(2, min(DECODE_TOKENS, longest) // block_size)
     apart = torch.arange(ROWS * slots, dtype=torch.int32).remainder(num_pages).view(ROWS, slots)

@@ -43,18 +43,19 @@ class PageComparer:
         count = len(inquiry.group)
         accepted = np.zeros(count, bool)
         errors = np.full((3, count), np.inf, np.float32)
-        factors = None if self.norms is None else torch.ones(count, self.norms.layers, 2)
+        norms = self.norms
+        factors = torch.ones(count, 0 if norms is None else norms.layers, 2)
         for number in np.unique(inquiry.group):
             chosen = inquiry.group == number
             own, other = (torch.from_numpy(pages[chosen]) for pages in (inquiry.own, inquiry.other))
             sums = pair_sums(self.groups[int(number)], own, other)
             cosines = pair_cosines(sums)
-            if factors is not None and self.norms is not None and self.norms.enabled:
+            if norms is not None and norms.enabled:
                 sums, found = with_own_norms(sums)
                 factors[torch.from_numpy(chosen), : found.shape[1]] = found
             accepted[chosen], errors[:, chosen] = self._judged(int(number), sums, cosines)
-        if factors is not None and self.norms is not None:
-            self.norms.propose(inquiry.step, factors)
+        if norms is not None:
+            norms.propose(inquiry.step, factors)
         return Verdict(inquiry.step, accepted, *errors, seconds=time.perf_counter() - start)
 
     def _judged(

@@ -12,6 +12,7 @@ from jointkv.errors import IntegrityError
 from jointkv.state import bookkeeping
 from jointkv.vllm_plugin.messages import Remap
 from jointkv.vllm_plugin.scheduler import PATIENCE
+from jointkv.vllm_plugin.steps import resumed
 
 NO_PAGE = -1
 
@@ -85,16 +86,18 @@ class OwnNorms:
 
     @bookkeeping
     def follow(self, output: Any, block_sizes: dict[int, int]) -> None:
-        """Forget requests that end with the scheduler's `output`, and of resumed ones what they compute again."""
+        """Forget requests that end with the scheduler's `output`, and of resumed ones what they compute again.
+
+        Args:
+            block_sizes: tokens per page of each KV-cache group that takes part.
+        """
         for request_id in output.finished_req_ids:
             for group in block_sizes:
                 self._rows.pop((request_id, group), None)
-        cached = output.scheduled_cached_reqs
-        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            if request_id in cached.resumed_req_ids:
-                for group, size in block_sizes.items():
-                    if (request_id, group) in self._rows:
-                        self._rows[request_id, group].cut(computed // size)
+        for request_id, computed in resumed(output):
+            for group, size in block_sizes.items():
+                if (request_id, group) in self._rows:
+                    self._rows[request_id, group].cut(computed // size)
 
     def table(self, group: int, requests: Sequence[str], pages: Tensor) -> Tensor | None:
         """The factors of a batch, `[2, layers, rows, slots]`; None where all are 1.

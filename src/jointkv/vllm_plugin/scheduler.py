@@ -18,6 +18,7 @@ from jointkv.theory.calibrate import TOKEN_SLACK
 from jointkv.vllm_plugin.messages import Inquiry, Remap, Verdict
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.settings import PluginSettings
+from jointkv.vllm_plugin.steps import pages_to_write, resumed
 from jointkv.vllm_plugin.tables import BlockTables
 from jointkv.vllm_plugin.tracking import TrackedRequest, isolation_key, takes_part
 
@@ -318,17 +319,9 @@ class FusionScheduler:
 
     def _forget_written(self, output: SchedulerOutput) -> None:
         """Pages that this step hands out and will write leave the index before any worker can write them."""
-        size = self._block_size
-        for new in output.scheduled_new_reqs:
-            self._forget(page for ids in new.block_ids for page in ids[new.num_computed_tokens // size :])
-        cached = output.scheduled_cached_reqs
-        for request_id, groups, computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            if groups is not None:
-                hits = computed // size if request_id in cached.resumed_req_ids else 0
-                self._forget(page for ids in groups for page in ids[hits:])
-        self._forget(output.new_block_ids_to_zero or ())
+        for page in pages_to_write(output, self._block_size):
+            self.index.remove(page)
+            self._written[page] = self._step
 
     def _forget_computed_again(self, output: SchedulerOutput) -> None:
         """Private hashes of blocks that a resumed request did not find again lead to its own pages from now on.
@@ -336,18 +329,12 @@ class FusionScheduler:
         The page that served such a block before may still be there, and its hash would lead to it: a page that the
         request now reads as it stands, whatever factors it had.
         """
-        cached = output.scheduled_cached_reqs
-        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+        for request_id, computed in resumed(output):
             tracked = self._requests.get(request_id) or self._left_alone.get(request_id)
-            if request_id in cached.resumed_req_ids and tracked is not None and tracked.private_from is not None:
+            if tracked is not None and tracked.private_from is not None:
                 start = max(tracked.private_from, computed // self._block_size * self._block_size)
                 self.tables.forget(tracked.request, start)
                 self.tables.answer_for(tracked.request, start, None)
-
-    def _forget(self, pages: Iterable[int]) -> None:
-        for page in pages:
-            self.index.remove(page)
-            self._written[page] = self._step
 
     def _forget_if_reset(self) -> None:
         """vLLM empties its prefix cache when old pages must no longer be used, for example for new weights."""

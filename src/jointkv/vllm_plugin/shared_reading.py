@@ -121,12 +121,17 @@ def share_reading(
 ) -> tuple[dict[int, SharedReading], OwnNorms | None]:
     """Let the layers of KV-cache `groups`, whose caches are bound and unused, read shared pages once.
 
+    Args:
+        runner: vLLM's model runner; attention of its layers is changed.
+        config: of the KV cache, as the connector was given it.
+        groups: by number.
+
     Returns:
         What the layers of each group share, and the norms of blocks where the settings ask for them.
 
     Raises:
-        LayoutError: a layer's attention has something that the kernel was not written for; nothing has changed.
-        NativeUnavailable: no compiler, and so no kernel.
+        LayoutError: a layer's attention has something that the kernel was not written for.
+        NativeUnavailable: no compiler, and so no kernel. Nothing has changed after either.
     """
     native.load(SOURCE)
     layers = {number: _layers(runner, config, number) for number in groups}
