@@ -244,11 +244,11 @@ def _queries(table: _Table, readers: _Readers, segments: _Segments) -> tuple[Que
 def _items(segments: _Segments, asked: Ints, heads_per_kv_head: int, threads: int) -> tuple[Items, Ints]:
     """Segments of `asked` queries cut into items that keep all threads busy, and how many parts each segment has."""
     parts = np.ones_like(asked)
+    blocks = -(-asked // max(1, MOST_ROWS // heads_per_kv_head))
     if threads > 1:
         cost = segments.num_pages * (PAGE_COST + asked * heads_per_kv_head)
         wanted = cost * (threads * ITEMS_PER_THREAD) // int(cost.sum())
-        parts = np.clip(wanted, 1, np.maximum(1, segments.num_pages // FEWEST_PAGES))
-    blocks = -(-asked // max(1, MOST_ROWS // heads_per_kv_head))
+        parts = np.clip(wanted // blocks, 1, np.maximum(1, segments.num_pages // FEWEST_PAGES))
     segment = np.repeat(np.arange(len(parts)), parts * blocks)
     part, block = np.divmod(within(parts * blocks), blocks[segment])
     page_from, query_from, partial_from = (
