@@ -6,7 +6,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-NAMES = ("planning", "online", "decode", "memory", "pair_sums")
+NAMES = ("planning", "online", "decode", "memory", "pair_sums", "kernels")
 
 
 def main() -> None:

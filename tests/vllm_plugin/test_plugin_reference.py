@@ -1,4 +1,4 @@
-"""The engine's tokens against transformers, step by step, on the same plan: blocks replaced by what the engine reads."""
+"""The engine's tokens against transformers, step by step, on the same plan of replaced blocks."""
 
 from __future__ import annotations
 
