@@ -24,13 +24,16 @@ def exported() -> set[str]:
     tree = ast.parse(METRICS.read_text())
     literals = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     direct = {name for name in literals if re.fullmatch(r"jointkv_\w+[a-z]", name)}
-    (counters,) = [
+    counters = [
         node.value
         for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "COUNTERS"
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id in ("COUNTERS", "WORKER_COUNTERS")
     ]
-    assert isinstance(counters, ast.Dict)
-    totals = {f"jointkv_{ast.literal_eval(key)}_total" for key in counters.keys if key is not None}
+    keys = [key for literal in counters if isinstance(literal, ast.Dict) for key in literal.keys if key is not None]
+    totals = {f"jointkv_{ast.literal_eval(key)}_total" for key in keys}
+    assert len(counters) == 2
     histogram = {f"jointkv_relative_error_{part}" for part in ("bucket", "count", "sum")}
     return (
         totals

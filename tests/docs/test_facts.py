@@ -52,11 +52,14 @@ def test_options_and_their_defaults() -> None:
 
 def test_every_metric_is_explained() -> None:
     literals = constants()
-    counters, reasons, states = literals["COUNTERS"], literals["REASONS"], literals["STATES"]
-    assert isinstance(counters, dict) and isinstance(reasons, dict) and isinstance(states, tuple)
+    counters, workers, reasons, states = (
+        literals[name] for name in ("COUNTERS", "WORKER_COUNTERS", "REASONS", "STATES")
+    )
+    assert isinstance(counters, dict) and isinstance(workers, dict)
+    assert isinstance(reasons, dict) and isinstance(states, tuple)
     page = (DOCS / "metrics.md").read_text()
     named = {code.partition("{")[0] for code in first_column(page)}
-    expected = {f"jointkv_{name}_total" for name in counters} | {"jointkv_blocks_rejected_total"}
+    expected = {f"jointkv_{name}_total" for name in (*counters, *workers)} | {"jointkv_blocks_rejected_total"}
     expected |= {"jointkv_pages_shared", "jointkv_relative_error", "jointkv_state"}
     assert {name for name in named if name.startswith("jointkv_")} == expected
     assert expected >= set(re.findall(r'"(jointkv_\w+[a-z])"', METRICS.read_text())) - {"jointkv_blocks_rejected"}

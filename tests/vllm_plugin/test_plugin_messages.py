@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,15 @@ import pytest
 pytest.importorskip("vllm")
 
 from jointkv.vllm_plugin.messages import Verdict
-from jointkv.vllm_plugin.metrics import COUNTERS, READERS, JointStats, Statistics, readers_of
+from jointkv.vllm_plugin.metrics import (
+    COUNTERS,
+    READERS,
+    REPORT_EVERY,
+    JointStats,
+    Statistics,
+    WorkerStatistics,
+    readers_of,
+)
 
 
 def verdict(step: int = 1, accepted: tuple[bool, ...] = (True, True, False), **more: object) -> Verdict:
@@ -75,6 +84,21 @@ def test_a_report_holds_what_is_new() -> None:
     assert second["counters"] == {"blocks_merged": 1, "pages_freed": 1} and second["errors"] == [0.2]
     assert not second["rejected"] and "shared" not in second
     assert statistics.totals()["blocks_merged"] == 2 and set(statistics.totals()) == {*COUNTERS, "rejected"}
+
+
+def test_a_worker_reports_its_attention_now_and_then_and_errors_at_once() -> None:
+    worker, reading = WorkerStatistics(), SimpleNamespace(steps=0, shared_steps=0, fault=None)
+    assert worker.take([]) is None and worker.take([reading]) is None
+    reading.steps, reading.shared_steps = REPORT_EVERY, 40
+    first = worker.take([reading])
+    assert first is not None
+    assert first.data == {"counters": {"attention_steps": REPORT_EVERY, "attention_shared_steps": 40}}
+    reading.steps += 1
+    assert worker.take([reading]) is None
+    reading.fault = "planted"
+    second = worker.take([reading])
+    assert second is not None and second.data == {"counters": {"attention_steps": 1, "attention_faults": 1}}
+    assert worker.take([reading]) is None
 
 
 def test_reports_add_up() -> None:

@@ -23,7 +23,7 @@ from jointkv.errors import IntegrityError, LayoutError
 from jointkv.vllm_plugin.comparer import PageComparer, apply_remaps, check_tables
 from jointkv.vllm_plugin.compatibility import check_engine
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
-from jointkv.vllm_plugin.metrics import JointPromMetrics, JointStats
+from jointkv.vllm_plugin.metrics import REPORT_EVERY, JointPromMetrics, JointStats, WorkerStatistics
 from jointkv.vllm_plugin.norms import OwnNorms
 from jointkv.vllm_plugin.pages import packed_pages
 from jointkv.vllm_plugin.recovery import Recovery
@@ -34,8 +34,6 @@ from jointkv.vllm_plugin.spec import register
 logger = init_logger(f"vllm.{__name__}")
 
 R = TypeVar("R")
-REPORT_EVERY = 64
-"""Steps between two full reports; the count of shared pages in them looks at the whole pool."""
 
 
 def fail_safe(hook: Callable[..., R]) -> Callable[..., R | None]:
@@ -73,6 +71,7 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         self._last_step = 0
         self._apply_seconds = 0.0
         self.readings: dict[int, Any] = {}
+        self._attention = WorkerStatistics()
         self.norms: OwnNorms | None = None
 
     @property
@@ -172,7 +171,7 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> JointStats | None:
         """What is new since the last step, for vLLM's log and `/metrics`."""
-        return None if self.scheduler is None else self._report()
+        return self._attention.take(self.readings.values()) if self.scheduler is None else self._report()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> JointStats:
@@ -222,7 +221,7 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
     def _report(self) -> JointStats | None:
         assert self.scheduler is not None
         self._reports += 1
-        regular = self._reports % REPORT_EVERY == 1
+        regular = self._reports % REPORT_EVERY == 1  # the count of shared pages looks at the whole pool
         if not regular and not self.scheduler.statistics.has_news(self.state):
             return None
         return self.scheduler.statistics.take(self.state, self.scheduler.tables.shared_pages() if regular else None)

@@ -1,15 +1,22 @@
-"""What the plugin counts, and how it appears in vLLM's own `/metrics`. Names and units are listed in `COUNTERS`."""
+"""What the plugin counts, and how it appears in vLLM's own `/metrics`.
+
+Names and units are listed in `COUNTERS`, kept beside the scheduler, and in `WORKER_COUNTERS`, which every worker keeps.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter as PromCounter
 from prometheus_client import Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
+
+if TYPE_CHECKING:
+    from jointkv.vllm_plugin.shared_reading import SharedReading
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -25,6 +32,13 @@ COUNTERS = {
     "bounds_loosened": "Times it was loosened again, inside the user's bound.",
     "faults": "Internal errors, each of which switches fusion off for a while or for good.",
 }
+WORKER_COUNTERS = {
+    "attention_steps": "Steps of a layer group on a worker whose attention can read shared pages once.",
+    "attention_shared_steps": "Those of them in which it did.",
+    "attention_faults": "Errors, each of which leaves the attention of a layer group on a worker to vLLM for good.",
+}
+REPORT_EVERY = 64
+"""Steps between two full reports."""
 REASONS = {
     "bound": "no resident block was within the bounds",
     "page_shared": "an exact prefix that other requests hold too",
@@ -131,6 +145,26 @@ class Statistics:
         return JointStats(data)
 
 
+class WorkerStatistics:
+    """What a worker has reported of its attention."""
+
+    def __init__(self) -> None:
+        self._reported: Counter[str] = Counter()
+
+    def take(self, readings: Iterable[SharedReading]) -> JointStats | None:
+        """What is new since the last report; None where it can wait."""
+        totals: Counter[str] = Counter()
+        for reading in readings:
+            totals["attention_steps"] += reading.steps
+            totals["attention_shared_steps"] += reading.shared_steps
+            totals["attention_faults"] += reading.fault is not None
+        new = totals - self._reported
+        if new["attention_steps"] < REPORT_EVERY and not new["attention_faults"]:
+            return None
+        self._reported = totals
+        return JointStats({"counters": dict(new)})
+
+
 class JointPromMetrics(KVConnectorPromMetrics):
     """Registers the metrics with vLLM and fills them from `JointStats`."""
 
@@ -144,7 +178,7 @@ class JointPromMetrics(KVConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counters = {
             name: self._per_engine(self._counter_cls(f"jointkv_{name}", text, labelnames=labelnames))
-            for name, text in COUNTERS.items()
+            for name, text in {**COUNTERS, **WORKER_COUNTERS}.items()
         }
         rejected = self._counter_cls(
             "jointkv_blocks_rejected",
