@@ -6,7 +6,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-NAMES = ("planning", "online", "decode", "memory", "pair_sums", "kernels")
+NAMES = ("planning", "online", "decode", "memory", "pair_sums", "signatures", "kernels")
 
 
 def main() -> None:

@@ -1,14 +1,17 @@
-"""Compiles a C file of the package and the headers beside it with the machine's own compiler, once, and loads it."""
+"""Compiles a C file of the package and the headers beside it with the machine's own compiler, once, and loads it; and
+imports Triton's kernels where there is Triton."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
 import platform
 import shlex
 import subprocess
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 from jointkv.errors import NativeUnavailable
 from jointkv.settings import Settings
@@ -38,6 +41,14 @@ def load(source: Path) -> ctypes.CDLL:
         return _load(source, compiler, (*FLAGS, *OPENMP), identity, settings.native_dir)
     except NativeUnavailable:
         return _load(source, compiler, FLAGS, identity, settings.native_dir)
+
+
+def triton_kernels(module: str) -> ModuleType | None:
+    """The `module` of the package that declares Triton kernels; None where Triton is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
 
 
 def _load(

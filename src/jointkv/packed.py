@@ -19,7 +19,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 """Elements are moved as plain bits: torch cannot gather every float8 type."""
 
 LANES = 32
-"""Elements in a row, as in pair_sums.c."""
+"""Elements in a row, as in elements.h."""
 
 
 class RowPatterns(NamedTuple):
@@ -115,7 +115,12 @@ class PackedPages:
         return self.token_of.cpu() + self.is_value.cpu() * self.block_size
 
     @cached_property
-    def _order(self) -> tuple[Tensor, Tensor]:
+    def layout(self) -> bytes:
+        """Equal for pages whose elements belong to the same slots."""
+        return self.slots.numpy().tobytes()
+
+    @cached_property
+    def order(self) -> tuple[Tensor, Tensor]:
         """The elements of K and those of V, token by token."""
         order, num_keys = self.slots.argsort(stable=True).to(self.device), int((~self.is_value).sum())
         return order[:num_keys], order[num_keys:]
@@ -128,12 +133,12 @@ class PackedPages:
         index, dtype = pages.to(self.device), self.layers[0].dtype
         bits = BITS[dtype.itemsize]
         held = torch.stack([layer.view(bits).index_select(0, index) for layer in self.layers])
-        keys, values = (held.index_select(2, order).view(dtype).float() for order in self._order)
+        keys, values = (held.index_select(2, order).view(dtype).float() for order in self.order)
         return keys, values
 
     def batches(self, count: int) -> Iterator[slice]:
         """Cut `count` blocks so that the K vectors of a part stay in the cache."""
-        return cut_batches(count, self.num_layers * len(self._order[0]))
+        return cut_batches(count, self.num_layers * len(self.order[0]))
 
     @cached_property
     def row_patterns(self) -> RowPatterns:
@@ -159,7 +164,7 @@ class PackedPages:
 
 
 def lane_order(dtype: torch.dtype) -> Tensor:
-    """Which element of a row each lane of the kernel holds, `[LANES]`: see `decode` in pair_sums.c."""
+    """Which element of a row each lane of the kernel holds, `[LANES]`: see `decode` in elements.h."""
     elements = torch.arange(LANES)
     if dtype in (torch.float32, torch.float16):
         return elements

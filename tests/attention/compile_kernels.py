@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels, as gpu.py calls them, for a GPU that need not be there. Run by test_triton_kernel.py: a
+"""Compiles the Triton kernels, as they are called, for a GPU that need not be there. Run by test_triton_kernel.py: a
 process that has Triton's interpreter has no compiler."""
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from triton.backends.compiler import GPUTarget
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from attention.paged_cases import small_case, turn
 from jointkv.attention import gpu, paged_triton
+from jointkv.fusion import pair_sums_triton, signature_triton
+from jointkv.packed import PACKED_DTYPES, PackedPages
 
 
 class Compiled:
@@ -42,14 +44,27 @@ def no_gpu(capability: int) -> SimpleNamespace:
     )
 
 
+def compile_planning() -> None:
+    """The kernels of fusion, for every type of elements."""
+    for dtype in PACKED_DTYPES:
+        place = torch.arange(64)
+        pages = PackedPages([torch.zeros(2, 64).to(dtype)], place % 16, place >= 32)
+        pair_sums_triton.pair_sums(pages, torch.tensor([0]), torch.tensor([1]))
+        signature_triton.TritonSignatures(pages, [torch.zeros(32, 64)] * 2)(pages, torch.tensor([0]))
+
+
 def main() -> None:
+    pair_sums_triton.add_up = Compiled(pair_sums_triton.add_up)
+    signature_triton.project = Compiled(signature_triton.project)
     kernels = {name: Compiled(getattr(paged_triton, name)) for name in ("attend", "merge")}
     gpu._kernels = lambda: SimpleNamespace(INTERPRETED=triton.language.constexpr(True), **kernels)
     triton.runtime.driver.set_active(no_gpu(90))
     batch, pages = small_case(dtype=torch.bfloat16)
     batch.query_lengths = torch.tensor([20, 20])
     gpu.paged_attention(torch.zeros(40, 4, 16).bfloat16(), pages, batch.group(heads_per_kv_head=2, share=False))
+    compile_planning()
     triton.runtime.driver.set_active(no_gpu(80))
+    compile_planning()
     batch, pages = small_case(dtype=torch.float16)
     batch.shift = torch.tensor([[0, 3, 0], [0, 3, 0]])
     query, scales = torch.zeros(2, 4, 16).half(), torch.ones(2, 3)

@@ -35,7 +35,7 @@ from attention.paged_cases import (
 
 pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
 
-from jointkv.attention import cpu, gpu, paged_triton
+from jointkv.attention import cpu, paged_triton
 from jointkv.attention.gpu import paged_attention
 from jointkv.attention.layouts import LayerPages
 from jointkv.errors import LayoutError, NativeUnavailable
@@ -243,7 +243,6 @@ def test_pages_elsewhere_lie_by_rows_and_are_not_for_the_processor():
 
 def test_without_triton_it_says_what_to_install(monkeypatch):
     batch, pages = small_case()
-    gpu._kernels.cache_clear()
     monkeypatch.delattr("jointkv.attention.paged_triton")
     monkeypatch.setitem(sys.modules, "jointkv.attention.paged_triton", None)
     with pytest.raises(NativeUnavailable, match=r"jointkv\[gpu\]"):

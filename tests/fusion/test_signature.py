@@ -78,20 +78,22 @@ def test_no_pages_have_no_signatures():
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_blocks_that_are_no_numbers_have_no_finite_signature(poison, dtype):
+@pytest.mark.parametrize("compute", [BlockSignature.__call__, BlockSignature.reference])
+def test_blocks_that_are_no_numbers_have_no_finite_signature(poison, dtype, compute):
     for side in ("keys", "values"):
         kv = random_kv(4, layers=2)
         kv = PagedKV([layer.to(dtype) for layer in kv.keys], [layer.to(dtype) for layer in kv.values])
         getattr(kv, side)[1][7, 3, 1, 2] = poison
-        finite = BlockSignature(kv)(kv, torch.arange(PAGES)).isfinite().all(1)
+        finite = compute(BlockSignature(kv), kv, torch.arange(PAGES)).isfinite().all(1)
         assert finite.tolist() == [page != 7 for page in range(PAGES)]
 
 
-def test_zero_blocks_have_the_zero_signature():
+@pytest.mark.parametrize("compute", [BlockSignature.__call__, BlockSignature.reference])
+def test_zero_blocks_have_the_zero_signature(compute):
     kv = random_kv(5, layers=2)
     for layer in (*kv.keys, *kv.values):
         layer[3] = 0
-    assert not BlockSignature(kv)(kv, torch.tensor([3])).any()
+    assert not compute(BlockSignature(kv), kv, torch.tensor([3])).any()
 
 
 token_blocks = st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_size=1, max_size=12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jointkv import native
 from jointkv.attention.checks import check, check_scale, with_turned
 from jointkv.attention.grouping import ITEMS_PER_THREAD
 from jointkv.attention.layouts import LayerPages
@@ -221,10 +221,8 @@ def _cut(items: Items, most: int) -> Items:
     return Items(*(part.astype(np.int32) for part in cut))
 
 
-@functools.cache
 def _kernels() -> ModuleType:
-    try:
-        from jointkv.attention import paged_triton
-    except ImportError as error:
-        raise NativeUnavailable(f"attention on a GPU needs Triton: install jointkv[gpu] ({error})") from error
-    return paged_triton
+    kernels = native.triton_kernels("jointkv.attention.paged_triton")
+    if kernels is None:
+        raise NativeUnavailable("attention on a GPU needs Triton: install jointkv[gpu]")
+    return kernels

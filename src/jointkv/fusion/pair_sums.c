@@ -5,13 +5,8 @@
  * WIDTH floats each, so that the totals of one pattern stay in registers.
  */
 #include <float.h>
-#include <stdint.h>
-#include <string.h>
 #define WIDTH 8
-#include "../floats.h"
-
-enum { LANES = 32, PARTS = LANES / WIDTH, LINE = 64 };
-enum dtype { FLOAT32, BFLOAT16, FLOAT16, FLOAT8_E4M3FN, FLOAT8_E5M2 };
+#include "elements.h"
 
 /* The tables of `RowPatterns` in packed.py. A slot is a token of K or a token of V. */
 typedef struct {
@@ -23,49 +18,6 @@ typedef struct {
     const int64_t *run_row;     /* [runs] */
     const int64_t *run_length;  /* [runs], rows */
 } row_patterns;
-
-/* `byte`: of float8_e4m3fn, in the upper half. The result lacks the factor E4M3_SCALE; its NaN stays a NaN. */
-INLINE floats from_e4m3(halves byte)
-{
-    typedef int16_t signed_halves __attribute__((vector_size(2 * WIDTH)));
-    halves half = (halves)((signed_halves)byte >> 1) & 0xbf80;
-    return from_half(half | (halves)((half | 0x8000) == 0xbf80));
-}
-#define E4M3_SCALE 256.0f
-
-/* Two parts of a row. Types that are unpacked from the two halves of a larger word come as the elements of even number
- * and those of odd number; `lane_order` in packed.py says so too. */
-INLINE void decode(floats to[2], const uint8_t *from, enum dtype dtype)
-{
-    words word;
-    halves half[2];
-    switch (dtype) {
-    case FLOAT32:
-        memcpy(to, from, 2 * sizeof *to);
-        return;
-    case FLOAT16:
-        memcpy(half, from, sizeof half);
-        to[0] = from_half(half[0]);
-        to[1] = from_half(half[1]);
-        return;
-    case BFLOAT16:
-        memcpy(&word, from, sizeof word);
-        to[0] = (floats)(word << 16);
-        to[1] = (floats)(word & (int32_t)0xffff0000);
-        return;
-    default:
-        memcpy(half, from, sizeof *half);
-        half[1] = half[0] & 0xff00;
-        half[0] = half[0] << 8;
-        to[0] = dtype == FLOAT8_E4M3FN ? from_e4m3(half[0]) : from_half(half[0]);
-        to[1] = dtype == FLOAT8_E4M3FN ? from_e4m3(half[1]) : from_half(half[1]);
-    }
-}
-
-INLINE int64_t size_of(enum dtype dtype)
-{
-    return dtype == FLOAT32 ? 4 : dtype == BFLOAT16 || dtype == FLOAT16 ? 2 : 1;
-}
 
 /* Squared norms of own - other, own, other; by lanes. */
 typedef struct {
@@ -106,11 +58,7 @@ INLINE void deal_out(const totals *from, const int32_t *slot, int64_t fold, floa
 /* A row of the page; `end` holds the last one where it has to be filled up with zeros. */
 INLINE const uint8_t *row_of(const row_patterns *rows, const uint8_t *page, int64_t row, uint8_t *end, int64_t size)
 {
-    int64_t start = row * LANES, left = rows->elements - start;
-    if (left >= LANES)
-        return page + start * size;
-    memset(end, 0, LANES * size);
-    return memcpy(end, page + start * size, left * size);
+    return filled_row(page + row * LANES * size, rows->elements - row * LANES, end, size);
 }
 
 /* The least squared difference of tokens that differ, of which these are the sums. */

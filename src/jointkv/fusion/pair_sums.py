@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jointkv import native
-from jointkv.blocks import RESOLUTION, TINY, ServedErrors, aggregate_errors, lift_lost
+from jointkv.blocks import RESOLUTION, TINY, KVPages, ServedErrors, aggregate_errors, lift_lost
 from jointkv.errors import LayoutError, NativeUnavailable
 from jointkv.packed import PACKED_DTYPES, PackedPages, RowPatterns
 
@@ -24,7 +24,7 @@ MOST_FACTOR = 8.0
 
 
 def pair_sums(pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
-    """Squared norms of `own - other`, `own` and `other`, by the kernel where it can be had.
+    """Squared norms of `own - other`, `own` and `other`, by a kernel where one can be had: in C, or in Triton on a GPU.
 
     Args:
         own, other: page numbers, `[n]`.
@@ -37,11 +37,14 @@ def pair_sums(pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
         IndexError: a page number is out of range.
         LayoutError: `own` and `other` are not two vectors of one length.
     """
-    own, other = (_checked(pages, index) for index in (own, other))
+    own, other = (checked_pages(pages, index) for index in (own, other))
     if own.shape != other.shape:
         raise LayoutError(f"pairs of {len(own)} and {len(other)} pages")
-    kernel = _kernel() if pages.device.type == "cpu" else None
-    return pair_sums_reference(pages, own, other) if kernel is None else _pair_sums_native(kernel, pages, own, other)
+    if pages.device.type == "cpu" and (kernel := _kernel()):
+        return _pair_sums_native(kernel, pages, own, other)
+    if pages.device.type == "cuda" and (triton := native.triton_kernels("jointkv.fusion.pair_sums_triton")):
+        return triton.pair_sums(pages, own, other)
+    return pair_sums_reference(pages, own, other)
 
 
 def pair_sums_reference(pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
@@ -113,7 +116,13 @@ def _scaled(sums: Tensor, factor: Tensor) -> Tensor:
     return torch.stack((torch.maximum(apart, least), own, factor.square() * other), -1)
 
 
-def _checked(pages: PackedPages, index: Tensor) -> Tensor:
+def checked_pages(pages: KVPages, index: Tensor) -> Tensor:
+    """The page numbers `index [n]` as contiguous int64 on the CPU.
+
+    Raises:
+        IndexError: a page number is out of range.
+        LayoutError: not a vector of integers.
+    """
     if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise LayoutError(f"page numbers must be integers [n], got {index.dtype} {list(index.shape)}")
     index = index.to("cpu", torch.long).contiguous()

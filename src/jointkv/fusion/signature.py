@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from jointkv.blocks import KVPages
+from jointkv import native
+from jointkv.blocks import KVPages, PagedKV
+from jointkv.fusion import signature_native
+from jointkv.fusion.pair_sums import checked_pages
+from jointkv.fusion.signature_pages import is_uniform, layout_of
+from jointkv.packed import PackedPages
+
+TRITON_KERNELS = "jointkv.fusion.signature_triton"
 
 LEAST_PROJECTIONS, PROJECTIONS_OF_A_GROUP = 4, 64
 """Random projections per layer and side: 64 shared out over the layers of a group, 4 at the least. The squared distance
 of two signatures of `s` numbers has a relative standard deviation of about `sqrt(2 / s)` (Johnson and Lindenstrauss):
 13% for one layer, 9% for thirty."""
+
+
+Kernel = Callable[[Any, Tensor], Tensor]
+"""Signatures of the blocks of pages, given as page numbers."""
 
 
 class BlockSignature:
@@ -32,12 +46,24 @@ class BlockSignature:
         self._projections = [
             torch.randn(size, count, generator=generator).to(kv.device) * self.size**-0.5 for size in sizes
         ]
+        self._kept: tuple[Hashable, Kernel] | None = None
 
     def __call__(self, kv: KVPages, pages: Tensor) -> Tensor:
         """Signatures of the blocks `pages [n]`: float32 `[n, size]` on the pages' device.
 
-        A block with NaN or infinity gets a signature that is not finite.
+        A block with NaN or infinity gets a signature that is not finite. By a kernel that reads each page once where
+        one can be had: in C, or in Triton on a GPU.
+
+        Raises:
+            IndexError: a page number is out of range.
+            LayoutError: `pages` is not a vector of integers.
         """
+        index = checked_pages(kv, pages)
+        kernel = self._kernel(kv) if len(index) else None
+        return self.reference(kv, index) if kernel is None else kernel(kv, index)
+
+    def reference(self, kv: KVPages, pages: Tensor) -> Tensor:
+        """What a call returns, in plain torch."""
         parts = [self._signatures(kv, pages[part]) for part in kv.batches(len(pages))]
         return torch.cat(parts) if parts else torch.zeros(0, self.size, device=kv.device)
 
@@ -48,6 +74,23 @@ class BlockSignature:
             projected = blocks @ projection
             columns.append(torch.where(norm == 0, torch.zeros_like(projected), projected / norm))
         return torch.stack(columns).permute(2, 0, 1, 3).flatten(1)
+
+    def _kernel(self, kv: KVPages) -> Kernel | None:
+        """That for the layout of `kv`, kept for the next call."""
+        if not isinstance(kv, PagedKV | PackedPages) or not is_uniform(kv):
+            return None
+        layout = layout_of(kv)
+        if self._kept is not None and self._kept[0] == layout:
+            return self._kept[1]
+        kernel: Kernel
+        if kv.device.type == "cpu" and (compiled := signature_native.kernel()):
+            kernel = signature_native.NativeSignatures(compiled, kv, self._projections)
+        elif kv.device.type == "cuda" and (triton := native.triton_kernels(TRITON_KERNELS)):
+            kernel = triton.TritonSignatures(kv, self._projections)
+        else:
+            return None
+        self._kept = (layout, kernel)
+        return kernel
 
 
 def token_hashes(tokens: Tensor, block_size: int) -> Tensor:
