@@ -16,9 +16,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from jointkv.errors import LayoutError
-from jointkv.interfaces import differences
-from jointkv.vllm_plugin.cpu_attention import JointAttention
-from jointkv.vllm_plugin.interfaces import CPU_ATTENTION
+from jointkv.vllm_plugin.interfaces import CPU_ATTENTION, GPU_ATTENTION
+from jointkv.vllm_plugin.joint_attention import JointAttention, changed
 
 OUT = 24
 PROMPTS = [text(300, number // 4) for number in range(12)] + [text(length, length) for length in (1, 31, 32, 33, 700)]
@@ -124,7 +123,7 @@ def test_pages_that_are_not_as_believed_are_left_to_vllm(calm: Path) -> None:
 
 def test_another_interface_of_vllms_attention_leaves_it_to_vllm(calm: Path) -> None:
     with (
-        patch("jointkv.vllm_plugin.cpu_worker.differences", return_value=["CPUAttentionBackendImpl has no scale"]),
+        patch("jointkv.vllm_plugin.joint_attention.differences", return_value=["CPUAttentionBackendImpl has no scale"]),
         engine(calm, fusion={**EXACT, "attention": "shared"}) as other,
     ):
         serve(other, PROMPTS[:2])
@@ -133,7 +132,7 @@ def test_another_interface_of_vllms_attention_leaves_it_to_vllm(calm: Path) -> N
 
 
 def test_the_installed_attention_is_the_one_written_for() -> None:
-    assert differences(CPU_ATTENTION) == []
+    assert changed(CPU_ATTENTION) == changed(GPU_ATTENTION) == []
 
 
 def test_other_engines_of_the_process_are_left_alone(calm: Path) -> None:

@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
 from jointkv.errors import IntegrityError, LayoutError
-from jointkv.vllm_plugin.cpu_attention import JointAttention
+from jointkv.vllm_plugin.joint_attention import JointAttention
 from jointkv.vllm_plugin.messages import Remap
 from jointkv.vllm_plugin.norms import OwnNorms
 

@@ -51,6 +51,22 @@ def test_a_shuffled_page_is_understood(kind: str) -> None:
     assert not any(layer.kv_cache.any() for layer in layers), "the page that was probed must be as it was"
 
 
+def test_heads_that_are_told_first_and_lie_last() -> None:
+    """As in vLLM's default for CUDA: the tensor's axes are not in the order of memory."""
+    layer = Layer()
+    layer.kv_cache = torch.zeros(PAGES, TOKENS, HEADS, 2 * SIZE).transpose(1, 2)
+
+    def write(layer: Any, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+        cache[int(slots[0]) // TOKENS] = torch.cat((key, value), -1).transpose(0, 1)
+
+    layer.impl = SimpleNamespace(do_kv_cache_update=write)
+    pages = packed_pages([layer], PAGES, TOKENS)
+    written = torch.randn(2, TOKENS, HEADS, SIZE)
+    write(layer, *written, layer.kv_cache, torch.tensor([2 * TOKENS]))
+    for found, expected in zip(pages.vectors(torch.tensor([2])), written, strict=True):
+        assert torch.equal(found.flatten(), expected.flatten())
+
+
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [

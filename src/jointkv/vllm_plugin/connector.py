@@ -252,8 +252,6 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
     def _share_reading(self) -> None:
         """Let attention read shared pages once; where that cannot be, the engine's own attention stays."""
         try:
-            if self._vllm_config.device_config.device_type != "cpu":
-                raise LayoutError("attention that reads shared pages once is there for CPUs only")
             from jointkv.vllm_plugin.shared_reading import share_reading
 
             self.readings, self.norms = share_reading(self._runner, self._kv_cache_config, self.groups, self.settings)

@@ -1,151 +1,131 @@
 """vLLM's CPU attention, with pages that several requests read taken once for all of them where that is faster.
 
-Registered over `CPU_ATTN` while a worker of this plugin loads its model, see `registered`. Until `share_reading` has
-made sure of the page layout, and after any error, it is vLLM's own attention.
+Registered over `CPU_ATTN` while a worker of this plugin loads its model: the CPU platform knows no other backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.attention import selector
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm import _custom_ops as ops
+from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from jointkv.attention import reference
-from jointkv.attention.cpu import paged_attention
+from jointkv import native
+from jointkv.attention.cpu import SOURCE, paged_attention
 from jointkv.attention.layouts import LayerPages
+from jointkv.attention.switch import Switch, measure
 from jointkv.attention.work import WorkList
-from jointkv.plan import BlockRef
-
-if TYPE_CHECKING:
-    from jointkv.vllm_plugin.shared_reading import SharedReading
+from jointkv.vllm_plugin.joint_attention import JointAttention, JointBuilder, JointMetadata, override
 
 
-@contextmanager
-def registered() -> Iterator[None]:
-    """Let models that are loaded meanwhile use this backend. Other engines of the process are left alone."""
-    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{JointAttentionBackend.__qualname__}")
-    selector._cached_get_attn_backend.cache_clear()
-    try:
-        yield
-    finally:
-        AttentionBackendEnum.CPU_ATTN.clear_override()
-        selector._cached_get_attn_backend.cache_clear()
+def registered() -> AbstractContextManager[None]:
+    """Let models that are loaded meanwhile use this backend."""
+    return override("CPU_ATTN", JointCPUBackend)
 
 
 @dataclass
-class JointMetadata(CPUAttentionMetadata):
-    """vLLM's, the work of the step where shared-page attention does it, and factors `[2, layers, rows, slots]`."""
-
-    work: WorkList | None = None
-    factors: Tensor | None = None
-
-
-class JointMetadataBuilder(CPUAttentionMetadataBuilder):
+class JointCPUMetadata(JointMetadata, CPUAttentionMetadata):
     """vLLM's, and what reads what."""
 
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> CPUAttentionMetadata:
-        """See `CPUAttentionMetadataBuilder`."""
-        stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        layers = self.vllm_config.compilation_config.static_forward_context
-        reading = getattr(layers[self.layer_names[0]].impl, "reading", None)
-        if reading is None or stock.causal is not True or stock.dynamic_causal is not None:
-            return stock
-        work, factors = reading.step(common_attn_metadata)
-        known = {field.name: getattr(stock, field.name) for field in fields(stock)}
-        return JointMetadata(**known, work=work, factors=factors)
+
+class JointCPUBuilder(JointBuilder, CPUAttentionMetadataBuilder):
+    """vLLM's, and what reads what."""
+
+    metadata = JointCPUMetadata
 
 
-class JointAttention(CPUAttentionBackendImpl):
-    """vLLM's, and shared-page attention for the steps that come with a work list.
+class JointCPUAttention(JointAttention, CPUAttentionBackendImpl):
+    """vLLM's, and the compiled kernel of `jointkv.attention.cpu`."""
 
-    Attributes:
-        pages: of this layer, once their layout is known.
-        reading: of its KV-cache group.
-        place: of this layer in the group.
-    """
+    def layout(self, layer: Any) -> LayerPages:
+        """See `LayerPages.of_engine`."""
+        return LayerPages.of_engine(layer.kv_cache, layer.isa)
 
-    pages: LayerPages
-    reading: SharedReading
-    place: int
+    def special(self, layer: Any) -> dict[str, bool]:
+        """Fp8 pages have scales of their own."""
+        return {"fp8 pages": self.is_fp8_kv_cache}
 
-    def forward(
+    def prepare(self, pages: LayerPages) -> None:
+        """Raises `NativeUnavailable`: no compiler, and so no kernel."""
+        native.load(SOURCE)
+
+    def threads(self, pages: LayerPages) -> None:
+        """Torch's number of them."""
+
+    def attend(
         self,
-        layer: Any,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
-        output: Tensor,
-        *args: Any,
-        **options: Any,
+        pages: LayerPages,
+        work: WorkList,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> Tensor:
-        """See `CPUAttentionBackendImpl`."""
-        if isinstance(attn_metadata, JointMetadata):
-            count = attn_metadata.num_actual_tokens
-            answer = self._shared(query[:count], attn_metadata)
-            if answer is not None:
-                output[:count] = answer.view_as(output[:count])
-                return output
-        return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **options)
+        """See `jointkv.attention.cpu.paged_attention`."""
+        return paged_attention(query, pages, work, k_scale=k_scale, v_scale=v_scale, scale=self.scale)[0]
 
-    def _shared(self, query: Tensor, metadata: JointMetadata) -> Tensor | None:
-        """Attention of `query [n, heads, d]`; None where the engine is to do it."""
-        factors = (None, None) if metadata.factors is None else metadata.factors[:, self.place]
-        if metadata.work is not None and self.reading.fault is None:
-            try:
-                k_scale, v_scale = factors
-                return paged_attention(
-                    query, self.pages, metadata.work, k_scale=k_scale, v_scale=v_scale, scale=self.scale
-                )[0]
-            except Exception as error:
-                self.reading.switch_off(error)
-        return (
-            None if metadata.factors is None else self._by_definition(query, metadata, metadata.factors[:, self.place])
+    def measured(self, layer: Any, pages: LayerPages, longest: int) -> Switch:
+        """Times vLLM's op and the shared kernel on the layer's own pages."""
+
+        def queries(count: int) -> Tensor:
+            return torch.zeros(count, self.num_heads, self.head_size, dtype=pages.dtype)
+
+        def engine(tables: Tensor, lengths: Tensor, asked: Tensor) -> Callable[[], object]:
+            query, metadata = queries(int(asked.sum())), self._metadata(layer, tables, lengths, asked)
+            return lambda: self.forward(layer, query, query, query, layer.kv_cache, metadata, torch.empty_like(query))
+
+        def shared(work: WorkList) -> object:
+            return self.attend(queries(work.num_queries), pages, work)
+
+        return measure(pages.num_pages, pages.block_size, longest, engine, shared, self.num_heads // self.num_kv_heads)
+
+    def _metadata(self, layer: Any, tables: Tensor, lengths: Tensor, asked: Tensor) -> CPUAttentionMetadata:
+        """vLLM's, for block tables `[rows, slots]`, lengths `[rows]` and query lengths `[rows]`."""
+        starts = torch.cat((torch.zeros(1, dtype=torch.int32), asked.cumsum(0, dtype=torch.int32)))
+        plan = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(asked),
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_size,
+            seq_lens=lengths,
+            dtype=layer.kv_cache.dtype,
+            query_start_loc=starts,
+            causal=True,
+            sliding_window_size=-1,
+            isa=layer.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+        )
+        return CPUAttentionMetadata(
+            num_actual_tokens=int(asked.sum()),
+            max_query_len=int(asked.max()),
+            query_start_loc=starts,
+            max_seq_len=int(lengths.max()),
+            seq_lens=lengths,
+            block_table=tables,
+            slot_mapping=lengths,
+            scheduler_metadata=plan,
         )
 
-    def _by_definition(self, query: Tensor, metadata: JointMetadata, factors: Tensor) -> Tensor:
-        """Slow, and with nothing that may have failed: without its factors a block would be read as a wrong one."""
-        size, tables = self.reading.block_size, []
-        used = -(-metadata.max_seq_len // size)
-        there = torch.arange(used) * size < metadata.seq_lens[:, None]
-        pages, local = metadata.block_table[:, :used].masked_fill(~there, 0).long().unique(return_inverse=True)
-        for row, length in enumerate(metadata.seq_lens.tolist()):
-            k_scale, v_scale = factors[:, row].tolist()
-            tables.append(
-                [
-                    BlockRef(int(local[row, slot]), k_scale[slot], v_scale[slot], count=min(size, length - slot * size))
-                    for slot in range(-(-length // size))
-                ]
-            )
-        asked = metadata.query_start_loc.diff().tolist()
-        return reference.paged_attention(query, asked, *self.pages.read(pages), tables, scale=self.scale)[0]
 
-
-class JointAttentionBackend(CPUAttentionBackend):
+class JointCPUBackend(CPUAttentionBackend):
     """vLLM's CPU backend with the parts above."""
 
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
         """See `AttentionBackend`."""
-        return JointAttention
+        return JointCPUAttention
 
     @staticmethod
     def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
         """See `AttentionBackend`."""
-        return JointMetadataBuilder
+        return JointCPUBuilder

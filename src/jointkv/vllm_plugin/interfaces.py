@@ -122,39 +122,67 @@ METRICS = (
     Use(f"{CONNECTOR}.metrics:KVConnectorPromMetrics", ("_counter_cls", "_gauge_cls", "_histogram_cls")),
     Use("vllm.v1.metrics.utils", ("create_metric_per_engine(_, _)",)),
 )
-CPU_BACKEND = "vllm.v1.attention.backends.cpu_attn"
-CPU_ATTENTION = (
+BACKENDS = "vllm.v1.attention.backends"
+ANY_ATTENTION = (
     Use("vllm.v1.attention.selector", ("_cached_get_attn_backend",)),
-    Use("vllm.v1.attention.backends.registry", ("register_backend(_, _)",)),
-    Use("vllm.v1.attention.backends.registry:AttentionBackendEnum", ("CPU_ATTN", "clear_override()")),
+    Use(f"{BACKENDS}.registry", ("register_backend(_, _)",)),
+    Use(f"{BACKENDS}.registry:AttentionBackendEnum", ("get_path()", "is_overridden()", "clear_override()")),
+    Use("vllm.v1.attention.backend:AttentionType", ("DECODER",)),
     Use(
         "vllm.v1.attention.backend:CommonAttentionMetadata",
-        ("num_reqs", "block_table_tensor", "seq_lens", "max_seq_len", "max_query_len", "query_start_loc_cpu"),
-    ),
-    Use(
-        f"{CPU_BACKEND}:CPUAttentionMetadata",
         (
-            *("num_actual_tokens", "max_query_len", "query_start_loc", "max_seq_len", "seq_lens", "block_table"),
-            *("slot_mapping", "scheduler_metadata", "causal", "dynamic_causal"),
+            *("num_reqs", "seq_lens", "seq_lens_cpu_upper_bound", "max_seq_len", "max_query_len", "causal"),
+            "query_start_loc_cpu",
         ),
     ),
-    Use(
-        f"{CPU_BACKEND}:CPUAttentionBackendImpl",
-        (
-            *("num_heads", "num_kv_heads", "head_size", "scale", "sliding_window", "alibi_slopes", "logits_soft_cap"),
-            *("sinks", "is_fp8_kv_cache", "do_kv_cache_update(_, _, _, _, _)"),
-        ),
-        ("forward",),
-    ),
-    Use("vllm._custom_ops", ("cpu_attn_get_scheduler_metadata",)),
-    Use("vllm.envs", ("VLLM_CPU_ATTN_SPLIT_KV",)),
     Use(f"{CORE}.sched.output:SchedulerOutput", ("finished_req_ids",)),
     Use(f"{WORKER}.gpu_input_batch:InputBatch", ("req_ids",)),
     Use(f"{WORKER}.gpu_model_runner:GPUModelRunner", ("compilation_config", "max_model_len")),
-    Use(f"{CPU_BACKEND}:CPUAttentionMetadataBuilder", ("vllm_config", "layer_names"), ("build",)),
-    Use(f"{CPU_BACKEND}:CPUAttentionBackend", (), ("get_impl_cls", "get_builder_cls")),
 )
-"""Needed only where attention reads shared pages once; without them it is vLLM's."""
+METADATA = ("num_actual_tokens", "max_seq_len", "query_start_loc", "seq_lens", "block_table", "causal")
+IMPLEMENTATION = (
+    *("num_heads", "num_kv_heads", "head_size", "scale", "sliding_window", "alibi_slopes", "logits_soft_cap"),
+    *("sinks", "attn_type", "do_kv_cache_update(_, _, _, _, _)"),
+)
+CPU_ATTENTION = (
+    *ANY_ATTENTION,
+    Use(f"{BACKENDS}.registry:AttentionBackendEnum", ("CPU_ATTN",)),
+    Use(
+        f"{BACKENDS}.cpu_attn:CPUAttentionMetadata", (*METADATA, "max_query_len", "slot_mapping", "scheduler_metadata")
+    ),
+    Use(f"{BACKENDS}.cpu_attn:CPUAttentionBackendImpl", (*IMPLEMENTATION, "is_fp8_kv_cache"), ("forward",)),
+    Use("vllm._custom_ops", ("cpu_attn_get_scheduler_metadata",)),
+    Use("vllm.envs", ("VLLM_CPU_ATTN_SPLIT_KV",)),
+    Use(f"{BACKENDS}.cpu_attn:CPUAttentionMetadataBuilder", ("vllm_config", "layer_names"), ("build",)),
+    Use(f"{BACKENDS}.cpu_attn:CPUAttentionBackend", ("get_impl_cls()", "get_builder_cls()")),
+)
+GPU_ATTENTION = (
+    *ANY_ATTENTION,
+    Use(f"{BACKENDS}.registry:AttentionBackendEnum", ("CUSTOM",)),
+    Use("vllm.v1.attention.backend:AttentionCGSupport", ("NEVER",)),
+    Use("vllm.config:VllmConfig", ("attention_config",)),
+    Use("vllm.config.attention:AttentionConfig", ("backend_per_kind",)),
+    Use("vllm.v1.kv_cache_interface:KVCacheSpecKind", ("FULL_ATTENTION",)),
+    Use("vllm.v1.kv_cache_interface:KVCacheLayout", ("LBHNC", "BLHNC")),
+    Use("vllm.utils.torch_utils", ("is_quantized_kv_cache(_)",)),
+    Use("vllm.model_executor.layers.attention.attention:Attention", ("use_mm_prefix",)),
+    Use(f"{BACKENDS}.triton_attn:TritonAttentionMetadata", METADATA),
+    Use(
+        f"{BACKENDS}.triton_attn:TritonAttentionImpl",
+        (*IMPLEMENTATION, "kv_cache_dtype", "chunk_lookback", "fused_output_quant_supported(_)"),
+        ("forward",),
+    ),
+    Use(
+        f"{BACKENDS}.triton_attn:TritonAttentionMetadataBuilder",
+        ("vllm_config", "layer_names", "_cudagraph_support", "supports_update_block_table"),
+        ("build",),
+    ),
+    Use(
+        f"{BACKENDS}.triton_attn:TritonAttentionBackend",
+        ("get_impl_cls()", "get_builder_cls()", "supported_kv_cache_layouts()"),
+    ),
+)
+"""Each is needed only where attention reads shared pages once; without it attention is vLLM's. See `changed`."""
 USES = (*TABLES, *REQUESTS, *STEPS, *WORKERS, *CONFIGURATION, *METRICS)
 
 

@@ -47,13 +47,14 @@ def packed_pages(layers: Sequence[Any], num_blocks: int, block_size: int) -> Pac
 
 
 def _page_rows(cache: Any, num_blocks: int) -> Tensor:
-    """The cache tensor as `[pages, elements]`, a view."""
+    """The cache tensor as `[pages, elements]` in the order in which they lie, a view."""
     if not isinstance(cache, Tensor) or cache.shape[:1] != (num_blocks,):
         shape = list(cache.shape) if isinstance(cache, Tensor) else type(cache).__name__
         raise LayoutError(f"the engine's KV cache is not one tensor of {num_blocks} pages, but {shape}")
-    if not cache[0].is_contiguous():
+    page = cache[0]
+    if not page.permute(sorted(range(page.dim()), key=page.stride, reverse=True)).is_contiguous():
         raise LayoutError(f"a page is not contiguous: shape {list(cache.shape)}, strides {list(cache.stride())}")
-    return cache.as_strided((num_blocks, cache[0].numel()), (cache.stride(0), 1))
+    return cache.as_strided((num_blocks, page.numel()), (cache.stride(0), 1))
 
 
 def _as_numbers(pages: Tensor, layer: Any) -> Tensor:

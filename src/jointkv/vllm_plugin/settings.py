@@ -36,8 +36,8 @@ class PluginSettings(BaseModel):
         isolation: `"salt"`: blocks of requests with equal `cache_salt` (or both without) are compared.
             `"strict"`: a request without a salt is left alone.
         attention: what reads the pages. `"engine"`: vLLM's own kernels, which read a page for every request that
-            uses it. `"shared"`: on the CPU, a kernel that reads it once for all of them; equal up to rounding.
-            `"auto"`: that one wherever a measurement at start says that it is faster.
+            uses it. `"shared"`: a kernel that reads it once for all of them; equal up to rounding. `"auto"`: that one
+            wherever a measurement at start says that it is faster, on the CPU.
         own_norms: a block that reads another's page keeps its own norms of K and V in every layer where that brings it
             nearer, so that more blocks are within a bound. It makes `attention` `"shared"`, and where that cannot be
             had, pages are read as they stand.

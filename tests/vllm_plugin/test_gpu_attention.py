@@ -1,0 +1,440 @@
+"""Attention for GPUs that reads shared pages once, without a GPU: the kernels run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+pytest.importorskip("vllm")
+pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
+
+import torch
+import triton
+from torch import Tensor
+from vllm.config import AttentionConfig, CompilationConfig, CompilationMode, CUDAGraphMode
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention import selector
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends import triton_attn
+from vllm.v1.attention.backends.registry import _ATTN_OVERRIDES, AttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.worker.gpu_worker import Worker
+
+from jointkv.attention import reference
+from jointkv.attention.layouts import LayerPages
+from jointkv.errors import IntegrityError, LayoutError, UnsupportedEngine
+from jointkv.plan import BlockRef
+from jointkv.vllm_plugin import CONNECTOR_MODULE, gpu_attention, shared_reading
+from jointkv.vllm_plugin.gpu_attention import JointGPUAttention, JointGPUBackend, JointGPUBuilder, JointGPUMetadata
+from jointkv.vllm_plugin.gpu_worker import JointGPUWorker
+from jointkv.vllm_plugin.joint_attention import override
+from jointkv.vllm_plugin.messages import Remap
+from jointkv.vllm_plugin.settings import PluginSettings
+from jointkv.vllm_plugin.shared_reading import SharedReading
+
+HEADS, KV_HEADS, SIZE, TOKENS, PAGES, LAYERS = 4, 2, 32, 16, 12, 2
+TABLES = [[1, 2, 3, 0], [1, 2, 4, 5], [1, 2, 6, 0], [7, 8, 0, 0]]
+LENGTHS, ASKED = [40, 64, 33, 30], [1, 1, 17, 30]
+"""Two that decode behind shared pages, a chunk of a prompt behind them, and a prompt of its own."""
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Triton imports some of itself only when a kernel runs."""
+    with pytest.MonkeyPatch.context() as patched:
+        if not torch.cuda.is_available():
+            patched.setenv("TRITON_INTERPRET", "1")
+        yield
+
+
+with told():
+    from triton.language import standard
+
+    if not torch.cuda.is_available() and isinstance(standard.max, triton.JITFunction):  # vLLM was there before
+        for module in (standard, triton.language):
+            importlib.reload(module)
+    import jointkv.attention.paged_triton  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without a GPU, vLLM has switched its own kernels off in this process; see `interpreted_engine.py` for them."""
+
+    def write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor, *_: Any) -> None:
+        page, token = slots // keys.shape[1], slots % keys.shape[1]
+        keys[page, token], values[page, token] = key, value
+
+    monkeypatch.setattr(triton_attn, "triton_reshape_and_cache_flash", write)
+    with told():
+        yield
+
+
+def layer_of(order: KVCacheLayout = KVCacheLayout.LBHNC, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """What vLLM's attention layer has for its backend: pages `[pages, h, t, 2d]` that lie in `order`."""
+    shape = (PAGES, KV_HEADS, TOKENS, 2 * SIZE)
+    physical = order.layer_view_order
+    cache = torch.zeros([shape[axis] for axis in physical], dtype=dtype)
+    cache = cache.permute([physical.index(axis) for axis in range(4)])
+    impl = JointGPUAttention(
+        **{
+            **dict(num_heads=HEADS, head_size=SIZE, scale=0.2, num_kv_heads=KV_HEADS, alibi_slopes=None),
+            **dict(sliding_window=None, kv_cache_dtype="auto"),
+            **options,
+        }
+    )
+    return SimpleNamespace(impl=impl, kv_cache=cache, dtype=dtype, use_mm_prefix=False, _k_scale=None, _v_scale=None)
+
+
+class Group:
+    """Layers of a KV-cache group with what stands around them in an engine, and a step of it."""
+
+    def __init__(self, layers: list[Any], own_norms: bool = False) -> None:
+        names = [f"layer {place}" for place in range(len(layers))]
+        spec = SimpleNamespace(block_size=TOKENS)
+        config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=names, kv_cache_spec=spec)])
+        self.tables = torch.tensor(TABLES, dtype=torch.int32)
+        self.lengths, self.asked = torch.tensor(LENGTHS, dtype=torch.int32), torch.tensor(ASKED, dtype=torch.int32)
+        buffer = SimpleNamespace(np=self.tables.numpy())
+        self.batch = SimpleNamespace(
+            req_ids=[f"request {row}" for row in range(len(TABLES))],
+            block_table=[SimpleNamespace(block_table=buffer)],
+        )
+        self.layers = layers
+        runner = SimpleNamespace(
+            input_batch=self.batch,
+            kv_cache_config=config,
+            max_model_len=64,
+            compilation_config=SimpleNamespace(static_forward_context=dict(zip(names, layers, strict=True))),
+        )
+        settings = PluginSettings(attention="shared", own_norms=own_norms)
+        readings, self.norms = shared_reading.share_reading(runner, config, [0], settings)
+        self.reading: SharedReading = readings[0]
+        torch.manual_seed(0)
+        for layer in layers:
+            assert not layer.kv_cache.any()
+            layer.kv_cache.copy_(torch.randn(layer.kv_cache.shape))
+
+    def common(self) -> CommonAttentionMetadata:
+        starts = torch.nn.functional.pad(self.asked.cumsum(0), (1, 0)).int()
+        return CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=torch.zeros_like(self.lengths),  # on the device: not to be asked
+            seq_lens_cpu_upper_bound=self.lengths,
+            num_reqs=len(self.tables),
+            num_actual_tokens=int(self.asked.sum()),
+            max_query_len=int(self.asked.max()),
+            max_seq_len=int(self.lengths.max()),
+            block_table_tensor=torch.zeros_like(self.tables),
+            slot_mapping=torch.zeros(0, dtype=torch.long),
+        )
+
+    def metadata(self) -> JointGPUMetadata:
+        """As the builder makes it."""
+        common = self.common()
+        builder = object.__new__(JointGPUBuilder)
+        builder.layer_names = ["layer 0"]
+        builder.vllm_config = SimpleNamespace(compilation_config=self.reading.runner.compilation_config)
+        device = {
+            "seq_lens": self.lengths,
+            "block_table": self.tables,
+            "causal": True,
+            "max_seq_len": common.max_seq_len,
+        }
+        stock = triton_attn.TritonAttentionMetadata(
+            **device, num_actual_tokens=common.num_actual_tokens, max_query_len=common.max_query_len,
+            query_start_loc=common.query_start_loc, slot_mapping=common.slot_mapping, seq_threshold_3D=0,
+            num_par_softmax_segments=0, softmax_segm_output=None, softmax_segm_max=None, softmax_segm_expsum=None,
+        )  # fmt: skip
+        with patch.object(triton_attn.TritonAttentionMetadataBuilder, "build", return_value=stock):
+            return builder.build(0, common)
+
+    def forward(self, place: int, query: Tensor, metadata: JointGPUMetadata) -> Tensor:
+        """vLLM's call; the rows beyond the step's are padding."""
+        layer, padded = self.layers[place], torch.nn.functional.pad(query, (0, 0, 0, 0, 0, 3))
+        output = torch.full_like(padded, 7.0)
+        found = layer.impl.forward(layer, padded, None, None, layer.kv_cache, metadata, output=output)
+        assert found is output and (output[len(query) :] == 7).all()
+        return output[: len(query)]
+
+    def expected(self, place: int, query: Tensor, factors: Tensor | None = None) -> Tensor:
+        """By the definition in float64, with `factors [2, rows, slots]`."""
+        scales = torch.ones(2, *self.tables.shape) if factors is None else factors
+        tables = [
+            [
+                BlockRef(int(row[slot]), *scales[:, number, slot].tolist(), count=min(TOKENS, length - slot * TOKENS))
+                for slot in range(-(-length // TOKENS))
+            ]
+            for number, (row, length) in enumerate(zip(self.tables, self.lengths.tolist(), strict=True))
+        ]
+        sides = self.layers[place].kv_cache.double().transpose(1, 2).split(SIZE, dim=3)
+        return reference.paged_attention(query.double(), self.asked.tolist(), *sides, tables, scale=0.2)[0]
+
+    def give_factors(self) -> Tensor:
+        """The second block of two requests has factors from now on: all of them, `[2, layers, rows, slots]`."""
+        factors = torch.rand(2, LAYERS, 2) + 0.5
+        self.norms.propose(1, factors)
+        self.norms.commit([Remap(f"request {row}", 0, 1, 2, step=1, pair=row) for row in range(2)])
+        table = torch.ones(2, LAYERS, *self.tables.shape)
+        table[:, :, :2, 1] = factors.permute(2, 1, 0)
+        return table
+
+
+def query_of(group: Group) -> Tensor:
+    return torch.randn(int(group.asked.sum()), HEADS, SIZE)
+
+
+def close(found: Tensor, truth: Tensor, tolerance: float = 1e-5) -> None:
+    assert float((found.double() - truth).norm() / truth.norm()) < tolerance
+
+
+@pytest.mark.parametrize("own_norms", [False, True])
+@pytest.mark.parametrize("order", [KVCacheLayout.LBHNC, KVCacheLayout.LBNHC], ids=lambda order: order.name)
+def test_the_answer_is_the_definitions_in_both_orders_of_pages(order: KVCacheLayout, own_norms: bool) -> None:
+    with torch.inference_mode():
+        group = Group([layer_of(order) for _ in range(LAYERS)], own_norms)
+        factors = group.give_factors() if own_norms else None
+        metadata, query = group.metadata(), query_of(group)
+        assert metadata.work.num_pages == 9 and (len(metadata.work.pages.page) < sum(-(-n // TOKENS) for n in LENGTHS))
+        for place in range(LAYERS):
+            truth = group.expected(place, query, None if factors is None else factors[:, place])
+            close(group.forward(place, query, metadata), truth)
+    assert group.reading.fault is None and group.reading.shared_steps == 1
+
+
+def test_decoding_goes_on_with_the_same_work_and_factors_are_looked_at_once() -> None:
+    """On a GPU every look at factors waits for it."""
+    with torch.inference_mode():
+        group = Group([layer_of() for _ in range(LAYERS)], own_norms=True)
+        factors, works = group.give_factors(), set()
+        group.asked.fill_(1)
+        group.lengths.copy_(torch.tensor([40, 60, 33, 30]))
+        with patch("jointkv.attention.gpu.check_scale") as looks:
+            for _ in range(3):
+                metadata, query = group.metadata(), query_of(group)
+                works.add(id(metadata.work))
+                for place in range(LAYERS):
+                    close(group.forward(place, query, metadata), group.expected(place, query, factors[:, place]))
+                group.lengths += 1
+            assert len(works) == 1 and looks.call_count == 2 * LAYERS
+            group.norms.propose(2, torch.full((1, LAYERS, 2), 1.25))
+            group.norms.commit([Remap("request 2", 0, 0, 1, step=2, pair=0)])
+            factors[:, :, 2, 0] = 1.25
+            metadata, query = group.metadata(), query_of(group)
+            close(group.forward(1, query, metadata), group.expected(1, query, factors[:, 1]))
+            assert looks.call_count == 2 * LAYERS + 2
+
+
+@pytest.mark.parametrize("own_norms", [False, True])
+def test_an_error_in_the_kernel_leaves_attention_to_vllm(own_norms: bool) -> None:
+    """But for steps with factors, which are computed by definition."""
+    group = Group([layer_of() for _ in range(LAYERS)], own_norms)
+    factors = group.give_factors() if own_norms else None
+    metadata, query = group.metadata(), query_of(group)
+    stock = torch.full((len(query) + 3, HEADS, SIZE), 3.0)
+    with (
+        patch.object(gpu_attention, "paged_attention", side_effect=RuntimeError("planted")) as planted,
+        patch.object(triton_attn.TritonAttentionImpl, "forward", return_value=stock) as vllms,
+        patch.object(shared_reading.logger, "error") as said,
+    ):
+        for _ in range(2):
+            for place, layer in enumerate(group.layers):
+                if factors is not None:
+                    close(group.forward(place, query, metadata), group.expected(place, query, factors[:, place]))
+                else:
+                    assert layer.impl.forward(layer, query, None, None, None, metadata, output=None) is stock
+            metadata = group.metadata()
+            assert metadata.work is None
+    assert planted.call_count == 1 and vllms.call_count == (0 if own_norms else 2 * LAYERS)
+    assert said.call_count == 1 and "planted" in said.call_args.args[1]
+    assert group.norms is None or not group.norms.enabled
+
+
+@pytest.mark.parametrize("rows", [["request 0"], [f"request {row}" for row in range(9)], []])
+def test_a_step_that_is_not_the_batchs_is_vllms_unless_blocks_have_factors(rows: list[str]) -> None:
+    """A warm-up, for one."""
+    group = Group([layer_of() for _ in range(LAYERS)], own_norms=True)
+    group.batch.req_ids = rows
+    metadata = group.metadata()
+    assert metadata.work is None and metadata.factors is None and group.reading.steps == 0
+    group.give_factors()
+    with pytest.raises(IntegrityError, match="norms"):
+        group.metadata()
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "sliding window": {"sliding_window": 8},
+    "ALiBi": {"alibi_slopes": [0.5] * HEADS},
+    "soft cap": {"logits_soft_cap": 30.0},
+    "sinks": {"sinks": torch.zeros(HEADS)},
+    "fp8": {"kv_cache_dtype": "fp8"},
+    "quantized": {"kv_cache_dtype": "int8_per_token_head"},
+    "local attention": {"chunk_lookback": 2},
+    "not causal": {"attn_type": AttentionType.ENCODER_DECODER},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_kernels_were_not_written_for_is_refused(name: str) -> None:
+    layer = layer_of(**REFUSED[name])
+    with pytest.raises(LayoutError, match=name):
+        Group([layer])
+    assert not hasattr(layer.impl, "reading")
+
+
+def test_pages_that_are_not_as_believed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = layer_of()
+    images.use_mm_prefix = True
+    with pytest.raises(LayoutError, match="images"):
+        Group([images])
+    halves = layer_of()
+    halves.dtype = torch.float16
+    with pytest.raises(LayoutError, match="another dtype"):
+        Group([halves])
+    wider = layer_of()
+    wider.kv_cache = torch.zeros(PAGES, KV_HEADS, TOKENS, 2 * SIZE + 16)
+    with pytest.raises(LayoutError, match="never seen"):
+        Group([wider])
+    monkeypatch.setattr(
+        triton_attn, "triton_reshape_and_cache_flash", lambda key, value, keys, *_: keys[1].copy_(key.flip(0))
+    )
+    with pytest.raises(LayoutError, match="never seen"):
+        Group([layer_of()])
+
+
+def test_a_wrong_answer_at_the_start_is_seen() -> None:
+    def wrong(query: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+        return (query,)
+
+    with (
+        patch.object(gpu_attention, "paged_attention", wrong),
+        pytest.raises(LayoutError, match="wrong answer"),
+    ):
+        Group([layer_of()])
+
+
+def test_registration_leaves_the_registry_as_it_was() -> None:
+    custom = AttentionBackendEnum.CUSTOM
+    for before in ({}, {custom: "a.plugin.Backend"}):
+        with patch.dict(_ATTN_OVERRIDES, before):
+            known = dict(_ATTN_OVERRIDES)
+            with pytest.raises(RuntimeError, match="planted"), override("CUSTOM", JointGPUBackend):
+                assert custom.get_class() is JointGPUBackend
+                raise RuntimeError("planted")
+            assert known == _ATTN_OVERRIDES and selector._cached_get_attn_backend.cache_info().currsize == 0
+
+
+def engine_config(backends: dict[str, str] | None = None, **options: Any) -> Any:
+    transfer = SimpleNamespace(kv_connector_module_path=CONNECTOR_MODULE, kv_connector_extra_config=options)
+    return SimpleNamespace(
+        attention_config=AttentionConfig(backend_per_kind=backends or {}), kv_transfer_config=transfer
+    )
+
+
+def backends_while_loading(config: Any) -> dict[str, str | None]:
+    """What the GPU worker has vLLM's model loader see: backends by kind of layer, and what CUSTOM stands for."""
+    seen: dict[str, str | None] = {}
+
+    def load(self: Worker) -> None:
+        seen.update({kind: backend.name for kind, backend in config.attention_config.backend_per_kind.items()})
+        custom = AttentionBackendEnum.CUSTOM
+        seen["CUSTOM"] = custom.get_path() if custom.is_overridden() else None
+
+    worker = object.__new__(JointGPUWorker)
+    worker.vllm_config = config
+    with patch.object(Worker, "load_model", load):
+        worker.load_model()
+    assert not AttentionBackendEnum.CUSTOM.is_overridden()
+    return seen
+
+
+def test_the_gpu_worker_loads_its_model_with_it_where_that_is_asked_for() -> None:
+    ours = f"{JointGPUBackend.__module__}.{JointGPUBackend.__qualname__}"
+    for options in ({"attention": "shared"}, {"own_norms": True}, {"own_norms": True, "attention": "auto"}):
+        assert backends_while_loading(engine_config(**options)) == {"full_attention": "CUSTOM", "CUSTOM": ours}
+    assert backends_while_loading(engine_config()) == {"CUSTOM": None}
+    users = {"full_attention": "FLASH_ATTN", "sliding_window": "TRITON_ATTN"}
+    assert backends_while_loading(engine_config(users, attention="shared")) == {**users, "CUSTOM": ours}
+
+
+def test_another_interface_of_vllms_attention_leaves_it_to_vllm() -> None:
+    with patch("jointkv.vllm_plugin.joint_attention.differences", return_value=["TritonAttentionImpl has no scale"]):
+        assert backends_while_loading(engine_config(attention="shared")) == {"CUSTOM": None}
+
+
+def test_a_measurement_on_a_gpu_is_refused_at_the_start() -> None:
+    with pytest.raises(UnsupportedEngine, match="attention=shared or attention=engine"):
+        backends_while_loading(engine_config(attention="auto"))
+
+
+def test_vllms_selection_for_gpus_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm._C_stable_libtorch", ModuleType("compiled for CUDA"))
+    from vllm.platforms.cuda import CudaPlatformBase
+
+    monkeypatch.setattr(CudaPlatformBase, "get_device_capability", lambda *_: DeviceCapability(9, 0))
+    asked = selector.AttentionSelectorConfig(128, torch.bfloat16, "auto", 16, use_kv_connector=True)
+    with override("CUSTOM", JointGPUBackend):
+        path = CudaPlatformBase.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, asked)
+    assert path == f"{JointGPUBackend.__module__}.{JointGPUBackend.__qualname__}"
+    assert JointGPUBackend.get_impl_cls() is JointGPUAttention and JointGPUBackend.get_builder_cls() is JointGPUBuilder
+
+
+@pytest.mark.parametrize(
+    ("mode", "graphs"), [(CompilationMode.VLLM_COMPILE, "PIECEWISE"), (CompilationMode.NONE, "NONE")]
+)
+def test_no_cuda_graph_holds_attention(mode: CompilationMode, graphs: str) -> None:
+    support = JointGPUBuilder.get_cudagraph_support(None, None)
+    for asked, refused in (("FULL_AND_PIECEWISE", False), ("FULL_DECODE_ONLY", False), ("FULL", True)):
+        config = CompilationConfig(mode=mode, cudagraph_mode=CUDAGraphMode[asked])
+        if mode == CompilationMode.VLLM_COMPILE:
+            config.set_splitting_ops_for_v1(all2all_backend="none")
+        with pytest.raises(ValueError, match="PIECEWISE") if refused else nullcontext():
+            assert config.resolve_cudagraph_mode_and_sizes(support, "ours") == CUDAGraphMode[graphs]
+
+
+def test_pages_of_every_order_that_it_asks_for_are_one_piece() -> None:
+    for order in JointGPUBackend.supported_kv_cache_layouts():
+        assert layer_of(order).kv_cache[0].is_contiguous()
+
+
+def test_a_layer_of_another_backend_is_not_touched() -> None:
+    layer = layer_of()
+    layer.impl = triton_attn.TritonAttentionImpl(HEADS, SIZE, 0.2, KV_HEADS, None, None, "auto")
+    with pytest.raises(LayoutError, match="not the attention of this plugin"):
+        Group([layer])
+
+
+@pytest.mark.slow
+def test_a_real_engine_with_vllms_triton_kernels(tmp_path: Path) -> None:
+    """The engine of a CPU does as if it had a GPU: every kernel is interpreted, the rest is as it would be."""
+    script = Path(__file__).with_name("interpreted_engine.py")
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    cases = {case.pop("case"): case for case in said}
+    assert len(cases) == 5, done.stderr[-4000:]
+    assert cases["stock"]["attention"] == "TritonAttentionImpl"
+    for name in ("shared", "broken", "norms", "norms broken"):
+        case = cases[name]
+        assert case["attention"] == "JointGPUAttention" and case["merged"] > 0 and case["faults"] == 0
+        assert case["shared_steps"] == case["steps"] > 4
+        assert case["fault"] == ("RuntimeError: planted" if "broken" in name else None)
+        assert (case["factors"] > 0) == ("norms" in name)
+        assert case["tokens"] == cases["norms" if "norms" in name else "stock"]["tokens"]
+
+
+def test_layer_pages_are_views_of_the_engines_cache() -> None:
+    layer = layer_of(KVCacheLayout.LBNHC, torch.bfloat16)
+    pages = layer.impl.layout(layer)
+    assert isinstance(pages, LayerPages) and pages.order == "rows" and pages.block_size == TOKENS
+    assert pages.keys.data_ptr() == layer.kv_cache.data_ptr()
+    assert layer.impl.threads(pages) is None
