@@ -15,6 +15,7 @@ VLLM_FLAGS = {
     "--no-scheduler-reserve-full-isl",
     "--max-num-batched-tokens",
     "--watermark",
+    "--attention-backend",
     "--block-size",
     "--dtype",
     "--max-num-seqs",

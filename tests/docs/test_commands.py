@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import typer.main
 from doc_pages import PAGES, ROOT, VLLM_FLAGS, Command, blocks, commands, inline_code, links
+from typer.testing import CliRunner
 
 from jointkv.cli.fusion_options import fusion_options
 from jointkv.cli.main import app
@@ -32,6 +33,8 @@ hooks = importlib.util.module_from_spec(
 )
 hooks.__spec__.loader.exec_module(hooks)  # type: ignore[union-attr]
 
+SHELL = frozenset("|&;<>()$`*?#~\n")
+"""What only a shell understands. Commands without it run in this process: every other one would import torch anew."""
 ALL = [command for page in PAGES for command in commands(page)]
 
 
@@ -51,9 +54,15 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("text", dict.fromkeys(command.text for command in ALL if run_here(command)))
-def test_runs(text: str, desk: Path) -> None:
-    if shlex.split(text)[0] == "promtool" and shutil.which("promtool") is None:
+def test_runs(text: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(text)
+    if words[0] == "promtool" and shutil.which("promtool") is None:
         pytest.skip("needs Debian's package prometheus")
+    if words[0] == "jointkv" and words[1:] != ["--version"] and not SHELL.intersection(text):
+        monkeypatch.chdir(desk)
+        ended = CliRunner().invoke(app, words[1:])
+        assert ended.exit_code == 0, f"{ended.output}\n{ended.exception!r}"
+        return
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     result = subprocess.run(

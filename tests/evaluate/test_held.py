@@ -1,4 +1,4 @@
-"""What `jointkv demo` measures, on the real model: the goals of the `safe` preset and the damage of `paper`."""
+"""What `jointkv demo` measures, on the real model: the damage of `paper`, and the goals of `safe` at full size."""
 
 import pytest
 import torch
@@ -18,14 +18,6 @@ def rows_of(traffic, count, policies):
     return {
         name: compare(traffic, name, batch, hold(model, batch, policy), unfused) for name, policy in policies.items()
     }
-
-
-@pytest.mark.real_model
-def test_near_prefix_requests_share_pages_at_no_visible_cost():
-    row = rows_of("near_prefix", 8, {"safe": FusionPolicy.preset("safe")})["safe"]
-    # 8 requests of about 50 blocks, 2 + 5 of them their own: 3.4 at the most. 24 requests give 5.8 (`make demo`).
-    assert row.ratio >= 3.0 and row.bytes_after * 3.0 <= row.bytes_before
-    assert row.kl <= 0.001 and row.top1 >= 0.99 and row.kl_worst_request <= 0.002
 
 
 @pytest.mark.real_model

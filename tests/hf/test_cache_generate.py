@@ -17,10 +17,14 @@ from tiny_models import (
     stock_cache,
 )
 
+from effort import every_pair
 from jointkv.hf.cache import JointCache
 from jointkv.policy import FusionPolicy
 
-MODELS = [("llama", "sdpa"), ("qwen2", "eager"), ("gemma3", "sdpa"), ("gpt2", "sdpa")]
+MODELS = {
+    f"{name}-{attention}": (name, attention)
+    for name, attention in [("llama", "sdpa"), ("qwen2", "eager"), ("gemma3", "sdpa"), ("gpt2", "sdpa")]
+}
 POLICIES = {
     "off": "off",
     "exact": EXACT,
@@ -29,6 +33,7 @@ POLICIES = {
     "per_layer": FusionPolicy(max_relative_error=0.0, layer_groups="per_layer"),
     "both": FusionPolicy(max_relative_error=0.0, scope="both", chunk_tokens=2 * BLOCK),
 }
+NAMES = {name: name for name in POLICIES}
 
 
 def pair(name, attention, policy):
@@ -42,11 +47,9 @@ def padded_duplicates():
     return ids.repeat(2, 1), mask.repeat(2, 1)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, BLOCK, 7])
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize(("name", "attention"), MODELS)
-def test_chunked_prefill(name, attention, policy, chunk):
-    stock, model, pool = pair(name, attention, policy)
+@every_pair(kind=MODELS, policy=NAMES, chunk={str(chunk): chunk for chunk in (1, 3, BLOCK, 7)})
+def test_chunked_prefill(kind, policy, chunk):
+    stock, model, pool = pair(*kind, policy)
     expected = generate(stock, padded_duplicates(), stock_cache(stock), prefill_chunk_size=chunk)
     cache = JointCache(pool)
     assert_same_output(expected, generate(model, padded_duplicates(), cache, prefill_chunk_size=chunk))
@@ -63,10 +66,9 @@ def test_a_chunk_that_is_padding_in_every_row():
     assert_same_output(expected, generate(model, prompt, JointCache(pool), prefill_chunk_size=5))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize(("name", "attention"), MODELS)
-def test_a_conversation_goes_on_with_its_cache(name, attention, policy):
-    stock, model, pool = pair(name, attention, policy)
+@every_pair(kind=MODELS, policy=NAMES)
+def test_a_conversation_goes_on_with_its_cache(kind, policy):
+    stock, model, pool = pair(*kind, policy)
     caches = stock_cache(stock), JointCache(pool)
     ids, mask = padded_duplicates()
     for turn in range(3):
@@ -80,11 +82,9 @@ def test_a_conversation_goes_on_with_its_cache(name, attention, policy):
     assert (caches[1].pages < caches[1].references) == (policy != "off")
 
 
-@pytest.mark.parametrize("beams", [2, 3])
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize(("name", "attention"), MODELS)
-def test_beams(name, attention, policy, beams):
-    stock, model, pool = pair(name, attention, policy)
+@every_pair(kind=MODELS, policy=NAMES, beams={"2": 2, "3": 3})
+def test_beams(kind, policy, beams):
+    stock, model, pool = pair(*kind, policy)
     for prompt in (prompts(14), prompts(3, 19)):
         options = {"num_beams": beams, "num_return_sequences": beams, "output_scores": True, "tokens": 10}
         expected = generate(stock, prompt, stock_cache(stock), **options)

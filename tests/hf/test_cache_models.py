@@ -16,6 +16,7 @@ from tiny_models import (
     stock_cache,
 )
 
+from effort import every_pair
 from jointkv.errors import InvalidPolicy, JointKVError, LayoutError, UnsupportedModel
 from jointkv.hf.attention import ATTENTION_NAME
 from jointkv.hf.cache import JointCache, PagedCacheLayer
@@ -34,10 +35,13 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("policy", ["off", EXACT], ids=["off", "exact"])
-@pytest.mark.parametrize(("name", "attention"), CASES)
-def test_answers_are_those_of_the_stock_cache(name, attention, policy, prompt):
+@every_pair(
+    kind={f"{name}-{attention}": (name, attention) for name, attention in CASES},
+    policy={"off": "off", "exact": EXACT},
+    prompt={name: name for name in PROMPTS},
+)
+def test_answers_are_those_of_the_stock_cache(kind, policy, prompt):
+    name, attention = kind
     stock = build_model(name, attention=attention)
     expected = generate(stock, PROMPTS[prompt], stock_cache(stock))
     model, pool = joint(name, policy, attention=attention)

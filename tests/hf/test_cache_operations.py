@@ -19,6 +19,7 @@ from tiny_models import (
 )
 from transformers import Cache
 
+from effort import every_pair
 from jointkv.errors import LayoutError
 from jointkv.hf.cache import JointCache
 from jointkv.policy import FusionPolicy
@@ -96,15 +97,16 @@ class Twins:
         self.mask = self.mask.repeat_interleave(repeats, 0)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize(("name", "attention"), [("llama", "sdpa"), ("qwen2", "eager")])
-def test_operations(name, attention, policy, operation):
-    twins = Twins(name, POLICIES[policy], attention)
+@every_pair(
+    kind={"llama-sdpa": ("llama", "sdpa"), "qwen2-eager": ("qwen2", "eager")}, policy=POLICIES, operation=OPERATIONS
+)
+def test_operations(kind, policy, operation):
+    name, attention = kind
+    twins = Twins(name, policy, attention)
     ids, mask = prompts(22, 13, 22)
     ids[2] = ids[0]
     twins.forward(ids, mask)
-    twins.apply(OPERATIONS[operation])
+    twins.apply(operation)
     rows = len(twins.mask)
     for seed in range(3):
         twins.forward(prompts(*[3] * rows, seed=seed)[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -24,16 +25,19 @@ from typing import Any
 
 import pytest
 import yaml
-from test_serve_engine import MODEL, SHARED, living
+from test_serve_engine import ONE_THREAD, living
 
 from jointkv.vllm_plugin.server import Launch
 
 pytest.importorskip("vllm")
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+MODEL = "random"
+SHARED = " ".join(f"w{number}" for number in random.Random(0).sample(range(2, 512), 300))
 STARTS_WITHIN_S = 180.0
 WINDOW = "30s"
 REQUESTS = 6
+SUCCESS = "sum(vllm:request_success_total)"
 NEVER_YET = {
     'http_requests_total{job="jointkv", status="5xx"}': "the series appears with the first failing request",
 }
@@ -41,10 +45,7 @@ NEVER_YET = {
 EMPTY_PANELS: dict[str, str] = {}
 """Expressions of the dashboard that may have no data on a busy server, and why."""
 
-pytestmark = [
-    pytest.mark.real_model,
-    pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus"),
-]
+pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus")
 
 
 @dataclass
@@ -75,11 +76,12 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """Prometheus with the configuration of `deploy/`, on a server that has merged some blocks."""
-    from jointkv.hf.models import fetch_model
-
+    """Prometheus with the configuration of `deploy/`, on a server that has merged some blocks of a random model."""
     folder = tmp_path_factory.mktemp("dashboard")
-    model = str(fetch_model(MODEL))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DEPLOY.parent / "benchmarks"))
+        from soak import write_model
+    model = write_model(folder / "model")
     with ExitStack() as running:
         port = free_port()
         server = f"http://127.0.0.1:{port}"
@@ -90,16 +92,17 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
         running.enter_context(ended_process(command, folder / "prometheus.log", f"http://{address}/-/ready"))
         found = Prometheus(f"http://{address}")
         wait_for(lambda: found.ask("jointkv_state"), 20, "no first scrape")  # a rate needs a sample before the load
-        load(server)
-        wait_for(lambda: value_of(found, "sum(vllm:request_success_total)") == REQUESTS, 20, "no scrape after the load")
+        for answered in (REQUESTS, 2 * REQUESTS):  # some series appear with the first request
+            load(server, answered)
+            wait_for(lambda wanted=answered: value_of(found, SUCCESS) == wanted, 20, "no scrape after the load")
         yield found
 
 
 def serve_command(model: str, port: int) -> list[str]:
-    launch = Launch({"min_pool_usage": 0.0}, "cpu").to_json()
+    launch = Launch({"min_pool_usage": 0.0, "attention": "shared"}, "cpu").to_json()
     command = [sys.executable, "-P", "-m", "jointkv.vllm_plugin.server", launch, model, "--served-model-name", MODEL]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--block-size", "32"]
-    return [*command, "--num-gpu-blocks-override", "200", "--max-model-len", "1100", "--enforce-eager"]
+    return [*command, "--num-gpu-blocks-override", "200", "--max-model-len", "512", "--enforce-eager"]
 
 
 def configuration(folder: Path, port: int) -> Path:
@@ -126,7 +129,9 @@ def free_port() -> int:
 def ended_process(command: list[str], log: Path, ready: str) -> Iterator[None]:
     """Run `command` in a session of its own until `ready` answers; every process of it ends with the block."""
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=ONE_THREAD | os.environ, start_new_session=True
+        )
     try:
         wait_for(
             lambda: process.poll() is not None or answers(ready), STARTS_WITHIN_S, f"{ready} does not answer, see {log}"
@@ -159,18 +164,18 @@ def wait_for(condition: Any, seconds: float, message: str) -> None:
         time.sleep(0.3)
 
 
-def load(server: str) -> None:
-    """Near-prefix requests at once: their first lines differ, the rest is the same."""
+def load(server: str, first: int) -> None:
+    """Near-prefix requests at once: their first words differ, from number `first` on, the rest is the same."""
 
     def ask(number: int) -> None:
-        body = {"model": MODEL, "prompt": f"Conversation {number}.\n{SHARED}", "max_tokens": 48, "temperature": 0}
+        body = {"model": MODEL, "prompt": f"w{number} {SHARED}", "max_tokens": 48, "temperature": 0}
         data = json.dumps({**body, "ignore_eos": True}).encode()
         request = urllib.request.Request(f"{server}/v1/completions", data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=100) as answer:
             assert json.load(answer)["choices"]
 
     with ThreadPoolExecutor(REQUESTS) as threads:
-        list(threads.map(ask, range(1000, 1000 + REQUESTS)))
+        list(threads.map(ask, range(first, first + REQUESTS)))
 
 
 def value_of(prometheus: Prometheus, expression: str) -> float:

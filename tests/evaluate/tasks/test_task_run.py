@@ -188,7 +188,9 @@ def test_tasks_are_found_by_name():
 
 
 @pytest.mark.real_model
-def test_the_safe_policy_answers_as_the_real_model_in_less_memory():
+@pytest.mark.parametrize("new_tokens", [48, pytest.param(gsm8k.MAX_NEW_TOKENS, marks=pytest.mark.slow)])
+def test_the_safe_policy_answers_as_the_real_model_in_less_memory(new_tokens, monkeypatch):
+    monkeypatch.setattr(gsm8k, "MAX_NEW_TOKENS", new_tokens)
     model, tokenizer = load_model("smollm2", dtype="float32")
     methods = (Unfused(), Fused("safe", FusionPolicy.preset("safe")))
     unfused, safe = (
