@@ -22,7 +22,7 @@ from jointkv.packed import PackedPages
 from timing import median_ratio, paired, write
 
 LAYERS, TOKENS, HEADS, HEAD_SIZE, PAGES, PAIRS = 30, 32, 3, 64, 256, 64
-DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 TOLERANCE = 1e-5
 
 READ = """

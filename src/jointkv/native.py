@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib
+import importlib.util
 import platform
 import shlex
 import subprocess
@@ -45,10 +45,7 @@ def load(source: Path) -> ctypes.CDLL:
 
 def triton_kernels(module: str) -> ModuleType | None:
     """The `module` of the package that declares Triton kernels; None where Triton is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        return None
+    return importlib.import_module(module) if importlib.util.find_spec("triton") else None
 
 
 def _load(

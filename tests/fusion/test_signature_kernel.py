@@ -141,3 +141,9 @@ def test_blocks_of_another_size_are_refused():
     kv = PagedKV([torch.randn(5, 4, 2, 8)], [torch.randn(5, 4, 2, 4)])
     with pytest.raises(LayoutError, match=r"\[64, 32\]"):
         signature(kv, torch.tensor([0]))
+
+
+def test_pages_on_two_devices_are_not_given_to_the_kernel():
+    keys = [torch.randn(PAGES, 4, 1, 8)]
+    signature = BlockSignature(PagedKV(keys, keys))
+    assert signature._kernel(PagedKV(keys, [keys[0].to("meta")])) is None

@@ -7,9 +7,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -21,23 +21,16 @@ pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportE
 import torch
 import triton
 from torch import Tensor
-from vllm.config import AttentionConfig, CompilationConfig, CompilationMode, CUDAGraphMode
-from vllm.platforms.interface import DeviceCapability
-from vllm.v1.attention import selector
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends import triton_attn
-from vllm.v1.attention.backends.registry import _ATTN_OVERRIDES, AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheLayout
-from vllm.v1.worker.gpu_worker import Worker
 
 from jointkv.attention import reference
 from jointkv.attention.layouts import LayerPages
-from jointkv.errors import IntegrityError, LayoutError, UnsupportedEngine
+from jointkv.errors import IntegrityError, LayoutError
 from jointkv.plan import BlockRef
-from jointkv.vllm_plugin import CONNECTOR_MODULE, gpu_attention, shared_reading
+from jointkv.vllm_plugin import gpu_attention, shared_reading
 from jointkv.vllm_plugin.gpu_attention import JointGPUAttention, JointGPUBackend, JointGPUBuilder, JointGPUMetadata
-from jointkv.vllm_plugin.gpu_worker import JointGPUWorker
-from jointkv.vllm_plugin.joint_attention import override
 from jointkv.vllm_plugin.messages import Remap
 from jointkv.vllm_plugin.settings import PluginSettings
 from jointkv.vllm_plugin.shared_reading import SharedReading
@@ -98,7 +91,7 @@ def layer_of(order: KVCacheLayout = KVCacheLayout.LBHNC, dtype: torch.dtype = to
 class Group:
     """Layers of a KV-cache group with what stands around them in an engine, and a step of it."""
 
-    def __init__(self, layers: list[Any], own_norms: bool = False) -> None:
+    def __init__(self, layers: list[Any], own_norms: bool = False, ubatches: bool = False) -> None:
         names = [f"layer {place}" for place in range(len(layers))]
         spec = SimpleNamespace(block_size=TOKENS)
         config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=names, kv_cache_spec=spec)])
@@ -114,6 +107,7 @@ class Group:
             input_batch=self.batch,
             kv_cache_config=config,
             max_model_len=64,
+            parallel_config=SimpleNamespace(use_ubatching=ubatches),
             compilation_config=SimpleNamespace(static_forward_context=dict(zip(names, layers, strict=True))),
         )
         settings = PluginSettings(attention="shared", own_norms=own_norms)
@@ -292,6 +286,13 @@ def test_what_the_kernels_were_not_written_for_is_refused(name: str) -> None:
     assert not hasattr(layer.impl, "reading")
 
 
+def test_layers_and_batches_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(LayoutError, match="numbers of heads"):
+        Group([layer_of(), layer_of(num_heads=8)])
+    with pytest.raises(LayoutError, match="cut in two"):
+        Group([layer_of()], ubatches=True)
+
+
 def test_pages_that_are_not_as_believed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     images = layer_of()
     images.use_mm_prefix = True
@@ -321,85 +322,6 @@ def test_a_wrong_answer_at_the_start_is_seen() -> None:
         pytest.raises(LayoutError, match="wrong answer"),
     ):
         Group([layer_of()])
-
-
-def test_registration_leaves_the_registry_as_it_was() -> None:
-    custom = AttentionBackendEnum.CUSTOM
-    for before in ({}, {custom: "a.plugin.Backend"}):
-        with patch.dict(_ATTN_OVERRIDES, before):
-            known = dict(_ATTN_OVERRIDES)
-            with pytest.raises(RuntimeError, match="planted"), override("CUSTOM", JointGPUBackend):
-                assert custom.get_class() is JointGPUBackend
-                raise RuntimeError("planted")
-            assert known == _ATTN_OVERRIDES and selector._cached_get_attn_backend.cache_info().currsize == 0
-
-
-def engine_config(backends: dict[str, str] | None = None, **options: Any) -> Any:
-    transfer = SimpleNamespace(kv_connector_module_path=CONNECTOR_MODULE, kv_connector_extra_config=options)
-    return SimpleNamespace(
-        attention_config=AttentionConfig(backend_per_kind=backends or {}), kv_transfer_config=transfer
-    )
-
-
-def backends_while_loading(config: Any) -> dict[str, str | None]:
-    """What the GPU worker has vLLM's model loader see: backends by kind of layer, and what CUSTOM stands for."""
-    seen: dict[str, str | None] = {}
-
-    def load(self: Worker) -> None:
-        seen.update({kind: backend.name for kind, backend in config.attention_config.backend_per_kind.items()})
-        custom = AttentionBackendEnum.CUSTOM
-        seen["CUSTOM"] = custom.get_path() if custom.is_overridden() else None
-
-    worker = object.__new__(JointGPUWorker)
-    worker.vllm_config = config
-    with patch.object(Worker, "load_model", load):
-        worker.load_model()
-    assert not AttentionBackendEnum.CUSTOM.is_overridden()
-    return seen
-
-
-def test_the_gpu_worker_loads_its_model_with_it_where_that_is_asked_for() -> None:
-    ours = f"{JointGPUBackend.__module__}.{JointGPUBackend.__qualname__}"
-    for options in ({"attention": "shared"}, {"own_norms": True}, {"own_norms": True, "attention": "auto"}):
-        assert backends_while_loading(engine_config(**options)) == {"full_attention": "CUSTOM", "CUSTOM": ours}
-    assert backends_while_loading(engine_config()) == {"CUSTOM": None}
-    users = {"full_attention": "FLASH_ATTN", "sliding_window": "TRITON_ATTN"}
-    assert backends_while_loading(engine_config(users, attention="shared")) == {**users, "CUSTOM": ours}
-
-
-def test_another_interface_of_vllms_attention_leaves_it_to_vllm() -> None:
-    with patch("jointkv.vllm_plugin.joint_attention.differences", return_value=["TritonAttentionImpl has no scale"]):
-        assert backends_while_loading(engine_config(attention="shared")) == {"CUSTOM": None}
-
-
-def test_a_measurement_on_a_gpu_is_refused_at_the_start() -> None:
-    with pytest.raises(UnsupportedEngine, match="attention=shared or attention=engine"):
-        backends_while_loading(engine_config(attention="auto"))
-
-
-def test_vllms_selection_for_gpus_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm._C_stable_libtorch", ModuleType("compiled for CUDA"))
-    from vllm.platforms.cuda import CudaPlatformBase
-
-    monkeypatch.setattr(CudaPlatformBase, "get_device_capability", lambda *_: DeviceCapability(9, 0))
-    asked = selector.AttentionSelectorConfig(128, torch.bfloat16, "auto", 16, use_kv_connector=True)
-    with override("CUSTOM", JointGPUBackend):
-        path = CudaPlatformBase.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, asked)
-    assert path == f"{JointGPUBackend.__module__}.{JointGPUBackend.__qualname__}"
-    assert JointGPUBackend.get_impl_cls() is JointGPUAttention and JointGPUBackend.get_builder_cls() is JointGPUBuilder
-
-
-@pytest.mark.parametrize(
-    ("mode", "graphs"), [(CompilationMode.VLLM_COMPILE, "PIECEWISE"), (CompilationMode.NONE, "NONE")]
-)
-def test_no_cuda_graph_holds_attention(mode: CompilationMode, graphs: str) -> None:
-    support = JointGPUBuilder.get_cudagraph_support(None, None)
-    for asked, refused in (("FULL_AND_PIECEWISE", False), ("FULL_DECODE_ONLY", False), ("FULL", True)):
-        config = CompilationConfig(mode=mode, cudagraph_mode=CUDAGraphMode[asked])
-        if mode == CompilationMode.VLLM_COMPILE:
-            config.set_splitting_ops_for_v1(all2all_backend="none")
-        with pytest.raises(ValueError, match="PIECEWISE") if refused else nullcontext():
-            assert config.resolve_cudagraph_mode_and_sizes(support, "ours") == CUDAGraphMode[graphs]
 
 
 def test_pages_of_every_order_that_it_asks_for_are_one_piece() -> None:

@@ -248,7 +248,7 @@ def _items(segments: _Segments, asked: Ints, heads_per_kv_head: int, threads: in
     if threads > 1:
         cost = segments.num_pages * (PAGE_COST + asked * heads_per_kv_head)
         wanted = cost * (threads * ITEMS_PER_THREAD) // int(cost.sum())
-        parts = np.clip(wanted // blocks, 1, np.maximum(1, segments.num_pages // FEWEST_PAGES))
+        parts = np.clip(-(-wanted // blocks), 1, np.maximum(1, segments.num_pages // FEWEST_PAGES))
     segment = np.repeat(np.arange(len(parts)), parts * blocks)
     part, block = np.divmod(within(parts * blocks), blocks[segment])
     page_from, query_from, partial_from = (

@@ -63,8 +63,10 @@ def layout_of(kv: ReadablePages) -> Hashable:
 
 
 def is_uniform(kv: ReadablePages) -> bool:
-    """Whether all layers of a side have the same strides, on the same device."""
-    return all(len({(layer.stride(), layer.device) for layer in layers}) == 1 for layers in layers_of(kv))
+    """Whether all layers of a side have the same strides, and all of both are on one device."""
+    sides = layers_of(kv)
+    strided = all(len({layer.stride() for layer in layers}) == 1 for layers in sides)
+    return strided and len({layer.device for layers in sides for layer in layers}) == 1
 
 
 def _strided(layer: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jointkv.errors import LayoutError
 from jointkv.fusion.pair_sums_triton import UNPACKED, addresses, bits_of, page_start, read
 from jointkv.fusion.signature_pages import ReadablePages, Side, layers_of, sides_of
 
@@ -47,12 +48,16 @@ class TritonSignatures:
 
     Args:
         projections: for K and for V, float32 `[r, columns]` on the pages' device.
+
+    Raises:
+        LayoutError: the numbers of a block lie too far apart.
     """
 
     def __init__(self, kv: ReadablePages, projections: Sequence[Tensor]) -> None:
-        self.sides = [
-            Side(offsets.to(kv.device, torch.int32), directions) for offsets, directions in sides_of(kv, projections)
-        ]
+        sides = sides_of(kv, projections)
+        if max(int(side.offsets[-1]) for side in sides) >= 2**31:
+            raise LayoutError("the numbers of a block lie 2^31 elements apart")
+        self.sides = [Side(offsets.to(kv.device, torch.int32), directions) for offsets, directions in sides]
 
     def __call__(self, kv: ReadablePages, index: Tensor) -> Tensor:
         """Of the blocks in the pages `index [n]`, long: float32 `[n, size]` on the pages' device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -33,8 +34,10 @@ class PageComparer:
         self.groups = groups
         self.norms = norms
         self._threshold_of = {number: place for place, number in enumerate(sorted(groups))}
-        for pages in groups.values():  # builds the kernel now rather than inside the first request
-            pair_sums(pages, torch.tensor([0]), torch.tensor([0]))
+        # Builds the kernel now rather than inside the first request; what goes wrong will do so there, and be told.
+        with contextlib.suppress(Exception):
+            for pages in groups.values():
+                pair_sums(pages, torch.tensor([0]), torch.tensor([0]))
 
     @bookkeeping
     def answer(self, inquiry: Inquiry) -> Verdict:

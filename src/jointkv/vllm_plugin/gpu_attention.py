@@ -39,6 +39,16 @@ from jointkv.vllm_plugin.joint_attention import JointAttention, JointBuilder, Jo
 from jointkv.vllm_plugin.pages import PROBED_PAGE
 
 
+def unsupported(config: Any) -> str | None:
+    """What an engine's `VllmConfig` asks for that this backend cannot do; more is found once the model is loaded."""
+    size, pages = config.model_config.get_head_size(), config.cache_config.cache_dtype
+    if is_quantized_kv_cache(pages):
+        return f"pages of {pages}"
+    if size % 16 or size > gpu.MOST_SIZE or not TritonAttentionBackend.supports_head_size(size):
+        return f"heads of {size}"
+    return None
+
+
 @contextmanager
 def registered(config: Any) -> Iterator[None]:
     """Let the full-attention layers of a model that is loaded meanwhile use this backend.

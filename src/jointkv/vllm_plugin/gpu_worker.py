@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
 from jointkv.errors import UnsupportedEngine
 from jointkv.vllm_plugin.interfaces import GPU_ATTENTION
 from jointkv.vllm_plugin.joint_attention import chosen
 from jointkv.vllm_plugin.worker import RemappingWorker
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class JointGPUWorker(RemappingWorker, Worker):
@@ -23,7 +26,7 @@ class JointGPUWorker(RemappingWorker, Worker):
             UnsupportedEngine: the settings ask for a measurement of it.
         """
         settings = self.settings()
-        if settings is not None and settings.attention == "auto" and not settings.own_norms:
+        if settings is not None and settings.enabled and settings.attention == "auto" and not settings.own_norms:
             # It would be timed against vLLM's Triton attention, which is not what vLLM takes without the plugin.
             raise UnsupportedEngine(
                 "attention=auto is there for CPUs only: on a GPU nothing measures which attention is faster; "
@@ -33,6 +36,10 @@ class JointGPUWorker(RemappingWorker, Worker):
             super().load_model(*args, **kwargs)
 
     def _attention(self) -> AbstractContextManager[None]:
-        from jointkv.vllm_plugin.gpu_attention import registered
+        from jointkv.vllm_plugin.gpu_attention import registered, unsupported
 
+        reason = unsupported(self.vllm_config)
+        if reason is not None:
+            logger.warning("attention stays vLLM's: reading shared pages once was not written for %s", reason)
+            return nullcontext()
         return registered(self.vllm_config)

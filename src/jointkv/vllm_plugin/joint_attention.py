@@ -34,7 +34,7 @@ def chosen(
     settings: PluginSettings | None, uses: Iterable[Use], register: Callable[[], AbstractContextManager[None]]
 ) -> AbstractContextManager[None]:
     """What a worker loads its model in: `register()` where `settings` ask for it and vLLM has all of `uses`."""
-    if settings is None or not settings.shares_reading:
+    if settings is None or not (settings.enabled and settings.shares_reading):
         return nullcontext()
     found = changed(uses)
     if found:

@@ -157,6 +157,8 @@ def share_reading(
         LayoutError: a layer's attention has something that the kernel was not written for.
         NativeUnavailable: there is no kernel: no compiler, or no Triton. Nothing has changed after either.
     """
+    if runner.parallel_config.use_ubatching:
+        raise LayoutError("shared-page attention was not written for batches that are cut in two")
     layers = {number: _layers(runner, config, number) for number in groups}
     pages = {number: [_pages(layer) for layer in held] for number, held in layers.items()}
     norms = OwnNorms(max(map(len, layers.values()))) if settings.own_norms else None
@@ -186,7 +188,10 @@ def _layers(runner: Any, config: KVCacheConfig, number: int) -> list[Any]:
     if getattr(group.kv_cache_spec, "attention_chunk_size", None) is not None:
         raise LayoutError("shared-page attention was not written for chunked local attention")
     known = runner.compilation_config.static_forward_context
-    return [known[name] for name in group.layer_names]
+    layers = [known[name] for name in group.layer_names]
+    if len({(layer.impl.num_heads, layer.impl.num_kv_heads) for layer in layers}) > 1:
+        raise LayoutError("the layers of a group differ in their numbers of heads")
+    return layers
 
 
 def _pages(layer: Any) -> LayerPages:
