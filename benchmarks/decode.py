@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from jointkv.bench.machine import fast_dtype
 from jointkv.hf.cache import JointCache
 from jointkv.hf.models import load_model
 from jointkv.hf.pool import JointPool
@@ -26,12 +27,12 @@ def prefilled(model: PreTrainedModel, tokens: torch.Tensor, cache: Any) -> Any:
 def run(output: Path, repeats: int = 5) -> None:
     torch.manual_seed(0)
     tokens = torch.randint(0, 49152, (SEQUENCES, CONTEXT))
-    stock_model, _ = load_model("smollm2")
+    stock_model, _ = load_model("smollm2", dtype=fast_dtype())
     stock = prefilled(stock_model, tokens, DynamicCache(config=stock_model.config))
     arms: dict[str, tuple[PreTrainedModel, Any]] = {"dynamic": (stock_model, stock)}
     pools = []
     for policy in ("off", "safe"):
-        model, _ = load_model("smollm2")
+        model, _ = load_model("smollm2", dtype=fast_dtype())
         pools.append(JointPool(model, policy))
         arms[policy] = (model, prefilled(model, tokens, JointCache(pools[-1])))
 

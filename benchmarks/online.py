@@ -7,6 +7,7 @@ from statistics import median
 
 import torch
 
+from jointkv.bench.machine import fast_dtype
 from jointkv.fusion.fuser import Fuser, NewBlocks
 from jointkv.hf.models import load_model
 from jointkv.policy import FusionPolicy
@@ -44,7 +45,7 @@ def resident_index(buckets: int) -> tuple[BlockPool, Fuser, BlockTable]:
 def measure(buckets: int, repeats: int) -> tuple[list[float], list[float]]:
     torch.manual_seed(0)
     pool, fuser, held = resident_index(buckets)
-    model, _ = load_model("smollm2")
+    model, _ = load_model("smollm2", dtype=fast_dtype())
     tokens = torch.randint(0, model.config.vocab_size, (1, PROMPT_BLOCKS * BLOCK_SIZE))
     table = BlockTable(pool, 1)
     fill(pool, table, 1)
