@@ -18,8 +18,7 @@ from unittest.mock import patch
 
 from jointkv.vllm_plugin import ENVIRONMENT
 
-# Heads before tokens: pages that `packed_pages` takes with vLLM's own attention as well.
-os.environ.update({**ENVIRONMENT, "TRITON_INTERPRET": "1", "VLLM_KV_CACHE_LAYOUT": "HND"})
+os.environ.update({**ENVIRONMENT, "TRITON_INTERPRET": "1"})
 
 import torch
 import triton.backends
