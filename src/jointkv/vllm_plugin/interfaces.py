@@ -137,7 +137,8 @@ ANY_ATTENTION = (
     ),
     Use(f"{CORE}.sched.output:SchedulerOutput", ("finished_req_ids",)),
     Use(f"{WORKER}.gpu_input_batch:InputBatch", ("req_ids",)),
-    Use(f"{WORKER}.gpu_model_runner:GPUModelRunner", ("compilation_config", "max_model_len")),
+    Use(f"{WORKER}.gpu_model_runner:GPUModelRunner", ("compilation_config", "max_model_len", "parallel_config")),
+    Use("vllm.config:ParallelConfig", ("use_ubatching",)),
 )
 METADATA = ("num_actual_tokens", "max_seq_len", "query_start_loc", "seq_lens", "block_table", "causal")
 IMPLEMENTATION = (
@@ -179,7 +180,7 @@ GPU_ATTENTION = (
     ),
     Use(
         f"{BACKENDS}.triton_attn:TritonAttentionBackend",
-        ("get_impl_cls()", "get_builder_cls()", "supported_kv_cache_layouts()"),
+        ("get_impl_cls()", "get_builder_cls()", "supported_kv_cache_layouts()", "supports_head_size(_)"),
     ),
 )
 """Each is needed only where attention reads shared pages once; without it attention is vLLM's. See `changed`."""
