@@ -72,7 +72,7 @@ def serve(served: Engine, prompts: list[list[int]], breaks: bool) -> dict[str, A
         served.step()
     norms = get_kv_transfer_group().norms
     factors = 0 if norms is None else len(norms)
-    planted = patch.object(gpu_attention, "paged_attention", side_effect=RuntimeError("planted"))
+    planted = patch.object(gpu_attention.JointGPUAttention, "kernel", side_effect=RuntimeError("planted"))
     with planted if breaks else nullcontext():
         served.finish()
     served.assert_drained()

@@ -92,7 +92,7 @@ def test_measured_at_start_and_used_where_it_pays(calm: Path) -> None:
     "attention that reads shared pages once fails in the middle of a step",
     "that step and all later ones are computed by vLLM's own attention; no token differs",
 )
-@pytest.mark.parametrize("broken", ["shared_reading.group_pages", "cpu_attention.paged_attention"])
+@pytest.mark.parametrize("broken", ["shared_reading.group_pages", "cpu_attention.JointCPUAttention.kernel"])
 def test_after_an_error_attention_is_vllms(calm: Path, expected: list[list[int]], broken: str) -> None:
     with engine(calm, fusion={**EXACT, "attention": "shared"}) as shared:
         first = shared.submit(PROMPTS[0], OUT)

@@ -150,7 +150,9 @@ def test_after_an_error_no_block_is_read_without_its_factors(calm: Path) -> None
             norms = get_kv_transfer_group().norms
             assert len(norms) > 0
             if broken:
-                with patch("jointkv.vllm_plugin.cpu_attention.paged_attention", side_effect=RuntimeError("planted")):
+                with patch(
+                    "jointkv.vllm_plugin.cpu_attention.JointCPUAttention.kernel", side_effect=RuntimeError("planted")
+                ):
                     own.step()
                 assert "planted" in layers(own)[0].impl.reading.fault and not norms.enabled
             own.finish()

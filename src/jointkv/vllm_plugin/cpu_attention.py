@@ -48,6 +48,8 @@ class JointCPUBuilder(JointBuilder, CPUAttentionMetadataBuilder):
 class JointCPUAttention(JointAttention, CPUAttentionBackendImpl):
     """vLLM's, and the compiled kernel of `jointkv.attention.cpu`."""
 
+    kernel = staticmethod(paged_attention)
+
     def layout(self, layer: Any) -> LayerPages:
         """See `LayerPages.of_engine`."""
         return LayerPages.of_engine(layer.kv_cache, layer.isa)
@@ -62,17 +64,6 @@ class JointCPUAttention(JointAttention, CPUAttentionBackendImpl):
 
     def threads(self, pages: LayerPages) -> None:
         """Torch's number of them."""
-
-    def attend(
-        self,
-        query: Tensor,
-        pages: LayerPages,
-        work: WorkList,
-        k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None,
-    ) -> Tensor:
-        """See `jointkv.attention.cpu.paged_attention`."""
-        return paged_attention(query, pages, work, k_scale=k_scale, v_scale=v_scale, scale=self.scale)[0]
 
     def measured(self, layer: Any, pages: LayerPages, longest: int) -> Switch:
         """Times vLLM's op and the shared kernel on the layer's own pages."""

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -33,7 +32,6 @@ from jointkv.attention.gpu import paged_attention
 from jointkv.attention.grouping import group_pages
 from jointkv.attention.layouts import LayerPages
 from jointkv.attention.switch import Switch
-from jointkv.attention.work import WorkList
 from jointkv.errors import LayoutError
 from jointkv.vllm_plugin.joint_attention import JointAttention, JointBuilder, JointMetadata, override
 from jointkv.vllm_plugin.pages import PROBED_PAGE
@@ -79,6 +77,8 @@ class JointGPUBuilder(JointBuilder, TritonAttentionMetadataBuilder):
 class JointGPUAttention(JointAttention, TritonAttentionImpl):
     """vLLM's, and the Triton kernels of `jointkv.attention.gpu`."""
 
+    kernel = staticmethod(paged_attention)
+
     def layout(self, layer: Any) -> LayerPages:
         """K and V of a token beside one another, `[pages, h, t, 2d]` with any strides."""
         cache = layer.kv_cache
@@ -112,17 +112,6 @@ class JointGPUAttention(JointAttention, TritonAttentionImpl):
     def threads(self, pages: LayerPages) -> int | None:
         """Enough to keep the GPU busy; torch's number in Triton's interpreter."""
         return gpu.threads(pages.device, pages.num_heads) if pages.device.type == "cuda" else None
-
-    def attend(
-        self,
-        query: Tensor,
-        pages: LayerPages,
-        work: WorkList,
-        k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None,
-    ) -> Tensor:
-        """See `jointkv.attention.gpu.paged_attention`."""
-        return paged_attention(query, pages, work, k_scale=k_scale, v_scale=v_scale, scale=self.scale)[0]
 
     def measured(self, layer: Any, pages: LayerPages, longest: int) -> Switch:
         """Never written; see `JointGPUWorker`."""

@@ -117,9 +117,11 @@ class JointAttention(ABC):
         pages: of this layer, once their layout is known.
         reading: of its KV-cache group.
         place: of this layer in the group.
+        kernel: `paged_attention` for this device, what `jointkv.attention.reference` defines.
         num_heads, num_kv_heads, scale: vLLM's.
     """
 
+    kernel: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
     pages: LayerPages
     reading: SharedReading
     place: int
@@ -148,7 +150,6 @@ class JointAttention(ABC):
     def measured(self, layer: Any, pages: LayerPages, longest: int) -> Switch:
         """Time both attentions on sequences of up to `longest` tokens. Raises `LayoutError` where that cannot be."""
 
-    @abstractmethod
     def attend(
         self,
         query: Tensor,
@@ -157,7 +158,8 @@ class JointAttention(ABC):
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
     ) -> Tensor:
-        """The kernel's output `[n, heads, d]` for `query [n, heads, d]`."""
+        """The kernel's output `[n, heads, d]` for `query [n, heads, d]`. Raises what the kernel raises."""
+        return self.kernel(query, pages, work, k_scale=k_scale, v_scale=v_scale, scale=self.scale)[0]
 
     def forward(
         self,
