@@ -12,18 +12,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jointkv.files import replace_text
+from jointkv.system.files import replace_text
 
 FORMAT = "jointkv.calibration/1"
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from jointkv.bench.machine import machine, versions
-    from jointkv.evaluate.calibration import Calibration, CalibrationSettings, TargetUnmet
+    from jointkv.evaluate.calibrate import Calibration, CalibrationSettings, TargetUnmet
     from jointkv.evaluate.traffic import get_traffic
     from jointkv.hf.models import load_model
     from jointkv.hf.pool import model_identity
-    from jointkv.profile import Target
+    from jointkv.policy.profile import Target
+    from jointkv.system.machine import machine, versions
 
     model, tokenizer = load_model(arguments.model, dtype="float32")
     identity = model_identity(model)

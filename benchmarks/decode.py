@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from jointkv.bench.machine import fast_dtype
 from jointkv.hf.cache import JointCache
 from jointkv.hf.models import load_model
 from jointkv.hf.pool import JointPool
+from jointkv.system.machine import fast_dtype
 from timing import median_ratio, paired, write
 
 SEQUENCES, CONTEXT, STEPS = 16, 1000, 8

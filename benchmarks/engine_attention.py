@@ -42,7 +42,7 @@ def main() -> None:
     prepare_environment()
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    from jointkv.bench.machine import fast_dtype
+    from jointkv.system.machine import fast_dtype
     from jointkv.vllm_plugin import engine_args
 
     dtype, most = fast_dtype(), max(arguments.running)

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     arguments = parser.parse_args()
     prepare_environment()
-    from jointkv.bench.machine import fast_dtype
+    from jointkv.system.machine import fast_dtype
 
     dtype = arguments.dtype or fast_dtype()
     most = max(arguments.running)
@@ -60,7 +60,7 @@ def main() -> None:
 
 def prepare_environment() -> None:
     from jointkv.bench.launch import engine_environment
-    from jointkv.bench.machine import allowed_cores
+    from jointkv.system.machine import allowed_cores
 
     os.environ.update(engine_environment(os.environ, allowed_cores(), 6 * 2**30, local_model=True))
 

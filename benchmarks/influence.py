@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jointkv.files import replace_text
+from jointkv.system.files import replace_text
 
 FORMAT = "jointkv.influence/1"
 BOUNDS = (0.05, 0.1, 0.2, 0.5, 0.9)
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def result(arguments: argparse.Namespace, rows: list[dict[str, Any]], load: float) -> dict[str, Any]:
     """What is written; `load` is the machine's load average at the start."""
-    from jointkv.bench.machine import machine, versions
+    from jointkv.system.machine import machine, versions
 
     return {
         "format": FORMAT,
@@ -78,8 +78,8 @@ def result(arguments: argparse.Namespace, rows: list[dict[str, Any]], load: floa
 
 def corpus_of(tokenizer: Any) -> tuple[int, ...]:
     """The novel and the reports that the package carries."""
-    from jointkv.evaluate.jsonl import read_records
     from jointkv.evaluate.traffic.base import encode, packaged
+    from jointkv.evaluate.traffic.jsonl import read_records
 
     reports = [record.fields["text"] for record in read_records(packaged("gov_report_sample.jsonl"))]
     return encode(tokenizer, "\n".join([packaged("novel_sample.txt").read_text(), *reports]))

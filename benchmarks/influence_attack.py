@@ -14,9 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from jointkv.blocks import block_errors
-from jointkv.evaluate.held import prefill
-from jointkv.evaluate.prefilled import take
+from jointkv.core.blocks import block_errors
+from jointkv.evaluate.holding.held import prefill
+from jointkv.evaluate.holding.prefilled import take
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool

@@ -21,12 +21,12 @@ def hold(policy: str) -> dict[str, int]:
     """Prefill the requests a few at a time, keep every cache, and read the process's own accounting."""
     import torch
 
-    from jointkv.bench.machine import fast_dtype
-    from jointkv.evaluate.held import left_padded
+    from jointkv.evaluate.holding.held import left_padded
     from jointkv.evaluate.traffic import get_traffic
     from jointkv.hf.cache import JointCache
     from jointkv.hf.models import load_model
     from jointkv.hf.pool import JointPool
+    from jointkv.system.machine import fast_dtype
 
     model, tokenizer = load_model("smollm2", dtype=fast_dtype())
     requests = get_traffic("near_prefix").requests(tokenizer, REQUESTS, continuation_tokens=1)

@@ -7,12 +7,12 @@ from statistics import median
 
 import torch
 
-from jointkv.bench.machine import fast_dtype
+from jointkv.core.pool import BlockPool
+from jointkv.core.table import BlockTable
 from jointkv.fusion.fuser import Fuser, NewBlocks
 from jointkv.hf.models import load_model
 from jointkv.policy import FusionPolicy
-from jointkv.pool import BlockPool
-from jointkv.table import BlockTable
+from jointkv.system.machine import fast_dtype
 from timing import paired, write
 
 LAYERS, BLOCK_SIZE, HEADS, HEAD_SIZE = 30, 16, 3, 64

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from jointkv import native
-from jointkv.blocks import served_errors
+from jointkv.core.blocks import served_errors
+from jointkv.core.packed import PackedPages
 from jointkv.fusion.pair_sums import pair_cosines, pair_errors, pair_sums, pair_sums_reference
-from jointkv.packed import PackedPages
+from jointkv.system import native
 from timing import median_ratio, paired, write
 
 LAYERS, TOKENS, HEADS, HEAD_SIZE, PAGES, PAIRS = 30, 32, 3, 64, 256, 64

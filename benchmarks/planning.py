@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from jointkv.blocks import PagedKV
+from jointkv.core.blocks import PagedKV
 from jointkv.fusion.pairs import pair_statistics
 from jointkv.fusion.tree import group_blocks, plan_batch
 from jointkv.policy import FusionPolicy

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from jointkv.errors import BadInput
-from jointkv.files import replace_text
+from jointkv.system.files import replace_text
 from side_channel_trials import ANSWER, BLOCK, FIRST_LINE, Attack, Case, Sizes, Texts, schedule
 
 FORMAT = "jointkv.side_channel/1"
@@ -81,7 +81,7 @@ def main() -> None:
 def prepare_environment(cores: int) -> None:
     """What vLLM shall find when it is imported."""
     from jointkv.bench.launch import engine_environment
-    from jointkv.bench.machine import allowed_cores
+    from jointkv.system.machine import allowed_cores
 
     chosen = sorted(allowed_cores())[-cores:]
     os.environ.update(engine_environment(os.environ, chosen, 2**30, local_model=True))
@@ -101,7 +101,7 @@ def write_calm_model(folder: Path) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from jointkv.vllm_plugin.trial import TINY_MODEL
+    from jointkv.vllm_plugin.doctor.trial import TINY_MODEL
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**TINY_MODEL))
@@ -117,7 +117,7 @@ def write_calm_model(folder: Path) -> str:
 
 def run_arm(model: str, arm: str, sizes: Sizes, rounds: int, salted: Sequence[bool], seed: int) -> dict[str, Any]:
     """All trials of one arm: samples by case and observable, and what the machine did meanwhile."""
-    from jointkv.vllm_plugin.trial import stop_engine
+    from jointkv.vllm_plugin.doctor.trial import stop_engine
 
     engine = build(model, *ARMS[arm], sizes)
     attack = Attack(engine, sizes, texts(engine.vllm_config.model_config.get_vocab_size(), seed))
@@ -166,8 +166,8 @@ def build(model: str, fusion: dict[str, Any] | None, prefix_caching: bool, sizes
 
 def texts(vocabulary: int, seed: int) -> Texts:
     """Windows of the novel and the reports that the package carries, in ids below `vocabulary`."""
-    from jointkv.evaluate.jsonl import read_records
     from jointkv.evaluate.traffic.base import encode, packaged
+    from jointkv.evaluate.traffic.jsonl import read_records
     from jointkv.evaluate.traffic.near_prefix import session_line
     from jointkv.hf.models import fetch_model, load_tokenizer
 
@@ -203,8 +203,8 @@ def result(
     arguments: argparse.Namespace, sizes: Sizes, before: dict[str, Any], arm: str, found: dict[str, Any]
 ) -> dict[str, Any]:
     """What is written: every case and observable with its samples; `before` holds the other arms."""
-    from jointkv.bench.machine import machine, versions
     from jointkv.evaluate.side_channel import LEVEL, smallest_detectable_auc
+    from jointkv.system.machine import machine, versions
 
     fusion, prefix_caching = ARMS[arm]
     settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "arm", "model")}

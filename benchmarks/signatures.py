@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from jointkv.blocks import PagedKV
+from jointkv.core.blocks import PagedKV
 from jointkv.fusion.signature import BlockSignature
 from timing import median_ratio, paired, write
 

@@ -28,9 +28,9 @@ from typing import Any
 import aiohttp
 import psutil
 
-from jointkv.bench.machine import allowed_cores, machine, versions
-from jointkv.bench.serving.server import Server, get, server_command, server_environment
-from jointkv.bench.serving.watch import read
+from jointkv.bench.server import Server, get, server_command, server_environment
+from jointkv.bench.watch import read
+from jointkv.system.machine import allowed_cores, machine, versions
 from soak_server import WITNESS
 from soak_traffic import Client, Request, Tally, Traffic, load
 from soak_watch import drained, keep_samples, memory_verdict, processes
@@ -96,7 +96,7 @@ def write_model(folder: Path) -> str:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from jointkv.vllm_plugin.trial import TINY_MODEL, write_tiny_model
+    from jointkv.vllm_plugin.doctor.trial import TINY_MODEL, write_tiny_model
 
     write_tiny_model(folder)
     file = folder / "model.safetensors"

@@ -150,7 +150,7 @@ def _both(first: Any, method: Any) -> Any:
 def watch(folder: Path) -> None:
     """Attach a witness to the scheduler, or the worker, that will be made in this process."""
     from jointkv.vllm_plugin.connector import JointConnector
-    from jointkv.vllm_plugin.scheduler import FusionScheduler
+    from jointkv.vllm_plugin.scheduler.fusion import FusionScheduler
 
     make, attach = FusionScheduler.__init__, JointConnector.attach
 

@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 from scipy.stats import theilslopes
 
-from jointkv.bench.serving.server import Server
-from jointkv.bench.serving.watch import POOL_USAGE, PREEMPTIONS, RUNNING, WAITING, read
+from jointkv.bench.server import Server
+from jointkv.bench.watch import POOL_USAGE, PREEMPTIONS, RUNNING, WAITING, read
 
 MIB = 2**20
 GROWTH_ALLOWED = 0.02

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from jointkv.files import replace_text
+from jointkv.system.files import replace_text
 
 
 def timed(work: Callable[[], Any], repeats: int = 5, warmup: int = 1) -> list[float]:

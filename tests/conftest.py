@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-import hazards
-from hazards import pytest_addoption, pytest_runtest_setup  # noqa: F401
+from tests import hazards
+from tests.hazards import pytest_addoption, pytest_runtest_setup  # noqa: F401
 
 LONGEST = (
     *("test_dashboard.py", "test_serve_engine.py", "test_doctor_engine.py", "test_plugin_tensor_parallel.py"),
@@ -22,6 +22,8 @@ them for the end, where one process computes and the others wait."""
 def pytest_configure(config: pytest.Config) -> None:
     """Files start in the order of `pytest_collection_modifyitems`, not by their number of tests."""
     hazards.pytest_configure(config)
+    # Processes that tests start import what lies beside them.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(config.rootpath), os.environ.get("PYTHONPATH"))))
     config.option.loadscopereorder = False
 
 

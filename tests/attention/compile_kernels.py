@@ -3,8 +3,6 @@ process that has Triton's interpreter has no compiler."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +10,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from attention.paged_cases import small_case, turn
 from jointkv.attention import gpu, paged_triton
+from jointkv.core.packed import PACKED_DTYPES, PackedPages
 from jointkv.fusion import pair_sums_triton, signature_triton
-from jointkv.packed import PACKED_DTYPES, PackedPages
+from tests.attention.paged_cases import small_case, turn
 
 
 class Compiled:

@@ -10,7 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention.paged_cases import (
+from jointkv.attention import cpu
+from jointkv.attention.cpu import paged_attention
+from jointkv.attention.grouping import group_pages
+from jointkv.attention.layouts import ENGINE_ORDERS, LayerPages
+from jointkv.errors import LayoutError
+from jointkv.system import native
+from tests.attention.paged_cases import (
     REFUSED,
     SCALES,
     TOLERANCE,
@@ -25,12 +31,6 @@ from attention.paged_cases import (
     stored,
     turn,
 )
-from jointkv import native
-from jointkv.attention import cpu
-from jointkv.attention.cpu import paged_attention
-from jointkv.attention.grouping import group_pages
-from jointkv.attention.layouts import ENGINE_ORDERS, LayerPages
-from jointkv.errors import LayoutError
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention.paged_cases import Batch, batches
 from jointkv.attention.grouping import group_pages
 from jointkv.attention.work import WorkList
+from jointkv.core.plan import BlockRef
 from jointkv.errors import IntegrityError, LayoutError
-from jointkv.plan import BlockRef
+from tests.attention.paged_cases import Batch, batches
 
 
 def entries(work: WorkList) -> dict[tuple[int, int], BlockRef]:

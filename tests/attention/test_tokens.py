@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jointkv.attention.tokens import read_tokens, token_scales, token_slots, write_tokens
-from jointkv.pool import NULL_PAGE
+from jointkv.core.pool import NULL_PAGE
 
 HEADS, SIZE = 2, 3
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attention.paged_cases import (
+from tests.attention.paged_cases import (
     REFUSED,
     SCALES,
     TOLERANCE,

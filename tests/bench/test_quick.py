@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from jointkv.bench import engine_run, launch, quick
 from jointkv.bench.engine_run import EngineRun, Measured
-from jointkv.bench.machine import foreign_seconds
 from jointkv.cli import bench as cli
 from jointkv.cli import main
 from jointkv.errors import BadInput
 from jointkv.report.quick_table import HEADINGS, NOT_MEASURED, cells, markdown, ratio_lines
+from jointkv.system.machine import foreign_seconds
 
 ARM_NAMES = ["stock", "fused", "stock_large_pool"]
 ROUNDS = [[[1, 2, 3], [4, 5]], [[6, 7], [8, 9, 10]], [[11], [12, 13]]]

@@ -10,15 +10,15 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from test_generate import run as run_jointkv
-from test_generate import save_tiny
 
-from jointkv.bench.machine import allowed_cores, core_list
-from jointkv.bench.serving import measure, options, run
-from jointkv.bench.serving.options import client_cores, server_cores
-from jointkv.bench.serving.result import Arm, Latency, Load, Run, ServingResult, Timeline
-from jointkv.bench.serving.server import ServerFailed
+from jointkv.bench import measure, options, run
+from jointkv.bench.options import client_cores, server_cores
+from jointkv.bench.result import Arm, Latency, Load, Run, ServingResult, Timeline
+from jointkv.bench.server import ServerFailed
 from jointkv.cli import bench_serve
+from jointkv.system.machine import allowed_cores, core_list
+from tests.cli.test_generate import run as run_jointkv
+from tests.cli.test_generate import save_tiny
 
 REAL_STARTER = run.server_starter
 NOTHING = Timeline(seconds=[], running=[], waiting=[], pool_usage=[], preemptions=[])

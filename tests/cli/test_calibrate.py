@@ -5,13 +5,13 @@ import random
 from pathlib import Path
 
 import pytest
-from test_generate import save_tiny
 from typer.testing import CliRunner
 
 from jointkv.cli import main
 from jointkv.hf.models import load_model
 from jointkv.hf.pool import JointPool
-from jointkv.profile import Profile
+from jointkv.policy.profile import Profile
+from tests.cli.test_generate import save_tiny
 
 WORDS = ("apples", "pens", "left", "basket", "buys", "how", "many", "each", "day", "week", "cost", "dollars")
 SHARED = " ".join(random.Random(1).choice(WORDS) for _ in range(25))
@@ -106,7 +106,7 @@ def test_a_short_answer_is_continued(tiny, tmp_path):
 
 
 def test_a_missed_target_writes_nothing(tiny, tmp_path, monkeypatch):
-    from jointkv.evaluate.calibration import Calibration
+    from jointkv.evaluate.calibrate import Calibration
 
     monkeypatch.setattr(Calibration, "_meets", lambda *_: False)
     data, output = write_requests(tmp_path / "log.jsonl", 16), tmp_path / "p.json"

@@ -10,15 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-from test_calibrate import run, write_requests
-from test_generate import save_tiny
 
-from core.test_file_faults import full_disk
 from jointkv.cli import console
 from jointkv.errors import BadInput
-from jointkv.evaluate import prefilled
-from jointkv.evaluate.calibration.store import Store
-from jointkv.profile import Profile
+from jointkv.evaluate.calibrate.store import Store
+from jointkv.evaluate.holding import prefilled
+from jointkv.policy.profile import Profile
+from tests.cli.test_calibrate import run, write_requests
+from tests.cli.test_generate import save_tiny
+from tests.system.test_file_faults import full_disk
 
 FULL = pytest.mark.hazard(
     "Faults",

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from test_generate import run, save_tiny
+
+from tests.cli.test_generate import run, save_tiny
 
 KEYS = {"traffic", "policy", "ratio", "pages_before", "pages_after", "bytes_before", "bytes_after", "kl", "top1"}
 KEYS |= {"nll", "nll_unfused", "seconds_fuse", "seconds_prefill"}

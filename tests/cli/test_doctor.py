@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from jointkv.cli import doctor, main
 from jointkv.cli.doctor import Check, Examination
-from jointkv.vllm_plugin.doctor import CHECKS
+from jointkv.vllm_plugin.doctor.examine import CHECKS
 
 PATIENT = {"folder": "nowhere", "model": None, "allow_untested": False}
 SAY = "import json, sys, time; say = lambda **told: print(json.dumps(told), flush=True); json.load(sys.stdin)\n"
@@ -117,11 +117,11 @@ def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jointkv.bench.machine.fast_dtype", lambda: "bfloat16")
+    monkeypatch.setattr("jointkv.system.machine.fast_dtype", lambda: "bfloat16")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setenv("CC", sys.executable)
     assert doctor.environment_advice({}) == []
-    monkeypatch.setattr("jointkv.bench.machine.fast_dtype", lambda: "float32")
+    monkeypatch.setattr("jointkv.system.machine.fast_dtype", lambda: "float32")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("CC", "no-such-compiler --flag")
     said = " ".join(doctor.environment_advice({"VLLM_USE_V2_MODEL_RUNNER": "1"}))

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from test_generate import run, save_tiny
 from typer.testing import CliRunner
 
 from jointkv.cli import main
-from jointkv.evaluate import suite
+from jointkv.evaluate.compare import suite
 from jointkv.evaluate.traffic import get_traffic
+from tests.cli.test_generate import run, save_tiny
 
 
 @pytest.fixture(scope="module")

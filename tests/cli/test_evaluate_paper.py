@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from test_generate import save_tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from jointkv.cli import evaluate
 from jointkv.evaluate.traffic.base import packaged
+from tests.cli.test_generate import save_tiny
 
 SIZES = ("--largest", "8", "--prompt-tokens", "16", "--answer-tokens", "3", "--block-size", "4", "--documents", "1")
 SIZES += ("--chunks", "3", "--chunk-tokens", "16", "--document-answer-tokens", "4", "--layers-requests", "8")

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_generate import run, save_tiny
 
-from jointkv.evaluate.similarity import as_pages, prefill, similarities
+from jointkv.evaluate.predict.similarity import as_pages, prefill, similarities
 from jointkv.hf.models import load_model
+from tests.cli.test_generate import run, save_tiny
 
 PNG = b"\x89PNG\r\n"
 TEXTS = (

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from test_generate import run
+from tests.cli.test_generate import run
 
 RESULT = {
     "format": "jointkv.calibration/1",

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from core.profiles import make_profile
 from jointkv.cli import main, serve
+from tests.core.profiles import make_profile
 
 ENTRY = ["python", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model"]
 
@@ -67,7 +67,7 @@ def test_vllm_options_go_through_untouched(wheels: set[str]) -> None:
     command = plain("own/model", *given, "--device", "cpu", "--scope", "both")
     assert command[:4] == ["VLLM_USE_V2_MODEL_RUNNER=0", "vllm", "serve", "own/model"]
     assert command[4 : 4 + len(given)] == given
-    assert command[-2:] == ["--worker-cls", "jointkv.vllm_plugin.cpu_worker.JointCPUWorker"]
+    assert command[-2:] == ["--worker-cls", "jointkv.vllm_plugin.worker.cpu.JointCPUWorker"]
     assert fusion(command) == {"scope": "both"}
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from jointkv.interfaces import Use, differences
+from jointkv.system.interfaces import Use, differences
 
 
 class Base:

@@ -28,7 +28,7 @@ import torch
 from jointkv.errors import BadInput, JointKVError
 from jointkv.hf import JointCache, JointPool
 from jointkv.policy import FusionPolicy
-from jointkv.profile import Profile, Target
+from jointkv.policy.profile import Profile, Target
 from jointkv.vllm_plugin import engine_args
 
 
@@ -61,9 +61,9 @@ from jointkv.evaluate.traffic.gsm8k import load_problems
 from jointkv.fusion import pair_sums
 from jointkv.fusion.fuser import Fuser, NewBlocks
 from jointkv.policy import FusionPolicy
-from jointkv.pool import BlockPool
+from jointkv.core.pool import BlockPool
 from jointkv.report.serving.page import write_page
-from jointkv.table import BlockTable
+from jointkv.core.table import BlockTable
 
 assert Path(jointkv.__file__).is_relative_to(sys.prefix), jointkv.__file__
 pool = BlockPool(2, 4, (2, 8), (2, 8))

@@ -6,8 +6,8 @@ An order is the slot of each element `[elements]`: a token of K, or `tokens` plu
 import torch
 from torch import Tensor
 
-from jointkv.blocks import PagedKV
-from jointkv.packed import PackedPages
+from jointkv.core.blocks import PagedKV
+from jointkv.core.packed import PackedPages
 
 
 def row_major(tokens: int, key_size: int, value_size: int) -> Tensor:

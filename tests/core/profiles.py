@@ -1,7 +1,7 @@
 """A profile to test with, and models that it does or does not belong to."""
 
-from jointkv.identity import ModelIdentity
-from jointkv.profile import DataIdentity, GroupThresholds, Measurement, Prediction, Profile, Target
+from jointkv.policy.identity import ModelIdentity
+from jointkv.policy.profile import DataIdentity, GroupThresholds, Measurement, Prediction, Profile, Target
 
 MODEL = ModelIdentity(
     name="toy", layers=4, kv_heads=2, head_size=8, checkpoint="files", weights="loaded", dtype="float32"

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from jointkv.plan import BlockRef
-from jointkv.pool import BlockPool
-from jointkv.table import BlockTable
+from jointkv.core.plan import BlockRef
+from jointkv.core.pool import BlockPool
+from jointkv.core.table import BlockTable
 
 Content = tuple[torch.Tensor, torch.Tensor]
 State = list[tuple[tuple[int, int], list[BlockRef]]]

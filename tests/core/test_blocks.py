@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.shadow import naive_error, naive_token_error
-from jointkv import blocks
-from jointkv.blocks import PagedKV, served_errors
+from jointkv.core import blocks
+from jointkv.core.blocks import PagedKV, served_errors
 from jointkv.errors import LayoutError
+from tests.core.shadow import naive_error, naive_token_error
 
 TOKENS, HEADS = 2, 2
 ROUNDING = 1e-5

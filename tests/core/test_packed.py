@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.packings import pack, row_major, shuffled
-from jointkv import blocks
-from jointkv.blocks import served_errors
+from jointkv.core import blocks
+from jointkv.core.blocks import served_errors
+from jointkv.core.packed import LANES, PACKED_DTYPES, PackedPages, lane_order
 from jointkv.errors import LayoutError
 from jointkv.fusion.signature import BlockSignature
-from jointkv.packed import LANES, PACKED_DTYPES, PackedPages, lane_order
+from tests.core.packings import pack, row_major, shuffled
 
 ELEMENTS = 24
 

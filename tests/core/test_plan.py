@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from jointkv.core.plan import FORMAT, BlockRef, FusionPlan
 from jointkv.errors import BadInput, LayoutError
-from jointkv.plan import FORMAT, BlockRef, FusionPlan
 
 PAGE_SHAPE = (2, 1, 3)
 

@@ -8,12 +8,12 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from core.shadow import Content, State, entries_of, read_block, same, state_of
-from effort import machine_settings
+from jointkv.core.plan import FusionPlan
+from jointkv.core.pool import NULL_PAGE, BlockPool
+from jointkv.core.table import BlockTable
 from jointkv.errors import IntegrityError, PoolFull, StalePlan
-from jointkv.plan import FusionPlan
-from jointkv.pool import NULL_PAGE, BlockPool
-from jointkv.table import BlockTable
+from tests.core.shadow import Content, State, entries_of, read_block, same, state_of
+from tests.effort import machine_settings
 
 LAYERS = 2
 KEY_SHAPE, VALUE_SHAPE = (1, 2), (1, 3)
@@ -28,7 +28,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first_pages = patch("jointkv.pool.FIRST_PAGES", 2)
+        self.first_pages = patch("jointkv.core.pool.FIRST_PAGES", 2)
         self.first_pages.start()
         self.generator = torch.Generator().manual_seed(0)
         self.tables: list[BlockTable] = []

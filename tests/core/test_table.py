@@ -7,10 +7,10 @@ import weakref
 import pytest
 import torch
 
+from jointkv.core.plan import BlockRef, FusionPlan
+from jointkv.core.pool import FIRST_PAGES, NULL_PAGE, BlockPool
+from jointkv.core.table import BlockTable
 from jointkv.errors import IntegrityError, PoolFull, StalePlan
-from jointkv.plan import BlockRef, FusionPlan
-from jointkv.pool import FIRST_PAGES, NULL_PAGE, BlockPool
-from jointkv.table import BlockTable
 
 SHAPE = (1, 2)
 

@@ -18,15 +18,15 @@ from typing import Any
 
 import pytest
 import typer.main
-from doc_pages import PAGES, ROOT, VLLM_FLAGS, Command, blocks, commands, inline_code, links
 from typer.testing import CliRunner
 
 from jointkv.cli.fusion_options import fusion_options
 from jointkv.cli.main import app
 from jointkv.errors import JointKVError
-from jointkv.profile import Target
+from jointkv.policy.profile import Target
 from jointkv.vllm_plugin import WORKERS
 from jointkv.vllm_plugin.settings import PluginSettings
+from tests.docs.doc_pages import PAGES, ROOT, VLLM_FLAGS, Command, blocks, commands, inline_code, links
 
 hooks = importlib.util.module_from_spec(
     importlib.util.spec_from_file_location("mkdocs_hooks", ROOT / "docs" / "hooks.py")  # type: ignore[arg-type]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from doc_pages import ROOT, blocks
 
-from jointkv.bench.serving.result import ServingResult
+from jointkv.bench.result import ServingResult
 from jointkv.theory.adapt import BoundController
 from jointkv.vllm_plugin.settings import PluginSettings
+from tests.docs.doc_pages import ROOT, blocks
 
 DOCS = ROOT / "docs"
 METRICS = ROOT / "src" / "jointkv" / "vllm_plugin" / "metrics.py"

@@ -1,8 +1,7 @@
 """The tables of docs/reliability.md are those of the committed runs."""
 
-from doc_pages import ROOT
-
-import hazards
+from tests import hazards
+from tests.docs.doc_pages import ROOT
 
 NAMES = ("core", "vllm", "vllm_nightly", "fuzz", "fuzz_again", "soak", "soak_exact")
 FILES = [ROOT / "docs" / "results" / "reliability" / f"{name}.json" for name in NAMES]

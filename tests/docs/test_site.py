@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from doc_pages import ROOT
+
+from tests.docs.doc_pages import ROOT
 
 DRAWINGS = sorted((ROOT / "docs" / "drawings").glob("*.svg"))
 SVG = "{http://www.w3.org/2000/svg}"

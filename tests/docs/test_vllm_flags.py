@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from doc_pages import VLLM_FLAGS
+
+from tests.docs.doc_pages import VLLM_FLAGS
 
 pytest.importorskip("vllm")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from attention.conftest import interpreter, told  # noqa: F401
+from tests.attention.conftest import interpreter, told  # noqa: F401
 
 with told(), suppress(ImportError):
     import jointkv.fusion.signature_triton  # noqa: F401

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from jointkv.core.plan import FusionPlan
+from jointkv.core.pool import BlockPool
+from jointkv.core.table import BlockTable
 from jointkv.fusion.tree import plan_batch, plan_chunks
-from jointkv.plan import FusionPlan
 from jointkv.policy import FusionPolicy
-from jointkv.pool import BlockPool
-from jointkv.table import BlockTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOISES = (0.0, 1e-3, 0.03, 0.07, 0.1, 0.2, 0.3, 1.0)

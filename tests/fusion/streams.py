@@ -7,11 +7,11 @@ import hashlib
 
 import torch
 
-from fusion.strategies import write_block
+from jointkv.core.pool import BlockPool
+from jointkv.core.table import BlockTable
 from jointkv.fusion.fuser import Fuser, NewBlocks
 from jointkv.policy import FusionPolicy
-from jointkv.pool import BlockPool
-from jointkv.table import BlockTable
+from tests.fusion.strategies import write_block
 
 LAYERS, TOKENS, SHAPE, BLOCKS = 2, 4, (1, 8), 3
 

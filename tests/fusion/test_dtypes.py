@@ -4,7 +4,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,20 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.packings import pack, row_major, vnni
-from core.shadow import naive_error, naive_token_error
-from fusion.strategies import DIRECTION, RESIDENT, Texture, make_case, write_block
-from fusion.streams import digest_of_a_stream
 from jointkv.attention.tokens import read_tokens
-from jointkv.blocks import SUPPORTED_DTYPES, PagedKV, served_errors
+from jointkv.core.blocks import SUPPORTED_DTYPES, PagedKV, served_errors
+from jointkv.core.packed import PACKED_DTYPES, PackedPages
+from jointkv.core.pool import BlockPool
+from jointkv.core.table import BlockTable
 from jointkv.errors import LayoutError
 from jointkv.fusion.fuser import Fuser, NewBlocks
 from jointkv.fusion.pair_sums import pair_errors, pair_sums, pair_sums_reference
 from jointkv.fusion.tree import plan_batch, within_bound
-from jointkv.packed import PACKED_DTYPES, PackedPages
 from jointkv.policy import FusionPolicy
-from jointkv.pool import BlockPool
-from jointkv.table import BlockTable
+from tests.core.packings import pack, row_major, vnni
+from tests.core.shadow import naive_error, naive_token_error
+from tests.fusion.strategies import DIRECTION, RESIDENT, Texture, make_case, write_block
+from tests.fusion.streams import digest_of_a_stream
 
 ROUNDING = 1e-5
 EXACT = FusionPolicy(max_relative_error=0.0)
@@ -269,9 +268,10 @@ def test_a_sink_hides_no_other_token(dtype, alike):
 @repeatable
 def test_the_same_stream_gives_the_same_plans():
     kinds = ("resident", "direction")
-    code = f"from fusion.streams import digest_of_a_stream; print(*map(digest_of_a_stream, {kinds!r}), sep=chr(10))"
-    folder = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    code = (
+        f"from tests.fusion.streams import digest_of_a_stream; print(*map(digest_of_a_stream, {kinds!r}), sep=chr(10))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     again = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     for other, kind in zip(again.stdout.splitlines(), kinds, strict=True):
         assert other == digest_of_a_stream(kind) == digest_of_a_stream(kind)

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.shadow import naive_error, naive_token_error
-from fusion.strategies import Block, read_block, write_block
+from jointkv.core.plan import FusionPlan
+from jointkv.core.pool import BlockPool
+from jointkv.core.table import BlockTable
 from jointkv.fusion.fuser import Fuser, NewBlocks
-from jointkv.plan import FusionPlan
 from jointkv.policy import FusionPolicy
-from jointkv.pool import BlockPool
-from jointkv.table import BlockTable
+from tests.core.shadow import naive_error, naive_token_error
+from tests.fusion.strategies import Block, read_block, write_block
 
 LAYERS, TOKENS, HEADS, SIZE = 3, 2, 1, 6
 BLOCK = TOKENS * HEADS * SIZE

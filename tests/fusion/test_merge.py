@@ -7,9 +7,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fusion.strategies import Texture, make_case
 from jointkv.fusion.merge import merge_directions, merge_resident
 from jointkv.policy import FusionPolicy
+from tests.fusion.strategies import Texture, make_case
 
 MARGIN = 1e-3
 """Cosines nearer to a threshold, or to each other, than this may fall either way in float32."""

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.shadow import naive_error
-from fusion.strategies import DIRECTION, KEYS_ONLY, RESIDENT, Texture, assert_same_plan, cases, make_case
+from tests.core.shadow import naive_error
+from tests.fusion.strategies import DIRECTION, KEYS_ONLY, RESIDENT, Texture, assert_same_plan, cases, make_case
 
 BOUND_ROUNDING = 1e-6
 

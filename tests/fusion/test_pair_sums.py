@@ -11,15 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.packings import pack, row_major, shuffled, vnni
-from fusion.strategies import RESIDENT
-from jointkv import native
-from jointkv.blocks import served_errors
+from jointkv.core.blocks import served_errors
+from jointkv.core.packed import PACKED_DTYPES, PackedPages
 from jointkv.errors import LayoutError, NativeUnavailable
 from jointkv.fusion import pair_sums as module
 from jointkv.fusion.pair_sums import pair_cosines, pair_errors, pair_sums, pair_sums_reference, with_own_norms
 from jointkv.fusion.tree import within_bound
-from jointkv.packed import PACKED_DTYPES, PackedPages
+from jointkv.system import native
+from tests.core.packings import pack, row_major, shuffled, vnni
+from tests.fusion.strategies import RESIDENT
 
 ROUNDING = 1e-5
 PAGES = 5
@@ -285,7 +285,7 @@ def test_a_compiler_without_openmp_will_do(fresh, monkeypatch, tmp_path):
 
 def building():
     """A process that builds and loads the kernel."""
-    code = f"from pathlib import Path; from jointkv import native; native.load(Path({str(module.SOURCE)!r}))"
+    code = f"from pathlib import Path; from jointkv.system import native; native.load(Path({str(module.SOURCE)!r}))"
     return subprocess.Popen([sys.executable, "-c", code])
 
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from fusion.strategies import RESIDENT
-from fusion.test_pair_sums import caches
-from fusion.test_signature_kernel import pages_of_any_layout
-from jointkv import native
-from jointkv.blocks import PagedKV
+from jointkv.core.blocks import PagedKV
+from jointkv.core.packed import BITS, PACKED_DTYPES, PackedPages
 from jointkv.errors import LayoutError
 from jointkv.fusion import pair_sums as module
 from jointkv.fusion.pair_sums import pair_errors, pair_sums_reference
 from jointkv.fusion.signature import BlockSignature
 from jointkv.fusion.tree import within_bound
-from jointkv.packed import BITS, PACKED_DTYPES, PackedPages
+from jointkv.system import native
+from tests.fusion.strategies import RESIDENT
+from tests.fusion.test_pair_sums import caches
+from tests.fusion.test_signature_kernel import pages_of_any_layout
 
 pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
 

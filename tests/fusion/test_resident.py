@@ -7,9 +7,9 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from effort import machine_settings
 from jointkv.errors import IntegrityError
 from jointkv.fusion.resident import ResidentIndex
+from tests.effort import machine_settings
 
 SIZE = 3
 KEYS = [("batch", "alice", 0, 0), ("batch", "alice", 0, 1), ("batch", "bob", 0, 0), "d", 5]

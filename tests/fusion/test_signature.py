@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jointkv.blocks import PagedKV
+from jointkv.core.blocks import PagedKV
 from jointkv.fusion.signature import BlockSignature, token_hashes
 
 LAYERS, PAGES = 30, 24

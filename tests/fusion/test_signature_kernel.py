@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.packings import row_major, shuffled, vnni
-from jointkv.blocks import PagedKV
+from jointkv.core.blocks import PagedKV
+from jointkv.core.packed import BITS, PACKED_DTYPES, PackedPages
+from jointkv.core.pool import BlockPool
 from jointkv.errors import LayoutError
 from jointkv.fusion import signature_native
 from jointkv.fusion.signature import BlockSignature
 from jointkv.fusion.signature_native import MOST_LENGTH
-from jointkv.packed import BITS, PACKED_DTYPES, PackedPages
-from jointkv.pool import BlockPool
+from tests.core.packings import row_major, shuffled, vnni
 
 ROUNDING = 2e-6
 PAGES = 7

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from effort import machine_settings
 from jointkv.errors import IntegrityError
 from jointkv.fusion.token_index import TokenIndex
+from tests.effort import machine_settings
 
 BUCKETS = [("alice", 0, 0, 1), ("alice", 0, 1, 1), ("bob", 0, 0, 1), "chunk", 7]
 PAGES = st.integers(0, 12)

@@ -10,8 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.shadow import naive_error, naive_token_error
-from fusion.strategies import (
+from jointkv.errors import InvalidPolicy, JointKVError, LayoutError
+from jointkv.fusion import pairs
+from jointkv.fusion.tree import plan_batch, plan_chunks, plan_matrix
+from jointkv.policy import FusionPolicy
+from tests.core.shadow import naive_error, naive_token_error
+from tests.fusion.strategies import (
     DIRECTION,
     KEYS_ONLY,
     NOISES,
@@ -25,10 +29,6 @@ from fusion.strategies import (
     policies,
     textures,
 )
-from jointkv.errors import InvalidPolicy, JointKVError, LayoutError
-from jointkv.fusion import pairs
-from jointkv.fusion.tree import plan_batch, plan_chunks, plan_matrix
-from jointkv.policy import FusionPolicy
 
 BOUND_ROUNDING = 1e-6
 REPORT_ROUNDING = 1e-5

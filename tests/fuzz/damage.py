@@ -14,8 +14,8 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from effort import FUZZ_EXAMPLES, fuzz_settings
 from jointkv.errors import JointKVError
+from tests.effort import FUZZ_EXAMPLES, fuzz_settings
 
 PROMISE = "read, or refused with one named error; nothing is executed, time and memory stay in proportion to it"
 CPU_SECONDS = 5.0

@@ -10,20 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from core.profiles import make_profile
-from effort import fuzz_settings
-from fuzz.damage import PROMISE, TEXTS, damaged_bytes, json_bytes, promise, slower
-from fuzz.test_policies_and_settings import PROFILE
-from fuzz.test_request_files import LINES, lines
-from fuzz.test_result_files import serving
-from jointkv.bench.machine import allowed_cores
-from jointkv.bench.serving.arms import PoolSize, make_arms
-from jointkv.bench.serving.loads import make_loads
-from jointkv.bench.serving.options import _cores
+from jointkv.bench.arms import PoolSize, make_arms
+from jointkv.bench.loads import make_loads
+from jointkv.bench.options import _cores
 from jointkv.cli.main import app
 from jointkv.errors import BadInput
-from jointkv.evaluate.suite import choices_of
+from jointkv.evaluate.compare.suite import choices_of
 from jointkv.evaluate.traffic import get_traffic
+from jointkv.system.machine import allowed_cores
+from tests.core.profiles import make_profile
+from tests.effort import fuzz_settings
+from tests.fuzz.damage import PROMISE, TEXTS, damaged_bytes, json_bytes, promise, slower
+from tests.fuzz.test_policies_and_settings import PROFILE
+from tests.fuzz.test_request_files import LINES, lines
+from tests.fuzz.test_result_files import serving
 
 POOL = PoolSize(blocks=100, block_size=32, numbers_per_token=120, layers=4, dtype="float32")
 WORDS = st.sampled_from(

@@ -15,12 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effort import fuzz_settings
-from fuzz.damage import PROMISE, json_bytes, promise, slower
-from hf.tiny_models import build_model
 from jointkv.cli.model import describe
 from jointkv.errors import BadInput
 from jointkv.hf import models, sources
+from tests.effort import fuzz_settings
+from tests.fuzz.damage import PROMISE, json_bytes, promise, slower
+from tests.hf.tiny_models import build_model
 
 RECORD = {
     "model": "smollm2",

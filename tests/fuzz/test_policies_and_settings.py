@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.profiles import MODEL, make_profile
-from effort import fuzz_settings
-from fuzz.damage import PROMISE, TEXTS, VALUES, documents, json_bytes, promise, unreadable
 from jointkv.cli.fusion_options import bound, fusion_options
 from jointkv.errors import BadInput, InvalidPolicy
 from jointkv.policy import FusionPolicy, LayerGroups
-from jointkv.profile import Profile, Target
-from jointkv.settings import Settings
+from jointkv.policy.profile import Profile, Target
+from jointkv.system.settings import Settings
 from jointkv.theory.adapt import Adaptation
 from jointkv.vllm_plugin.settings import PluginSettings
+from tests.core.profiles import MODEL, make_profile
+from tests.effort import fuzz_settings
+from tests.fuzz.damage import PROMISE, TEXTS, VALUES, documents, json_bytes, promise, unreadable
 
 POLICY = json.loads(FusionPolicy(max_relative_error=(0.1, 0.2), max_token_error=0.3, layer_groups=2).to_json())
 PAPER = json.loads(FusionPolicy.preset("paper").to_json())

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effort import fuzz_settings
-from fuzz.damage import PROMISE, TEXTS, damaged_bytes, json_bytes, promise, slower, unreadable
-from jointkv.bench.serving.request_files import from_file
-from jointkv.bench.serving.requests import Limits
+from jointkv.bench.request_files import from_file
+from jointkv.bench.requests import Limits
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets import Dataset, get_dataset
-from jointkv.evaluate.jsonl import read_requests
+from jointkv.evaluate.traffic.jsonl import read_requests
+from tests.effort import fuzz_settings
+from tests.fuzz.damage import PROMISE, TEXTS, damaged_bytes, json_bytes, promise, slower, unreadable
 
 LIMITS = Limits(model_tokens=2000, pool_blocks=100, block_size=16)
 MESSAGES = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]

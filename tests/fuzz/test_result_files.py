@@ -14,19 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from effort import fuzz_settings
-from fuzz.damage import PROMISE, json_bytes, promise, slower, unreadable
-from jointkv.bench.serving.result import Load, ServingResult
-from jointkv.bench.serving.state import RunFolder
+from jointkv.bench.result import Load, ServingResult
+from jointkv.bench.state import RunFolder
 from jointkv.errors import BadInput
-from jointkv.evaluate.calibration.store import MEASURED
-from jointkv.evaluate.comparison import not_run
+from jointkv.evaluate.calibrate.store import MEASURED
+from jointkv.evaluate.compare.comparison import not_run
+from jointkv.evaluate.compare.other_environment import read_job, read_rows, run_job
 from jointkv.evaluate.methods import get_method
-from jointkv.evaluate.worker import read_job, read_rows, run_job
 from jointkv.report.results import read_result
 from jointkv.report.serving.reading import comparable, read
 from jointkv.vllm_plugin.server import Launch
-from report import samples, serving_samples
+from tests.effort import fuzz_settings
+from tests.fuzz.damage import PROMISE, json_bytes, promise, slower, unreadable
+from tests.report import samples, serving_samples
 
 JOB = {
     "format": "jointkv.methods.job/1",

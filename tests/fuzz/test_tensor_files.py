@@ -17,18 +17,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from effort import fuzz_settings
-from fuzz.damage import PROMISE, damaged_bytes, documents, promise, slower, unreadable
-from hf.tiny_models import VOCABULARY, generate, joint, prompts
+from jointkv.core.plan import FusionPlan
 from jointkv.errors import BadInput
-from jointkv.evaluate import prefilled
-from jointkv.evaluate.held import prefill
+from jointkv.evaluate.holding import prefilled
+from jointkv.evaluate.holding.held import prefill
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
-from jointkv.identity import checkpoint_fingerprint
-from jointkv.plan import FusionPlan
 from jointkv.policy import FusionPolicy
+from jointkv.policy.identity import checkpoint_fingerprint
+from tests.effort import fuzz_settings
+from tests.fuzz.damage import PROMISE, damaged_bytes, documents, promise, slower, unreadable
+from tests.hf.tiny_models import VOCABULARY, generate, joint, prompts
 
 BOMBS = (0, 7, 2**20, 100 * 2**20, 2**40, 2**63, 2**64 - 1)
 POLICIES = {

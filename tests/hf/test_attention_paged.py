@@ -4,19 +4,19 @@ import types
 
 import pytest
 import torch
-from tiny_models import BLOCK, assert_same_output, build_model, generate, joint, prompts, stock_cache
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from jointkv.attention.reference import paged_attention
 from jointkv.attention.tokens import token_scales, token_slots
+from jointkv.core.plan import BlockRef
 from jointkv.errors import UnsupportedModel
 from jointkv.hf import attention
 from jointkv.hf.attention import PagedLayer, attach_pages, paged_attention_forward, register_attention
 from jointkv.hf.cache import JointCache
-from jointkv.plan import BlockRef
 from jointkv.policy import FusionPolicy
+from tests.hf.tiny_models import BLOCK, assert_same_output, build_model, generate, joint, prompts, stock_cache
 
 MODULE = types.SimpleNamespace(num_key_value_groups=2, is_causal=True)
 HEADS, SIZE = 2, 8

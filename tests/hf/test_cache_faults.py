@@ -5,7 +5,12 @@ import logging
 
 import pytest
 import torch
-from tiny_models import (
+
+from jointkv.errors import IntegrityError, PoolFull
+from jointkv.fusion.fuser import Fuser
+from jointkv.hf.cache import JointCache
+from jointkv.policy import FusionPolicy
+from tests.hf.tiny_models import (
     BLOCK,
     EXACT,
     assert_same_output,
@@ -17,11 +22,6 @@ from tiny_models import (
     step,
     stock_cache,
 )
-
-from jointkv.errors import IntegrityError, PoolFull
-from jointkv.fusion.fuser import Fuser
-from jointkv.hf.cache import JointCache
-from jointkv.policy import FusionPolicy
 
 
 @pytest.mark.parametrize("groups", [1, "per_layer"])

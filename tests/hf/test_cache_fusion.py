@@ -4,7 +4,11 @@ import gc
 
 import pytest
 import torch
-from tiny_models import (
+
+from jointkv.errors import LayoutError
+from jointkv.hf.cache import JointCache
+from jointkv.policy import FusionPolicy
+from tests.hf.tiny_models import (
     BLOCK,
     EXACT,
     assert_same_output,
@@ -19,10 +23,6 @@ from tiny_models import (
     step,
     stock_cache,
 )
-
-from jointkv.errors import LayoutError
-from jointkv.hf.cache import JointCache
-from jointkv.policy import FusionPolicy
 
 
 def near_prefixes(rows=6, length=30, header=3):

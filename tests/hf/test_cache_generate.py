@@ -4,7 +4,11 @@ import copy
 
 import pytest
 import torch
-from tiny_models import (
+
+from jointkv.hf.cache import JointCache
+from jointkv.policy import FusionPolicy
+from tests.effort import every_pair
+from tests.hf.tiny_models import (
     BLOCK,
     EXACT,
     assert_same_output,
@@ -16,10 +20,6 @@ from tiny_models import (
     step,
     stock_cache,
 )
-
-from effort import every_pair
-from jointkv.hf.cache import JointCache
-from jointkv.policy import FusionPolicy
 
 MODELS = {
     f"{name}-{attention}": (name, attention)

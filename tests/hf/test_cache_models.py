@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from tiny_models import (
+
+from jointkv.errors import InvalidPolicy, JointKVError, LayoutError, UnsupportedModel
+from jointkv.hf.attention import ATTENTION_NAME
+from jointkv.hf.cache import JointCache, PagedCacheLayer
+from jointkv.hf.pool import JointPool, model_fingerprint
+from jointkv.policy import FusionPolicy
+from tests.effort import every_pair
+from tests.hf.tiny_models import (
     EXACT,
     assert_same_output,
     build_mamba,
@@ -15,13 +22,6 @@ from tiny_models import (
     prompts,
     stock_cache,
 )
-
-from effort import every_pair
-from jointkv.errors import InvalidPolicy, JointKVError, LayoutError, UnsupportedModel
-from jointkv.hf.attention import ATTENTION_NAME
-from jointkv.hf.cache import JointCache, PagedCacheLayer
-from jointkv.hf.pool import JointPool, model_fingerprint
-from jointkv.policy import FusionPolicy
 
 SDPA = ["llama", "qwen2", "mistral", "gemma", "gemma3", "gemma3n", "gemma4", "gpt2"]
 CASES = [(name, "sdpa") for name in SDPA] + [(name, "eager") for name in (*SDPA, "gemma2", "neox_japanese")]

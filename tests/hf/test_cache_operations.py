@@ -4,7 +4,13 @@ import random
 
 import pytest
 import torch
-from tiny_models import (
+from transformers import Cache
+
+from jointkv.errors import LayoutError
+from jointkv.hf.cache import JointCache
+from jointkv.policy import FusionPolicy
+from tests.effort import every_pair
+from tests.hf.tiny_models import (
     BLOCK,
     EXACT,
     build_model,
@@ -17,12 +23,6 @@ from tiny_models import (
     step,
     stock_cache,
 )
-from transformers import Cache
-
-from effort import every_pair
-from jointkv.errors import LayoutError
-from jointkv.hf.cache import JointCache
-from jointkv.policy import FusionPolicy
 
 
 def crop_to(cache, length):

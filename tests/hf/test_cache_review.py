@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import build_model, duplicates, feed, generate, joint, prompts, step, stock_cache
 
 from jointkv.hf import JointCache, JointPool
 from jointkv.policy import FusionPolicy
+from tests.hf.tiny_models import build_model, duplicates, feed, generate, joint, prompts, step, stock_cache
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

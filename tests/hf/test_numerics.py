@@ -4,7 +4,15 @@ import copy
 
 import pytest
 import torch
-from tiny_models import (
+
+from jointkv.attention.reference import paged_attention
+from jointkv.attention.tokens import token_slots
+from jointkv.core.plan import BlockRef
+from jointkv.errors import LayoutError
+from jointkv.hf.attention import PagedLayer
+from jointkv.hf.cache import JointCache
+from jointkv.policy import FusionPolicy
+from tests.hf.tiny_models import (
     BLOCK,
     EXACT,
     assert_same_output,
@@ -16,14 +24,6 @@ from tiny_models import (
     step,
     stock_cache,
 )
-
-from jointkv.attention.reference import paged_attention
-from jointkv.attention.tokens import token_slots
-from jointkv.errors import LayoutError
-from jointkv.hf.attention import PagedLayer
-from jointkv.hf.cache import JointCache
-from jointkv.plan import BlockRef
-from jointkv.policy import FusionPolicy
 
 LIMIT = 6 * BLOCK
 SHAPE = (3, 2, 2 * BLOCK, 8)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_models import BLOCK, build_model, feed
 
-from core.profiles import make_profile
 from jointkv.errors import BadInput, InvalidPolicy, ModelMismatch
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool, model_identity
+from tests.core.profiles import make_profile
+from tests.hf.tiny_models import BLOCK, build_model, feed
 
 ROWS, BLOCKS = 8, 6
 

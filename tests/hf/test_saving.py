@@ -3,12 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import duplicates, generate, joint, prompts, step
 
 from jointkv.errors import BadInput, ModelMismatch, PoolFull
 from jointkv.hf import JointCache, JointPool
 from jointkv.hf.saving import FORMAT
 from jointkv.policy import FusionPolicy
+from tests.hf.tiny_models import duplicates, generate, joint, prompts, step
 
 DIRECTION = FusionPolicy.preset("paper", key_threshold=0.2, skip_first_layers=1, skip_last_layers=0)
 PROMPT = prompts(21, 9, 14)

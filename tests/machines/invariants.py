@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jointkv.core.pool import NULL_PAGE
 from jointkv.policy import FusionPolicy
-from jointkv.pool import NULL_PAGE
-from machines.contexts import ROOT
-from machines.serving import BLOCK, ROUNDING, Server
+from tests.machines.contexts import ROOT
+from tests.machines.serving import BLOCK, ROUNDING, Server
 
 
 def check_counts(server: Server) -> None:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from core.shadow import Content
+from jointkv.core.pool import BlockPool
 from jointkv.errors import PoolFull
 from jointkv.fusion.token_index import TokenIndex
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
-from jointkv.pool import BlockPool
-from machines.contexts import ROOT, Contexts
+from tests.core.shadow import Content
+from tests.machines.contexts import ROOT, Contexts
 
 BLOCK = 2
 ROUNDING = 1e-5

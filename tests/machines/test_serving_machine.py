@@ -20,17 +20,17 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from core.shadow import Content, read_block, same
-from effort import machine_settings
-from hf.tiny_models import build_model
 from jointkv.errors import PoolFull
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
 from jointkv.hf.saving import pack, unpack
 from jointkv.policy import FusionPolicy
-from machines.contexts import ROOT, VOCABULARY, Contexts
-from machines.invariants import check_contents, check_counts, check_indices, check_isolation
-from machines.serving import BLOCK, Batch, Server
+from tests.core.shadow import Content, read_block, same
+from tests.effort import machine_settings
+from tests.hf.tiny_models import build_model
+from tests.machines.contexts import ROOT, VOCABULARY, Contexts
+from tests.machines.invariants import check_contents, check_counts, check_indices, check_isolation
+from tests.machines.serving import BLOCK, Batch, Server
 
 LAYERS = 2
 TENANTS = ("alice", "bob")
@@ -67,7 +67,7 @@ class ServingMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first_pages = patch("jointkv.pool.FIRST_PAGES", 4)
+        self.first_pages = patch("jointkv.core.pool.FIRST_PAGES", 4)
         self.first_pages.start()
         self.server: Server | None = None
 

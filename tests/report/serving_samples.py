@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jointkv.bench.serving.fidelity import compare_outputs
-from jointkv.bench.serving.result import Arm, Latency, Load, RequestSample, Run, ServingResult, Timeline
-from jointkv.bench.serving.statistics import compare
+from jointkv.bench.fidelity import compare_outputs
+from jointkv.bench.result import Arm, Latency, Load, RequestSample, Run, ServingResult, Timeline
+from jointkv.bench.statistics import compare
 
 STOCK = Arm(name="stock", title="stock vLLM", pool_blocks=200)
 FUSED = Arm(name="fused", title="with jointkv", pool_blocks=200, fusion={"max_relative_error": 0.2})

@@ -8,16 +8,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import serving_samples as samples
 from typer.testing import CliRunner
 
-from jointkv.bench.serving.result import ServingResult
+from jointkv.bench.result import ServingResult
 from jointkv.cli.main import app
 from jointkv.errors import BadInput
 from jointkv.report.pictures import make_pictures
 from jointkv.report.serving.page import write_page
 from jointkv.report.serving.reading import read
 from jointkv.report.serving.verdict import verdicts
+from tests.report import serving_samples as samples
 
 EVIL = "<script>alert(1)</script> & $x_{ \"'"
 HEIGHT = 4500

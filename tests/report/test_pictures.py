@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import samples
 
 from jointkv.errors import BadInput
 from jointkv.report.pictures import PICTURES, make_pictures
 from jointkv.report.pictures.kl_against_bytes import KLAgainstBytes
 from jointkv.report.results import read_result
+from tests.report import samples
 
 PNG = b"\x89PNG\r\n"
 Result = dict[str, Any]

@@ -5,16 +5,16 @@ import random
 from typing import Any
 
 import pytest
-import serving_samples as samples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jointkv.bench.serving.result import Arm, ServingResult
+from jointkv.bench.result import Arm, ServingResult
 from jointkv.report.serving.break_even import in_words, points
 from jointkv.report.serving.cautions import cautions
 from jointkv.report.serving.pairs import fusion_pairs, large_pool
 from jointkv.report.serving.pressure import explain
 from jointkv.report.serving.verdict import Verdict, combine, judge, verdicts
+from tests.report import serving_samples as samples
 
 RATIOS = st.lists(st.floats(0.05, 20), max_size=7)
 

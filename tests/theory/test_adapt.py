@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.profiles import make_profile
 from jointkv.errors import InvalidPolicy
 from jointkv.theory.adapt import Adaptation, BoundController
+from tests.core.profiles import make_profile
 
 WINDOW = 100
 

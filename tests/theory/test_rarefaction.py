@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from populations import POPULATIONS, matching, true_ratio
 
 from jointkv.errors import BadInput
 from jointkv.theory.rarefaction import LEAST_REQUESTS, arrivals, rarefaction
 from jointkv.theory.rate import expected_distinct, predict_poisson
+from tests.theory.populations import POPULATIONS, matching, true_ratio
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from engines import Engine
+from tests.vllm_plugin.engines import Engine
 
 Party = tuple[str | None, str | None, bool]
 """Salt and adapter of a request, and whether it opted out."""

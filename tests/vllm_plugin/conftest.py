@@ -42,7 +42,7 @@ def _vllm_environment() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model in which a different first line changes K and V of what follows a little."""
-    from engines import write_model
+    from tests.vllm_plugin.engines import write_model
 
     return write_model(tmp_path_factory.mktemp("calm"), context=0.15)
 
@@ -50,6 +50,6 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model in which everything depends strongly on what was read before."""
-    from engines import write_model
+    from tests.vllm_plugin.engines import write_model
 
     return write_model(tmp_path_factory.mktemp("lively"), context=3.0)

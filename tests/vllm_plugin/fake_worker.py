@@ -22,7 +22,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from jointkv.policy import FusionPolicy
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
-from jointkv.vllm_plugin.worker import RemappingWorker
+from jointkv.vllm_plugin.worker.mixin import RemappingWorker
 
 LAYERS = 2
 ANSWER = 900

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from census import Census
-from engines import LOSSY, Engine, Prompt, engine, near_prefix
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from jointkv.vllm_plugin import connector
-from jointkv.vllm_plugin.recovery import Recovery
+from jointkv.vllm_plugin.scheduler.recovery import Recovery
+from tests.vllm_plugin.census import Census
+from tests.vllm_plugin.engines import LOSSY, Engine, Prompt, engine, near_prefix
 
 OUT = 20
 WAIT = 60.0

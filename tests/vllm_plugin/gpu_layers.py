@@ -18,12 +18,12 @@ from vllm.v1.attention.backends import triton_attn
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from jointkv.attention import reference
-from jointkv.plan import BlockRef
-from jointkv.vllm_plugin import shared_reading
-from jointkv.vllm_plugin.gpu_attention import JointGPUAttention, JointGPUBuilder, JointGPUMetadata
+from jointkv.core.plan import BlockRef
+from jointkv.vllm_plugin.attention import reading as shared_reading
+from jointkv.vllm_plugin.attention.gpu import JointGPUAttention, JointGPUBuilder, JointGPUMetadata
+from jointkv.vllm_plugin.attention.reading import SharedReading
 from jointkv.vllm_plugin.messages import Remap
 from jointkv.vllm_plugin.settings import PluginSettings
-from jointkv.vllm_plugin.shared_reading import SharedReading
 
 HEADS, KV_HEADS, SIZE, TOKENS, PAGES, LAYERS = 4, 2, 32, 16, 12, 2
 TABLES = [[1, 2, 3, 0], [1, 2, 4, 5], [1, 2, 6, 0], [7, 8, 0, 0]]

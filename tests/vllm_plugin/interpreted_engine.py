@@ -27,13 +27,13 @@ import triton.backends
 triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 
-from engines import Engine, engine, near_prefix, text, write_model  # noqa: E402
 from vllm.distributed.kv_transfer import get_kv_transfer_group  # noqa: E402
 from vllm.platforms.cpu import CpuPlatform  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 
-from jointkv.vllm_plugin import gpu_attention  # noqa: E402
-from jointkv.vllm_plugin.cpu_worker import JointCPUWorker  # noqa: E402
+from jointkv.vllm_plugin.attention import gpu as gpu_attention  # noqa: E402
+from jointkv.vllm_plugin.worker.cpu import JointCPUWorker  # noqa: E402
+from tests.vllm_plugin.engines import Engine, engine, near_prefix, text, write_model  # noqa: E402
 
 OUT = 5
 OPTIONS = {"max_num_batched_tokens": 128, "enable_chunked_prefill": True, "enable_prefix_caching": False}

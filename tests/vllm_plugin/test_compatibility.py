@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engines import engine
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.core import (
     block_pool,
@@ -23,7 +22,8 @@ from vllm.v1.request import Request
 from vllm.v1.worker import gpu_input_batch, gpu_model_runner
 
 from jointkv.errors import UnsupportedEngine
-from jointkv.vllm_plugin.interfaces import USES, check_interfaces, vllm_version
+from jointkv.vllm_plugin.engine.uses import USES, check_interfaces, vllm_version
+from tests.vllm_plugin.engines import engine
 
 HAZARD = pytest.mark.hazard(
     "Compatibility", "vLLM has changed an interface", "the engine does not start; the message names every difference"

@@ -25,9 +25,9 @@ from typing import Any
 
 import pytest
 import yaml
-from test_serve_engine import ONE_THREAD, living
 
 from jointkv.vllm_plugin.server import Launch
+from tests.vllm_plugin.test_serve_engine import ONE_THREAD, living
 
 pytest.importorskip("vllm")
 

@@ -10,14 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from jointkv.cli import doctor, main
-from jointkv.vllm_plugin.doctor import CHECKS
+from jointkv.vllm_plugin.doctor.examine import CHECKS
 
 pytest.importorskip("vllm")
 
 # The worker takes the page after the one that the scheduler committed.
 SABOTAGE = """
 from jointkv.vllm_plugin import connector
-from jointkv.vllm_plugin.doctor import main
+from jointkv.vllm_plugin.doctor.examine import main
 
 honest = connector.apply_remaps
 connector.apply_remaps = lambda runner, remaps: honest(runner, [r._replace(page=r.page + 1) for r in remaps])

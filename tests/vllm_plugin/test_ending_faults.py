@@ -10,12 +10,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engines import LOSSY, Engine, engine, near_prefix
-from faulty import Injected, raising
-
 from jointkv.errors import IntegrityError
 from jointkv.vllm_plugin import connector
 from jointkv.vllm_plugin.messages import Inquiry
+from tests.vllm_plugin.engines import LOSSY, Engine, engine, near_prefix
+from tests.vllm_plugin.faulty import Injected, raising
 
 
 @pytest.fixture

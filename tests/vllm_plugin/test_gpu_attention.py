@@ -16,7 +16,6 @@ pytest.importorskip("vllm")
 pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
 
 import torch
-from gpu_layers import HEADS, KV_HEADS, LAYERS, LENGTHS, PAGES, SIZE, TOKENS, Group, close, layer_of, query_of, told
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends import triton_attn
@@ -24,9 +23,23 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from jointkv.attention.layouts import LayerPages
 from jointkv.errors import IntegrityError, LayoutError
-from jointkv.vllm_plugin import shared_reading
-from jointkv.vllm_plugin.gpu_attention import JointGPUAttention, JointGPUBackend
+from jointkv.vllm_plugin.attention import reading as shared_reading
+from jointkv.vllm_plugin.attention.gpu import JointGPUAttention, JointGPUBackend
 from jointkv.vllm_plugin.messages import Remap
+from tests.vllm_plugin.gpu_layers import (
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    LENGTHS,
+    PAGES,
+    SIZE,
+    TOKENS,
+    Group,
+    close,
+    layer_of,
+    query_of,
+    told,
+)
 
 
 @pytest.fixture(autouse=True)

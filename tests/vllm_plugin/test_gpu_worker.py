@@ -22,9 +22,9 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from jointkv.errors import UnsupportedEngine
 from jointkv.vllm_plugin import CONNECTOR_MODULE
-from jointkv.vllm_plugin.gpu_attention import JointGPUAttention, JointGPUBackend, JointGPUBuilder
-from jointkv.vllm_plugin.gpu_worker import JointGPUWorker
-from jointkv.vllm_plugin.joint_attention import override
+from jointkv.vllm_plugin.attention.backend import override
+from jointkv.vllm_plugin.attention.gpu import JointGPUAttention, JointGPUBackend, JointGPUBuilder
+from jointkv.vllm_plugin.worker.gpu import JointGPUWorker
 
 
 def test_registration_leaves_the_registry_as_it_was() -> None:
@@ -79,7 +79,7 @@ def test_the_gpu_worker_loads_its_model_with_it_where_that_is_asked_for() -> Non
 
 
 def test_another_interface_of_vllms_attention_leaves_it_to_vllm() -> None:
-    with patch("jointkv.vllm_plugin.joint_attention.differences", return_value=["TritonAttentionImpl has no scale"]):
+    with patch("jointkv.vllm_plugin.attention.backend.differences", return_value=["TritonAttentionImpl has no scale"]):
         assert backends_while_loading(engine_config(attention="shared")) == {"CUSTOM": None}
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-from engines import Engine, engine, near_prefix
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -34,7 +33,8 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.request import Request
 
 from jointkv.errors import UnsupportedEngine
-from jointkv.vllm_plugin.spec import LayerGroupManager, LayerGroupSpec, register, split_layers
+from jointkv.vllm_plugin.engine.groups import LayerGroupManager, LayerGroupSpec, register, split_layers
+from tests.vllm_plugin.engines import Engine, engine, near_prefix
 
 BLOCK = 32
 SHAPE: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}

@@ -11,13 +11,12 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engines import LOSSY, near_prefix
-from faulty import OUT, Patient
-
 from jointkv.errors import IntegrityError, LayoutError
 from jointkv.vllm_plugin.messages import Inquiry, Remap, Verdict
+from tests.vllm_plugin.engines import LOSSY, near_prefix
+from tests.vllm_plugin.faulty import OUT, Patient
 
-pytest_plugins = ("faulty",)
+pytest_plugins = ("tests.vllm_plugin.faulty",)
 
 ARRAYS = ("accepted", "key_error", "value_error", "token_error")
 Damage = Callable[[Verdict], Verdict | None]

@@ -10,14 +10,14 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engines import EXACT, LOSSY, Engine, engine, near_prefix, text
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from jointkv.errors import LayoutError
-from jointkv.vllm_plugin.interfaces import CPU_ATTENTION, GPU_ATTENTION
-from jointkv.vllm_plugin.joint_attention import JointAttention, changed
+from jointkv.vllm_plugin.attention.backend import JointAttention, changed
+from jointkv.vllm_plugin.engine.uses import CPU_ATTENTION, GPU_ATTENTION
+from tests.vllm_plugin.engines import EXACT, LOSSY, Engine, engine, near_prefix, text
 
 OUT = 24
 PROMPTS = [text(300, number // 4) for number in range(12)] + [text(length, length) for length in (1, 31, 32, 33, 700)]
@@ -123,7 +123,9 @@ def test_pages_that_are_not_as_believed_are_left_to_vllm(calm: Path) -> None:
 
 def test_another_interface_of_vllms_attention_leaves_it_to_vllm(calm: Path) -> None:
     with (
-        patch("jointkv.vllm_plugin.joint_attention.differences", return_value=["CPUAttentionBackendImpl has no scale"]),
+        patch(
+            "jointkv.vllm_plugin.attention.backend.differences", return_value=["CPUAttentionBackendImpl has no scale"]
+        ),
         engine(calm, fusion={**EXACT, "attention": "shared"}) as other,
     ):
         serve(other, PROMPTS[:2])

@@ -10,13 +10,12 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engines import near_prefix
-from faulty import OUT, Injected, Patient, raising
-
 from jointkv.errors import IntegrityError
 from jointkv.vllm_plugin import connector, metrics
+from tests.vllm_plugin.engines import near_prefix
+from tests.vllm_plugin.faulty import OUT, Injected, Patient, raising
 
-pytest_plugins = ("faulty",)
+pytest_plugins = ("tests.vllm_plugin.faulty",)
 
 SCHEDULER = (
     "admit",

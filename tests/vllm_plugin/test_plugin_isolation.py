@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from census import Census
-from engines import LOSSY, Engine, Prompt, engine, near_prefix, text
+from tests.vllm_plugin.census import Census
+from tests.vllm_plugin.engines import LOSSY, Engine, Prompt, engine, near_prefix, text
 
 OUT = 4
 OPTED_OUT = {"extra": {"jointkv": False}}

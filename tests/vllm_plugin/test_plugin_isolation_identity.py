@@ -13,8 +13,6 @@ import torch
 
 pytest.importorskip("vllm")
 
-from census import Census
-from engines import LOSSY, Engine, engine, near_prefix
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -27,10 +25,12 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from effort import fuzz_settings
-from jointkv.vllm_plugin.scheduler import FusionScheduler
+from jointkv.vllm_plugin.scheduler.fusion import FusionScheduler
+from jointkv.vllm_plugin.scheduler.requests import TrackedRequest, isolation_key, takes_part
 from jointkv.vllm_plugin.settings import PluginSettings
-from jointkv.vllm_plugin.tracking import TrackedRequest, isolation_key, takes_part
+from tests.effort import fuzz_settings
+from tests.vllm_plugin.census import Census
+from tests.vllm_plugin.engines import LOSSY, Engine, engine, near_prefix
 
 BLOCK = 32
 TOKENS = list(range(10, 10 + 4 * BLOCK))

@@ -18,9 +18,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engines import LOSSY, Engine, Prompt, engine, near_prefix, text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tests.vllm_plugin.engines import LOSSY, Engine, Prompt, engine, near_prefix, text
 
 OUT, HEAD = 6, 16
 SALT = "salt-of-the-tenant-8f3a"

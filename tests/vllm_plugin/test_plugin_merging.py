@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engines import EXACT, Engine, Prompt, engine, near_prefix, text
+from tests.vllm_plugin.engines import EXACT, Engine, Prompt, engine, near_prefix, text
 
 OUT = 24
 DUPLICATES = [text(300, number // 4) for number in range(16)]

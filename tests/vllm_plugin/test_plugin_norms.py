@@ -12,15 +12,15 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-from engines import Engine, engine, near_prefix, text
 from torch import Tensor
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
 from jointkv.errors import IntegrityError, LayoutError
-from jointkv.vllm_plugin.joint_attention import JointAttention
+from jointkv.vllm_plugin.attention.backend import JointAttention
+from jointkv.vllm_plugin.attention.norms import OwnNorms
 from jointkv.vllm_plugin.messages import Remap
-from jointkv.vllm_plugin.norms import OwnNorms
+from tests.vllm_plugin.engines import Engine, engine, near_prefix, text
 
 BOUND = 0.3
 NORMS = {"max_relative_error": BOUND, "max_token_error": None, "own_norms": True}
@@ -151,7 +151,7 @@ def test_after_an_error_no_block_is_read_without_its_factors(calm: Path) -> None
             assert len(norms) > 0
             if broken:
                 with patch(
-                    "jointkv.vllm_plugin.cpu_attention.JointCPUAttention.kernel", side_effect=RuntimeError("planted")
+                    "jointkv.vllm_plugin.attention.cpu.JointCPUAttention.kernel", side_effect=RuntimeError("planted")
                 ):
                     own.step()
                 assert "planted" in layers(own)[0].impl.reading.fault and not norms.enabled

@@ -15,13 +15,12 @@ import torch
 
 pytest.importorskip("vllm")
 
-from engines import EXACT, engine, near_prefix, text
 from vllm.exceptions import VLLMValidationError
 
 from jointkv.errors import LayoutError
-from jointkv.vllm_plugin.pages import packed_pages
+from jointkv.vllm_plugin.engine.pages import packed_pages
+from tests.vllm_plugin.engines import EXACT, engine, near_prefix, text
 
-HERE = Path(__file__).parent
 PAGES, TOKENS = 4, 8
 
 refusal = pytest.mark.hazard(
@@ -115,7 +114,7 @@ SCRIPT = """
 import json, os, sys
 os.sched_setaffinity(0, range(os.cpu_count()))
 from vllm import LLM, SamplingParams
-from engines import WATCHED, near_prefix
+from tests.vllm_plugin.engines import WATCHED, near_prefix
 from jointkv.vllm_plugin import engine_args
 
 def main():
@@ -151,7 +150,6 @@ def test_one_rank_and_two_merge_the_same(calm: Path, tmp_path: Path, record_prop
             **os.environ,
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
         }
         command = [sys.executable, str(script), str(calm), str(ranks), ",".join(COUNTS)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)

@@ -11,11 +11,11 @@ import torch
 
 pytest.importorskip("vllm")
 
-from engines import Engine, engine, near_prefix
 from torch import Tensor
 
 from jointkv.errors import LayoutError
-from jointkv.vllm_plugin.pages import packed_pages
+from jointkv.vllm_plugin.engine.pages import packed_pages
+from tests.vllm_plugin.engines import Engine, engine, near_prefix
 
 PAGES, HEADS, TOKENS, SIZE = 4, 2, 8, 16
 FORMATS = {"auto": torch.float32, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}

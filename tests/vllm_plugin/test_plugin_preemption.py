@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engines import LOSSY, Engine, engine, near_prefix
+from tests.vllm_plugin.engines import LOSSY, Engine, engine, near_prefix
 
 PROMPTS = near_prefix(20, shared=300, seed=11)
 OUT = 110

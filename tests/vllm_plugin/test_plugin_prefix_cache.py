@@ -11,9 +11,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engines import LOSSY, Engine, Prompt, engine, near_prefix, text
 from torch import Tensor
 from vllm.v1.request import Request
+
+from tests.vllm_plugin.engines import LOSSY, Engine, Prompt, engine, near_prefix, text
 
 ALONE = {"jointkv": False}
 """Requests that do not take part are not approximated themselves: what they say depends on the prefix cache alone."""

@@ -8,11 +8,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engines import engine, near_prefix
-
-from core.profiles import make_profile
 from jointkv.errors import BadInput, ModelMismatch
-from jointkv.identity import ModelIdentity, checkpoint_fingerprint
+from jointkv.policy.identity import ModelIdentity, checkpoint_fingerprint
+from tests.core.profiles import make_profile
+from tests.vllm_plugin.engines import engine, near_prefix
 
 BLOCK = 32
 NEAR = near_prefix(8, shared=640)

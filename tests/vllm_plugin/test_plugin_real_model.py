@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engines import Engine, engine
 from torch import Tensor
+
+from tests.vllm_plugin.engines import Engine, engine
 
 REQUESTS, OUT = 4, 3
 BOUND, TOKEN_BOUND = 0.2, 0.3

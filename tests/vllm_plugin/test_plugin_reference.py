@@ -12,12 +12,12 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-from engines import Engine, Prompt, engine, near_prefix
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from jointkv.vllm_plugin.norms import OwnNorms
+from jointkv.vllm_plugin.attention.norms import OwnNorms
+from tests.vllm_plugin.engines import Engine, Prompt, engine, near_prefix
 
 OUT, BLOCK_SIZE = 24, 32
 

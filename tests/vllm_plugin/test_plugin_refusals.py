@@ -11,12 +11,13 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-from engines import engine, released_at_exit
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from jointkv.errors import BadInput, UnsupportedEngine
-from jointkv.vllm_plugin import CONNECTOR_MODULE, WORKERS, compatibility, engine_args
+from jointkv.vllm_plugin import CONNECTOR_MODULE, WORKERS, engine_args
+from jointkv.vllm_plugin.engine import check as compatibility
 from jointkv.vllm_plugin.settings import PluginSettings
+from tests.vllm_plugin.engines import engine, released_at_exit
 
 SIZES = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
 FULL = FullAttentionSpec(**SIZES)

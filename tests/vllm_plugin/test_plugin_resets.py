@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from census import Census
-from engines import LOSSY, Engine, engine, near_prefix
+from tests.vllm_plugin.census import Census
+from tests.vllm_plugin.engines import LOSSY, Engine, engine, near_prefix
 
 OUT = 24
 

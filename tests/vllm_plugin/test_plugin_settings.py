@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from core.profiles import make_profile
 from jointkv.errors import BadInput, InvalidPolicy
 from jointkv.vllm_plugin import CONNECTOR, CONNECTOR_MODULE, WORKERS, engine_args
 from jointkv.vllm_plugin.settings import PluginSettings
+from tests.core.profiles import make_profile
 
 
 def test_the_defaults_and_their_policy() -> None:

@@ -13,14 +13,13 @@ import pytest
 
 pytest.importorskip("vllm")
 
-HERE = Path(__file__).parent
 
 SCRIPT = """
 import json, os, sys
 os.sched_setaffinity(0, range(os.cpu_count()))
 from vllm import LLM, SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
-from engines import WATCHED, near_prefix
+from tests.vllm_plugin.engines import WATCHED, near_prefix
 from jointkv.vllm_plugin import engine_args
 
 def attention(worker):
@@ -60,7 +59,6 @@ def test_two_ranks_merge(calm: Path, tmp_path: Path, options: dict[str, Any]) ->
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, str(script), str(calm), json.dumps(options)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)

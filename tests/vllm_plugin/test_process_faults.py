@@ -18,19 +18,17 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engines import WATCHED
-from test_dashboard import free_port
+from jointkv.bench.guard import living
+from tests.vllm_plugin.engines import WATCHED
+from tests.vllm_plugin.test_dashboard import free_port
 
-from jointkv.bench.serving.guard import living
-
-HERE = Path(__file__).parent
 OUT = 4000
 
 SCRIPT = """
 import os, sys
 os.sched_setaffinity(0, range(os.cpu_count()))
 from vllm import LLM, SamplingParams
-from engines import WATCHED, near_prefix
+from tests.vllm_plugin.engines import WATCHED, near_prefix
 from jointkv.vllm_plugin import engine_args
 
 def main():
@@ -123,7 +121,6 @@ def test_a_worker_is_killed(calm: Path, tmp_path: Path, arm: str) -> None:
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
     }
     with started([sys.executable, str(script), str(calm), arm], tmp_path / "log", environment) as running:
         running.wait_for(running.says("SERVING"))
@@ -153,11 +150,8 @@ def serving(model: str, log: Path) -> Iterator[tuple[Running, int]]:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("phase", ["starting", "loading", "answering"])
 def test_sigterm_to_a_server(tmp_path: Path, phase: str) -> None:
-    sys.path.insert(0, str(HERE.parent / "cli"))
-    try:
-        from test_generate import save_tiny
-    finally:
-        sys.path.pop(0)
+    from tests.cli.test_generate import save_tiny
+
     model = save_tiny(tmp_path / "tiny", tokens=8192, end_token=2, head_size=32)
     with serving(model, tmp_path / "log") as (running, port):
         if phase == "starting":

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from jointkv.errors import BadInput
-from jointkv.vllm_plugin.recovery import Recovery
+from jointkv.vllm_plugin.scheduler.recovery import Recovery
 from jointkv.vllm_plugin.settings import PluginSettings
 
 

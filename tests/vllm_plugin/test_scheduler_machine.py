@@ -14,11 +14,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from fake_worker import Comparer, Mail, Model, Runner, executor_of, packed_pages
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
-from scheduler_oracle import ABORTED, Oracle
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
@@ -27,8 +25,10 @@ from vllm.v1.engine import core as engine_core
 from vllm.v1.request import Request
 from vllm.v1.worker import gpu_model_runner
 
-from effort import MACHINE_STEPS, machine_settings
 from jointkv.vllm_plugin import connector, engine_args
+from tests.effort import MACHINE_STEPS, machine_settings
+from tests.vllm_plugin.fake_worker import Comparer, Mail, Model, Runner, executor_of, packed_pages
+from tests.vllm_plugin.scheduler_oracle import ABORTED, Oracle
 
 BLOCK = 4
 PAGES = 30
@@ -267,7 +267,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder; only its config is read."""
-    from engines import write_model
+    from tests.vllm_plugin.engines import write_model
 
     return write_model(tmp_path_factory.mktemp("unread"), 1.0, layers=1, heads=1, kv_heads=1)
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from jointkv.bench.serving.load_generator import _spec, generate
-from jointkv.bench.serving.measure import measure, warm_up
-from jointkv.bench.serving.requests import ServingRequest
-from jointkv.bench.serving.result import Arm, Load
-from jointkv.bench.serving.server import Server, server_command, server_environment
+from jointkv.bench.load_generator import _spec, generate
+from jointkv.bench.measure import measure, warm_up
+from jointkv.bench.requests import ServingRequest
+from jointkv.bench.result import Arm, Load
+from jointkv.bench.server import Server, server_command, server_environment
 
 pytest.importorskip("vllm")
 
-STUB = Path(__file__).parents[1] / "bench" / "serving" / "stub_server.py"
+STUB = Path(__file__).parents[1] / "bench" / "stub_server.py"
 MODEL = "smollm2"
 BLOCK, POOL = 32, 200
 BLOCK_BYTES = BLOCK * 30 * 3 * 64 * 2 * 4  # tokens, layers, heads, head size, K and V, float32

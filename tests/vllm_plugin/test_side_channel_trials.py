@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engines import VOCABULARY, Engine, engine
+from tests.vllm_plugin.engines import VOCABULARY, Engine, engine
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ROUNDS = 2

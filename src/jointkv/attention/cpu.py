@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jointkv import native
 from jointkv.attention import reference
 from jointkv.attention.checks import check, check_scale, with_turned
 from jointkv.attention.layouts import PAGE_DTYPES, LayerPages
 from jointkv.attention.reference import Turn
 from jointkv.attention.work import NativeWork, WorkList
+from jointkv.core.plan import BlockRef
 from jointkv.errors import LayoutError, NativeUnavailable
-from jointkv.plan import BlockRef
+from jointkv.system import native
 
 SOURCE = Path(__file__).with_name("paged.c")
 

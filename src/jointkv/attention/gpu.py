@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jointkv import native
 from jointkv.attention.checks import check, check_scale, with_turned
 from jointkv.attention.grouping import ITEMS_PER_THREAD
 from jointkv.attention.layouts import LayerPages
 from jointkv.attention.reference import Turn
 from jointkv.attention.work import Items, WorkList, within
 from jointkv.errors import LayoutError, NativeUnavailable
+from jointkv.system import native
 
 MOST_SIZE = 256
 """Head size; larger ones do not fit the memory of a multiprocessor."""

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from jointkv.core.plan import BlockRef
 from jointkv.errors import LayoutError
-from jointkv.plan import BlockRef
 
 Turn = Callable[[Tensor, int], Tensor]
 """Turns queries `[n, heads, d]` by a number of positions, as the model's rotary embedding would."""

@@ -10,7 +10,7 @@
 #else
 #define WIDTH 8
 #endif
-#include "../floats.h"
+#include "../core/floats.h"
 
 enum { LINE = 64 };
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from jointkv.core.plan import BlockRef
 from jointkv.errors import IntegrityError, LayoutError
-from jointkv.plan import BlockRef
 
 Ints = npt.NDArray[np.integer]
 

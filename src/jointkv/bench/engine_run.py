@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from jointkv.bench.machine import allowed_cores, foreign_seconds
 from jointkv.errors import JointKVError
+from jointkv.system.machine import allowed_cores, foreign_seconds
 
 WARM_UP_REQUESTS = 4
 WARM_UP_PROMPT_TOKENS = 40

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from jointkv.bench.engine_run import EngineRun, Measured
-from jointkv.bench.machine import core_list
 from jointkv.errors import JointKVError
+from jointkv.system.machine import core_list
 
 GIB = 2**30
 LOG_LINES = 3

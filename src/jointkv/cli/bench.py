@@ -13,7 +13,7 @@ from jointkv.cli.bench_serve import serve
 from jointkv.cli.console import named_errors, progress, require, stages, stderr_console, write_json
 from jointkv.cli.engine_options import INTERRUPTED, engine_block_size, engine_dtype
 from jointkv.cli.fusion_options import fusion_options
-from jointkv.files import make_folder, replace_text
+from jointkv.system.files import make_folder, replace_text
 
 if TYPE_CHECKING:
     from jointkv.bench.engine_run import EngineRun, Measured
@@ -141,8 +141,8 @@ def _launcher(
     settings: QuickSettings, location: str, kv_bytes_per_token: int, output: Path
 ) -> Callable[[str, EngineRun, Callable[[int], None]], Measured]:
     from jointkv.bench.launch import engine_environment, launch
-    from jointkv.bench.machine import allowed_cores
     from jointkv.bench.quick import choose_arms
+    from jointkv.system.machine import allowed_cores
 
     largest = max(arm.pool_factor for arm in choose_arms(settings.arms))
     kv_bytes = largest * settings.pool_blocks * settings.block_size * kv_bytes_per_token
@@ -163,8 +163,8 @@ def _document(
 ) -> dict[str, Any]:
     import dataclasses
 
-    from jointkv.bench.machine import machine, versions
     from jointkv.bench.quick import FORMAT
+    from jointkv.system.machine import machine, versions
     from jointkv.vllm_plugin.settings import PluginSettings
 
     lengths = [len(prompt) for prompts in rounds for prompt in prompts]

@@ -23,8 +23,8 @@ from jointkv.cli.fusion_options import fusion_options
 from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
-    from jointkv.bench.serving.options import Model, Options
-    from jointkv.bench.serving.result import ServingResult
+    from jointkv.bench.options import Model, Options
+    from jointkv.bench.result import ServingResult
 
 FAILED = 1
 SHOWN = ("output_tokens_per_s", "ttft_p50", "ttft_p95", "itl_p50", "e2el_p95", "running_peak")
@@ -92,8 +92,8 @@ def serve(
     A benchmark that was interrupted goes on where it stopped when the same command is given again.
     """
     with named_errors():
-        from jointkv.bench.serving.arms import DEFAULT_ARMS
-        from jointkv.bench.serving.options import Options
+        from jointkv.bench.arms import DEFAULT_ARMS
+        from jointkv.bench.options import Options
 
         given = {
             "max_relative_error": max_relative_error,
@@ -140,13 +140,13 @@ def serve(
 def _run(options: Options, output: Path, port: int, start_timeout: float, fresh: bool) -> ServingResult:
     """Raises `typer.Exit` when a server or a load fails, and on Ctrl-C; the runs before that are kept."""
     require("vllm")
-    from jointkv.bench.machine import allowed_cores
-    from jointkv.bench.serving import options as options_
-    from jointkv.bench.serving.load_generator import LoadFailed
-    from jointkv.bench.serving.measure import measure
-    from jointkv.bench.serving.run import run_plan, server_starter
-    from jointkv.bench.serving.server import ServerFailed, server_environment
-    from jointkv.bench.serving.state import RunFolder
+    from jointkv.bench import options as options_
+    from jointkv.bench.load_generator import LoadFailed
+    from jointkv.bench.measure import measure
+    from jointkv.bench.run import run_plan, server_starter
+    from jointkv.bench.server import ServerFailed, server_environment
+    from jointkv.bench.state import RunFolder
+    from jointkv.system.machine import allowed_cores
 
     cores, client = options_.server_cores(options), options_.client_cores(options)
     with _interruptible(output):
@@ -172,7 +172,7 @@ def _model(options: Options) -> Model:
     """Fetch the model if need be, and read what a plan needs of it."""
     import torch
 
-    from jointkv.bench.serving.options import Model
+    from jointkv.bench.options import Model
     from jointkv.cli.model import describe
     from jointkv.hf.models import KNOWN_MODELS, fetch_model, load_config, load_tokenizer, locate_model
 

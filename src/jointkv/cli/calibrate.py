@@ -12,12 +12,12 @@ import typer
 from jointkv.cli.console import named_errors, progress, stderr_console, write_json, write_result
 from jointkv.cli.inspect import load, request_tokens
 from jointkv.errors import BadInput
-from jointkv.files import make_folder
+from jointkv.system.files import make_folder
 
 if TYPE_CHECKING:
-    from jointkv.evaluate.calibration import Calibration, TargetUnmet
+    from jointkv.evaluate.calibrate import Calibration, TargetUnmet
     from jointkv.evaluate.traffic.base import Request
-    from jointkv.profile import FrontierPoint, Profile
+    from jointkv.policy.profile import FrontierPoint, Profile
 
 UNMET = 1
 STEPS = 6
@@ -59,8 +59,8 @@ def calibrate(
     the target cannot be met (the settings that were considered are shown), or the held-out half misses it.
     """
     with named_errors():
-        from jointkv.evaluate.calibration import CalibrationSettings, TargetUnmet
-        from jointkv.profile import Target
+        from jointkv.evaluate.calibrate import CalibrationSettings, TargetUnmet
+        from jointkv.policy.profile import Target
 
         output = output.expanduser().absolute()
         if output.is_dir():
@@ -118,10 +118,10 @@ def _prepare(
     steps: Any,
 ) -> tuple[Calibration, str]:
     """A calibration ready to run, and what its data is called. Raises `BadInput` before anything takes long."""
-    from jointkv.evaluate.calibration import MIN_HALF, Calibration, too_few
-    from jointkv.evaluate.calibration import policy_of as check_policy
-    from jointkv.evaluate.jsonl import read_requests
+    from jointkv.evaluate.calibrate import MIN_HALF, Calibration, too_few
+    from jointkv.evaluate.calibrate import policy_of as check_policy
     from jointkv.evaluate.traffic import get_traffic
+    from jointkv.evaluate.traffic.jsonl import read_requests
 
     check_policy((0.0,) * settings.layer_groups, settings)
     rows = read_requests(data) if data is not None else []
@@ -160,8 +160,8 @@ def with_continuations(
     model: Any, tokenizer: Any, prompts: Sequence[tuple[list[int], str | None]], tokens: int, block_size: int
 ) -> list[Request]:
     """Requests with `tokens` tokens to score: of the answer given and, where that is shorter, what the model adds."""
-    from jointkv.evaluate.comparison import greedy
-    from jointkv.evaluate.held import FusedBatch
+    from jointkv.evaluate.compare.comparison import greedy
+    from jointkv.evaluate.holding.held import FusedBatch
     from jointkv.evaluate.methods.base import Batch
     from jointkv.evaluate.traffic.base import Request
     from jointkv.policy import FusionPolicy
@@ -185,8 +185,8 @@ def with_continuations(
 
 
 def _run(calibration: Calibration, source: str) -> Profile:
-    from jointkv.bench.machine import versions
     from jointkv.hf.pool import model_identity
+    from jointkv.system.machine import versions
 
     return calibration.run(model_identity(calibration.model), source, versions())
 

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from jointkv.errors import BadInput, JointKVError
-from jointkv.files import replace_text
+from jointkv.system.files import replace_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from jointkv.cli.console import named_errors, progress, stderr_console, write_json
-from jointkv.files import make_folder, replace_text
+from jointkv.system.files import make_folder, replace_text
 
 if TYPE_CHECKING:
-    from jointkv.evaluate.held import Row
+    from jointkv.evaluate.holding.held import Row
 
 TRAFFICS = ("near_prefix", "names", "unrelated")
 
@@ -71,7 +71,7 @@ def demo(
 
 
 def _rows(model: Any, tokenizer: Any, policies: Any, settings: dict[str, int], step: Any) -> Iterator[Row]:
-    from jointkv.evaluate.held import compare, hold, prefill
+    from jointkv.evaluate.holding.held import compare, hold, prefill
     from jointkv.evaluate.traffic import get_traffic
     from jointkv.policy import FusionPolicy
 

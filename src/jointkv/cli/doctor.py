@@ -22,7 +22,7 @@ from rich.text import Text
 from jointkv.cli.console import named_errors, require, stages, stderr_console, write_json
 
 FORMAT = "jointkv.doctor/1"
-COMMAND = (sys.executable, "-P", "-m", "jointkv.vllm_plugin.doctor")
+COMMAND = (sys.executable, "-P", "-m", "jointkv.vllm_plugin.doctor.examine")
 LOG_LINES = 12
 STYLES = {"ok": "green", "failed": "red", "not run": "yellow"}
 
@@ -72,7 +72,7 @@ def doctor(
     """
     with named_errors():
         require("vllm")
-        from jointkv.bench.machine import machine, versions
+        from jointkv.system.machine import machine, versions
 
         with stages("looking at this machine") as show, tempfile.TemporaryDirectory(prefix="jointkv-doctor-") as folder:
             located = None if model is None else _locate(model, show)
@@ -166,7 +166,7 @@ def _listen(
 
 def _complete(done: Mapping[str, Check], crash: str | None) -> list[Check]:
     """All rows in their order. After a crash the first one that was not reached has failed."""
-    from jointkv.vllm_plugin.doctor import CHECKS
+    from jointkv.vllm_plugin.doctor.examine import CHECKS
 
     checks = []
     for name in CHECKS:
@@ -182,7 +182,7 @@ def _complete(done: Mapping[str, Check], crash: str | None) -> list[Check]:
 
 def _environment(inherited: Mapping[str, str], offline: bool) -> dict[str, str]:
     """The engine in one process, where all of it can be looked at; settings of the user's stay."""
-    from jointkv.bench.machine import allowed_cores, core_list
+    from jointkv.system.machine import allowed_cores, core_list
     from jointkv.vllm_plugin import ENVIRONMENT
 
     cores = core_list(allowed_cores())
@@ -198,8 +198,8 @@ def _tail(log: IO[str]) -> list[str]:
 
 def environment_advice(environment: Mapping[str, str]) -> list[str]:
     """What to know about this machine; none of it keeps fusion from working."""
-    from jointkv.bench.machine import fast_dtype
-    from jointkv.settings import Settings
+    from jointkv.system.machine import fast_dtype
+    from jointkv.system.settings import Settings
 
     advice = []
     if fast_dtype() == "float32":

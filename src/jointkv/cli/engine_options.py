@@ -13,7 +13,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 def engine_dtype(name: str) -> str:
     """`name`, or for `auto` bfloat16 where that is fast. Raises `BadInput` for what is not in `DTYPES`."""
-    from jointkv.bench.machine import fast_dtype
+    from jointkv.system.machine import fast_dtype
 
     if name not in DTYPES:
         raise BadInput(f"unknown dtype {name!r}; use {', '.join(DTYPES)}")
@@ -22,6 +22,6 @@ def engine_dtype(name: str) -> str:
 
 def engine_block_size(given: int | None, profile: Path | None) -> int:
     """Tokens per block: as given, else the profile's, else `BLOCK_SIZE`. Raises `BadInput` for what is no profile."""
-    from jointkv.profile import Profile
+    from jointkv.policy.profile import Profile
 
     return given or (BLOCK_SIZE if profile is None else Profile.load(profile).block_size)

@@ -13,11 +13,11 @@ from jointkv.cli.evaluate_curves import curves
 from jointkv.cli.evaluate_paper import paper
 from jointkv.cli.inspect import load
 from jointkv.errors import BadInput
-from jointkv.files import make_folder
+from jointkv.system.files import make_folder
 
 if TYPE_CHECKING:
-    from jointkv.evaluate.comparison import MethodRow
-    from jointkv.evaluate.suite import TaskRow
+    from jointkv.evaluate.compare.comparison import MethodRow
+    from jointkv.evaluate.compare.suite import TaskRow
     from jointkv.evaluate.traffic.base import Request, Traffic
 
 WORKER = Path(".venv-eval/bin/python")
@@ -67,12 +67,12 @@ def evaluate(
     if context.invoked_subcommand is not None:
         return
     with named_errors():
+        from jointkv.evaluate.compare.suite import Suite, choices_of, task_methods
         from jointkv.evaluate.methods.base import context_of
-        from jointkv.evaluate.suite import Suite, choices_of, task_methods
         from jointkv.evaluate.tasks import get_task
         from jointkv.evaluate.traffic import get_traffic
         from jointkv.hf.models import locate_model
-        from jointkv.profile import Profile
+        from jointkv.policy.profile import Profile
 
         traffics = [get_traffic(name) for name in traffic or ([] if task else ["near_prefix"])]
         tasks = [get_task(name) for name in task or ()]
@@ -136,8 +136,8 @@ def _made(
 
 def _document(model: str, dtype: str, settings: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
     """A result without rows."""
-    from jointkv.bench.machine import machine, versions
-    from jointkv.evaluate.suite import FORMAT
+    from jointkv.evaluate.compare.suite import FORMAT
+    from jointkv.system.machine import machine, versions
 
     return {
         "format": FORMAT,

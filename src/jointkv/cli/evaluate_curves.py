@@ -9,7 +9,7 @@ import typer
 
 from jointkv.cli.console import named_errors, progress, stderr_console, write_json
 from jointkv.cli.inspect import load
-from jointkv.files import make_folder
+from jointkv.system.files import make_folder
 
 BOUNDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 FORMAT = "jointkv.curves/1"
@@ -26,9 +26,9 @@ def curves(
 ) -> None:
     """Predict ratio against error bound, over all layers and for each layer alone, and measure it on other requests."""
     with named_errors():
-        from jointkv.bench.machine import machine, versions
-        from jointkv.evaluate.curves import measured_curves
+        from jointkv.evaluate.predict.curves import measured_curves
         from jointkv.evaluate.traffic import get_traffic
+        from jointkv.system.machine import machine, versions
 
         kind = get_traffic(traffic)
         make_folder(output.parent)

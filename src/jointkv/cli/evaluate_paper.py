@@ -13,7 +13,7 @@ from jointkv.cli.console import named_errors, progress, stderr_console, write_js
 from jointkv.cli.inspect import load
 
 if TYPE_CHECKING:
-    from jointkv.evaluate.paper import BatchRow, ChunkRow, GrowthRow, LayerRow, PaperResult
+    from jointkv.evaluate.paper.experiments import BatchRow, ChunkRow, GrowthRow, LayerRow, PaperResult
 
 FORMAT = "jointkv.paper/1"
 WIDTH = 150
@@ -51,7 +51,7 @@ def paper(
         **{"datasets": dataset, "thresholds": threshold, "tasks": document, "chunk_thresholds": chunk_threshold},
     }
     with named_errors():
-        from jointkv.evaluate.paper import PARTS, PaperSettings, run_paper, steps
+        from jointkv.evaluate.paper.experiments import PARTS, PaperSettings, run_paper, steps
 
         settings = PaperSettings(
             **{name: tuple(values) for name, values in given.items() if values},  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def paper(
 
 
 def _document(model: str, dtype: str, settings: Any, parts: Sequence[str], result: PaperResult) -> dict[str, Any]:
-    from jointkv.bench.machine import machine, versions
+    from jointkv.system.machine import machine, versions
 
     return {
         "format": FORMAT,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from jointkv.evaluate.jsonl import UserRequest
+    from jointkv.evaluate.traffic.jsonl import UserRequest
     from jointkv.hf.pool import JointPool
     from jointkv.policy import FusionPolicy
 
@@ -114,7 +114,7 @@ def generate(
 ) -> None:
     """Answer all prompts in one batch whose KV blocks are jointly encoded, and print the memory held."""
     with named_errors():
-        from jointkv.profile import Profile
+        from jointkv.policy.profile import Profile
 
         if profile is not None and (policy != "safe" or key_threshold is not None):
             raise BadInput("--profile takes the place of --policy and --key-threshold; leave those out")
@@ -207,7 +207,7 @@ def _chosen_policy(name: str, max_relative_error: float | None, key_threshold: f
 
 
 def _gathered(prompts: Sequence[str], file: Path | None) -> list["UserRequest"]:
-    from jointkv.evaluate.jsonl import UserRequest, read_requests
+    from jointkv.evaluate.traffic.jsonl import UserRequest, read_requests
 
     if not prompts and file is None:
         raise BadInput('no prompt; give at least one, as in: jointkv generate "Why is the sky blue?"')

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from jointkv.evaluate.jsonl import UserRequest
-    from jointkv.evaluate.similarity import Relation, Similarity
+    from jointkv.evaluate.predict.similarity import Relation, Similarity
+    from jointkv.evaluate.traffic.jsonl import UserRequest
 
 RELATIONS: "dict[str, tuple[Relation, ...]]" = {
     "batch": ("across",),
@@ -91,8 +91,8 @@ class _Source:
 
     def check(self) -> None:
         """Raises BadInput for a file or a traffic that cannot be used, before a model is loaded."""
-        from jointkv.evaluate.jsonl import read_requests
         from jointkv.evaluate.traffic import get_traffic
+        from jointkv.evaluate.traffic.jsonl import read_requests
 
         if self.data is None:
             get_traffic(self.traffic)
@@ -101,8 +101,8 @@ class _Source:
 
     def tokenize(self, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> list[list[int]]:
         """Token ids of every request, cut to `tokens`."""
-        from jointkv.evaluate.jsonl import read_requests
         from jointkv.evaluate.traffic import get_traffic
+        from jointkv.evaluate.traffic.jsonl import read_requests
 
         if self.data is None:
             made = get_traffic(self.traffic).requests(tokenizer, self.requests, continuation_tokens=1, seed=self.seed)
@@ -154,7 +154,7 @@ def _measure(
     chunk_tokens: int,
     relations: Sequence["Relation"],
 ) -> "list[Similarity]":
-    from jointkv.evaluate.similarity import prefill, similarities
+    from jointkv.evaluate.predict.similarity import prefill, similarities
 
     if not any(len(row) >= block_size for row in rows):
         raise BadInput(f"no request fills a block of {block_size} tokens; give longer ones or a smaller --block-size")
@@ -231,7 +231,7 @@ def _table(found: "Sequence[Similarity]", title: str) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from jointkv.evaluate.similarity import ERROR_BOUNDS, SIDES
+    from jointkv.evaluate.predict.similarity import ERROR_BOUNDS, SIDES
 
     pairs = max(row.pairs for row in found)
     caption = "cosine: mean, median, 99th percentile\n≤ e: share of pairs within relative error e"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jointkv.blocks import PagedKV, ServedErrors, as_vectors, block_errors
+from jointkv.core.blocks import PagedKV, ServedErrors, as_vectors, block_errors
 
 BATCH = 64
 """Blocks held in float32 at a time: few enough to stay in the cache. They are read twice instead of being kept."""

@@ -2,7 +2,7 @@
 #ifndef JOINTKV_ELEMENTS_H
 #define JOINTKV_ELEMENTS_H
 #include <string.h>
-#include "../floats.h"
+#include "../core/floats.h"
 
 enum { LANES = 32, PARTS = LANES / WIDTH, LINE = 64 };
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jointkv.blocks import ServedErrors, served_errors
+from jointkv.core.blocks import ServedErrors, served_errors
+from jointkv.core.bookkeeping import bookkeeping
+from jointkv.core.plan import FusionPlan
+from jointkv.core.pool import BlockPool
+from jointkv.core.table import BlockTable
 from jointkv.errors import IntegrityError
 from jointkv.fusion.resident import ResidentIndex
 from jointkv.fusion.signature import BlockSignature
 from jointkv.fusion.tree import plan_matrix, within_bound
-from jointkv.plan import FusionPlan
 from jointkv.policy import FusionPolicy
-from jointkv.pool import BlockPool
-from jointkv.state import bookkeeping
-from jointkv.table import BlockTable
 
 SIGNATURE_SLACK = 1.5
 """A signature's squared distance may exceed the true one by this factor and still be looked at: four

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from jointkv import native
-from jointkv.blocks import RESOLUTION, TINY, KVPages, ServedErrors, aggregate_errors, lift_lost
+from jointkv.core.blocks import RESOLUTION, TINY, KVPages, ServedErrors, aggregate_errors, lift_lost
+from jointkv.core.packed import PACKED_DTYPES, PackedPages, RowPatterns
 from jointkv.errors import LayoutError, NativeUnavailable
-from jointkv.packed import PACKED_DTYPES, PackedPages, RowPatterns
+from jointkv.system import native
 
 SOURCE = Path(__file__).with_suffix(".c")
 

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jointkv.blocks import RESOLUTION, SMALLEST
-from jointkv.packed import BITS, PackedPages
+from jointkv.core.blocks import RESOLUTION, SMALLEST
+from jointkv.core.packed import BITS, PackedPages
 
 TOKENS, NUMBERS = 16, 64
 """Of a tile. The numbers of a token are added up in so many places before these are."""

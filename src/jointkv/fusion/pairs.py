@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jointkv.blocks import PagedKV, as_vectors
+from jointkv.core.blocks import PagedKV, as_vectors
 from jointkv.policy import FusionPolicy
 
 BLOCKS_BYTES = 2 << 20

@@ -7,8 +7,8 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from jointkv.core.bookkeeping import bookkeeping
 from jointkv.errors import IntegrityError
-from jointkv.state import bookkeeping
 
 NO_ENTRY = -1
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jointkv import native
-from jointkv.blocks import KVPages, PagedKV
+from jointkv.core.blocks import KVPages, PagedKV
+from jointkv.core.packed import PackedPages
 from jointkv.fusion import signature_native
 from jointkv.fusion.pair_sums import checked_pages
 from jointkv.fusion.signature_pages import is_uniform, layout_of
-from jointkv.packed import PackedPages
+from jointkv.system import native
 
 TRITON_KERNELS = "jointkv.fusion.signature_triton"
 

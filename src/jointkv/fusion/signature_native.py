@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jointkv import native
+from jointkv.core.packed import LANES, PACKED_DTYPES, lane_order
 from jointkv.errors import NativeUnavailable
 from jointkv.fusion.signature_pages import ReadablePages, Side, layers_of, sides_of
-from jointkv.packed import LANES, PACKED_DTYPES, lane_order
+from jointkv.system import native
 
 SOURCE = Path(__file__).with_name("signature.c")
 COLUMNS, WIDTH = 4, 8

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jointkv.blocks import PagedKV
+from jointkv.core.blocks import PagedKV
+from jointkv.core.packed import PackedPages
 from jointkv.errors import LayoutError
-from jointkv.packed import PackedPages
 
 ReadablePages = PagedKV | PackedPages
 

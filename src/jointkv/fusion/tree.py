@@ -7,12 +7,12 @@ from collections.abc import Hashable, Mapping
 import torch
 from torch import Tensor
 
-from jointkv.blocks import PagedKV, ServedErrors, served_errors
+from jointkv.core.blocks import PagedKV, ServedErrors, served_errors
+from jointkv.core.plan import FusionPlan
 from jointkv.errors import InvalidPolicy, LayoutError
 from jointkv.fusion.direction import shared_directions
 from jointkv.fusion.merge import merge_directions, merge_resident
 from jointkv.fusion.pairs import PairStatistics, pair_statistics, position_chunks
-from jointkv.plan import FusionPlan
 from jointkv.policy import FusionPolicy
 
 GRAM_SLACK = 1e-5

@@ -16,13 +16,13 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from jointkv.attention.tokens import token_scales, token_slots, write_tokens
+from jointkv.core.bookkeeping import bookkeeping
+from jointkv.core.table import BlockTable
 from jointkv.errors import LayoutError, PoolFull
 from jointkv.fusion.fuser import NewBlocks
 from jointkv.fusion.signature import token_hashes
 from jointkv.hf.attention import PagedLayer, attach_pages, watch
 from jointkv.hf.pool import JointPool
-from jointkv.state import bookkeeping
-from jointkv.table import BlockTable
 
 
 class PagedCacheLayer(CacheLayerMixin):

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterable
 
 from jointkv.errors import UnsupportedTransformers
-from jointkv.interfaces import Use, differences
+from jointkv.system.interfaces import Use, differences
 
 LAYER = ("update", "lazy_initialization", "get_seq_length", "get_mask_sizes")
 OPERATIONS = ("reset", "reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop")

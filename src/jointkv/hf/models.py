@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from jointkv.errors import BadInput, UnsupportedModel
 from jointkv.hf.sources import FetchError, ModelSource, Progress, from_hub, from_wheel, quiet, sha256
-from jointkv.settings import Settings
+from jointkv.system.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from jointkv.core.plan import FusionPlan
+from jointkv.core.pool import BlockPool
 from jointkv.errors import InvalidPolicy, LayoutError, UnsupportedModel
 from jointkv.fusion.fuser import Fuser
 from jointkv.hf.attention import ATTENTION_NAME, register_attention
-from jointkv.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
-from jointkv.plan import FusionPlan
 from jointkv.policy import FusionPolicy, LayerGroups
-from jointkv.pool import BlockPool
-from jointkv.profile import Profile
+from jointkv.policy.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
+from jointkv.policy.profile import Profile
 from jointkv.theory.adapt import Adaptation
 from jointkv.theory.calibrate import effective_error
 

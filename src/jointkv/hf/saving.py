@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from jointkv.errors import BadInput, ModelMismatch
-from jointkv.files import replace_tensors
-from jointkv.policy import MOST
+from jointkv.policy.base import MOST
+from jointkv.system.files import replace_tensors
 
 if TYPE_CHECKING:
     from jointkv.hf.cache import JointCache

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jointkv.errors import JointKVError
-from jointkv.settings import Settings
+from jointkv.system.settings import Settings
 
 Progress = Callable[[str], None]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jointkv.evaluate.held import Row
-from jointkv.files import replacing
+from jointkv.evaluate.holding.held import Row
+from jointkv.system.files import replacing
 
 COLOURS = {"unfused": "#9aa0a6", "safe": "#1a73e8", "paper": "#d93025"}
 NO_CHANGE_KL = 1e-5

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.similarity import ERROR_BOUNDS, RELATIONS, SIDES, Similarity
-from jointkv.files import replacing
+from jointkv.evaluate.predict.similarity import ERROR_BOUNDS, RELATIONS, SIDES, Similarity
+from jointkv.system.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from jointkv.bench.serving.result import ServingResult
+from jointkv.bench.result import ServingResult
 from jointkv.errors import BadInput
 from jointkv.report.isolation_results import Influence, SideChannel
 from jointkv.report.record import Record, Result
@@ -46,7 +46,7 @@ class Traffic(Record):
 
 
 class MethodResult(Record):
-    """One method at one level on one traffic, see `jointkv.evaluate.comparison.MethodRow`."""
+    """One method at one level on one traffic, see `jointkv.evaluate.compare.comparison.MethodRow`."""
 
     traffic: str
     method: str

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jointkv.errors import IntegrityError, InvalidPolicy
-from jointkv.profile import GroupThresholds, Profile
+from jointkv.policy.profile import GroupThresholds, Profile
 
 Direction = Literal["tighten", "loosen"]
 
@@ -49,8 +49,8 @@ class BoundController:
     what was never measured.
 
     Args:
-        distortion, acceptance: what the profile expects, see `jointkv.profile.GroupThresholds`. A distortion below
-            `NEGLIGIBLE` counts as that: rounding alone exceeds it.
+        distortion, acceptance: what the profile expects, see `jointkv.policy.profile.GroupThresholds`. A distortion
+            below `NEGLIGIBLE` counts as that: rounding alone exceeds it.
         ceiling: largest factor, from the user's bound.
     """
 

@@ -9,8 +9,8 @@ from jointkv.vllm_plugin.settings import PluginSettings
 CONNECTOR = "JointConnector"
 CONNECTOR_MODULE = "jointkv.vllm_plugin.connector"
 WORKERS = {
-    "cpu": "jointkv.vllm_plugin.cpu_worker.JointCPUWorker",
-    "gpu": "jointkv.vllm_plugin.gpu_worker.JointGPUWorker",
+    "cpu": "jointkv.vllm_plugin.worker.cpu.JointCPUWorker",
+    "gpu": "jointkv.vllm_plugin.worker.gpu.JointGPUWorker",
 }
 
 ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}

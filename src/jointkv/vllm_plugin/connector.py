@@ -20,16 +20,16 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from jointkv.errors import IntegrityError, LayoutError
-from jointkv.vllm_plugin.comparer import PageComparer, apply_remaps, check_tables
-from jointkv.vllm_plugin.compatibility import check_engine
+from jointkv.vllm_plugin.attention.norms import OwnNorms
+from jointkv.vllm_plugin.engine.check import check_engine
+from jointkv.vllm_plugin.engine.groups import register
+from jointkv.vllm_plugin.engine.pages import packed_pages
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.metrics import REPORT_EVERY, JointPromMetrics, JointStats, WorkerStatistics
-from jointkv.vllm_plugin.norms import OwnNorms
-from jointkv.vllm_plugin.pages import packed_pages
-from jointkv.vllm_plugin.recovery import Recovery
-from jointkv.vllm_plugin.scheduler import FusionScheduler
+from jointkv.vllm_plugin.scheduler.fusion import FusionScheduler
+from jointkv.vllm_plugin.scheduler.recovery import Recovery
 from jointkv.vllm_plugin.settings import PluginSettings
-from jointkv.vllm_plugin.spec import register
+from jointkv.vllm_plugin.worker.comparer import PageComparer, apply_remaps, check_tables
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -252,7 +252,7 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
     def _share_reading(self) -> None:
         """Let attention read shared pages once; where that cannot be, the engine's own attention stays."""
         try:
-            from jointkv.vllm_plugin.shared_reading import share_reading
+            from jointkv.vllm_plugin.attention.reading import share_reading
 
             self.readings, self.norms = share_reading(self._runner, self._kv_cache_config, self.groups, self.settings)
         except Exception as error:  # whatever it is, vLLM's attention does without

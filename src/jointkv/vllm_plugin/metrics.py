@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 if TYPE_CHECKING:
-    from jointkv.vllm_plugin.shared_reading import SharedReading
+    from jointkv.vllm_plugin.attention.reading import SharedReading
 
 logger = init_logger(f"vllm.{__name__}")
 

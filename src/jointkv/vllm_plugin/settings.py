@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jointkv.errors import BadInput
 from jointkv.policy import FusionPolicy
-from jointkv.profile import Profile
+from jointkv.policy.profile import Profile
 
 Bound = float | tuple[float, ...] | None
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from tiny_batches import BLOCK, batch_of, different, same_start
 
 from jointkv.errors import BadInput, UnsupportedModel
-from jointkv.evaluate.comparison import run_methods, score
+from jointkv.evaluate.compare.comparison import run_methods, score
 from jointkv.evaluate.methods import Fused, get_method, method_names
 from jointkv.evaluate.methods.base import Batch, scored_tokens
 from jointkv.policy import FusionPolicy
+from tests.evaluate.methods.tiny_batches import BLOCK, batch_of, different, same_start
 
 LOSSLESS = {"unfused": 1.0, "exact_prefix": 1.0, "fused": 0.0, "minicache": 0.0, "semantic": 1.0}
 LOSSLESS |= dict.fromkeys(("snapkv", "expected_attention", "knorm", "tova", "streaming_llm"), 1.0)
@@ -145,6 +145,6 @@ def test_names():
 
 def test_methods_import_without_the_newer_transformers():
     found = "[name for name in sys.modules if name.startswith(('jointkv.hf', 'kvpress'))]"
-    code = f"import sys, jointkv.evaluate.worker; print({found})"
+    code = f"import sys, jointkv.evaluate.compare.other_environment; print({found})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -4,7 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_batches import (
+
+from jointkv.errors import BadInput
+from jointkv.evaluate.compare.comparison import run_methods
+from jointkv.evaluate.methods import Fused, get_method
+from jointkv.evaluate.methods.fused_quantized import QuantizedPages
+from jointkv.policy import FusionPolicy
+from tests.evaluate.methods.tiny_batches import (
     BLOCK,
     HEADS,
     LAYERS,
@@ -18,12 +24,6 @@ from tiny_batches import (
     requests_of,
     same_start,
 )
-
-from jointkv.errors import BadInput
-from jointkv.evaluate.comparison import run_methods
-from jointkv.evaluate.methods import Fused, get_method
-from jointkv.evaluate.methods.fused_quantized import QuantizedPages
-from jointkv.policy import FusionPolicy
 
 pytestmark = needs_hf
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_batches import HEADS, LAYERS, PER_TOKEN, SIZE, batch_of, different
 
-from jointkv.evaluate.comparison import run_methods
+from jointkv.evaluate.compare.comparison import run_methods
 from jointkv.evaluate.methods import get_method
 from jointkv.evaluate.methods.minicache import RETAINED, UPPER, merge_pair
+from tests.evaluate.methods.tiny_batches import HEADS, LAYERS, PER_TOKEN, SIZE, batch_of, different
 
 
 def states(*shape, seed=0):

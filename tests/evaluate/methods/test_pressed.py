@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_batches import LAYERS, PER_TOKEN, batch_of, build_model, different
 
-from jointkv.evaluate.comparison import run_methods
+from jointkv.evaluate.compare.comparison import run_methods
 from jointkv.evaluate.methods import get_method
 from jointkv.evaluate.methods.base import Batch
 from jointkv.evaluate.methods.pressed import Pressed
+from tests.evaluate.methods.tiny_batches import LAYERS, PER_TOKEN, batch_of, build_model, different
 
 pytest.importorskip("kvpress")
 

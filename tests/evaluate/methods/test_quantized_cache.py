@@ -1,12 +1,12 @@
 """The QuantizedCache of transformers; run in the environment of `make setup-eval`."""
 
 import pytest
-from tiny_batches import LAYERS, PER_TOKEN, SIZE, batch_of, different
 
-from jointkv.evaluate.comparison import run_methods
+from jointkv.evaluate.compare.comparison import run_methods
 from jointkv.evaluate.methods import get_method
 from jointkv.evaluate.methods.base import prefill_dense
 from jointkv.evaluate.methods.quantized import _cache, held_tensors
+from tests.evaluate.methods.tiny_batches import LAYERS, PER_TOKEN, SIZE, batch_of, different
 
 pytest.importorskip("hqq")
 pytest.importorskip("optimum.quanto")

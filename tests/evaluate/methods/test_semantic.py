@@ -1,11 +1,11 @@
 """Reuse of another request's cache."""
 
 import torch
-from tiny_batches import PER_TOKEN, batch_of, different, random_tokens, requests_of
 
-from jointkv.evaluate.comparison import run_methods, score
+from jointkv.evaluate.compare.comparison import run_methods, score
 from jointkv.evaluate.methods import get_method
 from jointkv.evaluate.methods.semantic import donors, prompt_embeddings
+from tests.evaluate.methods.tiny_batches import PER_TOKEN, batch_of, different, random_tokens, requests_of
 
 
 def test_the_nearest_earlier_request_with_a_cache_of_its_own_gives_it():

@@ -1,12 +1,12 @@
 """What each task asks, and how it scores answers."""
 
 import pytest
-from toy_tasks import Characters, Words, example, write_jsonl
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.tasks import get_task
 from jointkv.evaluate.tasks.gsm8k import Gsm8k, final_number
 from jointkv.evaluate.tasks.mmlu import Mmlu
+from tests.evaluate.tasks.toy_tasks import Characters, Words, example, write_jsonl
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import weakref
 
 import pytest
-from toy_tasks import LOADED, Characters, Script, Words, example, tiny_model
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets import Loaded
@@ -14,6 +13,7 @@ from jointkv.evaluate.tasks.base import Task, cut_prompt, draw, whole_prompt
 from jointkv.evaluate.tasks.run import TaskResult, answer, run_task
 from jointkv.hf.models import load_model
 from jointkv.policy import FusionPolicy
+from tests.evaluate.tasks.toy_tasks import LOADED, Characters, Script, Words, example, tiny_model
 
 ENDS = frozenset({ord("|")})
 

@@ -11,8 +11,8 @@ from typing import Any
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets.hub import Hub, HubUnavailable, fetch_records
 from jointkv.evaluate.datasets.rows import Row
-from jointkv.evaluate.jsonl import read_records
-from jointkv.settings import Settings
+from jointkv.evaluate.traffic.jsonl import read_records
+from jointkv.system.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.jsonl import check_text
+from jointkv.evaluate.traffic.jsonl import check_text
 
 LETTERS = "ABCDEFGHIJ"
 

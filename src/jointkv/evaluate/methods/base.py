@@ -20,7 +20,7 @@ from jointkv.policy import Scope
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
-    from jointkv.evaluate.held import Prefilled
+    from jointkv.evaluate.holding.held import Prefilled
 
 Counted = Literal["allocator", "tensors", "predicted"]
 LayerStates = list[tuple[Tensor, Tensor]]
@@ -43,8 +43,8 @@ class Batch:
     @cached_property
     def prefilled(self) -> Prefilled:
         """The batch on jointkv's pages; needs a transformers that `jointkv.hf` supports."""
-        from jointkv.evaluate.held import prefill
-        from jointkv.evaluate.prefilled import from_dense
+        from jointkv.evaluate.holding.held import prefill
+        from jointkv.evaluate.holding.prefilled import from_dense
 
         try:
             check_full_attention(self.model)

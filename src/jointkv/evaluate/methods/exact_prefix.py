@@ -27,7 +27,7 @@ class ExactPrefix(Method):
         return level == 1
 
     def compress(self, batch: Batch, level: float) -> HeldBatch:
-        from jointkv.evaluate.held import FusedBatch
+        from jointkv.evaluate.holding.held import FusedBatch
 
         prefilled = batch.prefilled
         shared = dataclasses.replace(prefilled, state=share_prefixes(prefilled.state, batch.requests, batch.block_size))

@@ -65,7 +65,7 @@ class Fused(Method):
         return 0 <= level < math.inf if self._policy is None else level == self.levels[0]
 
     def compress(self, batch: Batch, level: float) -> HeldBatch:
-        from jointkv.evaluate.held import FusedBatch
+        from jointkv.evaluate.holding.held import FusedBatch
 
         return FusedBatch(batch.model, batch.prefilled, self.policy_at(level), block_size=batch.block_size)
 

@@ -56,7 +56,7 @@ class QuantizedPages(Method):
         return level in BITS
 
     def compress(self, batch: Batch, level: float) -> HeldBatch:
-        from jointkv.evaluate.held import FusedBatch
+        from jointkv.evaluate.holding.held import FusedBatch
         from jointkv.hf import saving
 
         fused = FusedBatch(batch.model, batch.prefilled, self._policy, block_size=batch.block_size)

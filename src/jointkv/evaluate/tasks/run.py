@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.comparison import ByteCount
-from jointkv.evaluate.comparison import end_tokens as end_tokens_of_model
+from jointkv.evaluate.compare.comparison import ByteCount
+from jointkv.evaluate.compare.comparison import end_tokens as end_tokens_of_model
 from jointkv.evaluate.methods.base import Batch, Counted, HeldBatch, Method, context_of
 from jointkv.evaluate.tasks.base import Example, Task
 

@@ -8,7 +8,6 @@ from types import MappingProxyType
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets.rows import text_field
-from jointkv.evaluate.jsonl import read_records
 from jointkv.evaluate.traffic.base import (
     Request,
     Tokenizer,
@@ -19,7 +18,8 @@ from jointkv.evaluate.traffic.base import (
     packaged,
     too_few,
 )
-from jointkv.settings import Settings
+from jointkv.evaluate.traffic.jsonl import read_records
+from jointkv.system.settings import Settings
 
 # Below the data folder; prompts of LongBench in JSONL. The novel comes with jointkv.
 FILES = MappingProxyType(

@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass
 from itertools import accumulate
 
-from jointkv.evaluate.jsonl import read_records
 from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic, check_counts, packaged, split_request, too_few
+from jointkv.evaluate.traffic.jsonl import read_records
 
 PASSAGE_CHARACTERS = 540
 _FEWEST, _MOST = 5, 6

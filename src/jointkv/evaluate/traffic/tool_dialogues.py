@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from jointkv.evaluate.jsonl import read_records
 from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic, check_counts, packaged, split_request, too_few
+from jointkv.evaluate.traffic.jsonl import read_records
 from jointkv.evaluate.traffic.near_prefix import session_line
 
 # The dialogues come with one or two tools each; a deployed assistant offers a list, and calls one of it.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jointkv.errors import BadInput
-from jointkv.files import replacing
 from jointkv.report.pictures.base import Picture, png
 from jointkv.report.pictures.influence import InfluenceOfAttackers
 from jointkv.report.pictures.kl_against_bytes import KLAgainstBytes
@@ -23,6 +22,7 @@ from jointkv.report.pictures.serving_ratios import ServingRatios
 from jointkv.report.pictures.side_channel import SideChannelAUC
 from jointkv.report.pictures.task_scores import TaskScores
 from jointkv.report.results import read_results
+from jointkv.system.files import replacing
 
 PICTURES: tuple[Picture[Any], ...] = (
     KLAgainstBytes(),

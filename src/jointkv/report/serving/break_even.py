@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from jointkv.bench.serving.result import ServingResult
+from jointkv.bench.result import ServingResult
 from jointkv.report.serving.metrics import PAGES_FREED
 from jointkv.report.serving.pairs import large_pool, pool_bytes
 from jointkv.report.serving.pressure import Pressure, pressure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from jointkv.bench.serving.result import Run, ServingResult
+from jointkv.bench.result import Run, ServingResult
 from jointkv.report.serving.pairs import called, fusion_pairs, loads_run
 
 QUIET = 0.05

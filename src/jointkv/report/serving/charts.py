@@ -8,7 +8,7 @@ from statistics import median
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from jointkv.bench.serving.result import Arm, Load, Run, ServingResult
+from jointkv.bench.result import Arm, Load, Run, ServingResult
 from jointkv.report.pictures.base import colour, marker
 from jointkv.report.serving.break_even import Point, heading
 from jointkv.report.serving.metrics import Metric

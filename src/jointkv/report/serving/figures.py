@@ -8,7 +8,7 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from jointkv.bench.serving.result import Load, ServingResult
+from jointkv.bench.result import Load, ServingResult
 from jointkv.report.pictures.base import colour, grid
 from jointkv.report.serving import charts
 from jointkv.report.serving.break_even import Point, heading

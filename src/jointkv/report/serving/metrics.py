@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from jointkv.bench.serving.result import Run
+from jointkv.bench.result import Run
 from jointkv.report.markdown import NOT_MEASURED
 
 Value = Callable[[Run], float | None]

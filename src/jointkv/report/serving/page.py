@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jointkv
-from jointkv.bench.serving.result import ServingResult
+from jointkv.bench.result import ServingResult
 from jointkv.report.serving.break_even import Point, heading, in_words, points
 from jointkv.report.serving.cautions import cautions
 from jointkv.report.serving.figures import Chart, Figures
@@ -68,7 +68,7 @@ def write_page(paths: Sequence[Path], output: Path) -> None:
     Raises:
         BadInput: what `read` raises, or `output` cannot be written.
     """
-    from jointkv.files import replace_text
+    from jointkv.system.files import replace_text
 
     unique = list({path.resolve(): path for path in paths}.values())
     text = page([(path, read(path)) for path in unique])

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from jointkv.bench.serving.arms import cache_width
-from jointkv.bench.serving.result import Arm, Load, ServingResult
-from jointkv.bench.serving.statistics import sign_flip_p, smallest_p
+from jointkv.bench.arms import cache_width
+from jointkv.bench.result import Arm, Load, ServingResult
+from jointkv.bench.statistics import sign_flip_p, smallest_p
 from jointkv.report.serving.metrics import Metric
 
 

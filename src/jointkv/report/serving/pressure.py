@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from jointkv.bench.serving.result import Arm, Load, Run, ServingResult
+from jointkv.bench.result import Arm, Load, Run, ServingResult
 from jointkv.report.serving.metrics import OUTPUT_RATE, PAGES_FREED, RUNNING_PEAK, Metric
 from jointkv.report.serving.pairs import Pair, called, large_pool, loads_run, ratio
 

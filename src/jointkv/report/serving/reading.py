@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jointkv.bench.serving.result import ServingResult
+from jointkv.bench.result import ServingResult
 from jointkv.errors import BadInput
 
 

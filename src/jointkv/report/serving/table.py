@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jointkv.bench.serving.result import Arm, Fidelity, Load, ServingResult
+from jointkv.bench.result import Arm, Fidelity, Load, ServingResult
 from jointkv.report.markdown import NOT_MEASURED, table
 from jointkv.report.serving import metrics
 from jointkv.report.serving.cautions import cautions

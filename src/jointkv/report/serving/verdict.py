@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from jointkv.bench.serving.result import ServingResult
+from jointkv.bench.result import ServingResult
 from jointkv.report.serving.metrics import COMPARED, DECISIVE, E2EL_P95, ITL_P50, OUTPUT_RATE, PAGES_FREED, TTFT_P95
 from jointkv.report.serving.pairs import Pair, Ratio, called, fusion_pairs, loads_run, ratio
 

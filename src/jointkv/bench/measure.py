@@ -1,0 +1,259 @@
+"""One arm under one load, once: drives the server, watches it, and makes a `Run` of what was seen."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
+
+import numpy as np
+
+from jointkv.bench.load_generator import Answer, LoadFailed, LoadOutcome, drive
+from jointkv.bench.requests import ServingRequest
+from jointkv.bench.result import Arm, Latency, Load, RequestSample, Run, Timeline
+from jointkv.bench.server import Server, ServerFailed, Step, get
+from jointkv.bench.watch import (
+    COMPUTED_PROMPT,
+    DISABLED,
+    DRAFTS,
+    FIRST_TOKENS,
+    GENERATED,
+    Watch,
+)
+from jointkv.system.machine import allowed_cores, foreign_seconds
+
+WARM_UP_REQUESTS = 4
+WARM_UP_PROMPT_TOKENS = 40
+WARM_UP_OUTPUT_TOKENS = 8
+WARM_UP_SECONDS = 300.0
+PLUGIN_SECONDS = ("compare_seconds", "schedule_seconds", "apply_seconds")
+
+
+def warm_up(server: Server, model: str, requests: Sequence[ServingRequest]) -> None:
+    """Serve a few short requests at once that share nothing with `requests`, then forget them.
+
+    Raises:
+        ServerFailed: one was not answered, or the cache could not be emptied.
+    """
+    source = [token for request in requests for token in reversed(request.prompt)]
+    length = min(WARM_UP_PROMPT_TOKENS, max(len(request.prompt) for request in requests))
+    bodies = []
+    for number in range(WARM_UP_REQUESTS):
+        offset = (number * length) % max(1, len(source) - length)
+        prompt = source[offset : offset + length]
+        bodies.append({"model": model, "prompt": prompt, "max_tokens": WARM_UP_OUTPUT_TOKENS, "ignore_eos": True})
+
+    def send(body: dict[str, object]) -> None:
+        get(f"{server.url}/v1/completions", timeout=WARM_UP_SECONDS, body=body)
+
+    try:
+        with ThreadPoolExecutor(WARM_UP_REQUESTS) as pool:
+            list(pool.map(send, bodies))
+    except OSError as error:
+        server.require_alive("in its warm-up")
+        raise ServerFailed(f"the server did not answer the warm-up: {error}") from None
+    server.reset_prefix_cache()
+
+
+def measure(
+    server: Server,
+    arm: Arm,
+    load: Load,
+    requests: Sequence[ServingRequest],
+    *,
+    model: str,
+    tokenizer: str,
+    round: int,
+    position: int,
+    block_bytes: int,
+    seed: int,
+    progress: Callable[[int], None],
+    client_cores: Collection[int] | None = None,
+) -> tuple[Run, list[str]]:
+    """Send `requests` to the running `server`; returns the run, and the texts in the order of the requests.
+
+    Args:
+        model: the name it is served under.
+        block_bytes: bytes of one block of this arm's pool.
+        progress: called with the number of requests that have ended.
+        client_cores: where the load generator runs; anywhere unless given.
+
+    Raises:
+        BadInput: no requests, or a replay of requests without timestamps.
+        LoadFailed: no result, or no request was answered.
+        ServerFailed: the server ended, or jointkv is not attached to it or has switched itself off.
+    """
+    window = _Window(server, allowed_cores())
+    try:
+        outcome = drive(server.url, model, tokenizer, load, requests, seed, progress, during=window, cores=client_cores)
+    except LoadFailed:
+        server.require_alive(f"under load ({load.label})")
+        raise
+    server.require_alive(f"under load ({load.label})")
+    watch = window.watch
+    fusion = watch.plugin_counters()
+    if arm.fusion is not None and fusion is None:
+        raise ServerFailed(f"{arm.name}: the server runs without jointkv, so nothing would be fused")
+    if watch.readings[-1].metrics.get(DISABLED):
+        raise ServerFailed(f"{arm.name}: jointkv switched itself off; {server.log_file} says why")
+    timeline = watch.timeline(outcome.began)
+    inside = _inside(timeline, outcome.totals["duration"])
+    done = [answer for answer in outcome.answers if answer.error is None]
+    run = Run(
+        arm=arm.name,
+        load=load.label,
+        round=round,
+        position=position,
+        **_answered(outcome, done),
+        **_seen(timeline, inside, window.steps, outcome.totals["duration"]),
+        recomputed_tokens=window.recomputed_tokens(),
+        kv_bytes_per_running_token=_bytes_per_token(timeline, inside, done, (arm.pool_blocks - 1) * block_bytes),
+        plugin_seconds=None if fusion is None else sum(fusion[name] for name in PLUGIN_SECONDS),
+        server_cpu_seconds=window.server_seconds,
+        foreign_cpu=window.foreign_cpu(outcome.cpu_seconds),
+        fusion=fusion,
+        timeline=timeline,
+    )
+    return run, [answer.text for answer in outcome.answers]
+
+
+class _Window:
+    """What the machine and the server did from entering to leaving, which is while the load ran."""
+
+    def __init__(self, server: Server, cores: Collection[int]) -> None:
+        self.server, self.cores = server, cores
+        self.watch = Watch(server.url)
+        self.seconds = self.server_seconds = 0.0
+        self.foreign: float | None = None
+        self.steps: list[Step] = []
+
+    def __enter__(self) -> Self:
+        self.watch.__enter__()
+        self._steps_before = len(self.server.steps())
+        self._started = time.perf_counter()
+        self._server_before, self._foreign_before = self.server.cpu_seconds(), foreign_seconds(self.cores)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.server_seconds = self.server.cpu_seconds() - self._server_before
+        after = foreign_seconds(self.cores)
+        if after is not None and self._foreign_before is not None:
+            self.foreign = after - self._foreign_before
+        self.seconds = time.perf_counter() - self._started
+        self.watch.__exit__(*exception)
+        self.steps = self.server.steps()[self._steps_before :]
+
+    def foreign_cpu(self, load_seconds: float) -> float | None:
+        """Part of the cores' time that went to none of: this process, the server, the load generator."""
+        if self.foreign is None:
+            return None
+        spent = self.foreign - self.server_seconds - load_seconds
+        return max(0.0, spent / (self.seconds * len(self.cores)))
+
+    def recomputed_tokens(self) -> int | None:
+        """Tokens computed beyond one time each: all that steps computed, less prompts and answers.
+
+        The token that a request's last step yields is never computed itself, nor is it known to the engine how many
+        of a draft's tokens are wasted, so with speculative decoding there is no such number.
+        """
+        grown = self.watch.grown()
+        if not self.steps or grown.get(DRAFTS):
+            return None
+        needed = grown[COMPUTED_PROMPT] + grown[GENERATED] - grown[FIRST_TOKENS]
+        return max(0, sum(step.tokens for step in self.steps) - round(needed))
+
+
+def _answered(outcome: LoadOutcome, done: Sequence[Answer]) -> dict[str, Any]:
+    """The fields of a `Run` that the client saw. Rates are vLLM's own."""
+    tpot = [(answer.e2el - answer.ttft) / (answer.output_tokens - 1) for answer in done if answer.output_tokens > 1]
+    itl = list(itertools.chain.from_iterable(answer.itls for answer in done))
+    return {
+        "seconds": outcome.totals["duration"],
+        "completed": len(done),
+        "failed": len(outcome.answers) - len(done),
+        "prompt_tokens": sum(answer.prompt_tokens for answer in done),
+        "output_tokens": sum(answer.output_tokens for answer in done),
+        "output_tokens_per_s": outcome.totals["output_throughput"],
+        "total_tokens_per_s": outcome.totals["total_token_throughput"],
+        "requests_per_s": outcome.totals["request_throughput"],
+        "ttft": _latency([answer.ttft for answer in done]),
+        "tpot": _latency(tpot) if tpot else None,
+        "itl": _latency(itl) if itl else None,
+        "e2el": _latency([answer.e2el for answer in done]),
+        "requests": [_sample(answer) for answer in done],
+    }
+
+
+def _seen(timeline: Timeline, inside: Sequence[int], steps: Sequence[Step], seconds: float) -> dict[str, Any]:
+    """The fields of a `Run` that the server tells; means of metrics are over the readings `inside` the run.
+
+    How many requests run is taken from the steps where they are known: the metric shows, for as long as a step takes,
+    how many were left after the one before.
+    """
+
+    def mean(values: Sequence[float]) -> float:
+        return float(np.mean([values[number] for number in inside]))
+
+    return {
+        "running_peak": max((float(step.requests) for step in steps), default=max(timeline.running)),
+        "running_mean": sum(step.requests * step.seconds for step in steps) / seconds
+        if steps
+        else mean(timeline.running),
+        "waiting_peak": max(timeline.waiting),
+        "waiting_mean": mean(timeline.waiting),
+        "preemptions": round(timeline.preemptions[-1]),
+        "pool_usage_peak": max(timeline.pool_usage),
+        "pool_usage_mean": mean(timeline.pool_usage),
+        "pages_freed": None if timeline.pages_freed is None else round(timeline.pages_freed[-1]),
+    }
+
+
+def _inside(timeline: Timeline, seconds: float) -> list[int]:
+    """Which readings are from the run itself; all of them where it was over before the first one."""
+    between = range(1, len(timeline.seconds) - 1)
+    return [number for number in between if timeline.seconds[number] <= seconds] or list(range(len(timeline.seconds)))
+
+
+def _bytes_per_token(
+    timeline: Timeline, inside: Sequence[int], answers: Sequence[Answer], pool_bytes: int
+) -> float | None:
+    """Bytes of the pages in use over the tokens that running requests hold; an estimate for the tokens.
+
+    The server says how many requests run, the client which ones have been answered how far. Where fewer run than are
+    being answered, some were preempted: an equal share of the tokens is taken. Where more run, the others are in
+    prefill and count with half a prompt each.
+    """
+    used = held = 0.0
+    prompt = float(np.mean([answer.prompt_tokens for answer in answers]))
+    for number in inside:
+        now, running = timeline.seconds[number], timeline.running[number]
+        tokens = [_tokens_at(answer, now) for answer in answers if answer.ttft < now - answer.start < answer.e2el]
+        share = min(1.0, running / len(tokens)) if tokens else 0.0
+        in_prefill = max(0.0, running - len(tokens))
+        held += share * sum(tokens) + in_prefill * prompt / 2
+        used += timeline.pool_usage[number] * pool_bytes
+    return used / held if held else None
+
+
+def _tokens_at(answer: Answer, now: float) -> float:
+    """Prompt and answer so far, of a request that is being answered at `now` seconds after the first one."""
+    part = (now - answer.start - answer.ttft) / (answer.e2el - answer.ttft)
+    return answer.prompt_tokens + part * answer.output_tokens
+
+
+def _latency(values: Sequence[float]) -> Latency:
+    p50, p95, p99 = (float(value) for value in np.percentile(values, (50, 95, 99)))
+    return Latency(mean=float(np.mean(values)), p50=p50, p95=p95, p99=p99)
+
+
+def _sample(answer: Answer) -> RequestSample:
+    return RequestSample(
+        start=answer.start,
+        prompt_tokens=answer.prompt_tokens,
+        output_tokens=answer.output_tokens,
+        ttft=answer.ttft,
+        itl=float(np.mean(answer.itls)) if answer.itls else None,
+        e2el=answer.e2el,
+    )

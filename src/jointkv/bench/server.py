@@ -1,0 +1,295 @@
+"""One server as a process tree of its own: started, waited for, asked what it costs, and never left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from jointkv.bench import guard
+from jointkv.bench.guard import living, processes
+from jointkv.bench.launch import engine_environment
+from jointkv.errors import BadInput, JointKVError
+from jointkv.system.machine import core_list
+from jointkv.vllm_plugin import PluginSettings
+from jointkv.vllm_plugin.server import Device, Launch
+
+HOST = "127.0.0.1"
+GUARD = Path(guard.__file__)
+GRACE_SECONDS = 10.0
+KILL_SECONDS = 10.0
+RESET_SECONDS = 30.0
+POLL_SECONDS = 0.25
+LOG_LINES = 3
+# Of every arm alike. A line for each step says what no metric does; see `Step`.
+COMMON_FLAGS = ("--enable-logging-iteration-details", "--disable-uvicorn-access-log")
+STEP = re.compile(
+    rb"Iteration\(\d+\): (\d+) context requests, (\d+) context tokens, "
+    rb"(\d+) generation requests, (\d+) generation tokens, iteration elapsed time: ([\d.]+) ms"
+)
+# The last line of a traceback, or of an argument parser, behind whatever a logger wrote before it.
+REASON = re.compile(
+    r"(?:^|[\])] )((?:\w+\.)*(?!\w*Warning)[A-Z]\w*[a-z]\w*: \S.*|Value error, .*|\S+(?: \w+)*: error: .*)$"
+)
+# A proxy is for other machines.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class ServerFailed(JointKVError, RuntimeError):
+    """A server did not start, ended, or did not do what it was told. The message ends with what its log says."""
+
+
+class Step(NamedTuple):
+    """What the engine did in one step: requests worked on, tokens computed, those computed again too, and seconds."""
+
+    requests: int
+    tokens: int
+    seconds: float
+
+
+def get(url: str, timeout: float = 10.0, body: Any = None) -> bytes:
+    """What `url` answers; a `body` is posted as JSON.
+
+    Raises:
+        OSError: no answer, or one that is not a success.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with _OPENER.open(request, timeout=timeout) as answer:
+        return bytes(answer.read())
+
+
+def server_command(
+    model: str, fusion: Mapping[str, Any] | None, flags: Sequence[str], device: Device = "auto"
+) -> list[str]:
+    """The command that serves `model`; a stock server starts through the same entry as a fused one.
+
+    Args:
+        fusion: options of `PluginSettings`; None leaves the plugin out.
+        flags: of `vllm serve`; host and port are added by `Server`.
+
+    Raises:
+        BadInput, InvalidPolicy: see `PluginSettings.parse`.
+    """
+    options = None if fusion is None else dict(fusion)
+    if options is not None:
+        PluginSettings.parse(options)
+    launch = Launch(options, device).to_json()
+    # -P: a folder named vllm where the user happens to be must not be imported.
+    return [sys.executable, "-P", "-m", "jointkv.vllm_plugin.server", launch, model, *COMMON_FLAGS, *flags]
+
+
+def server_environment(
+    inherited: Mapping[str, str],
+    cores: Collection[int],
+    kv_bytes: int,
+    local_model: bool,
+    server_cores: Collection[int] | None = None,
+) -> dict[str, str]:
+    """The environment of every server: as `engine_environment`, with the engine in a process of its own.
+
+    Args:
+        cores: the cores of this benchmark.
+        kv_bytes: size of the largest pool of all arms.
+        server_cores: those of them on which the engine computes; all unless given.
+
+    Raises:
+        BadInput: `server_cores` is empty or names others than `cores`.
+    """
+    chosen = set(cores if server_cores is None else server_cores)
+    if not chosen or not chosen <= set(cores):
+        raise BadInput(f"the server's cores ({core_list(chosen) or 'none'}) must be some of {core_list(cores)}")
+    return {
+        **engine_environment(inherited, chosen, kv_bytes, local_model),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # where /reset_prefix_cache is
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_LOGGING_COLOR": "0",
+    }
+
+
+class Server:
+    """A server on this machine. Leaving the context ends it and all its processes, however it is left.
+
+    Args:
+        command: what to run; `--host` and `--port` are added to it.
+        log_file: takes everything the server writes; replaced.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], port: int, log_file: Path) -> None:
+        self.command = [*command, "--host", HOST, "--port", str(port)]
+        self.environment, self.port, self.log_file = dict(environment), port, log_file
+        self.url = f"http://{HOST}:{port}"
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._pid: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def start(self, timeout: float = 600.0, say: Callable[[str], None] | None = None) -> None:
+        """Start, and wait until `/health` answers.
+
+        Args:
+            timeout: seconds.
+            say: called with the last line of the log whenever there is a new one.
+
+        Raises:
+            ServerFailed: the port is in use (nothing was started), the server ended, or the time is over.
+        """
+        self._require_free_port()
+        try:
+            self._launch()
+            deadline, said = time.monotonic() + timeout, list[str]()
+            while not self._healthy():
+                self.require_alive("in start-up")
+                if time.monotonic() > deadline:
+                    raise ServerFailed(
+                        f"the server did not answer within {timeout:.0f} s, its log ends: {self._last_words()}"
+                    )
+                if say is not None and (lines := self._log_lines()[-1:]) != said:
+                    say(lines[0])
+                    said = lines
+                time.sleep(POLL_SECONDS)
+            # Between the look at the port and now another server may have taken it and answered.
+            self.require_alive("in start-up")
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL to every process that is left after a grace time. May be called again."""
+        process, self._guard = self._guard, None
+        if process is None:
+            return
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.close()
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_SECONDS + KILL_SECONDS)
+        finally:
+            # Also after Ctrl-C while waiting: no more patience.
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            self._kill_the_rest()
+
+    def alive(self) -> bool:
+        """Whether the process that was started is still there."""
+        return self._guard is not None and self._guard.poll() is None
+
+    def require_alive(self, when: str) -> None:
+        """Raises `ServerFailed` with the log's last words where the server has ended; `when` is for the message."""
+        if not self.alive():
+            raise ServerFailed(f"the server ended {when}: {self._last_words()}")
+
+    def pids(self) -> list[int]:
+        """All its processes that run: those of its session."""
+        return [] if self._pid is None else living(self._pid)
+
+    def cpu_seconds(self) -> float:
+        """CPU time of its processes so far, with that of children they have waited for. Differences count."""
+        found = [] if self._pid is None else processes(self._pid)
+        ticks = sum(sum(map(int, fields[13:17])) for fields in found)
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes and the plugin's resident pages.
+
+        Raises:
+            ServerFailed: it was refused for half a minute, as it is while requests run, or there is no such endpoint.
+        """
+        problem, deadline = "", time.monotonic() + RESET_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                answer = json.loads(get(f"{self.url}/reset_prefix_cache?reset_external=true", body={}))
+                if answer["success"]:
+                    return
+                problem = "pages are still in use"
+            except urllib.error.HTTPError as error:
+                raise ServerFailed(f"the prefix cache could not be emptied: {error}") from None
+            except OSError as error:
+                problem = str(error)
+            self.require_alive("while its prefix cache was to be emptied")
+            time.sleep(POLL_SECONDS)
+        raise ServerFailed(f"the prefix cache could not be emptied: {problem}")
+
+    def steps(self) -> list[Step]:
+        """The engine's steps since the start; none where the log does not tell."""
+        found = [tuple(map(float, match)) for match in STEP.findall(self.log_file.read_bytes())]
+        return [
+            Step(round(context + generation), round(prompt + new), milliseconds / 1000)
+            for context, prompt, generation, new, milliseconds in found
+        ]
+
+    def _kill_the_rest(self) -> None:
+        """For a guard that was itself killed. A killed process takes a moment to end."""
+        deadline = time.monotonic() + KILL_SECONDS
+        while (left := self.pids()) and time.monotonic() < deadline:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(POLL_SECONDS)
+        self._pid = None
+
+    def _require_free_port(self) -> None:
+        with socket.socket() as probe:
+            # Connections that were closed a moment ago do not count.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, self.port))
+            except OSError as error:
+                raise ServerFailed(f"port {self.port} cannot be used: {error.strerror}; choose another one") from None
+
+    def _launch(self) -> None:
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        prefix = [sys.executable, "-I", "-S", str(GUARD), str(GRACE_SECONDS)]
+        with self.log_file.open("wb") as log:
+            self._guard = subprocess.Popen(
+                [*prefix, *self.command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=self.environment,
+                start_new_session=True,  # Ctrl-C in the terminal is for us, who then end the server in order
+            )
+        assert self._guard.stdout is not None
+        line = self._guard.stdout.readline()
+        if not line:
+            self._guard.wait()
+            raise ServerFailed(f"the server could not be started: {self._last_words()}")
+        self._pid = int(line)
+
+    def _healthy(self) -> bool:
+        try:
+            get(f"{self.url}/health", timeout=5.0)
+        except OSError:
+            return False
+        return True
+
+    def _log_lines(self) -> list[str]:
+        text = self.log_file.read_text(encoding="utf-8", errors="replace") if self.log_file.exists() else ""
+        return [line.strip() for line in text.splitlines() if line.strip()]
+
+    def _last_words(self) -> str:
+        """The errors in the log, or its last lines where it names none, and where it is."""
+        lines = self._log_lines()
+        reasons = dict.fromkeys(match[1] for line in lines if (match := REASON.search(line)))
+        # Errors that follow from the first one often only point at it.
+        words = (
+            [*list(reasons)[:1], *list(reasons)[1:][-LOG_LINES + 1 :]] or lines[-LOG_LINES:] or ["nothing was logged"]
+        )
+        return f"{' | '.join(words)} (log: {self.log_file})"

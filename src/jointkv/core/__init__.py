@@ -1,0 +1,1 @@
+"""Pages, tables and plans: what every other room stands on. Knows torch and nothing of models or engines."""

@@ -1,0 +1,1 @@
+"""Batches of requests held in memory after a prefill."""

@@ -1,0 +1,1 @@
+"""What fusion will give, from a sample."""

@@ -1,0 +1,80 @@
+"""Rate-distortion curves of a real model: predicted from some requests, measured on others, whole and per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+
+from jointkv.evaluate.holding.held import FusedBatch, Prefilled, prefill
+from jointkv.evaluate.predict.block_pairs import errors_of, lines_of, pair_error_matrices
+from jointkv.evaluate.traffic.base import Request
+from jointkv.policy import FusionPolicy
+from jointkv.theory.calibrate import TOKEN_SLACK
+from jointkv.theory.curve import RateDistortionCurve, rate_distortion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Steps(Protocol):
+    """Where progress goes."""
+
+    def start(self, description: str) -> None: ...
+
+    def part(self, fraction: float) -> None: ...
+
+
+def measured_curves(
+    model: PreTrainedModel, requests: Sequence[Request], bounds: Sequence[float], block_size: int, steps: Steps
+) -> list[RateDistortionCurve]:
+    """The curve of all layers together (group None), then that of each layer alone; bounds as in `calibrate`.
+
+    The first half of `requests` predicts; the second half, on pages of its own, is measured at every bound.
+    """
+    count = len(requests) // 2
+    steps.start(f"prefill of {len(requests)} requests")
+    known, fresh = (prefill(model, part, block_size=block_size) for part in (requests[count:], requests[:count]))
+    layers = sum(name.startswith("key.") for name in known.state)
+    lines = lines_of(known, block_size)
+    steps.start("comparing blocks")
+    groups = [range(layers), *([layer] for layer in range(layers))]
+    errors = pair_error_matrices(known, lines, groups, progress=steps.part)
+    found = [
+        rate_distortion(error.numpy(), lines.valid.numpy(), bounds, requests=count, group=index - 1 if index else None)
+        for index, error in enumerate(errors)
+    ]
+    steps.start("measuring the other half")
+    measured = []
+    for number, bound in enumerate(bounds):
+        measured.append(_measured(model, fresh, bound, 1, block_size))
+        measured[-1] += _measured(model, fresh, bound, "per_layer", block_size)
+        steps.part((number + 1) / len(bounds))
+    return [
+        curve.with_measured({bound: row[index] for bound, row in zip(bounds, measured, strict=True)})
+        for index, curve in enumerate(found)
+    ]
+
+
+def _measured(
+    model: PreTrainedModel, batch: Prefilled, bound: float, groups: int | Literal["per_layer"], block_size: int
+) -> list[tuple[float, float]]:
+    """Ratio and distortion of every layer group of `batch` in a cache, over its full blocks."""
+    policy = FusionPolicy.preset(
+        "safe", max_relative_error=bound, max_token_error=TOKEN_SLACK * bound, layer_groups=groups
+    )
+    cache = FusedBatch(model, batch, policy, block_size=block_size).cache
+    own = batch.state["table.0"]
+    full = torch.arange(own.shape[1]) < ((batch.length - batch.state["padding"]) // block_size)[:, None]
+    found = []
+    for group, table in enumerate(cache.tables):
+        # A page is a block that keeps its own place, as it was before fusion.
+        keeps, served = full & ~table.served, full & table.served
+        block_of = torch.zeros(int(table.pages.max()) + 1, dtype=torch.long)
+        block_of[table.pages[keeps]] = own[keeps]
+        layers = range(group * cache.pool.groups.layers, (group + 1) * cache.pool.groups.layers)
+        errors = errors_of(batch, layers, own[served], block_of[table.pages[served]])
+        pages = len(table.pages[full].unique())
+        found.append((int(full.sum()) / pages, float(errors.double().square().sum()) / int(full.sum())))
+    return found

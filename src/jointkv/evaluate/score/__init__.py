@@ -1,0 +1,1 @@
+"""How far answers moved, and how sure that is."""

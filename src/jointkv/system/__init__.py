@@ -1,0 +1,1 @@
+"""What lies outside: environment variables, files, compilers, the machine, other packages."""

@@ -1,0 +1,1 @@
+"""Attention that reads shared pages once, in vLLM."""

@@ -1,0 +1,223 @@
+"""What a backend of vLLM's gets from this plugin, on every device: attention that takes a shared page once.
+
+The backends for each device are in `cpu_attention` and `gpu_attention`. Until `share_reading` has made sure of the page
+layout, and after any error, they are vLLM's own. Nothing here imports a backend, since each needs its own platform.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+
+from jointkv.attention import reference
+from jointkv.attention.layouts import LayerPages
+from jointkv.attention.switch import Switch
+from jointkv.attention.work import WorkList
+from jointkv.core.plan import BlockRef
+from jointkv.system.interfaces import Use, differences
+from jointkv.vllm_plugin.settings import PluginSettings
+
+if TYPE_CHECKING:
+    from jointkv.vllm_plugin.attention.reading import SharedReading
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def chosen(
+    settings: PluginSettings | None, uses: Iterable[Use], register: Callable[[], AbstractContextManager[None]]
+) -> AbstractContextManager[None]:
+    """What a worker loads its model in: `register()` where `settings` ask for it and vLLM has all of `uses`."""
+    if settings is None or not (settings.enabled and settings.shares_reading):
+        return nullcontext()
+    found = changed(uses)
+    if found:
+        logger.warning("vLLM's attention is not what jointkv was written for: %s", "; ".join(found))
+        return nullcontext()
+    return register()
+
+
+def changed(uses: Iterable[Use]) -> list[str]:
+    """What vLLM lacks of `uses`, or calls otherwise of what is mixed into it; see `differences`."""
+    mixed = {"forward": JointAttention, "build": JointBuilder}
+    return differences(replace(use, by=mixed[use.overridden[0]]) if use.overridden else use for use in uses)
+
+
+@contextmanager
+def override(name: str, backend: type) -> Iterator[None]:
+    """Register `backend` over `name` of vLLM's `AttentionBackendEnum`, and undo it: other engines are left alone."""
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    member = AttentionBackendEnum[name]
+    before = member.get_path() if member.is_overridden() else None
+    register_backend(member, f"{backend.__module__}.{backend.__qualname__}")
+    selector._cached_get_attn_backend.cache_clear()
+    try:
+        yield
+    finally:
+        member.clear_override()
+        if before is not None:
+            register_backend(member, before)
+        selector._cached_get_attn_backend.cache_clear()
+
+
+@dataclass
+class JointMetadata:
+    """Mixed into vLLM's: the work of the step where shared-page attention does it, and factors where blocks have them.
+
+    Attributes:
+        factors: `[2, layers, rows, slots]`, on the pages' device.
+    """
+
+    work: WorkList | None = None
+    factors: Tensor | None = None
+
+
+class JointBuilder:
+    """Mixed into vLLM's builder of metadata: adds what reads what.
+
+    Attributes:
+        metadata: vLLM's with `JointMetadata`.
+    """
+
+    metadata: ClassVar[type[JointMetadata]]
+    layer_names: list[str]
+    vllm_config: Any
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """See vLLM's `AttentionMetadataBuilder`.
+
+        Raises:
+            IntegrityError: nobody knows which blocks of the step have factors, or factors are lost.
+        """
+        stock = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        layers = self.vllm_config.compilation_config.static_forward_context
+        reading: SharedReading | None = getattr(layers[self.layer_names[0]].impl, "reading", None)
+        if reading is None:
+            return stock
+        if stock.causal is not True or common_attn_metadata.causal is not True:
+            reading.pass_over("the step is not causal")
+            return stock
+        work, factors = reading.step(common_attn_metadata)
+        known = {field.name: getattr(stock, field.name) for field in fields(stock)}
+        return self.metadata(**known, work=work, factors=factors)
+
+
+class JointAttention(ABC):
+    """Mixed into vLLM's attention: does the steps that come with a work list.
+
+    Attributes:
+        pages: of this layer, once their layout is known.
+        reading: of its KV-cache group.
+        place: of this layer in the group.
+        kernel: `paged_attention` for this device, what `jointkv.attention.reference` defines.
+        num_heads, num_kv_heads, scale: vLLM's.
+    """
+
+    kernel: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
+    pages: LayerPages
+    reading: SharedReading
+    place: int
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+    _scales: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @abstractmethod
+    def layout(self, layer: Any) -> LayerPages:
+        """The pages of `layer` as they are believed to lie. Raises `LayoutError`."""
+
+    @abstractmethod
+    def special(self, layer: Any) -> dict[str, bool]:
+        """What this backend could be asked for that no kernel of ours does, by name, and whether `layer` asks."""
+
+    @abstractmethod
+    def prepare(self, pages: LayerPages) -> None:
+        """Compile the kernel, if that was not done. Raises `NativeUnavailable`."""
+
+    @abstractmethod
+    def threads(self, pages: LayerPages) -> int | None:
+        """What `group_pages` cuts work for."""
+
+    @abstractmethod
+    def measured(self, layer: Any, pages: LayerPages, longest: int) -> Switch:
+        """Time both attentions on sequences of up to `longest` tokens. Raises `LayoutError` where that cannot be."""
+
+    def attend(
+        self,
+        query: Tensor,
+        pages: LayerPages,
+        work: WorkList,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> Tensor:
+        """The kernel's output `[n, heads, d]` for `query [n, heads, d]`. Raises what the kernel raises."""
+        return self.kernel(query, pages, work, k_scale=k_scale, v_scale=v_scale, scale=self.scale)[0]
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *args: Any,
+        **options: Any,
+    ) -> Tensor:
+        """See vLLM's `AttentionImpl`."""
+        if isinstance(attn_metadata, JointMetadata):
+            count = attn_metadata.num_actual_tokens  # type: ignore[attr-defined]
+            answer = self._shared(query[:count], attn_metadata)
+            if answer is not None:
+                output[:count] = answer.view_as(output[:count])
+                return output
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **options)  # type: ignore[misc]
+
+    def _shared(self, query: Tensor, metadata: Any) -> Tensor | None:
+        """Attention of `query [n, heads, d]`; None where the engine is to do it."""
+        if metadata.work is not None and self.reading.fault is None:
+            try:
+                return self.attend(query, self.pages, metadata.work, *self._of_layer(metadata.factors))
+            except Exception as error:
+                self.reading.switch_off(error)
+        return (
+            None if metadata.factors is None else self._by_definition(query, metadata, metadata.factors[:, self.place])
+        )
+
+    def _of_layer(self, factors: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """This layer's, on K and on V: the same objects while `factors` is, so that a kernel checks them once."""
+        if factors is None:
+            return None, None
+        if self._scales is None or self._scales[0] is not factors:
+            self._scales = (factors, *factors[:, self.place])
+        return self._scales[1:]
+
+    def _by_definition(self, query: Tensor, metadata: Any, factors: Tensor) -> Tensor:
+        """Slow, and with nothing that may have failed: without its factors a block would be read as a wrong one.
+
+        Takes tables and lengths from vLLM's own metadata `[rows, ...]`, which it waits for.
+        """
+        size, tables = self.reading.block_size, []
+        used = -(-metadata.max_seq_len // size)
+        lengths, blocks = metadata.seq_lens.cpu(), metadata.block_table[:, :used].cpu()
+        there = torch.arange(used) * size < lengths[:, None]
+        pages, local = blocks.masked_fill(~there, 0).long().unique(return_inverse=True)
+        for row, length in enumerate(lengths.tolist()):
+            k_scale, v_scale = factors[:, row].tolist()
+            tables.append(
+                [
+                    BlockRef(int(local[row, slot]), k_scale[slot], v_scale[slot], count=min(size, length - slot * size))
+                    for slot in range(-(-length // size))
+                ]
+            )
+        asked = metadata.query_start_loc.diff().tolist()
+        return reference.paged_attention(query, asked, *self.pages.read(pages), tables, scale=self.scale)[0]

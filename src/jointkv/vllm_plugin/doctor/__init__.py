@@ -1,0 +1,1 @@
+"""Whether the plugin is live and right on this machine."""

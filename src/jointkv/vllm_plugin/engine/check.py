@@ -1,0 +1,133 @@
+"""Which engines the plugin may be attached to, checked at start: refuse by name, and say what to do instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    RSWASpec,
+    SlidingWindowSpec,
+)
+
+from jointkv.errors import UnsupportedEngine
+from jointkv.policy.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
+from jointkv.vllm_plugin.engine.groups import LayerGroupSpec
+from jointkv.vllm_plugin.engine.uses import TESTED_VLLM, check_interfaces, vllm_version
+from jointkv.vllm_plugin.settings import PluginSettings
+from jointkv.vllm_plugin.worker.mixin import RemappingWorker
+
+
+def check_engine(config: Any, kv_cache_config: KVCacheConfig, settings: PluginSettings) -> tuple[int, ...]:
+    """The numbers of the KV-cache groups that can be fused.
+
+    Args:
+        config: the engine's `VllmConfig`.
+
+    Raises:
+        UnsupportedEngine: the engine lacks what the plugin uses of it, is set up in a way that was not written for,
+            or (unless `settings.allow_untested`) never run.
+        ModelMismatch, BadInput: the profile belongs to another model, or to blocks of another size.
+    """
+    check_interfaces()
+    _check_setup(config)
+    if not settings.allow_untested:
+        _check_tested(config)
+    groups = tuple(
+        number for number, group in enumerate(kv_cache_config.kv_cache_groups) if _can_fuse(group.kv_cache_spec)
+    )
+    if not groups:
+        raise UnsupportedEngine(
+            "no layer of this model has full attention with plain K and V; serve it without jointkv"
+        )
+    block_size, *others = (kv_cache_config.kv_cache_groups[number].kv_cache_spec.block_size for number in groups)
+    if any(other != block_size for other in others):
+        raise UnsupportedEngine(f"full-attention layers with block sizes {block_size} and {others} were never run")
+    if settings.scope != "batch" and settings.chunk_tokens % block_size:
+        raise UnsupportedEngine(
+            f"chunk_tokens={settings.chunk_tokens} is not a multiple of the engine's block size {block_size}"
+        )
+    if settings.layer_groups != len(groups):
+        raise UnsupportedEngine(
+            f"layer_groups={settings.layer_groups}, but the engine keeps {len(groups)} block tables for full "
+            f"attention; set layer_groups={len(groups)}"
+        )
+    profile = settings.load_profile()
+    if profile is not None:
+        layers = sum(len(kv_cache_config.kv_cache_groups[number].layer_names) for number in groups)
+        profile.check(_model_identity(config.model_config, layers), block_size)
+    return groups
+
+
+def _model_identity(config: Any, layers: int) -> ModelIdentity:
+    folder = checkpoint_folder(config.model, config.revision)
+    return ModelIdentity(
+        name=Path(config.model).name,
+        layers=layers,
+        kv_heads=config.get_total_num_kv_heads(),
+        head_size=config.get_head_size(),
+        checkpoint=None if folder is None else checkpoint_fingerprint(folder),
+    )
+
+
+def _check_setup(config: Any) -> None:
+    parallel = config.parallel_config
+    refusals = {
+        "speculative decoding": (config.speculative_config is not None, "drop --speculative-config"),
+        "pipeline parallelism": (parallel.pipeline_parallel_size > 1, "use --tensor-parallel-size instead"),
+        "context parallelism": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "set the context parallel sizes to 1",
+        ),
+        "model runner V2": (config.use_v2_model_runner, "set VLLM_USE_V2_MODEL_RUNNER=0"),
+        "KV-cache events": (
+            # They would tell routers of pages that only one request can look up.
+            config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events,
+            "drop --kv-events-config",
+        ),
+        "a sharing of KV between layers": (
+            config.cache_config.kv_sharing_fast_prefill,
+            "drop --kv-sharing-fast-prefill",
+        ),
+    }
+    for name, (present, remedy) in refusals.items():
+        if present:
+            raise UnsupportedEngine(f"jointkv does not work with {name}; {remedy}, or serve without jointkv")
+    if not issubclass(resolve_obj_by_qualname(parallel.worker_cls), RemappingWorker):
+        raise UnsupportedEngine(
+            f"the worker is {parallel.worker_cls}, which cannot replace blocks of running requests; start with "
+            "`jointkv serve`, or add --worker-cls jointkv.vllm_plugin.worker.cpu.JointCPUWorker"
+        )
+
+
+def _check_tested(config: Any) -> None:
+    version = vllm_version()
+    if not version.startswith(TESTED_VLLM):
+        raise UnsupportedEngine(
+            f"vLLM {version} was never run with jointkv (tested: {', '.join(TESTED_VLLM)}x); install a tested version, "
+            "or set allow_untested to try"
+        )
+    device = config.device_config.device_type
+    if device != "cpu":
+        raise UnsupportedEngine(
+            f"jointkv was never run on {device}; the code is written for it, set allow_untested to try"
+        )
+
+
+def _can_fuse(spec: KVCacheSpec) -> bool:
+    """Full attention is fused; sliding windows, which recycle their blocks, are left alone; others are refused."""
+    if isinstance(spec, MLAAttentionSpec):
+        raise UnsupportedEngine("multi-head latent attention keeps no K and V per head; serve without jointkv")
+    if isinstance(spec, MambaSpec):
+        raise UnsupportedEngine("Mamba and other recurrent layers were never run with jointkv; serve without it")
+    if type(spec) in (FullAttentionSpec, LayerGroupSpec):
+        return True
+    if isinstance(spec, SlidingWindowSpec | RSWASpec):
+        return False
+    raise UnsupportedEngine(f"KV-cache layers of kind {type(spec).__name__} were never run with jointkv")

@@ -1,0 +1,91 @@
+"""Reads an engine's KV pages without guessing: how tokens lie in a page is found by writing marked tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jointkv.core.packed import PACKED_DTYPES, PackedPages
+from jointkv.errors import LayoutError
+
+FLOAT8_FORMATS = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_inc": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""`kv_cache_dtype`s of one byte a number with one scale a layer, which cancels in relative errors."""
+
+PROBED_PAGE = 1
+"""Page 0 is vLLM's null block. At the start no page is in use."""
+
+
+def packed_pages(layers: Sequence[Any], num_blocks: int, block_size: int) -> PackedPages:
+    """A view of the pages of attention `layers` (vLLM `Attention` modules whose caches are bound).
+
+    Each layer writes marked tokens through its own backend into one unused page, which is zeroed again: whatever
+    order the instruction set wants is read off, never assumed.
+
+    Raises:
+        LayoutError: pages are not contiguous blocks of the cache tensor, an element belongs to no token, or layers
+            differ in shape, dtype or order.
+    """
+    views, orders = [], []
+    for layer in layers:
+        cache = layer.kv_cache
+        pages = _page_rows(cache, num_blocks)
+        views.append(_as_numbers(pages, layer))
+        orders.append(_probe(layer, pages, block_size))
+    token_of, is_value = orders[0]
+    for other_tokens, other_sides in orders[1:]:
+        if not torch.equal(token_of, other_tokens) or not torch.equal(is_value, other_sides):
+            raise LayoutError("the layers of a group keep their pages in different orders")
+    return PackedPages(views, token_of, is_value)
+
+
+def _page_rows(cache: Any, num_blocks: int) -> Tensor:
+    """The cache tensor as `[pages, elements]` in the order in which they lie, a view."""
+    if not isinstance(cache, Tensor) or cache.shape[:1] != (num_blocks,):
+        shape = list(cache.shape) if isinstance(cache, Tensor) else type(cache).__name__
+        raise LayoutError(f"the engine's KV cache is not one tensor of {num_blocks} pages, but {shape}")
+    page = cache[0]
+    if not page.permute(sorted(range(page.dim()), key=page.stride, reverse=True)).is_contiguous():
+        raise LayoutError(f"a page is not contiguous: shape {list(cache.shape)}, strides {list(cache.stride())}")
+    return cache.as_strided((num_blocks, page.numel()), (cache.stride(0), 1))
+
+
+def _as_numbers(pages: Tensor, layer: Any) -> Tensor:
+    """Pages of bytes are fp8 numbers, in formats that keep no scales of tokens or heads beside them."""
+    name = str(layer.kv_cache_dtype)
+    dtype = pages.dtype if pages.itemsize > 1 else FLOAT8_FORMATS.get(name)
+    if dtype not in PACKED_DTYPES or pages.dtype not in (dtype, torch.uint8):
+        raise LayoutError(f"KV pages of kv_cache_dtype {name!r}, stored as {pages.dtype}, are not supported")
+    return pages.view(dtype)
+
+
+def _probe(layer: Any, pages: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Token and side of every element of a page, from what the layer's backend writes for marked tokens."""
+    numbers = _as_numbers(pages, layer)
+    tokens = torch.arange(block_size, device=pages.device)
+    slots = PROBED_PAGE * block_size + tokens
+    token_of = torch.zeros(pages.shape[1], dtype=torch.long)
+    is_value = torch.zeros(pages.shape[1], dtype=torch.bool)
+    heads, sizes = layer.num_kv_heads, (layer.head_size, getattr(layer, "head_size_v", layer.head_size))
+    for bit in range(max(1, (block_size - 1).bit_length())):
+        # 2 or 1, exact in every dtype; keys positive, values negative.
+        mark = (1 + (tokens >> bit & 1)).to(layer.dtype)[:, None, None]
+        key, value = (
+            sign * mark.expand(-1, heads, size).contiguous() for sign, size in zip((1, -1), sizes, strict=True)
+        )
+        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
+        read = numbers[PROBED_PAGE].to("cpu", torch.float32, copy=True)
+        pages[PROBED_PAGE].zero_()
+        if not read.isfinite().all() or (read == 0).any():
+            raise LayoutError("a page has elements that belong to no token; this layout was never seen")
+        is_value = read < 0
+        for side in (is_value, ~is_value):  # K and V may have scales of their own
+            token_of[side] |= (read[side].abs() > 1.4 * read[side].abs().min()).long() << bit
+    return token_of, is_value

@@ -1,0 +1,1 @@
+"""The scheduler's side: it asks, decides and shares."""

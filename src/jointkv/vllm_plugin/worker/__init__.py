@@ -1,0 +1,1 @@
+"""The workers' side: it follows and measures."""

@@ -1,0 +1,73 @@
+"""What the plugin adds to vLLM's workers, whatever the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from jointkv.errors import UnsupportedEngine
+from jointkv.vllm_plugin import CONNECTOR_MODULE
+from jointkv.vllm_plugin.engine.groups import split_layers
+from jointkv.vllm_plugin.settings import PluginSettings
+
+
+class RemappingWorker:
+    """Mixed into vLLM's workers: nothing in vLLM itself replaces a block of a running request."""
+
+    model_runner: Any
+    vllm_config: Any
+
+    def settings(self) -> PluginSettings | None:
+        """The plugin's, or None where the engine was started without its connector."""
+        transfer = self.vllm_config.kv_transfer_config
+        if transfer is None or transfer.kv_connector_module_path != CONNECTOR_MODULE:
+            return None
+        return PluginSettings.parse(transfer.kv_connector_extra_config)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """What every layer keeps, which is also what vLLM groups layers by.
+
+        Raises:
+            UnsupportedEngine: the layers cannot be split into as many groups as the settings say.
+        """
+        specs = super().get_kv_cache_spec()  # type: ignore[misc]
+        settings = self.settings()
+        if settings is None:
+            return specs  # refused later, see `initialize_from_config`
+        groups = settings.layer_groups
+        if groups > 1 and self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            raise UnsupportedEngine(
+                f"layer_groups={groups} needs several block tables; drop --disable-hybrid-kv-cache-manager, or set "
+                "layer_groups=1"
+            )
+        return split_layers(specs, groups)
+
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
+        """Allocate the KV cache, then let the connector read its layout.
+
+        Raises:
+            UnsupportedEngine: the connector is missing, or is one of several.
+            LayoutError: see `JointConnector.attach`.
+        """
+        # Not at the top: the connector checks at start that the worker is of this class.
+        from jointkv.vllm_plugin.connector import JointConnector
+
+        result = super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
+        connector = get_kv_transfer_group() if has_kv_transfer_group() else None
+        if not isinstance(connector, JointConnector):
+            raise UnsupportedEngine(
+                "the jointkv worker runs without the jointkv connector; start with `jointkv serve`, or give "
+                "--kv-transfer-config as the README says, with no other connector"
+            )
+        connector.attach(self.model_runner)
+        return result
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Replace table entries, then run the step."""
+        connector = get_kv_transfer_group()
+        with self.model_runner.synchronize_input_prep():
+            connector.apply(scheduler_output.kv_connector_metadata)
+            connector.follow(scheduler_output)
+        return super().execute_model(scheduler_output)  # type: ignore[misc]

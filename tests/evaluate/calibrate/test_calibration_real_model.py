@@ -1,0 +1,48 @@
+"""Near-prefix requests on the real model: a small calibration, and the goals of the `safe` preset."""
+
+import pytest
+
+from jointkv.evaluate.calibrate import Calibration, CalibrationSettings
+from jointkv.evaluate.holding import prefilled
+from jointkv.evaluate.holding.held import Prefilled, compare, hold
+from jointkv.evaluate.traffic import get_traffic
+from jointkv.hf.models import load_model
+from jointkv.hf.pool import JointPool, model_identity
+from jointkv.policy import FusionPolicy
+from jointkv.policy.profile import Target
+
+pytestmark = pytest.mark.real_model
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    model, tokenizer = load_model("smollm2", dtype="float32")
+    requests = get_traffic("near_prefix").requests(tokenizer, 16, continuation_tokens=24)
+    return Calibration(model, requests, CalibrationSettings(Target.parse("kl=0.001")))
+
+
+@pytest.fixture(scope="module")
+def whole(calibration: Calibration) -> Prefilled:
+    """All requests, prefilled: what takes the time here."""
+    return calibration.whole
+
+
+def test_near_prefix_requests_share_pages_at_no_visible_cost(calibration: Calibration, whole: Prefilled) -> None:
+    batch = prefilled.take(whole, range(8))
+    unfused, safe = (hold(calibration.model, batch, FusionPolicy.preset(name)) for name in ("off", "safe"))
+    row = compare("near_prefix", "safe", batch, safe, unfused)
+    # 8 requests of about 50 blocks, 2 + 5 of them their own: 4 at the most. 24 requests give 5.8 (`make demo`).
+    assert row.ratio >= 3.0 and row.bytes_after * 3.0 <= row.bytes_before
+    assert row.kl <= 0.001 and row.top1 >= 0.99 and row.kl_worst_request <= 0.002
+
+
+def test_a_profile_meets_its_target_on_unseen_requests(calibration: Calibration, whole: Prefilled) -> None:
+    identity = model_identity(calibration.model)
+    profile = calibration.run(identity, "test", {})
+    assert profile.met and profile.held_out.kl <= 0.001
+    # 8 requests of about 50 blocks, 7 of them their own.
+    assert profile.held_out.ratio >= 3.5
+    assert profile.held_out.ratio == pytest.approx(profile.predicted.ratio, rel=0.1)
+    assert profile.groups[0].max_token_error <= 0.45
+    assert identity.checkpoint is not None
+    assert JointPool(calibration.model, profile).policy.max_relative_error == (profile.groups[0].max_relative_error,)
