@@ -14,7 +14,6 @@ from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.packed import PackedPages
 from jointkv.errors import IntegrityError
 from jointkv.fusion.pair_sums import pair_cosines, pair_errors, pair_sums, with_own_norms
-from jointkv.fusion.tree import within_bound
 from jointkv.policy import FusionPolicy
 from jointkv.vllm_plugin.attention.norms import OwnNorms
 from jointkv.vllm_plugin.messages import Inquiry, Remap, Verdict
@@ -64,13 +63,9 @@ class PageComparer:
     def _judged(
         self, number: int, sums: torch.Tensor, cosines: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[np.ndarray, np.ndarray]:
-        errors = pair_errors(sums, self.policy.across_layers)
-        group = self._threshold_of[number]
-        accepted = within_bound(errors, self.policy, group) & ~errors.token.isnan()
-        for name, cosine in zip(("key_threshold", "value_threshold"), cosines, strict=True):
-            threshold = self.policy.threshold(name, group)
-            if threshold is not None:
-                accepted &= cosine >= threshold
+        rule = self.policy.rule(self._threshold_of[number])
+        errors = pair_errors(sums, rule.across_layers)
+        accepted = rule.allows(errors, cosines)
         return accepted.numpy(), torch.stack(errors).numpy()
 
 
