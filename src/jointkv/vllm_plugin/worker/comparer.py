@@ -8,10 +8,10 @@ import time
 import numpy as np
 import torch
 
+from jointkv.core.blocks import LayerAggregate
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.packed import PackedPages
 from jointkv.fusion.pair_sums import pair_cosines, pair_errors, pair_sums, with_own_norms
-from jointkv.policy import LayerAggregate
 from jointkv.vllm_plugin.attention.norms import OwnNorms
 from jointkv.vllm_plugin.messages import COSINES, ERRORS, Inquiry, Verdict
 
