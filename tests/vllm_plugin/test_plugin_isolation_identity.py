@@ -25,8 +25,8 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from jointkv.vllm_plugin.scheduler.fusion import FusionScheduler
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest, isolation_key, takes_part
+from jointkv.vllm_plugin.scheduler.side import SchedulerSide
 from jointkv.vllm_plugin.settings import PluginSettings
 from tests.effort import fuzz_settings
 from tests.vllm_plugin.census import Census
@@ -87,11 +87,11 @@ def pairs_asked(*identities: Identity, **settings: Any) -> int:
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
     config = KVCacheConfig(100, [], [KVCacheGroupSpec(["layer"], spec)])
     manager = KVCacheManager(config, 4096, BLOCK, BLOCK, max_in_flight_tokens=4096)
-    fusion = FusionScheduler(PluginSettings(min_pool_usage=0.0, **settings), manager, (0,))
+    side = SchedulerSide(PluginSettings(min_pool_usage=0.0, **settings), manager, (0,))
     started = []
     for number, identity in enumerate(identities):
         request = new_request(identity, f"request-{number}")
-        fusion.admit(request)
+        side.admit(request)
         assert manager.allocate_slots(request, len(TOKENS)) is not None
         started.append(
             SimpleNamespace(
@@ -106,9 +106,7 @@ def pairs_asked(*identities: Identity, **settings: Any) -> int:
         ),
         new_block_ids_to_zero=None,
     )
-    inquiry = fusion.next_inquiry()
-    fusion.ask(inquiry, output)
-    return len(inquiry.group)
+    return len(side.next_inquiry(output).group)
 
 
 @pytest.mark.hazard(
@@ -174,16 +172,16 @@ def test_takes_part(extra: dict[str, Any] | None, more: dict[str, Any], expected
 def test_hashes_are_taken_once_until_the_restart() -> None:
     request = new_request({})
     request.num_preemptions = 3
-    tracked = TrackedRequest(request, None)
-    first = tracked.take_hashes(2, BLOCK)
+    tracked = TrackedRequest(request, None, BLOCK)
+    first = tracked.take_hashes(2)
     assert len(first) == 2 and tracked.next_slot == 2
-    assert len(tracked.take_hashes(3, BLOCK)) == 1
+    assert len(tracked.take_hashes(3)) == 1
     tracked.served |= {(0, 0), (0, 1)}
     tracked.restart(kept=1)
     assert (tracked.epoch, tracked.next_slot, tracked.served) == (3, 1, {(0, 0)})
-    assert tracked.take_hashes(2, BLOCK) == first[1:]
+    assert tracked.take_hashes(2) == first[1:]
     tracked.restart(kept=0)
-    assert tracked.served == set() and tracked.take_hashes(2, BLOCK) == first
+    assert tracked.served == set() and tracked.take_hashes(2) == first
 
 
 # Adapters in a running engine.

@@ -44,8 +44,8 @@ def check_engine(
     worker = config.parallel_config.worker_cls
     if not issubclass(resolve_obj_by_qualname(worker), parts["worker"]):
         raise UnsupportedEngine(
-            f"the worker is {worker}, which cannot replace blocks of running requests; start with `jointkv serve`, or add "
-            "--worker-cls jointkv.vllm_plugin.worker.cpu.JointCPUWorker"
+            f"the worker is {worker}, which cannot replace blocks of running requests; start with `jointkv serve`, or "
+            "add --worker-cls jointkv.vllm_plugin.worker.cpu.JointCPUWorker"
         )
     if not settings.allow_untested:
         _check_tested(config)
