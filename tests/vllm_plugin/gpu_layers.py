@@ -22,8 +22,8 @@ from jointkv.core.plan import BlockRef
 from jointkv.vllm_plugin.attention.gpu import JointGPUAttention, JointGPUBuilder, JointGPUMetadata
 from jointkv.vllm_plugin.attention.install import share_reading
 from jointkv.vllm_plugin.attention.reading import SharedReading
+from jointkv.vllm_plugin.engine.runners.base import Remap
 from jointkv.vllm_plugin.engine.runners.v1 import V1Tables
-from jointkv.vllm_plugin.messages import Remap
 from jointkv.vllm_plugin.settings import PluginSettings
 
 HEADS, KV_HEADS, SIZE, TOKENS, PAGES, LAYERS = 4, 2, 32, 16, 12, 2
