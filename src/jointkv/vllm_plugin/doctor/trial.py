@@ -163,7 +163,7 @@ def run_trial(engine: Any, prompts: list[dict[str, Any]]) -> Trial:
                 chosen = zip(answer.logprobs, tokens, strict=True)
                 outputs[output.request_id] = tokens, [position[token].logprob for position, token in chosen]
         trial.used.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
-        trial.freed.append(connector.statistics()["pages_freed"] if connector is not None else 0)
+        trial.freed.append(0 if connector is None else connector.scheduler.totals()["pages_freed"])
     trial.outputs = [outputs[name] for name in names]
     return trial
 
