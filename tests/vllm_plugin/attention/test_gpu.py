@@ -28,7 +28,7 @@ from jointkv.vllm_plugin.attention import reading as shared_reading
 from jointkv.vllm_plugin.attention.gpu import JointGPUAttention, JointGPUBackend
 from jointkv.vllm_plugin.engine.runners.base import Remap
 from jointkv.vllm_plugin.messages import Inquiry
-from tests.vllm_plugin.gpu_layers import (
+from tests.vllm_plugin.attention.gpu_layers import (
     HEADS,
     KV_HEADS,
     LAYERS,
