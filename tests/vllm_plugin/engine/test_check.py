@@ -1,0 +1,150 @@
+"""Engines the plugin refuses to be attached to, each with the cause named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentionSpec, SlidingWindowSpec
+
+from jointkv.errors import BadInput, UnsupportedEngine
+from jointkv.vllm_plugin import CONNECTOR_MODULE, WORKERS, engine_args
+from jointkv.vllm_plugin.connector import PARTS
+from jointkv.vllm_plugin.engine import check as engine_check
+from jointkv.vllm_plugin.engine.uses import is_tested, vllm_version
+from jointkv.vllm_plugin.settings import PluginSettings
+from tests.vllm_plugin.engines import engine, released_at_exit
+
+SIZES = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+FULL = FullAttentionSpec(**SIZES)
+SLIDING = SlidingWindowSpec(**SIZES, sliding_window=64)
+
+
+def config(**changes: Any) -> Any:
+    """A stand-in for `VllmConfig` that is accepted; dotted names are set on top."""
+    made = SimpleNamespace(
+        speculative_config=None,
+        kv_events_config=None,
+        use_v2_model_runner=False,
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            worker_cls=WORKERS["cpu"],
+        ),
+        kv_transfer_config=SimpleNamespace(kv_connector_module_path=CONNECTOR_MODULE),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+        device_config=SimpleNamespace(device_type="cpu"),
+    )
+    for name, value in changes.items():
+        owner: Any = made
+        *path, last = name.split("__")
+        for part in path:
+            owner = getattr(owner, part)
+        setattr(owner, last, value)
+    return made
+
+
+def groups(*specs: Any) -> Any:
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
+
+
+def check(changed: Any, held: Any = None, **options: Any) -> tuple[int, ...]:
+    return engine_check.check_engine(changed, held or groups(FULL), PluginSettings.parse(options), PARTS)
+
+
+def test_the_usual_engine_is_accepted() -> None:
+    assert check(config()) == (0,)
+    assert check(config(), groups(SLIDING, FULL)) == (1,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"speculative_config": object()}, "speculative decoding; drop --speculative-config"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
+        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "KV-cache events"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "sharing of KV between layers"),
+        ({"parallel_config__worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls"),
+        ({"device_config__device_type": "cuda"}, "never run on cuda"),
+    ],
+)
+def test_setups_that_are_refused(changes: dict[str, Any], cause: str) -> None:
+    with pytest.raises(UnsupportedEngine, match=cause):
+        check(config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("held", "options", "cause"),
+    [
+        (groups(FULL), {"layer_groups": 2}, "layer_groups=2, but the engine keeps 1"),
+        (groups(FULL, FULL), {}, "layer_groups=1, but the engine keeps 2"),
+        (groups(SLIDING), {}, "no layer of this model has full attention"),
+        (groups(MLAAttentionSpec(**SIZES)), {}, "latent attention"),
+        (groups(FULL, MambaSpec(block_size=32, shapes=((1,),), dtypes=(torch.float32,))), {}, "Mamba"),
+        (groups(object()), {}, "kind object"),
+        (groups(FULL), {"scope": "chunk", "chunk_tokens": 100}, "chunk_tokens=100 is not a multiple"),
+    ],
+)
+def test_caches_that_are_refused(held: Any, options: dict[str, Any], cause: str) -> None:
+    with pytest.raises(UnsupportedEngine, match=cause):
+        check(config(), held, **options)
+
+
+def test_an_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_check, "vllm_version", lambda: "0.33.0")
+    with pytest.raises(UnsupportedEngine, match=r"vLLM 0\.33\.0 was never run.*0\.32.*allow_untested"):
+        check(config())
+    assert check(config(), allow_untested=True) == (0,)
+    assert check(config(device_config__device_type="cuda"), allow_untested=True) == (0,)
+
+
+def test_the_installed_version_is_a_tested_one() -> None:
+    assert is_tested(vllm_version())
+
+
+def test_a_real_engine_with_the_wrong_worker(calm: Path) -> None:
+    arguments = {key: value for key, value in engine_args().items() if key != "worker_cls"}
+    with pytest.raises(UnsupportedEngine, match="--worker-cls"), engine(calm, **arguments):
+        pass
+
+
+def test_a_real_engine_with_the_worker_but_no_connector(calm: Path) -> None:
+    with (
+        pytest.raises(UnsupportedEngine, match="without the jointkv connector"),
+        engine(calm, worker_cls=WORKERS["cpu"]),
+    ):
+        pass
+
+
+def test_a_real_engine_with_two_connectors(calm: Path) -> None:
+    both = engine_args()
+    child = both["kv_transfer_config"]
+    both["kv_transfer_config"] = {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"connectors": [child]},
+    }
+    with pytest.raises(UnsupportedEngine, match=r"only connector|no other connector"), engine(calm, **both):
+        pass
+
+
+def test_an_unknown_option_at_the_start_of_an_engine(calm: Path) -> None:
+    arguments = engine_args()
+    arguments["kv_transfer_config"]["kv_connector_extra_config"] = {"max_relativ_error": 0.1}
+    with pytest.raises(BadInput, match="did you mean 'max_relative_error'"), engine(calm, **arguments):
+        pass
+
+
+def test_engines_start_after_refusals(calm: Path) -> None:
+    with released_at_exit(), engine(calm, fusion={}) as served:
+        assert len(served.generate([[1, 2, 3]], 2)[0]) == 2

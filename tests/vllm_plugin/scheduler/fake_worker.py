@@ -1,0 +1,306 @@
+"""A worker without a model: vLLM's own tables, jointkv's own remaps, and pages that hold numbers instead of K and V."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.distributed.kv_transfer import get_kv_transfer_group, kv_transfer_state
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.utils.math_utils import cdiv
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.pool.late_interaction_runner import LateInteractionRunner
+from vllm.v1.worker.gpu_input_batch import InputBatch
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.worker_base import CompilationTimes
+
+from jointkv.policy import FusionPolicy
+from jointkv.vllm_plugin.messages import Inquiry, Verdict
+from jointkv.vllm_plugin.worker.mixin import RemappingWorker
+
+LAYERS = 2
+ANSWER = 900
+"""Most generated tokens are `ANSWER` plus their position, so answers of different requests have equal text."""
+
+Block = tuple[int, ...]
+
+
+class Model:
+    """Stands for the weights: what is written for a token follows from all that is read before it.
+
+    Attributes:
+        version: other weights write other numbers.
+    """
+
+    def __init__(self) -> None:
+        self.version = 0
+
+    def extend(self, past: list[list[int]], tokens: Iterable[int]) -> None:
+        """Append to `past` (numbers per layer group, token by token) what is written for `tokens`, in place.
+
+        A layer group reads itself and those below it. However `tokens` are cut into chunks, the numbers are the same.
+        """
+        for token in tokens:
+            read = [tuple(group) for group in past]
+            for number, group in enumerate(past):
+                group.append(hash((self.version, token, *read[: number + 1])))
+
+    def sample(self, past: list[list[int]]) -> int:
+        """The token after `past`."""
+        number = hash(past[-1][-1])
+        return ANSWER + len(past[-1]) + (1000 + number % 3 if number % 8 == 0 else 0)
+
+
+class Pages:
+    """What every page of the pool holds.
+
+    Attributes:
+        numbers: per page and token what stands for K and V.
+        text: per page the position and the token that each number was written for.
+        salts: of the requests that wrote the pages.
+        generation: how often a page was begun.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self.size = size
+        self.numbers: list[list[int]] = [[0] * size for _ in range(count)]
+        self.text: list[list[tuple[int, int]]] = [[(-1, -1)] * size for _ in range(count)]
+        self.salts: list[str | None] = [None] * count
+        self.generation = [0] * count
+
+    def read(self, table: Sequence[int], count: int) -> list[int]:
+        """The first `count` numbers behind `table`."""
+        return [self.numbers[table[place // self.size]][place % self.size] for place in range(count)]
+
+    def write(self, page: int, place: int, number: int, text: tuple[int, int], salt: str | None) -> None:
+        """Write one token."""
+        if place == 0:
+            self.generation[page] += 1
+        self.numbers[page][place] = number
+        self.text[page][place] = text
+        self.salts[page] = salt
+
+    def block(self, page: int) -> Block:
+        """All numbers of a page."""
+        return tuple(self.numbers[page])
+
+
+def errors(own: Block, other: Block) -> tuple[float, float, float]:
+    """Relative errors of K, of V and of the worst token: 0 for equal numbers only, else up to 0.25, 0.25 and 0.36."""
+    if own == other:
+        return 0.0, 0.0, 0.0
+    seed = hash((own, other)) & 0xFFFFFFFFFFFF
+    key, value, token = ((1 + (seed >> shift) % 1000) / 1000 for shift in (0, 16, 32))
+    return 0.25 * key, 0.25 * value, 0.36 * token
+
+
+def within_bounds(own: Block, other: Block, policy: FusionPolicy) -> bool:
+    """Whether `other` may serve a request that has computed `own`."""
+    key, value, token = errors(own, other)
+    block_bound, token_bound = policy.threshold("max_relative_error", 0), policy.threshold("max_token_error", 0)
+    return max(key, value) <= block_bound and token <= token_bound  # type: ignore[operator]
+
+
+class Comparer:
+    """In the place of `PageComparer`."""
+
+    def __init__(self, across_layers: str, groups: dict[int, Pages], norms: None = None) -> None:
+        self.groups = groups
+
+    def answer(self, inquiry: Inquiry) -> Verdict:
+        """Compare the pairs of `inquiry`."""
+        found = []
+        for group, own, other in zip(inquiry.group.tolist(), inquiry.own.tolist(), inquiry.other.tolist(), strict=True):
+            pages = self.groups[group]
+            assert pages.salts[own] == pages.salts[other], "pages of different salts are compared"
+            found.append((*errors(pages.block(own), pages.block(other)), 1.0, 1.0))
+        return Verdict(inquiry.step, *np.array(found, np.float32).T)
+
+
+class Mail:
+    """The way of verdicts from the worker to the scheduler, with the accidents a test asks for.
+
+    Attributes:
+        accident: what happens to the next verdict: `"lost"`, `"late"` (it comes in the place of a later one), `"twice"`
+            or `"fault"`; None delivers.
+    """
+
+    def __init__(self) -> None:
+        self.accident: str | None = None
+        self._held: list[Verdict] = []
+
+    def carry(self, verdict: Verdict | None) -> Verdict | None:
+        """What arrives with the output of this step."""
+        if verdict is None:
+            return self._held.pop() if self._held else None
+        accident, self.accident = self.accident, None
+        if accident == "fault":
+            return Verdict.given_up(verdict.step, "on purpose")
+        if accident in ("late", "twice"):
+            held, self._held = self._held, [verdict]
+            return verdict if accident == "twice" else held.pop() if held else None
+        return None if accident == "lost" else verdict
+
+
+def _nothing(*args: Any, **options: Any) -> None:
+    pass
+
+
+class Runner:
+    """Keeps requests and tables with vLLM's own code, and writes numbers where it would compute.
+
+    Attributes:
+        watcher: called after every request with its name, its first computed token and all its numbers.
+    """
+
+    _update_states = GPUModelRunner._update_states
+    _on_request_state_removed = _process_encoder_cache_scheduler_output = _may_reorder_batch = _nothing
+    speculative_config = None
+    use_async_spec_decode = False
+    is_pooling_model = False
+    uses_mrope = False
+
+    def __init__(self, config: Any, kv_cache_config: Any, model: Model, mail: Mail, watcher: Any) -> None:
+        self.model, self.mail, self.watcher = model, mail, watcher
+        self.use_async_scheduling = config.scheduler_config.async_scheduling
+        self.device = torch.device("cpu")
+        self.requests: dict[str, Any] = {}
+        self.num_prompt_logprobs: dict[str, int] = {}
+        self.late_interaction_runner = LateInteractionRunner()
+        groups = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        length = config.model_config.max_model_len
+        self.input_batch = InputBatch(
+            max_num_reqs=config.scheduler_config.max_num_seqs,
+            max_model_len=length,
+            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+            device=self.device,
+            vocab_size=config.model_config.get_vocab_size(),
+            block_sizes=[group.block_size for group in groups],
+            max_num_blocks_per_req=[cdiv(length, group.block_size) for group in groups],
+        )
+        self.pages = Pages(kv_cache_config.num_blocks, groups[0].block_size)
+        self._output: ModelRunnerOutput | None = None
+
+    def synchronize_input_prep(self) -> Any:
+        return nullcontext()
+
+    def execute_model(self, output: Any) -> ModelRunnerOutput | None:
+        """One step, in the order of vLLM's runner; the result is asked for by `sample_tokens` unless there is none."""
+        self._update_states(output)
+        self.watcher.begin(output)
+        connector: Any = get_kv_transfer_group()
+        connector.bind_connector_metadata(output.kv_connector_metadata)
+        # A request may read pages that one before it writes in the same step.
+        sampled = {name: self._compute(name, count) for name, count in output.num_scheduled_tokens.items()}
+        arrived = KVConnectorOutput(kv_connector_worker_meta=self.mail.carry(connector.build_connector_worker_meta()))
+        connector.clear_connector_metadata()
+        if not sampled:
+            return ModelRunnerOutput.with_kv_conn_output_only(arrived)
+        names = list(self.input_batch.req_ids)
+        self._output = ModelRunnerOutput(
+            names,
+            {name: row for row, name in enumerate(names)},
+            [sampled[name] for name in names],
+            kv_connector_output=arrived,
+        )
+        return None
+
+    def sample_tokens(self) -> ModelRunnerOutput | None:
+        output, self._output = self._output, None
+        return output
+
+    def _compute(self, name: str, count: int) -> list[int]:
+        """Write the next `count` tokens of a request; the sampled token, if its last known one is among them."""
+        request = self.requests[name]
+        first = int(self.input_batch.num_computed_tokens_cpu[self.input_batch.req_id_to_index[name]])
+        tokens = [*request.prompt_token_ids, *request.output_token_ids]
+        tables = self._tables(name)
+        past = [self.pages.read(table, first) for table in tables]
+        self.model.extend(past, tokens[first : first + count])
+        salt = self.watcher.salt(name)
+        for place in range(first, first + count):
+            for numbers, table in zip(past, tables, strict=True):
+                page = table[place // self.pages.size]
+                self.pages.write(page, place % self.pages.size, numbers[place], (place, tokens[place]), salt)
+        self.watcher.computed(name, first, past)
+        if first + count < len(tokens):
+            return []
+        request.output_token_ids.append(self.model.sample(past))
+        return request.output_token_ids[-1:]
+
+    def _tables(self, name: str) -> list[list[int]]:
+        """The rows of the batch, which attention reads."""
+        row = self.input_batch.req_id_to_index[name]
+        tables = self.input_batch.block_table.block_tables
+        return [table.block_table.np[row, : table.num_blocks_per_row[row]].tolist() for table in tables]
+
+
+class BareWorker:
+    """What `RemappingWorker` is mixed into: vLLM's worker without device and model."""
+
+    def __init__(self, vllm_config: Any, make_runner: Callable[..., Runner]) -> None:
+        self.vllm_config = vllm_config
+        self._make_runner = make_runner
+
+    def get_supported_kv_cache_layouts(self) -> list[str]:
+        return ["LBHNC"]
+
+    def set_kv_cache_layout(self, layout: str) -> None:
+        pass
+
+    def get_kv_cache_spec(self) -> dict[str, FullAttentionSpec]:
+        size = self.vllm_config.cache_config.block_size
+        spec = FullAttentionSpec(block_size=size, num_kv_heads=1, head_size=8, dtype=torch.float32)
+        return {f"layers.{number}": spec for number in range(LAYERS)}
+
+    def determine_available_memory(self) -> int:
+        return 1 << 30
+
+    def initialize_from_config(self, configs: Sequence[Any]) -> None:
+        (config,) = configs
+        kv_transfer_state._KV_CONNECTOR_AGENT = KVConnectorFactory.create_connector(
+            self.vllm_config, KVConnectorRole.WORKER, config
+        )
+        self.model_runner = self._make_runner(self.vllm_config, config)
+        context = self.vllm_config.compilation_config.static_forward_context
+        context.update({f"layers.{number}": self.model_runner.pages for number in range(LAYERS)})
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        return CompilationTimes(0.0, 0.0)
+
+    def get_kv_connector_handshake_metadata(self) -> None:
+        return None
+
+    def execute_model(self, scheduler_output: Any) -> ModelRunnerOutput | None:
+        return self.model_runner.execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput | None:
+        return self.model_runner.sample_tokens()
+
+    def shutdown(self) -> None:
+        pass
+
+
+class FakeWorker(RemappingWorker, BareWorker):
+    """jointkv's worker around `BareWorker`."""
+
+
+def executor_of(make_runner: Callable[..., Runner]) -> type[UniProcExecutor]:
+    """An executor whose one worker is a `FakeWorker`."""
+
+    class FakeExecutor(UniProcExecutor):
+        def _init_executor(self) -> None:
+            self.driver_worker = FakeWorker(self.vllm_config, make_runner)
+
+    return FakeExecutor
+
+
+def packed_pages(layers: Sequence[Pages], num_blocks: int, block_size: int) -> Pages:
+    """In the place of what reads tensors: all layers share one record of numbers."""
+    return layers[0]

@@ -1,0 +1,72 @@
+"""Two ranks: a merge happens only where both are within the bound, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+
+SCRIPT = """
+import json, os, sys
+os.sched_setaffinity(0, range(os.cpu_count()))
+from vllm import LLM, SamplingParams
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from tests.vllm_plugin.engines import WATCHED, near_prefix
+from jointkv.vllm_plugin import engine_args
+
+def attention(worker):
+    readings = get_kv_transfer_group().worker.readings
+    return [(reading.fault, reading.steps, reading.shared_steps) for reading in readings.values()]
+
+def main():
+    llm = LLM(
+        sys.argv[1], dtype="float32", enforce_eager=True, num_gpu_blocks_override=200, max_model_len=1024,
+        block_size=32, skip_tokenizer_init=True, tensor_parallel_size=2,
+        **engine_args(**WATCHED, **json.loads(sys.argv[2])),
+    )
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": prompt} for prompt in near_prefix(4, shared=320)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    print("FOUND", json.dumps({
+        "lengths": [len(output.outputs[0].token_ids) for output in outputs],
+        "statistics": scheduler.connector.scheduler.totals(),
+        "references": sum(b.ref_cnt for b in scheduler.kv_cache_manager.block_pool.blocks if not b.is_null),
+        "attention": llm.collective_rpc(attention),
+    }))
+    llm.llm_engine.engine_core.shutdown()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks want two cores")
+@pytest.mark.parametrize("options", [{}, {"own_norms": True}], ids=["as they stand", "own norms"])
+def test_two_ranks_merge(calm: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    script = tmp_path / "two_ranks.py"
+    script.write_text(SCRIPT)
+    environment = {
+        **os.environ,
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(script), str(calm), json.dumps(options)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")] or [done.stderr[-3000:]]
+    found = json.loads(line.removeprefix("FOUND "))
+    assert found["lengths"] == [8] * 4 and found["references"] == 0
+    assert found["statistics"]["faults"] == 0 and found["statistics"]["blocks_merged"] > 20
+    if options:
+        for ((fault, steps, shared_steps),) in found["attention"]:
+            assert fault is None and shared_steps == steps >= 8
+    assert len(found["attention"]) == 2
