@@ -13,6 +13,7 @@ from torch import Tensor
 from jointkv.core.pool import BlockPool
 from jointkv.errors import PoolFull
 from jointkv.fusion.token_index import TokenIndex
+from jointkv.hf.batch import Batch as Held
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
 from tests.core.shadow import Content
@@ -133,7 +134,7 @@ class Server:
         if not pages:
             return
         length = len(pages) * BLOCK
-        cache._begin(1)
+        cache.batch = Held(self.pool, [tenant])
         for table, row in zip(cache.tables, torch.tensor(pages).T, strict=True):
             table.adopt(row[None], torch.zeros(1, len(row), dtype=torch.bool), None, None)
         cache.batch.length = length

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from jointkv.attention.tokens import token_scales
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.table import BlockTable
 from jointkv.errors import PoolFull
@@ -144,6 +145,17 @@ class Batch:
         filled = (slots >= first[:, None]) & (slots < full[:, None]) & self.fusable[:, None]
         row, slot = filled.nonzero(as_tuple=True)
         return row, slot
+
+    def scales(self, group: int, member: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Factors on K and V of one layer by token, `[rows, length]` on the pages' device, where blocks have any."""
+        table = self.tables[group]
+        if table.k_scale is None or table.v_scale is None:
+            return None, None
+        k, v = (
+            token_scales(scale[member], self.pool.block_size, self.padding, self.length).to(table.pool.kv.device)
+            for scale in (table.k_scale, table.v_scale)
+        )
+        return k, v
 
     def state(self) -> saving.State:
         """Pages, tables and what is known of the rows, for `restore`; see `saving.pack`."""

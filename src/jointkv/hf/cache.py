@@ -47,11 +47,8 @@ class JointCache(Cache):
         self.pool, self.isolation_key = pool, isolation_key
         paged = {layer: index for index, layer in enumerate(pool.full_layers)}
         stock = DynamicCache(config=pool.config).layers
-        super().__init__(
-            layers=[
-                PagedCacheLayer(self.write_layer, paged[i]) if i in paged else layer for i, layer in enumerate(stock)
-            ]
-        )
+        layers = [PagedCacheLayer(self.write_layer, paged[i]) if i in paged else layer for i, layer in enumerate(stock)]
+        super().__init__(layers=layers)
         self._clear()
 
     def _clear(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jointkv.attention.tokens import token_scales, token_slots, write_tokens
+from jointkv.attention.tokens import token_slots, write_tokens
 from jointkv.hf.attention import PagedLayer, attach_pages, watch
 from jointkv.hf.batch import Batch
 
@@ -58,22 +58,10 @@ class Step:
         for pages, states in ((keys, key_states), (values, value_states)):
             write_tokens(pages, new, states.transpose(1, 2).flatten(0, 1)[self.written])
         if not self.fresh:
-            paged = PagedLayer(keys, values, slots, *_scales(batch, group, member, slots.device))
+            paged = PagedLayer(keys, values, slots, *batch.scales(group, member))
             if pool.reads_pages and index in pool.page_readers:
                 return attach_pages(key_states, paged), value_states
             key_states, value_states = (states.contiguous() for states in paged.read())
         if pool.reads_pages:
             watch(key_states, value_states, functools.partial(pool.page_readers.add, index))
         return key_states, value_states
-
-
-def _scales(batch: Batch, group: int, member: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Factors of one layer by token, where blocks have any."""
-    table = batch.tables[group]
-    if table.k_scale is None or table.v_scale is None:
-        return None, None
-    k, v = (
-        token_scales(scale[member], batch.pool.block_size, batch.padding, batch.length).to(device)
-        for scale in (table.k_scale, table.v_scale)
-    )
-    return k, v
