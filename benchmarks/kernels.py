@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 import kernels_gpu
-from jointkv.attention.cpu import paged_attention
 from jointkv.attention.grouping import group_pages
 from jointkv.attention.layouts import LayerPages
+from jointkv.attention.paged import paged_attention
 from jointkv.attention.work import WorkList
 from timing import median_ratio, write
 

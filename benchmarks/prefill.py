@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from jointkv.attention.cpu import paged_attention
 from jointkv.attention.grouping import group_pages
 from jointkv.attention.layouts import LayerPages
+from jointkv.attention.paged import paged_attention
 from kernels import BLOCK_SIZE, CLOCKS, SHAPES, TOLERANCE, Heads, in_turns, on_threads, stock_paths
 from timing import median_ratio, write
 

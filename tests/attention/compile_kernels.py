@@ -11,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from jointkv.attention import gpu, paged_triton
+from jointkv.attention.paged import paged_attention
 from jointkv.core.blocks import SUPPORTED_DTYPES, PagedKV
 from jointkv.core.packed import PACKED_DTYPES, PackedPages
 from jointkv.fusion.kernels import gpu as planning
@@ -60,14 +61,15 @@ def main() -> None:
     triton.runtime.driver.set_active(no_gpu(90))
     batch, pages = small_case(dtype=torch.bfloat16)
     batch.query_lengths = torch.tensor([20, 20])
-    gpu.paged_attention(torch.zeros(40, 4, 16).bfloat16(), pages, batch.group(heads_per_kv_head=2, share=False))
+    work = batch.group(heads_per_kv_head=2, share=False)
+    paged_attention(torch.zeros(40, 4, 16).bfloat16(), pages, work, kernel=gpu.attend)
     compile_planning()
     triton.runtime.driver.set_active(no_gpu(80))
     compile_planning()
     batch, pages = small_case(dtype=torch.float16)
     batch.shift = torch.tensor([[0, 3, 0], [0, 3, 0]])
-    query, scales = torch.zeros(2, 4, 16).half(), torch.ones(2, 3)
-    gpu.paged_attention(query, pages, batch.group(heads_per_kv_head=2), k_scale=scales, turn=turn)
+    query, scales, work = torch.zeros(2, 4, 16).half(), torch.ones(2, 3), batch.group(heads_per_kv_head=2)
+    paged_attention(query, pages, work, k_scale=scales, turn=turn, kernel=gpu.attend)
 
 
 if __name__ == "__main__":

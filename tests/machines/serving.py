@@ -133,10 +133,10 @@ class Server:
         if not pages:
             return
         length = len(pages) * BLOCK
-        cache._start(1)
+        cache._begin(1)
         for table, row in zip(cache.tables, torch.tensor(pages).T, strict=True):
             table.adopt(row[None], torch.zeros(1, len(row), dtype=torch.bool), None, None)
-        cache.length = length
+        cache.batch.length = length
         for layer in cache.paged_layers:
             layer.length, layer.is_initialized = length, True
         batch.texts, batch.waiting, batch.mask = [text[:length]], [text[length:]], [[1] * length]

@@ -36,7 +36,8 @@ def check_transformers() -> None:
 
 def check_overrides() -> None:
     """The same for the methods of transformers that jointkv's classes replace, once those are made."""
-    from jointkv.hf.cache import JointCache, PagedCacheLayer
+    from jointkv.hf.cache import JointCache
+    from jointkv.hf.layer import PagedCacheLayer
 
     _refuse(
         (

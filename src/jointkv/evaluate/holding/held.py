@@ -16,7 +16,6 @@ from jointkv.evaluate.score.fidelity import Scorer
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
-from jointkv.hf.saving import pack, unpack
 from jointkv.policy import FusionPolicy
 
 
@@ -77,7 +76,7 @@ class Prefilled:
     """A batch of requests after an unfused prefill, kept outside any pool so that several policies can start from it.
 
     Attributes:
-        state: K, V and tables in one layer group, see `jointkv.hf.saving.pack`.
+        state: K, V and tables in one layer group, see `jointkv.hf.saving.State`.
         length: tokens per row, left padding included.
         mask: attention mask of the prompt, `[requests, length]`.
         seconds: time of the forward pass.
@@ -104,7 +103,7 @@ def prefill(model: PreTrainedModel, requests: Sequence[Request], *, block_size: 
         logits_to_keep=1,
     )
     seconds = time.perf_counter() - start
-    return Prefilled(requests, pack(cache), cache.length, mask, seconds)
+    return Prefilled(requests, cache.state(), cache.length, mask, seconds)
 
 
 class FusedBatch(HeldBatch):
@@ -126,7 +125,7 @@ class FusedBatch(HeldBatch):
         self.cache = JointCache(JointPool(model, policy, block_size=block_size))
         self._mask = batch.mask
         with torch.inference_mode():
-            unpack(self.cache, batch.length, regroup(batch.state, self.cache.pool.groups.layers))
+            self.cache.restore(batch.length, regroup(batch.state, self.cache.pool.groups.layers))
         stats = self.cache.pool.stats()
         self.pages_before, self.pages_after = stats["pages_peak"], stats["pages_used"]
         self.ratio_fused_layers = _ratio_fused_layers(self.cache)
