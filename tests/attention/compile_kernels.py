@@ -12,8 +12,9 @@ from triton.backends.compiler import GPUTarget
 
 from jointkv.attention import gpu, paged_triton
 from jointkv.attention.paged import paged_attention
+from jointkv.core.blocks import SUPPORTED_DTYPES, PagedKV
 from jointkv.core.packed import PACKED_DTYPES, PackedPages
-from jointkv.fusion import pair_sums_triton, signature_triton
+from jointkv.fusion.kernels import gpu as planning
 from tests.attention.paged_cases import small_case, turn
 
 
@@ -47,13 +48,14 @@ def compile_planning() -> None:
     for dtype in PACKED_DTYPES:
         place = torch.arange(64)
         pages = PackedPages([torch.zeros(2, 64).to(dtype)], place % 16, place >= 32)
-        pair_sums_triton.pair_sums(pages, torch.tensor([0]), torch.tensor([1]))
-        signature_triton.TritonSignatures(pages, [torch.zeros(32, 64)] * 2)(pages, torch.tensor([0]))
+        planning.Kernels().pair_sums(pages, torch.tensor([0]), torch.tensor([1]))
+    for dtype in SUPPORTED_DTYPES:
+        kv = PagedKV(*([torch.zeros(2, 16, 1, 2).to(dtype)] for _ in range(2)))
+        planning.Kernels().signatures(dtype, [torch.zeros(32, 64)] * 2)(kv, torch.tensor([0]))
 
 
 def main() -> None:
-    pair_sums_triton.add_up = Compiled(pair_sums_triton.add_up)
-    signature_triton.project = Compiled(signature_triton.project)
+    planning.add_up, planning.project = Compiled(planning.add_up), Compiled(planning.project)
     kernels = {name: Compiled(getattr(paged_triton, name)) for name in ("attend", "merge")}
     gpu._kernels = lambda: SimpleNamespace(INTERPRETED=triton.language.constexpr(True), **kernels)
     triton.runtime.driver.set_active(no_gpu(90))

@@ -1,7 +1,6 @@
 """The pure parts of `jointkv bench quick`: arms, order, medians, JSON and messages. No engine runs here."""
 
 import json
-import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from jointkv.cli import bench as cli
 from jointkv.cli import main
 from jointkv.errors import BadInput
 from jointkv.report.quick_table import HEADINGS, NOT_MEASURED, cells, markdown, ratio_lines
-from jointkv.system.machine import foreign_seconds
 
 ARM_NAMES = ["stock", "fused", "stock_large_pool"]
 ROUNDS = [[[1, 2, 3], [4, 5]], [[6, 7], [8, 9, 10]], [[11], [12, 13]]]
@@ -214,16 +212,6 @@ def test_environment_is_the_same_for_all_arms_and_leaves_this_process_alone() ->
     assert made["VLLM_CPU_KVCACHE_SPACE"] == "4" and made["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert made["HF_HUB_OFFLINE"] == "1" and inherited["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
     assert "HF_HUB_OFFLINE" not in launch.engine_environment({}, {0}, 1, local_model=False)
-
-
-def test_time_of_other_processes_is_counted_on_the_given_cores(tmp_path: Path) -> None:
-    stat = tmp_path / "stat"
-    tick, own = os.sysconf("SC_CLK_TCK"), os.times()
-    second = " ".join([str(tick)] * 3 + ["999999 999999"] + [str(tick)] * 3 + ["0 0"])
-    stat.write_text(f"cpu {second}\ncpu0 {second}\ncpu1 {second}\ncpu2 {second}\nintr 5\n")
-    # Six of the eight counters of each of two cores.
-    assert foreign_seconds({0, 2}, stat) == pytest.approx(12 - own.user - own.system, abs=1.0)
-    assert foreign_seconds({0}, tmp_path / "missing") is None
 
 
 def test_a_disturbed_run_is_reported() -> None:

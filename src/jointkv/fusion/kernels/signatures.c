@@ -1,21 +1,20 @@
 /* Signatures of KV blocks straight from their pages: products with random directions, and the norm, in one pass.
  *
- * The K, or V, of a block is read as runs of elements in the order of their addresses, a run as rows of LANES elements.
- * The directions lie in the same order. Two pages and COLUMNS directions are taken at a time, so that what is read of
- * the directions serves twice and the totals stay in registers.
+ * The K, or V, of a page is read in runs, a run as rows of LANES elements. Two pages and COLUMNS directions are taken at
+ * a time, so that what is read of the directions serves twice and the totals stay in registers.
  */
 #include <math.h>
 #define WIDTH 8
 #include "elements.h"
 
-enum { COLUMNS = 4, PAIR = 2, PAIRS = 8, GROUP = PAIR * PAIRS };
+/* The directions of a run, 16 KiB, stay in the first-level cache while the pages of a group pass. */
+enum { COLUMNS = 4, PAIR = 2, PAIRS = 8, GROUP = PAIR * PAIRS, RUN = 32 * LANES };
 
-/* One side of the blocks, by layer. `projection` is [tiles, rows, PARTS, COLUMNS, WIDTH]: the rows of all runs, each of
- * which is filled up with zeros, lanes as `decode` unpacks them. */
+/* One side of the blocks, by layer; pages are contiguous. `projection` is [tiles, rows, PARTS, COLUMNS, WIDTH]: the last
+ * row filled up with zeros, lanes as `decode` unpacks them. */
 typedef struct {
     const uint8_t *const *layers;
-    int64_t page_bytes, runs, rows;
-    const int64_t *start, *length; /* [runs], in elements */
+    int64_t elements;
     const float *projection;
 } block_side;
 
@@ -87,41 +86,31 @@ INLINE void add_run(totals *to, const uint8_t *const start[PAIR], const uint8_t 
 
 typedef void adding(totals *, const uint8_t *const[PAIR], const uint8_t *const[PAIR], int64_t, const float *);
 
-#define ADDING(name, dtype)                                                                                            \
-    static void name(totals *to, const uint8_t *const start[PAIR], const uint8_t *const next[PAIR], int64_t length,    \
-                     const float *projection)                                                                          \
+#define ADDING(dtype)                                                                                                  \
+    static void add_##dtype(totals *to, const uint8_t *const start[PAIR], const uint8_t *const next[PAIR],             \
+                            int64_t length, const float *projection)                                                   \
     {                                                                                                                  \
         add_run(to, start, next, length, projection, dtype);                                                           \
     }
-ADDING(add_float32, FLOAT32)
-ADDING(add_bfloat16, BFLOAT16)
-ADDING(add_float16, FLOAT16)
-ADDING(add_float8_e4m3fn, FLOAT8_E4M3FN)
-ADDING(add_float8_e5m2, FLOAT8_E5M2)
+EACH_DTYPE(ADDING)
 
-static adding *const addings[] = {
-    [FLOAT32] = add_float32,
-    [BFLOAT16] = add_bfloat16,
-    [FLOAT16] = add_float16,
-    [FLOAT8_E4M3FN] = add_float8_e4m3fn,
-    [FLOAT8_E5M2] = add_float8_e5m2,
-};
+#define ENTRY(dtype) [dtype] = add_##dtype,
+static adding *const addings[] = {EACH_DTYPE(ENTRY)};
 
 /* Sums over the pages of a group, two at a time; a run of the directions stays in the cache meanwhile. */
 static void add_pages(totals sums[PAIRS], const block_side *side, const uint8_t *const pages[GROUP], int pairs,
                       const float *projection, enum dtype dtype)
 {
-    for (int64_t run = 0; run < side->runs; run++) {
-        int64_t start = side->start[run] * size_of(dtype);
-        int64_t after = run + 1 < side->runs ? side->start[run + 1] * size_of(dtype) : start;
+    int64_t size = size_of(dtype);
+    for (int64_t start = 0; start < side->elements; start += RUN, projection += RUN * COLUMNS) {
+        int64_t left = side->elements - start, length = left < RUN ? left : RUN, after = left > RUN ? start + RUN : start;
         for (int pair = 0; pair < pairs; pair++) {
             const uint8_t *const *read = pages + pair * PAIR, *const *then = pair + 1 < pairs ? read + PAIR : pages;
             int64_t ahead = pair + 1 < pairs ? start : after;
-            const uint8_t *from[PAIR] = {read[0] + start, read[1] + start};
-            const uint8_t *next[PAIR] = {then[0] + ahead, then[1] + ahead};
-            addings[dtype](sums + pair, from, next, side->length[run], projection);
+            const uint8_t *from[PAIR] = {read[0] + start * size, read[1] + start * size};
+            const uint8_t *next[PAIR] = {then[0] + ahead * size, then[1] + ahead * size};
+            addings[dtype](sums + pair, from, next, length, projection);
         }
-        projection += (side->length[run] + LANES - 1) / LANES * LANES * COLUMNS;
     }
 }
 
@@ -135,13 +124,13 @@ void jointkv_signatures(const block_side sides[2], int64_t num_layers, int32_t d
         int64_t of = item / groups, first = item % groups * GROUP;
         int held = blocks - first < GROUP ? blocks - first : GROUP;
         const block_side *side = sides + of / num_layers;
+        int64_t page_bytes = side->elements * size_of(dtype), rows = (side->elements + LANES - 1) / LANES;
         const uint8_t *read[GROUP];
         for (int i = 0; i < GROUP; i++)
-            read[i] = side->layers[of % num_layers] + pages[first + (i < held ? i : 0)] * side->page_bytes;
+            read[i] = side->layers[of % num_layers] + pages[first + (i < held ? i : 0)] * page_bytes;
         for (int64_t tile = 0; tile * COLUMNS < columns; tile++) {
             totals sums[PAIRS] = {0};
-            add_pages(sums, side, read, (held + PAIR - 1) / PAIR, side->projection + tile * side->rows * COLUMNS * LANES,
-                      dtype);
+            add_pages(sums, side, read, (held + PAIR - 1) / PAIR, side->projection + tile * rows * COLUMNS * LANES, dtype);
             for (int i = 0; i < held; i++) {
                 const totals *sum = sums + i / PAIR;
                 float norm = sqrtf(total(sum->square[i % PAIR]));

@@ -15,17 +15,17 @@ from jointkv.core.blocks import PagedKV
 from jointkv.core.packed import BITS, PACKED_DTYPES, PackedPages
 from jointkv.errors import LayoutError
 from jointkv.fusion import pair_sums as module
+from jointkv.fusion.kernels import kernels_for
 from jointkv.fusion.pair_sums import pair_errors, pair_sums_reference
 from jointkv.fusion.signature import BlockSignature
 from jointkv.policy.rule import NOT_ASKED
-from jointkv.system import native
+from tests.fusion.kernels.test_signatures import contiguous_pages
 from tests.fusion.strategies import RESIDENT
 from tests.fusion.test_pair_sums import caches
-from tests.fusion.test_signature_kernel import pages_of_any_layout
 
 pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
 
-from jointkv.fusion import pair_sums_triton, signature_triton
+from jointkv.fusion.kernels import gpu
 
 # numpy, which the interpreter computes with, tells of NaN and infinity.
 pytestmark = [pytest.mark.usefixtures("interpreter"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -41,7 +41,7 @@ def there(kv):
 
 
 def compare(pages, own, other, rounding):
-    found, expected = pair_sums_triton.pair_sums(there(pages), own, other), pair_sums_reference(pages, own, other)
+    found, expected = gpu.Kernels().pair_sums(there(pages), own, other), pair_sums_reference(pages, own, other)
     assert found.shape == expected.shape and found.device == expected.device
     torch.testing.assert_close(found, expected, rtol=rounding, atol=1e-37 if rounding > 1e-6 else 0, equal_nan=True)
     assert torch.equal(found[..., 0] > 0, expected[..., 0] > 0), "alike only where it was"
@@ -87,15 +87,15 @@ def test_zero_and_tiny_blocks_are_only_equal_or_not():
 
 def test_no_pairs():
     pages = there(PackedPages([torch.ones(2, 12)], torch.arange(12) % 2, torch.arange(12) >= 6))
-    assert pair_sums_triton.pair_sums(pages, *torch.zeros(2, 0, dtype=torch.long)).shape == (0, 1, 2, 2, 3)
+    assert gpu.Kernels().pair_sums(pages, *torch.zeros(2, 0, dtype=torch.long)).shape == (0, 1, 2, 2, 3)
 
 
 def taken(signature, kv, pages):
-    return signature_triton.TritonSignatures(there(kv), signature._projections)(there(kv), pages)
+    return gpu.Kernels().signatures(kv.dtype, signature._projections)(there(kv), pages)
 
 
 @settings(deadline=None, max_examples=6)
-@given(case=pages_of_any_layout(most_layers=3, most_pages=9, shapes=SMALL))
+@given(case=contiguous_pages(most_layers=3, most_pages=9, shapes=SMALL))
 def test_signatures_are_the_definition(case):
     kv, pages = case
     signature = BlockSignature(there(kv))
@@ -115,29 +115,26 @@ def test_signatures_of_zero_blocks_and_of_what_is_no_number():
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_pages_on_a_gpu_are_compared_by_triton_where_there_is_triton(monkeypatch, installed):
-    asked = SimpleNamespace(pair_sums=lambda *_: "triton") if installed else None
-    monkeypatch.setattr(native, "triton_kernels", lambda name: asked)
+def test_pages_on_a_gpu_are_for_triton_where_there_is_triton(monkeypatch, installed):
+    if not installed:
+        monkeypatch.setitem(sys.modules, "triton", None)
+        monkeypatch.delitem(sys.modules, "jointkv.fusion.kernels.gpu")
+    kernels_for.cache_clear()
+    found = kernels_for("cuda")
+    kernels_for.cache_clear()
+    assert isinstance(found, gpu.Kernels) if installed else found is None
+
+
+def test_other_devices_have_no_kernels():
+    assert kernels_for("meta") is None
+
+
+@pytest.mark.parametrize("kernels", [SimpleNamespace(pair_sums=lambda *_: "kernel"), None])
+def test_the_kernel_compares_where_there_is_one(monkeypatch, kernels):
+    monkeypatch.setattr(module, "kernels_for", lambda device: kernels)
     monkeypatch.setattr(module, "pair_sums_reference", lambda *_: "reference")
-    monkeypatch.setattr(PackedPages, "device", torch.device("cuda"))
     pages = PackedPages([torch.ones(2, 12)], torch.arange(12) % 2, torch.arange(12) >= 6)
     none = torch.zeros(0, dtype=torch.long)
-    assert module.pair_sums(pages, none, none) == ("triton" if installed else "reference")
+    assert module.pair_sums(pages, none, none) == ("kernel" if kernels else "reference")
     with pytest.raises(LayoutError):
         module.pair_sums(pages, none, torch.zeros(1, dtype=torch.long))
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_signatures_of_pages_on_a_gpu_are_taken_by_triton_where_there_is_triton(monkeypatch, installed):
-    kv = PagedKV([torch.ones(2, 3, 1, 4)], [torch.ones(2, 3, 1, 4)])
-    signature = BlockSignature(kv)
-    monkeypatch.setattr(native, "triton_kernels", lambda name: signature_triton if installed else None)
-    monkeypatch.setattr(PagedKV, "device", torch.device("cuda"))
-    monkeypatch.setattr(signature_triton.TritonSignatures, "__init__", lambda self, kv, projections: None)
-    assert isinstance(signature._kernel(kv), signature_triton.TritonSignatures) == installed
-    assert (signature._kernel(kv) is None) != installed
-
-
-def test_without_triton_there_is_no_module_of_kernels(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    assert native.triton_kernels("jointkv.fusion.pair_sums_triton") is None

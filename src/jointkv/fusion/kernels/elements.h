@@ -2,12 +2,13 @@
 #ifndef JOINTKV_ELEMENTS_H
 #define JOINTKV_ELEMENTS_H
 #include <string.h>
-#include "../core/floats.h"
+#include "../../core/floats.h"
 
 enum { LANES = 32, PARTS = LANES / WIDTH, LINE = 64 };
 
 /* In the order of `PACKED_DTYPES`. */
 enum dtype { FLOAT32, BFLOAT16, FLOAT16, FLOAT8_E4M3FN, FLOAT8_E5M2 };
+#define EACH_DTYPE(make) make(FLOAT32) make(BFLOAT16) make(FLOAT16) make(FLOAT8_E4M3FN) make(FLOAT8_E5M2)
 
 /* `byte`: of float8_e4m3fn, in the upper half. The result lacks the factor E4M3_SCALE; its NaN stays a NaN. */
 INLINE floats from_e4m3(halves byte)

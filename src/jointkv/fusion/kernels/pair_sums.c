@@ -134,25 +134,16 @@ INLINE void compare(const row_patterns *rows, const uint8_t *own, const uint8_t 
 typedef void comparison(const row_patterns *, const uint8_t *, const uint8_t *, const uint8_t *const[2], float,
                         float *);
 
-#define COMPARISON(name, dtype)                                                                                        \
-    static void name(const row_patterns *rows, const uint8_t *own, const uint8_t *other, const uint8_t *const next[2], \
-                     float resolution, float *sums)                                                                    \
+#define COMPARISON(dtype)                                                                                              \
+    static void compare_##dtype(const row_patterns *rows, const uint8_t *own, const uint8_t *other,                    \
+                                const uint8_t *const next[2], float resolution, float *sums)                           \
     {                                                                                                                  \
         compare(rows, own, other, next, resolution, sums, dtype);                                                      \
     }
-COMPARISON(compare_float32, FLOAT32)
-COMPARISON(compare_bfloat16, BFLOAT16)
-COMPARISON(compare_float16, FLOAT16)
-COMPARISON(compare_float8_e4m3fn, FLOAT8_E4M3FN)
-COMPARISON(compare_float8_e5m2, FLOAT8_E5M2)
+EACH_DTYPE(COMPARISON)
 
-static comparison *const comparisons[] = {
-    [FLOAT32] = compare_float32,
-    [BFLOAT16] = compare_bfloat16,
-    [FLOAT16] = compare_float16,
-    [FLOAT8_E4M3FN] = compare_float8_e4m3fn,
-    [FLOAT8_E5M2] = compare_float8_e5m2,
-};
+#define ENTRY(dtype) [dtype] = compare_##dtype,
+static comparison *const comparisons[] = {EACH_DTYPE(ENTRY)};
 
 /* Writes `sums [pairs, layers, slots, 3]` for the pages `own [pairs]` and `other [pairs]` of every layer. */
 void jointkv_pair_sums(const row_patterns *rows, const uint8_t *const *layers, int64_t num_layers, int64_t page_bytes,
