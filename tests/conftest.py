@@ -10,7 +10,7 @@ from tests.hazards import pytest_addoption, pytest_runtest_setup  # noqa: F401
 
 LONGEST = (
     *("test_dashboard.py", "test_serve_engine.py", "test_doctor_engine.py", "test_plugin_tensor_parallel.py"),
-    *("test_soak.py", "test_serving_real_engine.py", "test_plugin_real_model.py", "test_scheduler_machine.py"),
+    *("test_soak.py", "test_real_engine.py", "test_plugin_real_model.py", "test_scheduler_machine.py"),
     *("test_calibration_real_model.py", "test_cache_generate.py", "test_cache_models.py", "test_html.py"),
     *("test_task_run.py", "test_tree.py", "test_worker.py", "test_cli_faults.py", "test_held.py"),
     *("test_serving_machine.py", "test_fused_methods.py"),
