@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from jointkv.bench.load_generator import LoadFailed
-from jointkv.bench.options import settings_of
+from jointkv.bench.plan import Plan
 from jointkv.bench.result import Arm, Load, Run, ServingResult
-from jointkv.bench.run import Plan, run_plan
+from jointkv.bench.run import run_plan, steps_left
+from jointkv.bench.run_folder import RunFolder
 from jointkv.bench.server import ServerFailed
-from jointkv.bench.state import RunFolder
 from jointkv.errors import BadInput
-from tests.bench.serving_plans import CLOSED, POISSON, plan, run
+from tests.bench.plans import CLOSED, POISSON, plan, run
 
 
 class World:
@@ -24,7 +24,6 @@ class World:
     def __init__(self, folder: Path, fails: dict[tuple[str, int, str], BaseException] | None = None) -> None:
         self.folder, self.fails = folder, fails or {}
         self.events: list[str] = []
-        self.seeds: list[int] = []
         self.announced: list[str] = []
         self.said: list[str] = []
         self.up = 0
@@ -43,16 +42,16 @@ class World:
     def reset_prefix_cache(self) -> None:
         self.events.append("reset")
 
-    def measure(self, server: Any, arm: Arm, load: Load, requests: Any, **given: Any) -> tuple[Run, list[str]]:
+    def measure(
+        self, plan: Plan, server: Any, arm: Arm, load: Load, number: int, progress: Any
+    ) -> tuple[Run, list[str]]:
         assert server is self and self.events[-1] == "reset"
-        number = given["round"]
         self.events[-1] = f"{arm.name} {number} {load.label}"
         self._fail(arm, number, load.label)
-        assert given["model"] == "m" and given["tokenizer"] == "folder" and given["block_bytes"] == 64
-        self.seeds.append(given["seed"])
-        given["progress"](1)
+        progress(1)
         speed = {"stock": 4.0, "fused": 6.0}[arm.name]
-        made = run(arm.name, load, number, position=given["position"], output_tokens_per_s=speed, foreign_cpu=0.2)
+        position = plan.position(number, arm, load)
+        made = run(arm.name, load, number, position=position, output_tokens_per_s=speed, foreign_cpu=0.2)
         return made, [f"{arm.name} one", "two"]
 
     def _fail(self, arm: Arm, number: int, what: str) -> None:
@@ -71,7 +70,7 @@ class World:
         self.said.append(line)
 
     def go(self, chosen: Plan, fresh: bool = False) -> ServingResult:
-        folder = RunFolder(self.folder, settings_of(chosen), fresh)
+        folder = RunFolder(self.folder, chosen.settings(), fresh)
         return run_plan(chosen, folder, self.serve, self.measure, self)
 
     def partial(self) -> ServingResult:
@@ -87,7 +86,6 @@ def test_arms_take_turns_and_loads_share_a_server(tmp_path: Path) -> None:
         *("start fused 2", "fused 2 closed 2", "fused 2 poisson 0.5/s"),
         *("start stock 2", "stock 2 closed 2", "stock 2 poisson 0.5/s"),
     ]
-    assert world.seeds == [5] * 4 + [6] * 4
     assert [one.position for one in result.runs] == list(range(8))
     assert result.complete and result == world.partial()
     speed = [row for row in result.comparisons if row.metric == "output_tokens_per_s"]
@@ -102,7 +100,7 @@ def test_arms_take_turns_and_loads_share_a_server(tmp_path: Path) -> None:
 def test_progress_says_what_is_left(tmp_path: Path) -> None:
     world = World(tmp_path)
     chosen = plan(loads=(CLOSED,))
-    assert chosen.steps(RunFolder(tmp_path, settings_of(chosen))) == 8
+    assert len(steps_left(chosen, RunFolder(tmp_path, chosen.settings()))) == 8
     world.go(chosen)
     assert len(world.announced) == 8
     assert world.announced[:2] == ["round 1 of 2, stock, starting the server", "round 1 of 2, stock, closed 2"]
@@ -142,7 +140,6 @@ def test_more_rounds_go_on_and_fewer_leave_out(tmp_path: Path) -> None:
     world = World(tmp_path)
     assert len(world.go(plan(rounds=3)).runs) == 12
     assert [event for event in world.events if "start" in event] == ["start stock 3", "start fused 3"]
-    assert world.seeds == [7] * 4
     first = World(tmp_path).go(plan(rounds=1))
     assert {one.round for one in first.runs} == {1} and {row.pairs for row in first.fidelity} == {2}
 
@@ -165,11 +162,11 @@ def test_settings_tell_requests_and_profiles_apart(tmp_path: Path) -> None:
     base = plan()
     fused = base.arms[1].model_copy(update={"fusion": {"profile": str(profile)}})
     first = replace(base, arms=(base.arms[0], fused))
-    before = settings_of(first)
+    before = first.settings()
     profile.write_text("two")
-    assert settings_of(first) != before
-    assert settings_of(replace(base, requests=base.requests[::-1])) != settings_of(base)
-    assert settings_of(replace(base, rounds=9)) == settings_of(base)
+    assert first.settings() != before
+    assert replace(base, requests=base.requests[::-1]).settings() != base.settings()
+    assert replace(base, rounds=9).settings() == base.settings()
 
 
 def test_runs_of_unknown_origin_are_refused(tmp_path: Path) -> None:

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import random
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from influence import attack
+from influence_attack import DRIFTS, Target, Victim, search
 from jointkv.policy import FusionPolicy
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 VOCABULARY, BLOCK = 97, 4
 HAZARD = pytest.mark.hazard(
     "Side channels",
     "one tenant's content moves another's answer when they share a key",
     "only from blocks within the bound, by no more in any attention row than theory allows, and not at all at bound 0",
 )
-
-
-@pytest.fixture(scope="module")
-def attacks() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("influence_attack")
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +54,19 @@ def policies(*bounds: float) -> dict[float, FusionPolicy]:
 
 
 @pytest.fixture(scope="module")
-def target(attacks: Any, model: PreTrainedModel) -> Any:
-    victim = attacks.Victim(tokens(8, 1), tokens(24, 2), tokens(6, 3))
-    return attacks.Target(model, victim, policies(0.0, 0.4, 2.0), BLOCK)
+def target(model: PreTrainedModel) -> Target:
+    victim = Victim(tokens(8, 1), tokens(24, 2), tokens(6, 3))
+    return Target(model, victim, policies(0.0, 0.4, 2.0), BLOCK)
 
 
 @HAZARD
-def test_bound_zero_is_immune(target: Any) -> None:
+def test_bound_zero_is_immune(target: Target) -> None:
     for state in target.states([tokens(8, seed) for seed in range(10, 14)]):
         outcome = target.serve(state, 0.0)
         assert (outcome.blocks, outcome.mean_kl, outcome.changed) == (0, 0.0, 0.0)
 
 
-def test_the_same_request_serves_without_harm(target: Any) -> None:
+def test_the_same_request_serves_without_harm(target: Target) -> None:
     (state,) = target.states([target.victim.prefix])
     outcome = target.serve(state, 0.0)
     assert outcome.blocks == 8 and outcome.mean_kl == 0.0 and outcome.block_error == 0.0
@@ -83,7 +74,7 @@ def test_the_same_request_serves_without_harm(target: Any) -> None:
 
 @HAZARD
 def test_errors_are_within_the_bound_and_rows_within_theory(
-    target: Any, attacks: Any, record_property: Callable[[str, object], None]
+    target: Target, record_property: Callable[[str, object], None]
 ) -> None:
     moved = 0.0
     for bound in (0.4, 2.0):
@@ -93,12 +84,12 @@ def test_errors_are_within_the_bound_and_rows_within_theory(
             assert (outcome.blocks > 0) == (outcome.mean_kl > 0)
             moved = max(moved, outcome.mean_kl)
             for layer in target.drift(state, bound):
-                assert all(getattr(layer, name).holds() for name in attacks.DRIFTS)
+                assert all(getattr(layer, name).holds() for name in DRIFTS)
             record_property("attackers", 1)
     assert moved > 1e-3
 
 
-def test_rows_are_those_of_the_pages_that_are_read(target: Any) -> None:
+def test_rows_are_those_of_the_pages_that_are_read(target: Target) -> None:
     (state,) = target.states([tokens(8, 30)])
     outcome = target.serve(state, 2.0)
     assert outcome.blocks == 6  # those of the shared text; the prefix has other tokens
@@ -108,7 +99,7 @@ def test_rows_are_those_of_the_pages_that_are_read(target: Any) -> None:
     assert all(float(layer.logit_shift.actual.max()) == 0 for layer in target.drift(target.own, 0.0))
 
 
-def test_what_is_served_does_not_outlive_its_trial(target: Any) -> None:
+def test_what_is_served_does_not_outlive_its_trial(target: Target) -> None:
     (state,) = target.states([tokens(8, 31)])
     first = target.serve(state, 2.0)
     assert target.serve(state, 2.0) == first
@@ -117,7 +108,7 @@ def test_what_is_served_does_not_outlive_its_trial(target: Any) -> None:
     pool.check_integrity()
 
 
-def test_search_finds_a_planted_prefix(attacks: Any) -> None:
+def test_search_finds_a_planted_prefix() -> None:
     wanted, budget = tuple(random.Random(40).choices(range(2, 12), k=5)), itertools.count()
 
     def score(prefixes: list[tuple[int, ...]]) -> list[float]:
@@ -125,14 +116,13 @@ def test_search_finds_a_planted_prefix(attacks: Any) -> None:
             next(budget)
         return [sum(a == b for a, b in zip(prefix, wanted, strict=True)) for prefix in prefixes]
 
-    best, history = attacks.search(score, tokens(5, 41), 0.0, range(2, 12), 400, 8, random.Random(0))
+    best, history = search(score, tokens(5, 41), 0.0, range(2, 12), 400, 8, random.Random(0))
     assert history == sorted(history) and len(history) == 401 and next(budget) == 3200
     assert history[-1] == sum(a == b for a, b in zip(best, wanted, strict=True)) == 5
 
 
 @HAZARD
-def test_whole_experiment(attacks: Any, model: PreTrainedModel) -> None:
-    influence = importlib.import_module("influence")
+def test_whole_experiment(model: PreTrainedModel) -> None:
     arguments = argparse.Namespace(
         bound=[0.0, 2.0],
         prefix_tokens=8,
@@ -145,7 +135,7 @@ def test_whole_experiment(attacks: Any, model: PreTrainedModel) -> None:
         seed=0,
     )
     texts = (tokens(64, 50 + number) for number in itertools.count())
-    rows = influence.attack(model, 0, texts, range(2, VOCABULARY), arguments)
+    rows = attack(model, 0, texts, range(2, VOCABULARY), arguments)
     assert [(row["bound"], row["attacker"]) for row in rows] == [
         (bound, kind) for bound in (0.0, 2.0) for kind in ("text", "tokens", "search")
     ]

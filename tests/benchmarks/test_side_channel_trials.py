@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
+import side_channel as script
+import side_channel_trials as trials
 from tests.vllm_plugin.engines import VOCABULARY, Engine, engine
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ROUNDS = 2
 WIDE = {"max_relative_error": 0.5, "max_token_error": 0.75}
 Seen = dict[tuple[str, str, bool], dict[str, dict[bool, list[float]]]]
@@ -24,19 +23,7 @@ TOLD = ("cached_tokens", "turn_cached_tokens", "metrics_merged")
 
 
 @pytest.fixture(scope="module")
-def trials() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("side_channel_trials")
-
-
-@pytest.fixture(scope="module")
-def script(trials: Any) -> Any:
-    return importlib.import_module("side_channel")
-
-
-@pytest.fixture(scope="module")
-def served(trials: Any, calm: Path) -> Iterator[Engine]:
+def served(calm: Path) -> Iterator[Engine]:
     with engine(calm, pages=trials.Sizes().pages, fusion=WIDE, max_model_len=256) as running:
         yield running
         assert running.statistics["faults"] == 0
@@ -44,7 +31,7 @@ def served(trials: Any, calm: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def seen(trials: Any, script: Any, served: Engine) -> Seen:
+def seen(served: Engine) -> Seen:
     draw = random.Random(0)
     corpus = [draw.randrange(10, VOCABULARY) for _ in range(4000)]
     lines = ([draw.randrange(10, VOCABULARY) for _ in range(trials.FIRST_LINE)] for _ in itertools.count())
@@ -73,7 +60,7 @@ def test_with_different_salts_the_server_tells_nothing(seen: Seen, record_proper
     "the measurement is blind, and a leak is reported as none",
     "without salts it sees what a hit of the prefix cache and a merge are known to show",
 )
-def test_without_salts_it_sees_what_leaks(seen: Seen, trials: Any) -> None:
+def test_without_salts_it_sees_what_leaks(seen: Seen) -> None:
     for scenario in trials.SCENARIOS:
         exact, near = (seen[scenario, guess, False] for guess in trials.GUESSES)
         assert min(exact["cached_tokens"][True]) == 3 * trials.BLOCK > max(exact["cached_tokens"][False])
@@ -83,7 +70,7 @@ def test_without_salts_it_sees_what_leaks(seen: Seen, trials: Any) -> None:
         assert max(near["turn_cached_tokens"][True]) < min(near["turn_cached_tokens"][False])
 
 
-def test_every_case_and_class_has_its_trials(seen: Seen, script: Any, trials: Any) -> None:
+def test_every_case_and_class_has_its_trials(seen: Seen) -> None:
     assert len(seen) == 8
     for (scenario, _, _), observables in seen.items():
         assert observables.keys() == script.OBSERVABLES.keys() - (
@@ -96,7 +83,7 @@ def test_every_case_and_class_has_its_trials(seen: Seen, script: Any, trials: An
     assert sum("gauge" in row["observable"] for row in rows) == 8
 
 
-def test_few_pages_are_free_while_neighbours_run(trials: Any) -> None:
+def test_few_pages_are_free_while_neighbours_run() -> None:
     sizes, block = trials.Sizes(), trials.BLOCK
     # When the gauge is sent the probe has 2 tokens, its neighbours 4.
     held = 2 * -(-(sizes.prompt + 4) // block) + -(-(sizes.prompt + 2) // block)
@@ -105,7 +92,7 @@ def test_few_pages_are_free_while_neighbours_run(trials: Any) -> None:
     assert free < -(-sizes.gauge // block) <= free + mergeable
 
 
-def test_classes_take_turns_at_random(trials: Any) -> None:
+def test_classes_take_turns_at_random() -> None:
     cases = trials.schedule(40, [False, True], seed=0)
     for place in range(0, len(cases), 16):
         assert len(set(cases[place : place + 16])) == 16

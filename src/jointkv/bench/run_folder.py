@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from jointkv.bench.result import Run, ServingResult
+from jointkv.bench.result import Key, Run, ServingResult
 from jointkv.errors import BadInput
 from jointkv.system.files import replace_text
 
@@ -19,9 +19,6 @@ SETTINGS = "settings.json"
 RUNS = "runs"
 OUTPUTS = ".outputs.json"
 TEXTS = TypeAdapter(list[str])
-
-Key = tuple[str, str, int]
-"""Arm, label of the load, round."""
 
 
 class RunFolder:
@@ -53,20 +50,17 @@ class RunFolder:
 
     def save(self, run: Run, texts: list[str]) -> None:
         """Keep a run and the texts of its answers. Raises `BadInput` when that cannot be written."""
-        key = (run.arm, run.load, run.round)
         name = re.sub(r"[^\w.-]+", "-", f"{run.arm} {run.load} {run.round}")
         outputs = self.folder / RUNS / f"{name}{OUTPUTS}"
         run = run.model_copy(update={"outputs_file": f"{RUNS}/{outputs.name}"})
         # The outputs first: a run that is found has them.
         replace_text(outputs, json.dumps(texts, ensure_ascii=False, indent=1) + "\n")
         replace_text(self.folder / RUNS / f"{name}.json", run.model_dump_json(indent=1) + "\n")
-        self.runs[key], self.outputs[key] = run, texts
+        self.runs[run.key], self.outputs[run.key] = run, texts
 
-    def write_result(self, result: ServingResult) -> Path:
-        """Replace the result file and return its path. Raises `BadInput` when that cannot be."""
-        path = self.folder / RESULT
-        replace_text(path, result.model_dump_json(indent=1) + "\n")
-        return path
+    def write_result(self, result: ServingResult) -> None:
+        """Replace the result file. Raises `BadInput` when that cannot be."""
+        replace_text(self.folder / RESULT, result.model_dump_json(indent=1) + "\n")
 
     def _run_files(self) -> list[Path]:
         files = sorted((self.folder / RUNS).glob("*.json"))
@@ -98,8 +92,7 @@ class RunFolder:
             texts = TEXTS.validate_json(file.with_name(f"{file.stem}{OUTPUTS}").read_bytes())
         except (OSError, ValidationError) as error:
             raise BadInput(f"{file} cannot be read ({type(error).__name__}); remove it to repeat this run") from None
-        self.runs[run.arm, run.load, run.round] = run
-        self.outputs[run.arm, run.load, run.round] = texts
+        self.runs[run.key], self.outputs[run.key] = run, texts
 
 
 def _short(value: Any) -> str:

@@ -11,10 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jointkv.bench import server as serving
-from jointkv.bench.server import Server, ServerFailed, server_command, server_environment
+from jointkv.bench.server import Server, ServerFailed, free_port, server_command
 from jointkv.errors import BadInput
 
 STUB = Path(__file__).with_name("stub_server.py")
@@ -26,20 +27,18 @@ ITERATION = (
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def stub(folder: Path, mode: str = "serve") -> Server:
     return Server([sys.executable, str(STUB), mode], os.environ, free_port(), folder / "logs" / "server.log")
 
 
+def pids(server: Server) -> list[int]:
+    return sorted(process.pid for process in server.processes())
+
+
 def runs(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 
@@ -49,18 +48,17 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_starts_is_asked_and_leaves_nothing(tmp_path: Path) -> None:
-    said: list[str] = []
     with stub(tmp_path) as server:
-        assert not server.alive() and server.pids() == []
-        server.start(30.0, said.append)
-        assert server.alive() and len(said) == len(set(said)) and set(said) <= {"loading"}
-        pids, cpu = server.pids(), server.cpu_seconds()
-        assert len(pids) == 2 and cpu > 0
+        assert not server.alive() and server.processes() == []
+        server.start(30.0)
+        assert server.alive()
+        started, cpu = pids(server), server.cpu_seconds()
+        assert len(started) == 2 and cpu > 0
         server.reset_prefix_cache()  # the first answer is no
         for _ in range(40):
             serving.get(f"{server.url}/metrics")
         assert server.cpu_seconds() > cpu
-    assert not server.alive() and not any(map(runs, pids)) and server.pids() == []
+    assert not server.alive() and not any(map(runs, started)) and server.processes() == []
     server.stop()
 
 
@@ -82,11 +80,13 @@ def test_a_server_that_dies_says_why(tmp_path: Path) -> None:
     assert str(failed.value) == f"the server ended in start-up: {words} (log: {server.log_file})"
 
 
-def test_a_server_that_does_not_answer_or_end(tmp_path: Path) -> None:
+def test_a_server_that_does_not_answer_or_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = stub(tmp_path, "mute")
     seen: list[int] = []
+    look = server.require_alive
+    monkeypatch.setattr(server, "require_alive", lambda when: (look(when), seen.extend(pids(server))))
     with pytest.raises(ServerFailed, match="did not answer within 1 s, its log ends: loading"):
-        server.start(1.0, lambda line: seen.extend(server.pids()))
+        server.start(1.0)
     assert seen and not any(map(runs, seen))
 
 
@@ -99,14 +99,14 @@ def test_a_command_that_is_not_there(tmp_path: Path) -> None:
 def test_a_server_that_dies_later(tmp_path: Path) -> None:
     with stub(tmp_path) as server:
         server.start(30.0)
-        pids = server.pids()
-        os.kill(min(pids), signal.SIGKILL)
+        started = pids(server)
+        os.kill(started[0], signal.SIGKILL)
         deadline = time.monotonic() + 20
         while server.alive() and time.monotonic() < deadline:
             time.sleep(0.05)
         with pytest.raises(ServerFailed, match="the server ended under load: loading"):
             server.require_alive("under load")
-        assert not any(map(runs, pids))
+        assert not any(map(runs, started))
 
 
 @pytest.mark.parametrize("also_the_guard", [False, True])
@@ -114,11 +114,11 @@ def test_nothing_outlives_a_benchmark_that_was_killed(tmp_path: Path, also_the_g
     program = f"""
 import os, sys, time
 sys.path.insert(0, {str(STUB.parent)!r})
-from tests.bench.test_serving_server import stub, serving, Path
+from tests.bench.test_server import pids, stub, serving, Path
 serving.GRACE_SECONDS = 0.5
 server = stub(Path({str(tmp_path)!r}))
 server.start(30.0)
-print(*server.pids(), server._guard.pid, flush=True)
+print(*pids(server), server._guard.pid, flush=True)
 if {also_the_guard}:
     os.kill(server._guard.pid, 9)
     server.stop()
@@ -126,15 +126,15 @@ time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as benchmark:
         assert benchmark.stdout is not None
-        pids = list(map(int, benchmark.stdout.readline().split()))
-        assert len(pids) == 3 and (also_the_guard or all(map(runs, pids)))
+        started = list(map(int, benchmark.stdout.readline().split()))
+        assert len(started) == 3 and (also_the_guard or all(map(runs, started)))
         if not also_the_guard:
             benchmark.kill()
         deadline = time.monotonic() + 20
-        while any(map(runs, pids)) and time.monotonic() < deadline:
+        while any(map(runs, started)) and time.monotonic() < deadline:
             time.sleep(0.05)
         benchmark.kill()
-    assert not any(map(runs, pids))
+    assert not any(map(runs, started))
 
 
 def test_a_cache_that_cannot_be_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,14 +166,3 @@ def test_both_arms_start_through_one_entry() -> None:
     assert json.loads(fused[4]) == {"options": {"max_relative_error": 0.1}, "device": "cpu"}
     with pytest.raises(BadInput, match="max_relative_error"):
         server_command("m", {"max_relativ_error": 0.1}, [])
-
-
-def test_the_environment_of_every_arm() -> None:
-    found = server_environment({"HOME": "/h", "VLLM_LOGGING_LEVEL": "ERROR"}, {0, 1, 2}, 3 * 2**30, True, {0, 1})
-    assert found["HOME"] == "/h" and found["VLLM_CPU_OMP_THREADS_BIND"] == "0-1" and found["OMP_NUM_THREADS"] == "2"
-    assert found["VLLM_ENABLE_V1_MULTIPROCESSING"] == found["VLLM_SERVER_DEV_MODE"] == "1"
-    assert found["VLLM_CPU_KVCACHE_SPACE"] == "3" and found["HF_HUB_OFFLINE"] == "1"
-    assert found["VLLM_LOGGING_LEVEL"] == "INFO"
-    assert server_environment({}, {0, 1}, 1, False)["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
-    with pytest.raises(BadInput, match="1-2"):
-        server_environment({}, {0, 1}, 1, False, {1, 2})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,27 @@ import pytest
 
 from jointkv.bench import measure as measuring
 from jointkv.bench import server as serving
-from jointkv.bench.load_generator import Answer, LoadFailed, LoadOutcome
+from jointkv.bench.load_generator import LoadFailed
+from jointkv.bench.load_process import Answer, LoadOutcome, Spec
 from jointkv.bench.measure import measure, warm_up
 from jointkv.bench.requests import ServingRequest
 from jointkv.bench.result import Arm, Load, Run, Timeline
-from jointkv.bench.server import Server, ServerFailed, Step, get
-from tests.bench.test_serving_server import STUB, free_port
+from jointkv.bench.server import Server, ServerFailed, Step, free_port, get
+from tests.bench.plans import arm, plan
+from tests.bench.test_server import STUB, pids
 
-REQUESTS = [ServingRequest((1, 2, 3, 4), 3), ServingRequest((5, 6), 3)]
+REQUESTS = (ServingRequest((1, 2, 3, 4), 3), ServingRequest((5, 6), 3))
 CLOSED = Load(kind="closed", concurrency=1)
-STOCK = Arm(name="stock", title="stock", pool_blocks=11)
-TOTALS = {"duration": 2.0, "output_throughput": 3.0, "total_token_throughput": 6.0, "request_throughput": 1.0}
+FIRST, STOCK = arm("first"), arm(pool_blocks=11)
 
 
 def answer(start: float = 0.0, prompt: int = 100, tokens: int = 11, error: str | None = None) -> Answer:
     """First token after 1 s, one every 0.1 s since."""
-    return Answer(start, prompt, tokens, 1.0, [0.1] * (tokens - 1), 1.0 + 0.1 * (tokens - 1), "text", error)
+    itls = [0.1] * (tokens - 1)
+    return Answer(
+        **{"start": start, "prompt_tokens": prompt, "output_tokens": tokens, "ttft": 1.0, "e2el": 1.0 + sum(itls)},
+        **{"itl": 0.1 if itls else None, "itls": itls, "text": "text", "error": error},
+    )
 
 
 @pytest.fixture
@@ -37,33 +43,24 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         yield started
 
 
-def send(
-    url: str, model: str, tokenizer: str, load: Load, requests: Any, seed: int, progress: Any, during: Any, cores: Any
-) -> Any:
+def send(spec: Spec, progress: Any, during: Any, cores: Any) -> LoadOutcome:
     """In place of the load generator: really sends, and makes the times up."""
+    assert (spec.model, spec.tokenizer, spec.seed) == ("m", "folder", 6)
     with during:
-        for number, request in enumerate(requests):
-            body = {"prompt": list(request.prompt), "max_tokens": request.output_tokens, "stream": True}
-            get(f"{url}/v1/completions", body=body)
+        for number, (prompt, tokens, _) in enumerate(spec.requests):
+            get(f"{spec.url}/v1/completions", body={"prompt": prompt, "max_tokens": tokens, "stream": True})
             progress(number + 1)
-    answers = [answer(prompt=len(request.prompt), tokens=request.output_tokens) for request in requests]
-    return LoadOutcome(0.0, answers, 0.0, TOTALS)
+    return outcome([answer(prompt=len(prompt), tokens=tokens) for prompt, tokens, _ in spec.requests])
+
+
+def outcome(answers: list[Answer]) -> LoadOutcome:
+    rates = {"output_tokens_per_s": 3.0, "total_tokens_per_s": 6.0, "requests_per_s": 1.0}
+    return LoadOutcome(began=0.0, seconds=2.0, answers=answers, cpu_seconds=0.0, **rates)
 
 
 def run_of(server: Server, arm: Arm = STOCK, progress: Any = lambda done: None) -> tuple[Run, list[str]]:
-    return measure(
-        server,
-        arm,
-        CLOSED,
-        REQUESTS,
-        model="m",
-        tokenizer="t",
-        round=2,
-        position=5,
-        block_bytes=1000,
-        seed=0,
-        progress=progress,
-    )
+    made = replace(plan(loads=(CLOSED,)), arms=(FIRST, arm), block_bytes={arm.name: 1000}, requests=REQUESTS)
+    return measure(made, server, arm, CLOSED, 2, progress)
 
 
 def test_a_run_on_a_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +70,7 @@ def test_a_run_on_a_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> N
     done: list[int] = []
     run, texts = run_of(server, progress=done.append)
     assert (done, texts) == ([1, 2], ["text", "text"])
-    assert (run.arm, run.load, run.round, run.position) == ("stock", "closed 1", 2, 5)
+    assert (run.arm, run.load, run.round, run.position) == ("stock", "closed 1", 2, 2)
     assert (run.completed, run.failed, run.prompt_tokens, run.output_tokens) == (2, 0, 6, 6)
     assert (run.seconds, run.output_tokens_per_s, run.total_tokens_per_s, run.requests_per_s) == (2.0, 3.0, 6.0, 1.0)
     assert run.recomputed_tokens == 14 and run.preemptions == 2 and run.running_peak == 1
@@ -103,9 +100,9 @@ def test_jointkv_switched_itself_off(server: Server, monkeypatch: pytest.MonkeyP
 def test_a_server_that_dies_under_load(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("prometheus_client", reason="comes with vLLM")
 
-    def die(*arguments: Any, during: Any, cores: Any) -> None:
+    def die(spec: Spec, progress: Any, during: Any, cores: Any) -> None:
         with during:
-            os.kill(min(server.pids()), 9)
+            os.kill(min(pids(server)), 9)
             assert server._guard is not None
             server._guard.wait(20)
         raise LoadFailed("no request was answered")
@@ -129,14 +126,13 @@ def test_warm_up_sends_and_forgets(server: Server, monkeypatch: pytest.MonkeyPat
 
 
 def test_client_side_numbers() -> None:
-    answers = [answer(), answer(tokens=1), answer(error="gone")]
-    found = measuring._answered(LoadOutcome(0.0, answers, 0.0, TOTALS), answers[:2])
+    found = measuring._answered(outcome([answer(), answer(tokens=1), answer(error="gone")]))
     assert (found["completed"], found["failed"], found["output_tokens"]) == (2, 1, 12)
     assert found["tpot"].mean == pytest.approx(0.1) and found["itl"].p99 == pytest.approx(0.1)
     assert found["e2el"].mean == pytest.approx(1.5) and found["e2el"].p50 == pytest.approx(1.5)
     assert found["e2el"].p95 == pytest.approx(1.95)
-    assert found["requests"][1].itl is None
-    assert measuring._answered(LoadOutcome(0.0, answers, 0.0, TOTALS), [answers[1]])["tpot"] is None
+    assert [each["itl"] for each in found["requests"]] == [0.1, None]
+    assert measuring._answered(outcome([answer(tokens=1)]))["tpot"] is None
 
 
 def timeline(seconds: list[float], running: list[float], usage: list[float]) -> Timeline:

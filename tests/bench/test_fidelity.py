@@ -3,7 +3,7 @@
 import pytest
 
 from jointkv.bench.fidelity import common_prefix, compare_outputs
-from tests.bench.serving_plans import CLOSED, POISSON, arm
+from tests.bench.plans import CLOSED, POISSON, arm
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.side_channel import LEVEL, best_threshold, separation, smallest_detectable_auc
+from side_channel_statistics import LEVEL, best_threshold, separation, smallest_detectable_auc
 
 HAZARD = pytest.mark.hazard(
     "Side channels",

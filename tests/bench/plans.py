@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from jointkv.bench.plan import Plan
 from jointkv.bench.requests import ServingRequest
 from jointkv.bench.result import Arm, Latency, Load, Run, Timeline
-from jointkv.bench.run import Plan
 
 CLOSED = Load(kind="closed", concurrency=2)
 POISSON = Load(kind="poisson", rate=0.5)

@@ -14,7 +14,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+import soak
+from soak_watch import memory_verdict
+
 LOAD_SECONDS = 15
 
 
@@ -28,7 +30,7 @@ LOAD_SECONDS = 15
 @pytest.mark.parametrize("arm", ["lossy", pytest.param("exact", marks=pytest.mark.nightly)])
 def test_soak(arm: str, tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
     file = tmp_path / "soak.json"
-    command = [sys.executable, str(BENCHMARKS / "soak.py"), "--minutes", str(LOAD_SECONDS / 60), "--arm", arm]
+    command = [sys.executable, soak.__file__, "--minutes", str(LOAD_SECONDS / 60), "--arm", arm]
     ended = subprocess.run([*command, "--output", str(file)], capture_output=True, text=True, timeout=380)
     assert file.exists(), ended.stderr[-4000:]
     found = json.loads(file.read_text())["arms"][arm]
@@ -46,10 +48,7 @@ def test_soak(arm: str, tmp_path: Path, record_property: Callable[[str, Any], No
 @pytest.mark.parametrize(
     ("growth", "flat"), [(0.0, True), (-0.05, True), (0.01, True), (0.05, False)], ids=["none", "less", "1%", "5%"]
 )
-def test_growth_is_noticed(growth: float, flat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from soak_watch import memory_verdict
-
+def test_growth_is_noticed(growth: float, flat: bool) -> None:
     draw = random.Random(0)
     samples = [
         {"seconds": 5.0 * number, "own_mib": 1000 * (1 + growth * number / 240) + draw.gauss(0, 3)}
@@ -60,10 +59,7 @@ def test_growth_is_noticed(growth: float, flat: bool, monkeypatch: pytest.Monkey
     assert memory_verdict(samples[:20]) == {"judged": False}
 
 
-def test_a_near_tie_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from soak import near_tie
-
+def test_a_near_tie_is_no_difference() -> None:
     best = {"token_id:7": -0.7, "token_id:8": -0.7004}
-    assert near_tie(best, 8) and near_tie(best, 7)
-    assert not near_tie(best, 9) and not near_tie({"token_id:7": -0.1, "token_id:8": -2.0}, 8)
+    assert soak.near_tie(best, 8) and soak.near_tie(best, 7)
+    assert not soak.near_tie(best, 9) and not soak.near_tie({"token_id:7": -0.1, "token_id:8": -2.0}, 8)

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from jointkv.bench.statistics import compare, pairs, sign_flip_p, smallest_p
-from tests.bench.serving_plans import CLOSED, POISSON, arm, latency, run
+from tests.bench.plans import CLOSED, POISSON, arm, latency, run
 
 
 @pytest.mark.parametrize("ratios", [[1.2, 1.3], [1.2, 0.9, 1.1], [0.8, 0.7, 0.9, 0.95, 1.01], [2.0] * 6])
