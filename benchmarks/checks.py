@@ -133,14 +133,14 @@ def attach(engine: Any, clock: Clock) -> None:
 
     from jointkv.vllm_plugin.messages import Verdict
 
-    connector, worker = engine.engine_core.engine_core.scheduler.connector, get_kv_transfer_group()
-    fusion, apply = connector.scheduler, worker.apply
+    side, worker = engine.engine_core.engine_core.scheduler.connector.scheduler, get_kv_transfer_group().worker
+    apply = worker.apply
     places = (
-        ("may_replace", fusion.tables, "may_replace"),
-        ("bounds", fusion, "_within_bounds_in_force"),
+        ("may_replace", side.tables, "may_replace"),
+        ("bounds", side.bounds, "allowed"),
         ("verdict", Verdict, "check"),
-        ("order of verdicts", fusion, "_expect_none_before"),
-        ("recovery", connector.recovery, "resume"),
+        ("order of verdicts", side.fusion, "_expect_none_before"),
+        ("recovery", side.recovery, "resume"),
     )
     for name, owner, method in places:
         setattr(owner, method, clock.timed(name, getattr(owner, method)))
@@ -166,15 +166,15 @@ def serve(engine: Any, running: int, seed: int) -> int:
 
 
 def measure(engine: Any, clock: Clock, running: int, seed: int) -> dict[str, Any]:
-    connector = engine.engine_core.engine_core.scheduler.connector
+    side = engine.engine_core.engine_core.scheduler.connector.scheduler
     clock.take()
-    before, start = connector.statistics(), time.perf_counter()
+    before, start = side.totals(), time.perf_counter()
     steps = serve(engine, running, seed)
-    wall, after = time.perf_counter() - start, connector.statistics()
+    wall, after = time.perf_counter() - start, side.totals()
     checks = clock.take()
     seconds = sum(check["seconds"] for check in checks.values())
     if after["faults"]:
-        raise SystemExit(f"fusion has switched itself off: {connector.fault}")
+        raise SystemExit(f"fusion has switched itself off: {side.recovery.cause}")
     return {
         "steps": steps,
         "seconds_of_steps": wall,

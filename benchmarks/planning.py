@@ -14,7 +14,7 @@ import torch
 
 from jointkv.core.blocks import PagedKV
 from jointkv.fusion.pairs import pair_statistics
-from jointkv.fusion.tree import group_blocks, plan_batch
+from jointkv.fusion.tree import plan_batch
 from jointkv.policy import FusionPolicy
 from timing import median_ratio, paired, timed, write
 
@@ -64,7 +64,8 @@ def measure(requests: int, dtype: torch.dtype, shared: float, name: str, repeats
             level_products(gathered)
 
     def decide() -> None:
-        group_blocks(pair_statistics(kv, pages, policy, 0), policy, 0)
+        rule = policy.rule()
+        rule.group(pair_statistics(kv, pages, rule))
 
     floor, decided, planned = paired([products, decide, lambda: plan_batch(kv, held, policy)], repeats, warmup=3)
     plan = plan_batch(kv, held, policy)

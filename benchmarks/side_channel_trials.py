@@ -159,12 +159,12 @@ class Attack:
     def merged(self) -> int:
         """Blocks merged since the start, as the engine's `/metrics` page says."""
         connector = self.engine.engine_core.engine_core.scheduler.connector
-        return 0 if connector is None else connector.statistics()["blocks_merged"]
+        return 0 if connector is None else connector.scheduler.totals()["blocks_merged"]
 
     def faults(self) -> int:
         """Errors inside the plugin since the start; after the first it merges nothing more."""
         connector = self.engine.engine_core.engine_core.scheduler.connector
-        return 0 if connector is None else connector.statistics()["faults"]
+        return 0 if connector is None else connector.scheduler.totals()["faults"]
 
     def _text(self) -> list[int]:
         return self.texts.text(self.sizes.prompt - FIRST_LINE)

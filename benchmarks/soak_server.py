@@ -50,19 +50,19 @@ class Ledger:
 
 
 class SchedulerWitness:
-    """Attach to a `FusionScheduler` before its first request: it watches new requests, steps and replaced entries."""
+    """Attach to a `SchedulerSide` before its first request: it watches new requests, steps and replaced entries."""
 
-    def __init__(self, fusion: Any, file: Path) -> None:
-        self.fusion = fusion
+    def __init__(self, side: Any, file: Path) -> None:
+        self.side = side
         self.ledger = Ledger(
             file, steps=0, merges=0, merges_of_answers=0, cross_salt=0, opted_out=0, readers_of_two_salts=0
         )
         self._requests: dict[str, Any] = {}
         self._written_by: dict[int, Party] = {}
-        self._replace = fusion.tables.replace
-        fusion.tables.replace = self._replaced
-        for name, seen in (("admit", self._admitted), ("ask", self._stepped), ("dismiss", self._dismissed)):
-            setattr(fusion, name, _both(seen, getattr(fusion, name)))
+        self._replace = side.tables.replace
+        side.tables.replace = self._replaced
+        for name, seen in (("admit", self._admitted), ("next_inquiry", self._stepped), ("dismiss", self._dismissed)):
+            setattr(side, name, _both(seen, getattr(side, name)))
 
     def _admitted(self, request: Any) -> None:
         self._requests[request.request_id] = request
@@ -71,10 +71,10 @@ class SchedulerWitness:
         self._requests.pop(request_id, None)
         self.ledger.save(force=not self._requests)
 
-    def _stepped(self, inquiry: Any, output: Any) -> None:
+    def _stepped(self, output: Any) -> None:
         self.ledger.add(steps=1)
         salts: dict[int, str | None] = {}
-        for group in self.fusion.tables.groups:
+        for group in self.side.tables.groups:
             for request_id in group.req_to_blocks.keys() & self._requests.keys():
                 party, blocks = self._party(request_id), group.req_to_blocks[request_id]
                 for block in blocks:
@@ -87,7 +87,7 @@ class SchedulerWitness:
         party = self._party(request_id)
         for other in self._readers(page) or [self._written_by[page]]:
             self.ledger.add(cross_salt=other.salt != party.salt, opted_out=not (other.takes_part and party.takes_part))
-        request, size = self._requests[request_id], self.fusion.tables.groups[group].block_size
+        request, size = self._requests[request_id], self.side.tables.groups[group].block_size
         self.ledger.add(merges=1, merges_of_answers=(slot + 1) * size > request.num_prompt_tokens)
         self._replace(request_id, group, slot, page)
 
@@ -98,32 +98,28 @@ class SchedulerWitness:
     def _readers(self, page: int) -> list[Party]:
         return [
             self._party(request_id)
-            for group in self.fusion.tables.groups
+            for group in self.side.tables.groups
             for request_id, blocks in group.req_to_blocks.items()
             if request_id in self._requests and any(block.block_id == page for block in blocks)
         ]
 
 
 class WorkerWitness:
-    """Attach to a worker's `PageComparer`: it looks at the pages that every verdict accepts."""
+    """Attach to a `WorkerSide`: it looks at both pages of every remap before the first of them can be written again."""
 
-    def __init__(self, comparer: Any, runner: Any, file: Path) -> None:
+    def __init__(self, side: Any, bound: Any, file: Path) -> None:
         self.ledger = Ledger(file, accepted=0, beyond_bound=0, largest_error=0.0)
-        self.runner = runner
-        bound = comparer.policy.max_relative_error
-        self._bounds = bound if isinstance(bound, tuple) else (bound,) * len(comparer.groups)
-        self._answer, comparer.answer = comparer.answer, self._answered
+        self.runner = side.tables.runner
+        self._bounds = bound if isinstance(bound, tuple) else (bound,) * len(side.comparer.groups)
+        side.apply = _both(self._applied, side.apply)
 
-    def _answered(self, inquiry: Any) -> Any:
-        verdict = self._answer(inquiry)
-        for pair in verdict.accepted.nonzero()[0]:
-            group = int(inquiry.group[pair])
-            error = self._error(group, int(inquiry.own[pair]), int(inquiry.other[pair]))
+    def _applied(self, inquiry: Any) -> None:
+        for remap in inquiry.remaps:
+            error = self._error(remap.group, remap.own, remap.page)
             numbers = self.ledger.numbers
             numbers["largest_error"] = max(numbers["largest_error"], error)
-            self.ledger.add(accepted=1, beyond_bound=not error <= self._bounds[group] * (1 + ROUNDING))
-        self.ledger.save(force=True)
-        return verdict
+            self.ledger.add(accepted=1, beyond_bound=not error <= self._bounds[remap.group] * (1 + ROUNDING))
+        self.ledger.save(force=bool(inquiry.remaps))
 
     def _error(self, group: int, own: int, other: int) -> float:
         """Relative error of page `own` when it is read from `other`: root mean square over layers, of K or V."""
@@ -150,9 +146,9 @@ def _both(first: Any, method: Any) -> Any:
 def watch(folder: Path) -> None:
     """Attach a witness to the scheduler, or the worker, that will be made in this process."""
     from jointkv.vllm_plugin.connector import JointConnector
-    from jointkv.vllm_plugin.scheduler.fusion import FusionScheduler
+    from jointkv.vllm_plugin.scheduler.side import SchedulerSide
 
-    make, attach = FusionScheduler.__init__, JointConnector.attach
+    make, attach = SchedulerSide.__init__, JointConnector.attach
 
     def made(self: Any, *arguments: Any, **options: Any) -> None:
         make(self, *arguments, **options)
@@ -160,9 +156,9 @@ def watch(folder: Path) -> None:
 
     def attached(self: Any, runner: Any) -> None:
         attach(self, runner)
-        WorkerWitness(self._comparer, runner, folder / "worker.json")
+        WorkerWitness(self.worker, self.settings.max_relative_error, folder / "worker.json")
 
-    FusionScheduler.__init__ = made  # type: ignore[method-assign]
+    SchedulerSide.__init__ = made  # type: ignore[method-assign]
     JointConnector.attach = attached  # type: ignore[method-assign]
 
 

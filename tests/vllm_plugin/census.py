@@ -26,7 +26,7 @@ class Census:
         self.met: list[tuple[str, str]] = []
         self._written_by: dict[int, Party] = {}
         self._writer: dict[int, str] = {}
-        tables = engine.fusion.tables
+        tables = engine.side.tables
         replace, execute, hand_out = tables.replace, engine.runner.execute_model, engine.pool.get_new_blocks
 
         def watched(request_id: str, group: int, slot: int, page: int) -> None:
@@ -63,9 +63,9 @@ class Census:
             for pages in groups:
                 entries.update(pages)
                 for slot, page in enumerate(pages):
-                    for isolation, _, place, _ in engine.fusion.index._buckets.get(page, ()):
+                    for isolation, _, place, _ in engine.side.candidates.index._buckets.get(page, ()):
                         if len(isolation) == 3:  # that of a chunk names its request
-                            moved = place != slot and engine.fusion.settings.scope == "batch"
+                            moved = place != slot and engine.side.settings.scope == "batch"
                             known = isolation[0] == party[0] and not moved
                             assert known, "the index holds a page that was handed out again"
                     readers.setdefault(page, set()).add((*party[:2], False))
@@ -75,7 +75,7 @@ class Census:
         for block in engine.pool.blocks:
             assert block.is_null or block.ref_cnt == entries[block.block_id]
         assert engine.pages_in_use == len(entries)
-        engine.fusion.check_integrity()
+        engine.side.check_integrity()
 
     def _tables(self) -> dict[str, list[list[int]]]:
         """Per request the pages of its table in every group."""

@@ -105,13 +105,13 @@ class Engine:
         return self.vllm_scheduler.connector
 
     @property
-    def fusion(self) -> Any:
-        """The plugin's part beside the scheduler."""
+    def side(self) -> Any:
+        """The plugin's side at the scheduler."""
         return self.connector.scheduler
 
     @property
     def statistics(self) -> dict[str, Any]:
-        return self.connector.statistics()
+        return self.connector.scheduler.totals()
 
     @property
     def runner(self) -> Any:
@@ -205,9 +205,9 @@ class Engine:
         assert not self.vllm_scheduler.requests
         assert self.pages_in_use == 0 and self.references == 0
         if self.connector is not None:
-            self.fusion.tables.check_integrity()
-            self.fusion.index.check_integrity()
-            assert not self.fusion._requests
+            self.side.tables.check_integrity()
+            self.side.candidates.index.check_integrity()
+            assert not self.side.requests.active
 
 
 @contextmanager

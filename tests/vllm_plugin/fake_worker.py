@@ -110,19 +110,17 @@ def within_bounds(own: Block, other: Block, policy: FusionPolicy) -> bool:
 class Comparer:
     """In the place of `PageComparer`."""
 
-    def __init__(self, policy: FusionPolicy, groups: dict[int, Pages], norms: None = None) -> None:
-        self.policy = policy
+    def __init__(self, across_layers: str, groups: dict[int, Pages], norms: None = None) -> None:
         self.groups = groups
 
     def answer(self, inquiry: Inquiry) -> Verdict:
         """Compare the pairs of `inquiry`."""
-        accepted, found = [], []
+        found = []
         for group, own, other in zip(inquiry.group.tolist(), inquiry.own.tolist(), inquiry.other.tolist(), strict=True):
             pages = self.groups[group]
             assert pages.salts[own] == pages.salts[other], "pages of different salts are compared"
-            accepted.append(within_bounds(pages.block(own), pages.block(other), self.policy))
-            found.append(errors(pages.block(own), pages.block(other)))
-        return Verdict(inquiry.step, np.array(accepted), *np.array(found, np.float32).T)
+            found.append((*errors(pages.block(own), pages.block(other)), 1.0, 1.0))
+        return Verdict(inquiry.step, *np.array(found, np.float32).T)
 
 
 class Mail:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from jointkv.vllm_plugin import connector
+from jointkv.vllm_plugin.scheduler import side
 from jointkv.vllm_plugin.scheduler.recovery import Recovery
 from tests.vllm_plugin.census import Census
 from tests.vllm_plugin.engines import LOSSY, Engine, Prompt, engine, near_prefix
@@ -59,8 +59,8 @@ class Patient:
 
     @property
     def worker(self) -> Any:
-        """The worker's connector."""
-        return get_kv_transfer_group()
+        """The plugin's side at the worker."""
+        return get_kv_transfer_group().worker
 
     @property
     def errors(self) -> list[str]:
@@ -73,8 +73,8 @@ class Patient:
     def begin(self) -> None:
         """Start as after the start of the engine."""
         assert self.engine.llm.reset_prefix_cache()
-        self.engine.connector.recovery = Recovery(WAIT, 3, self.clock)
-        self.engine.fusion.enable()
+        self.engine.connector.scheduler.recovery = Recovery(WAIT, 3, self.clock)
+        self.engine.side.enabled = True
         merged = self.engine.statistics["blocks_merged"]
         self.running = [self.engine.submit(prompt, OUT) for prompt in near_prefix(3, shared=200)]
         self.engine.run_until_decoding()
@@ -103,7 +103,7 @@ class Patient:
         assert (self.engine.statistics["state"], self.new("faults")) == (state, 1)
         merged = self.engine.statistics["blocks_merged"]
         assert self.engine.generate(AFTER, OUT) == self.expected
-        assert self.engine.statistics["blocks_merged"] == merged and not len(self.engine.fusion.index)
+        assert self.engine.statistics["blocks_merged"] == merged and not len(self.engine.side.candidates.index)
         assert len(self.errors) == 1 and cause in self.errors[0] and "has switched itself off" in self.errors[0]
 
     def assert_comes_back(self) -> None:
@@ -125,7 +125,7 @@ class Patient:
 
     def assert_drained(self) -> None:
         self.engine.assert_drained()
-        assert not self.engine.fusion._left_alone and not self.engine.fusion._asked
+        assert not self.engine.side.requests.left_alone and not self.engine.side.fusion.asked
         assert not self.engine.pool.cached_block_hashes_by_block  # what private hashes leave behind
 
 
@@ -145,18 +145,18 @@ def patient(
     """See `Patient`."""
     fused, census, expected = ward
     found = Patient(fused, census, expected, monkeypatch)
-    handler, level = logging.Handler(logging.INFO), connector.logger.level
+    handler, level = logging.Handler(logging.INFO), side.logger.level
     handler.emit = lambda record: found.log.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
-    connector.logger.addHandler(handler)
-    connector.logger.setLevel(logging.INFO)
+    side.logger.addHandler(handler)
+    side.logger.setLevel(logging.INFO)
     finished = len(fused.outputs)
     try:
         found.begin()
         yield found
         record_property("requests", len(fused.outputs) - finished)
     finally:
-        connector.logger.removeHandler(handler)
-        connector.logger.setLevel(level)
+        side.logger.removeHandler(handler)
+        side.logger.setLevel(level)
         monkeypatch.undo()
         for name in list(fused.vllm_scheduler.requests):
             fused.llm.llm_engine.engine_core.abort_requests([name])

@@ -19,10 +19,11 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from jointkv.attention import reference
 from jointkv.core.plan import BlockRef
-from jointkv.vllm_plugin.attention import reading as shared_reading
 from jointkv.vllm_plugin.attention.gpu import JointGPUAttention, JointGPUBuilder, JointGPUMetadata
+from jointkv.vllm_plugin.attention.install import share_reading
 from jointkv.vllm_plugin.attention.reading import SharedReading
-from jointkv.vllm_plugin.messages import Remap
+from jointkv.vllm_plugin.engine.runners.base import Remap
+from jointkv.vllm_plugin.engine.runners.v1 import V1Tables
 from jointkv.vllm_plugin.settings import PluginSettings
 
 HEADS, KV_HEADS, SIZE, TOKENS, PAGES, LAYERS = 4, 2, 32, 16, 12, 2
@@ -88,7 +89,7 @@ class Group:
             compilation_config=SimpleNamespace(static_forward_context=dict(zip(names, layers, strict=True))),
         )
         settings = PluginSettings(attention="shared", own_norms=own_norms)
-        readings, self.norms = shared_reading.share_reading(runner, config, [0], settings)
+        readings, self.norms = share_reading(V1Tables(runner), config, [0], settings)
         self.reading: SharedReading = readings[0]
         torch.manual_seed(0)
         for layer in layers:

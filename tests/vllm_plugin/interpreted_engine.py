@@ -70,7 +70,7 @@ def serve(served: Engine, prompts: list[list[int]], breaks: bool) -> dict[str, A
     served.run_until_decoding()
     for _ in range(2):
         served.step()
-    norms = get_kv_transfer_group().norms
+    norms = get_kv_transfer_group().worker.norms
     factors = 0 if norms is None else len(norms)
     planted = patch.object(gpu_attention.JointGPUAttention, "kernel", side_effect=RuntimeError("planted"))
     with planted if breaks else nullcontext():

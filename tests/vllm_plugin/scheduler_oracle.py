@@ -78,18 +78,18 @@ class Oracle:
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.groups = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.connector = self.scheduler.connector
-        self.fusion = self.connector.scheduler
+        self.side = self.connector.scheduler
         self.settings = self.connector.settings
         self.policy = self.settings.policy()
         self.runner, self.pages = runner, runner.pages
         self.size = runner.pages.size
-        replace = self.fusion.tables.replace
+        replace = self.side.tables.replace
 
         def watched(name: str, group: int, slot: int, page: int) -> None:
             self._before_merging(self.accounts[name], group, slot, page)
             replace(name, group, slot, page)
 
-        self.fusion.tables.replace = watched
+        self.side.tables.replace = watched
 
     # What happens.
 
@@ -175,9 +175,9 @@ class Oracle:
             self._check_tables(account)
         self._check_prefix_cache(live)
         self._check_index()
-        cause = self.connector.fault
+        cause = self.connector.scheduler.recovery.cause
         assert cause is None or any(text in cause for text in self.expected_faults), cause
-        self.fusion.check_integrity()
+        self.side.check_integrity()
 
     def check_drained(self) -> None:
         """After the last request: nothing is held, nobody was lost, nothing private is left behind."""
@@ -185,7 +185,7 @@ class Oracle:
         assert not self.scheduler.requests
         assert all(account.ended for account in self.accounts.values()), "a request was lost"
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
-        assert not self.fusion._requests and not self.fusion._left_alone
+        assert not self.side.requests.active and not self.side.requests.left_alone
         assert not self.pool.cached_block_hashes_by_block
 
     def _before_merging(self, account: Account, group: int, slot: int, page: int) -> None:
@@ -298,7 +298,7 @@ class Oracle:
 
     def _check_index(self) -> None:
         """No page in the index was handed out again, and every one holds what its bucket says."""
-        index = self.fusion.index._buckets
+        index = self.side.candidates.index._buckets
         for page, buckets in index.items():
             seen = self._indexed.get(page)
             if seen is not None and seen[0] is buckets:

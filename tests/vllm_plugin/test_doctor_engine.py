@@ -16,11 +16,11 @@ pytest.importorskip("vllm")
 
 # The worker takes the page after the one that the scheduler committed.
 SABOTAGE = """
-from jointkv.vllm_plugin import connector
 from jointkv.vllm_plugin.doctor.examine import main
+from jointkv.vllm_plugin.engine.runners.v1 import V1Tables
 
-honest = connector.apply_remaps
-connector.apply_remaps = lambda runner, remaps: honest(runner, [r._replace(page=r.page + 1) for r in remaps])
+honest = V1Tables.replace
+V1Tables.replace = lambda tables, remaps: honest(tables, [r._replace(page=r.page + 1) for r in remaps])
 main()
 """
 

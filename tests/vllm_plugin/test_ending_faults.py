@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from jointkv.errors import IntegrityError
-from jointkv.vllm_plugin import connector
+from jointkv.vllm_plugin.engine.runners.v1 import V1Tables
 from jointkv.vllm_plugin.messages import Inquiry
 from tests.vllm_plugin.engines import LOSSY, Engine, engine, near_prefix
 from tests.vllm_plugin.faulty import Injected, raising
@@ -44,7 +44,7 @@ def computed(fused: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     "the engine ends with the error before it computes anything with a page that is no longer the request's",
 )
 def test_a_worker_that_cannot_follow(fused: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connector, "apply_remaps", raising)
+    monkeypatch.setattr(V1Tables, "replace", raising)
     steps = computed(fused, monkeypatch)
     with pytest.raises(Injected):
         fused.finish()
@@ -58,18 +58,18 @@ def test_a_worker_that_cannot_follow(fused: Engine, monkeypatch: pytest.MonkeyPa
 )
 def test_a_lost_inquiry(fused: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker once went on with pages that the scheduler had handed out to others."""
-    inquire = fused.fusion.next_inquiry
+    inquire = fused.side.next_inquiry
     lost: list[Inquiry] = []
 
-    def lossy() -> Inquiry:
-        inquiry = inquire()
+    def lossy(output: Any) -> Inquiry:
+        inquiry = inquire(output)
         if inquiry.remaps and not lost:
             lost.append(inquiry)
             steps.clear()
-            inquiry = inquire()
+            inquiry = inquire(output)
         return inquiry
 
-    monkeypatch.setattr(fused.fusion, "next_inquiry", lossy)
+    monkeypatch.setattr(fused.side, "next_inquiry", lossy)
     steps = computed(fused, monkeypatch)
     with pytest.raises(IntegrityError, match="is lost, and table entries with it"):
         fused.finish()

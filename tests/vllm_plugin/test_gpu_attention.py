@@ -25,7 +25,7 @@ from jointkv.attention.layouts import LayerPages
 from jointkv.errors import IntegrityError, LayoutError
 from jointkv.vllm_plugin.attention import reading as shared_reading
 from jointkv.vllm_plugin.attention.gpu import JointGPUAttention, JointGPUBackend
-from jointkv.vllm_plugin.messages import Remap
+from jointkv.vllm_plugin.engine.runners.base import Remap
 from tests.vllm_plugin.gpu_layers import (
     HEADS,
     KV_HEADS,

@@ -79,7 +79,7 @@ def test_the_gpu_worker_loads_its_model_with_it_where_that_is_asked_for() -> Non
 
 
 def test_another_interface_of_vllms_attention_leaves_it_to_vllm() -> None:
-    with patch("jointkv.vllm_plugin.attention.backend.differences", return_value=["TritonAttentionImpl has no scale"]):
+    with patch("jointkv.vllm_plugin.attention.install.differences", return_value=["TritonAttentionImpl has no scale"]):
         assert backends_while_loading(engine_config(attention="shared")) == {"CUSTOM": None}
 
 

@@ -203,13 +203,13 @@ class TestManager:
 def record_merges(served: Engine) -> list[tuple[int, int]]:
     """Group and slot of every merge from now on."""
     merges: list[tuple[int, int]] = []
-    replace: Callable[..., None] = served.fusion.tables.replace
+    replace: Callable[..., None] = served.side.tables.replace
 
     def recorded(request_id: str, group: int, slot: int, page: int) -> None:
         merges.append((group, slot))
         replace(request_id, group, slot, page)
 
-    served.fusion.tables.replace = recorded
+    served.side.tables.replace = recorded
     return merges
 
 
@@ -279,7 +279,7 @@ def test_cached_prefixes_stay_exact(lively: Path) -> None:
     with engine(lively, pages=400, fusion=options, max_num_batched_tokens=256) as served:
         served.generate(prompts, out=40)
         assert served.statistics["blocks_merged"] and not served.cached_tokens
-        served.fusion.disable()
+        served.side._switch_off("on purpose", for_good=True)
         assert (served.generate(prompts, out=40), served.generate(longer, out=40)) == want
         assert served.cached_tokens
         served.assert_drained()

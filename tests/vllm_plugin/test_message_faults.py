@@ -12,13 +12,14 @@ import pytest
 pytest.importorskip("vllm")
 
 from jointkv.errors import IntegrityError, LayoutError
-from jointkv.vllm_plugin.messages import Inquiry, Remap, Verdict
+from jointkv.vllm_plugin.engine.runners.base import Remap
+from jointkv.vllm_plugin.messages import COSINES, ERRORS, Inquiry, Verdict
 from tests.vllm_plugin.engines import LOSSY, near_prefix
 from tests.vllm_plugin.faulty import OUT, Patient
 
 pytest_plugins = ("tests.vllm_plugin.faulty",)
 
-ARRAYS = ("accepted", "key_error", "value_error", "token_error")
+ARRAYS = (*ERRORS, *COSINES)
 Damage = Callable[[Verdict], Verdict | None]
 
 ILL_FORMED = pytest.mark.hazard(
@@ -28,8 +29,8 @@ ILL_FORMED = pytest.mark.hazard(
 )
 NONSENSE = pytest.mark.hazard(
     "Faults",
-    "a worker that accepts a page with an error that is negative, infinite or not a number",
-    "the page is not shared; fusion is off until the engine is restarted",
+    "a worker that measures an error that is negative, infinite or not a number",
+    "the page is not shared; after a negative one fusion is off until the engine is restarted",
 )
 LOST = pytest.mark.hazard(
     "Faults",
@@ -49,17 +50,14 @@ INQUIRY = pytest.mark.hazard(
 
 
 def verdict(pairs: int = 3, **more: Any) -> Verdict:
-    errors = np.full((3, pairs), 0.1, np.float32)
-    return replace(Verdict(1, np.ones(pairs, bool), *errors), **more)
+    return replace(Verdict(1, *np.full((len(ARRAYS), pairs), 0.1, np.float32)), **more)
 
 
 def with_error(name: str, value: float) -> Damage:
     def change(found: Verdict) -> Verdict:
         errors = getattr(found, name).copy()
         errors[-1] = value
-        accepted = found.accepted.copy()
-        accepted[-1] = True
-        return replace(found, accepted=accepted, **{name: errors})
+        return replace(found, **{name: errors})
 
     return change
 
@@ -94,19 +92,25 @@ def test_a_verdict_is_of_one_form(name: str, shape: str) -> None:
 
 
 @NONSENSE
-@pytest.mark.parametrize("value", [np.nan, -0.1, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ARRAYS[1:])
-def test_an_accepted_error_is_one(name: str, value: float) -> None:
+@pytest.mark.parametrize("value", [-0.1, -np.inf])
+@pytest.mark.parametrize("name", ERRORS)
+def test_no_error_is_negative(name: str, value: float) -> None:
     damaged = with_error(name, value)(verdict())
     assert damaged is not None
-    if (name, value) == ("token_error", np.inf):  # without a bound on tokens, a token may have been zero
-        damaged.check(3)
-        return
-    with pytest.raises(IntegrityError):
+    with pytest.raises(IntegrityError, match=name):
         damaged.check(3)
     joined = verdict().aggregate(damaged)
     assert joined.fault is not None and joined.broken
-    replace(damaged, accepted=np.zeros(3, bool)).check(3)  # what is not accepted may be anything
+
+
+@NONSENSE
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_one_rank_cannot_tell_no_rank_can(name: str, value: float) -> None:
+    damaged = with_error(name, value)(verdict())
+    assert damaged is not None
+    for joined in (verdict().aggregate(damaged), damaged.aggregate(verdict())):
+        assert joined.fault is None and np.array_equal(getattr(joined, name)[-1], value, equal_nan=True)
 
 
 @LOST
@@ -116,18 +120,18 @@ def test_ranks_are_counted() -> None:
 
 def tamper(patient: Patient, change: Damage) -> None:
     """Every answer of the worker goes through `change` from now on."""
-    answer = patient.worker.build_connector_worker_meta
+    answer = patient.worker.answer
 
-    def changed() -> Verdict | None:
-        found = answer()
+    def changed(inquiry: Inquiry) -> Verdict | None:
+        found = answer(inquiry)
         return None if found is None else change(found)
 
-    patient.patch.setattr(patient.worker, "build_connector_worker_meta", changed)
+    patient.patch.setattr(patient.worker, "answer", changed)
 
 
 @ILL_FORMED
 @pytest.mark.parametrize(
-    ("name", "shape"), [("accepted", "too short"), ("key_error", "too long"), ("token_error", "another type")]
+    ("name", "shape"), [("key_cosine", "too short"), ("key_error", "too long"), ("token_error", "another type")]
 )
 def test_an_ill_formed_verdict(patient: Patient, name: str, shape: str) -> None:
     tamper(patient, damage(name, SHAPES[shape]))
@@ -138,13 +142,23 @@ def test_an_ill_formed_verdict(patient: Patient, name: str, shape: str) -> None:
 
 
 @NONSENSE
-@pytest.mark.parametrize("value", [np.nan, -1.0, np.inf])
-def test_an_error_that_is_none_is_never_taken(patient: Patient, value: float) -> None:
-    tamper(patient, with_error("key_error", value))
+def test_a_negative_error(patient: Patient) -> None:
+    tamper(patient, with_error("key_error", -1.0))
     patient.serve_on()
     assert patient.new("blocks_merged") == 0
-    patient.assert_off("a worker accepts a pair", state="disabled")
+    patient.assert_off("key_error below zero", state="disabled")
     patient.assert_stays_off()
+
+
+@NONSENSE
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["key_error", "value_error"])
+def test_an_error_that_cannot_be_told(patient: Patient, name: str, value: float) -> None:
+    tamper(patient, lambda found: replace(found, **{name: np.full_like(found.key_error, value)}))
+    patient.serve_on()
+    assert patient.new("blocks_merged") == 0 and patient.engine.statistics["rejected"]["bound"] > 0
+    patient.patch.undo()
+    patient.assert_unharmed()
 
 
 @pytest.mark.hazard(
@@ -174,7 +188,7 @@ def test_nan_in_a_resident_page(patient: Patient) -> None:
     pages = patient.engine.table(name)
     patient.serve_on()
     layers = patient.engine.core.vllm_config.compilation_config.static_forward_context.values()
-    resident = [page for page in pages if page in patient.engine.fusion.index]
+    resident = [page for page in pages if page in patient.engine.side.candidates.index]
     assert len(resident) >= 6
     for layer in layers:
         layer.kv_cache[resident] = np.nan
@@ -206,7 +220,7 @@ def test_a_lost_verdict(patient: Patient, lost: int) -> None:
 @LOST
 def test_one_rank_does_not_answer(patient: Patient) -> None:
     """vLLM joins the answers that there are: pages were once shared without the consent of the other ranks."""
-    patient.patch.setattr(patient.engine.connector, "_ranks", 2)
+    patient.patch.setattr(patient.engine.side, "_ranks", 2)
     patient.serve_on()
     assert patient.new("blocks_merged") == 0
     patient.assert_off("1 of 2 workers answered")
@@ -285,7 +299,7 @@ def test_a_worker_knows_what_it_was_told(patient: Patient) -> None:
     worker, name = patient.worker, patient.running[0]
     (request_id,) = [one for one in patient.engine.vllm_scheduler.requests if one.startswith(f"{name}-")]
     table = patient.engine.table(name)
-    remaps = [Remap(request_id, 0, 0, table[1])]
+    remaps = [Remap(request_id, 0, 0, page=table[1], own=table[0], step=1)]
     with pytest.raises(IntegrityError, match="is lost"):
         worker.apply(Inquiry(worker._last_step + 2, remaps))
     for step in (worker._last_step, 1):

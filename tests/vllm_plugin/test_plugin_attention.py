@@ -15,8 +15,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from jointkv.errors import LayoutError
-from jointkv.vllm_plugin.attention.backend import JointAttention, changed
-from jointkv.vllm_plugin.engine.uses import CPU_ATTENTION, GPU_ATTENTION
+from jointkv.vllm_plugin.attention.backend import JointAttention
+from jointkv.vllm_plugin.attention.install import changed
 from tests.vllm_plugin.engines import EXACT, LOSSY, Engine, engine, near_prefix, text
 
 OUT = 24
@@ -92,13 +92,13 @@ def test_measured_at_start_and_used_where_it_pays(calm: Path) -> None:
     "attention that reads shared pages once fails in the middle of a step",
     "that step and all later ones are computed by vLLM's own attention; no token differs",
 )
-@pytest.mark.parametrize("broken", ["shared_reading.group_pages", "cpu_attention.JointCPUAttention.kernel"])
+@pytest.mark.parametrize("broken", ["reading.group_pages", "cpu.JointCPUAttention.kernel"])
 def test_after_an_error_attention_is_vllms(calm: Path, expected: list[list[int]], broken: str) -> None:
     with engine(calm, fusion={**EXACT, "attention": "shared"}) as shared:
         first = shared.submit(PROMPTS[0], OUT)
         for _ in range(5):
             shared.step()
-        with patch(f"jointkv.vllm_plugin.{broken}", side_effect=RuntimeError("planted")) as planted:
+        with patch(f"jointkv.vllm_plugin.attention.{broken}", side_effect=RuntimeError("planted")) as planted:
             assert [tokens for tokens, _ in serve(shared)] == expected
             assert planted.call_count == 1
         assert shared.outputs[first] == expected[0]
@@ -115,7 +115,7 @@ def test_pages_that_are_not_as_believed_are_left_to_vllm(calm: Path) -> None:
         patch("jointkv.attention.layouts.LayerPages.confirm", side_effect=LayoutError("never seen")),
         engine(calm, fusion={**EXACT, "attention": "shared"}) as refused,
     ):
-        assert refused.connector.state != "disabled"
+        assert refused.connector.scheduler.state != "disabled"
         serve(refused, PROMPTS[:2])
         impl = next(iter(refused.core.vllm_config.compilation_config.static_forward_context.values())).impl
         assert isinstance(impl, JointAttention) and not hasattr(impl, "reading")
@@ -124,7 +124,7 @@ def test_pages_that_are_not_as_believed_are_left_to_vllm(calm: Path) -> None:
 def test_another_interface_of_vllms_attention_leaves_it_to_vllm(calm: Path) -> None:
     with (
         patch(
-            "jointkv.vllm_plugin.attention.backend.differences", return_value=["CPUAttentionBackendImpl has no scale"]
+            "jointkv.vllm_plugin.attention.install.differences", return_value=["CPUAttentionBackendImpl has no scale"]
         ),
         engine(calm, fusion={**EXACT, "attention": "shared"}) as other,
     ):
@@ -134,7 +134,7 @@ def test_another_interface_of_vllms_attention_leaves_it_to_vllm(calm: Path) -> N
 
 
 def test_the_installed_attention_is_the_one_written_for() -> None:
-    assert changed(CPU_ATTENTION) == changed(GPU_ATTENTION) == []
+    assert changed("cpu") == changed("gpu") == []
 
 
 def test_other_engines_of_the_process_are_left_alone(calm: Path) -> None:

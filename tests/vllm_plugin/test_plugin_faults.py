@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -11,26 +12,28 @@ import pytest
 pytest.importorskip("vllm")
 
 from jointkv.errors import IntegrityError
-from jointkv.vllm_plugin import connector, metrics
+from jointkv.vllm_plugin import metrics
 from tests.vllm_plugin.engines import near_prefix
 from tests.vllm_plugin.faulty import OUT, Injected, Patient, raising
 
 pytest_plugins = ("tests.vllm_plugin.faulty",)
 
 SCHEDULER = (
-    "admit",
-    "ask",
-    "settle",
-    "dismiss",
+    "requests.admit",
+    "fusion.ask",
+    "fusion.settle",
+    "requests.pop",
     "tables.may_replace",
     "tables.make_private",
     "tables.replace",
     "tables.answer_for",
     "tables.forget",
-    "index.candidates",
-    "index.add",
-    "index.remove",
-    "index.prefer",
+    "bounds.allowed",
+    "candidates.new_members",
+    "candidates.index.candidates",
+    "candidates.index.add",
+    "candidates.index.remove",
+    "candidates.index.prefer",
     "statistics.take",
     "statistics.merged",
 )
@@ -48,9 +51,8 @@ INVARIANT = pytest.mark.hazard(
 
 
 def break_(patient: Patient, hook: str, instead: Callable[..., Any] = raising) -> None:
-    owner, _, name = hook.rpartition(".")
-    fusion = patient.engine.fusion
-    patient.patch.setattr(getattr(fusion, owner) if owner else fusion, name, instead)
+    *owners, name = hook.split(".")
+    patient.patch.setattr(reduce(getattr, owners, patient.engine.side), name, instead)
 
 
 @ERROR
@@ -58,8 +60,8 @@ def break_(patient: Patient, hook: str, instead: Callable[..., Any] = raising) -
 def test_in_the_scheduler(patient: Patient, hook: str) -> None:
     break_(patient, hook)
     patient.serve_on()
-    if hook in ("dismiss", "tables.forget"):  # what these have not done for requests that are gone
-        patient.engine.fusion._left_alone.clear()
+    if hook in ("requests.pop", "tables.forget"):  # what these have not done for requests that are gone
+        patient.engine.side.requests.left_alone.clear()
         patient.engine.pool.cached_block_hashes_by_block.clear()
     patient.assert_off("on purpose")
     patient.assert_comes_back()
@@ -68,7 +70,7 @@ def test_in_the_scheduler(patient: Patient, hook: str) -> None:
 @ERROR
 def test_in_the_worker(patient: Patient) -> None:
     """A worker once dropped its comparer after an error, so that it could never answer again."""
-    patient.patch.setattr(patient.worker._comparer, "answer", raising)
+    patient.patch.setattr(patient.worker.comparer, "answer", raising)
     patient.serve_on()
     patient.assert_off("a worker gave up: Injected: on purpose")
     patient.assert_comes_back()
@@ -77,7 +79,7 @@ def test_in_the_worker(patient: Patient) -> None:
 @ERROR
 def test_after_a_commit(patient: Patient) -> None:
     """The table has changed when the error comes: the workers must follow it, as the census watches."""
-    replace = patient.engine.fusion.tables.replace
+    replace = patient.engine.side.tables.replace
 
     def late(*args: Any) -> None:
         replace(*args)
@@ -86,14 +88,20 @@ def test_after_a_commit(patient: Patient) -> None:
     break_(patient, "tables.replace", late)
     patient.serve_on()
     patient.assert_off("on purpose")
-    assert patient.new("blocks_merged") == 0 and patient.engine.fusion._remaps == []
+    assert patient.new("blocks_merged") == 0 and patient.engine.side.sharing._remaps == []
     patient.assert_comes_back()
 
 
 @ERROR
 def test_while_vllm_empties_its_caches(patient: Patient) -> None:
     """`reset_cache` and `get_kv_connector_stats` once let an error through, which ends the engine."""
-    break_(patient, "reset")
+    start_anew = patient.engine.side._start_anew
+
+    def once() -> None:
+        patient.patch.setattr(patient.engine.side, "_start_anew", start_anew)
+        raise Injected("on purpose")
+
+    break_(patient, "_start_anew", once)
     assert patient.engine.vllm_scheduler.reset_connector_cache()
     patient.serve_on()
     patient.assert_off("on purpose")
@@ -103,7 +111,7 @@ def test_while_vllm_empties_its_caches(patient: Patient) -> None:
 @ERROR
 def test_in_the_report_of_shared_pages(patient: Patient) -> None:
     break_(patient, "tables.shared_pages")
-    patient.engine.connector._reports = 0  # the full report is made with the next step
+    patient.engine.connector.scheduler._reports = 0  # the full report is made with the next step
     patient.serve_on()
     patient.assert_off("on purpose")
     patient.assert_comes_back()
@@ -127,7 +135,7 @@ def test_a_broken_invariant_of_a_worker(patient: Patient) -> None:
     def broken(*args: Any) -> None:
         raise IntegrityError("worker and scheduler disagree")
 
-    patient.patch.setattr(connector, "check_tables", broken)
+    patient.patch.setattr(patient.worker, "_check_tables", broken)
     patient.serve_on()
     patient.assert_off("worker and scheduler disagree", state="disabled")
     patient.assert_stays_off()
@@ -139,20 +147,20 @@ def test_a_broken_invariant_of_a_worker(patient: Patient) -> None:
     "every wait is twice the last; after the third error fusion is off until the engine is restarted",
 )
 def test_the_third_error_is_the_last(patient: Patient) -> None:
-    fusion = patient.engine.fusion
+    side = patient.engine.side
     for number, wait in enumerate((60.0, 120.0), start=1):
-        break_(patient, "settle")
+        break_(patient, "fusion.settle")
         patient.serve_on(seed=3 + 2 * number)
         patient.patch.undo()
         assert (patient.new("faults"), patient.engine.statistics["state"]) == (number, "recovering")
         assert f"for {wait:g} s" in patient.errors[-1]
         patient.clock.now += wait - 1
         patient.serve_on(seed=10)
-        assert not fusion.enabled
+        assert not side.enabled
         patient.clock.now += 1
         patient.serve_on(seed=4 + 2 * number)
-        assert fusion.enabled and patient.engine.statistics["state"] == "active"
-    break_(patient, "settle")
+        assert side.enabled and patient.engine.statistics["state"] == "active"
+    break_(patient, "fusion.settle")
     patient.serve_on(seed=11)
     patient.patch.undo()
     assert patient.new("faults") == len(patient.errors) == 3 and "until the engine is restarted" in patient.errors[-1]
@@ -166,7 +174,7 @@ def test_the_third_error_is_the_last(patient: Patient) -> None:
 )
 def test_those_that_ran_are_left_alone(patient: Patient) -> None:
     old = list(patient.running)
-    break_(patient, "ask")
+    break_(patient, "fusion.ask")
     patient.engine.step()
     patient.patch.undo()
     held = {name: set(patient.engine.table(name)) for name in old}
@@ -196,9 +204,10 @@ def old_pages_kept(patient: Patient, held: dict[str, set[int]]) -> list[bool]:
 @pytest.mark.hazard(
     "Faults", "a hook that is slow", "requests wait; nothing else changes, and the time shows in the metrics"
 )
-@pytest.mark.parametrize("hook", ["admit", "ask", "settle", "answer"])
+@pytest.mark.parametrize("hook", ["requests.admit", "fusion.ask", "fusion.settle", "answer"])
 def test_a_delay(patient: Patient, hook: str) -> None:
-    owner = patient.worker._comparer if hook == "answer" else patient.engine.fusion
+    part, _, hook = hook.rpartition(".")
+    owner = getattr(patient.engine.side, part) if part else patient.worker.comparer
     work = getattr(owner, hook)
 
     def slow(*args: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,25 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
-from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
-from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.request import Request
 
-from jointkv.vllm_plugin.scheduler.fusion import FusionScheduler
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest, isolation_key, takes_part
+from jointkv.vllm_plugin.scheduler.side import SchedulerSide
 from jointkv.vllm_plugin.settings import PluginSettings
 from tests.effort import fuzz_settings
 from tests.vllm_plugin.census import Census
 from tests.vllm_plugin.engines import LOSSY, Engine, engine, near_prefix
+from tests.vllm_plugin.scheduling import BLOCK, TOKENS, Identity, new_manager, new_request, start, step_of
 
-BLOCK = 32
-TOKENS = list(range(10, 10 + 4 * BLOCK))
-
-Identity = dict[str, Any]
 RED, RED_AGAIN, BLUE = (("red", 1, "/red"), ("red", 1, "/other"), ("blue", 2, "/blue"))
 """Name, number and folder of adapters; the second is another one that took the first one's place."""
 
@@ -57,58 +46,16 @@ IDENTITIES: list[Identity] = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _hashes() -> None:
-    init_none_hash(sha256)
-
-
-def new_request(identity: Identity, name: str = "request", extra: dict[str, Any] | None = None, **more: Any) -> Request:
-    """vLLM's own object, as the scheduler gets it."""
-    adapter = identity.get("adapter")
-    features = [
-        MultiModalFeatureSpec(None, "image", identifier, PlaceholderRange(offset, length))
-        for identifier, offset, length in identity.get("media", ())
-    ]
-    arguments: dict[str, Any] = {"prompt_token_ids": TOKENS, **more}
-    return Request(
-        name,
-        sampling_params=SamplingParams(max_tokens=8, extra_args=extra),
-        pooling_params=None,
-        mm_features=features,
-        lora_request=adapter and LoRARequest(*adapter),
-        cache_salt=identity.get("salt"),
-        block_hasher=get_request_block_hasher(BLOCK, sha256),
-        **arguments,
-    )
-
-
 def pairs_asked(*identities: Identity, **settings: Any) -> int:
     """Pairs of pages that workers are to compare when requests with equal text are read in one step."""
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    config = KVCacheConfig(100, [], [KVCacheGroupSpec(["layer"], spec)])
-    manager = KVCacheManager(config, 4096, BLOCK, BLOCK, max_in_flight_tokens=4096)
-    fusion = FusionScheduler(PluginSettings(min_pool_usage=0.0, **settings), manager, (0,))
+    manager = new_manager()
+    side = SchedulerSide(PluginSettings(min_pool_usage=0.0, **settings), manager, (0,))
     started = []
     for number, identity in enumerate(identities):
         request = new_request(identity, f"request-{number}")
-        fusion.admit(request)
-        assert manager.allocate_slots(request, len(TOKENS)) is not None
-        started.append(
-            SimpleNamespace(
-                req_id=request.request_id, block_ids=manager.get_block_ids(request.request_id), num_computed_tokens=0
-            )
-        )
-    output: Any = SimpleNamespace(
-        num_scheduled_tokens={new.req_id: len(TOKENS) for new in started},
-        scheduled_new_reqs=started,
-        scheduled_cached_reqs=SimpleNamespace(
-            req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set()
-        ),
-        new_block_ids_to_zero=None,
-    )
-    inquiry = fusion.next_inquiry()
-    fusion.ask(inquiry, output)
-    return len(inquiry.group)
+        side.admit(request)
+        started.append(start(manager, request))
+    return len(side.next_inquiry(step_of(started)).group)
 
 
 @pytest.mark.hazard(
@@ -174,16 +121,16 @@ def test_takes_part(extra: dict[str, Any] | None, more: dict[str, Any], expected
 def test_hashes_are_taken_once_until_the_restart() -> None:
     request = new_request({})
     request.num_preemptions = 3
-    tracked = TrackedRequest(request, None)
-    first = tracked.take_hashes(2, BLOCK)
+    tracked = TrackedRequest(request, None, BLOCK)
+    first = tracked.take_hashes(2)
     assert len(first) == 2 and tracked.next_slot == 2
-    assert len(tracked.take_hashes(3, BLOCK)) == 1
+    assert len(tracked.take_hashes(3)) == 1
     tracked.served |= {(0, 0), (0, 1)}
     tracked.restart(kept=1)
     assert (tracked.epoch, tracked.next_slot, tracked.served) == (3, 1, {(0, 0)})
-    assert tracked.take_hashes(2, BLOCK) == first[1:]
+    assert tracked.take_hashes(2) == first[1:]
     tracked.restart(kept=0)
-    assert tracked.served == set() and tracked.take_hashes(2, BLOCK) == first
+    assert tracked.served == set() and tracked.take_hashes(2) == first
 
 
 # Adapters in a running engine.

@@ -188,19 +188,20 @@ def test_logs_and_statistics_reveal_no_text(calm: Path, lines: list[str]) -> Non
     """A damaged index named the bucket it missed, and with it the salt, in the error that ends fusion."""
     with engine(calm, fusion={**LOSSY, "check_integrity": False}) as served:
         reports: list[Any] = []
-        take = served.fusion.statistics.take
-        served.fusion.statistics.take = lambda *given: reports.append(take(*given)) or reports[-1]  # type: ignore[method-assign,func-returns-value]
+        take = served.side.statistics.take
+        served.side.statistics.take = lambda *given: reports.append(take(*given)) or reports[-1]  # type: ignore[method-assign,func-returns-value]
         for salt in (SALT, NEIGHBOURS_SALT):
             for prompt in TENANT:
                 served.submit(prompt, OUT, salt=salt)
         served.finish()
         assert served.statistics["blocks_merged"] > 0
-        served.fusion.index._pages.clear()  # as a bug might leave it
+        served.side.candidates.index._pages.clear()  # as a bug might leave it
         for number in range(40):
             served.submit(text(300, number), 2, salt=SALT)
         served.finish()
-        assert served.connector.fault is not None
-        written = json.dumps([*(report.data for report in reports), served.statistics, served.connector.fault])
+        cause = served.side.recovery.cause
+        assert cause is not None
+        written = json.dumps([*(report.data for report in reports), served.statistics, cause])
     assert any("switched itself off" in line for line in lines) and len(reports) > 1
     assert reveals(str(TENANT[0]) + SALT)  # it would be noticed
     assert not reveals("\n".join(lines) + written)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
 
-from jointkv.vllm_plugin.messages import Verdict
+from jointkv.vllm_plugin.messages import COSINES, ERRORS, Verdict
 from jointkv.vllm_plugin.metrics import (
     COUNTERS,
     READERS,
@@ -22,20 +21,17 @@ from jointkv.vllm_plugin.metrics import (
 )
 
 
-def verdict(step: int = 1, accepted: tuple[bool, ...] = (True, True, False), **more: object) -> Verdict:
-    errors = {
-        name: np.asarray(more.pop(name, np.zeros(len(accepted))), np.float32)
-        for name in ("key_error", "value_error", "token_error")
-    }
-    return Verdict(step, np.array(accepted, bool), **errors, **more)  # type: ignore[arg-type]
+def verdict(step: int = 1, pairs: int = 3, **more: object) -> Verdict:
+    measured = {name: np.asarray(more.pop(name, np.zeros(pairs)), np.float32) for name in (*ERRORS, *COSINES)}
+    return Verdict(step, **measured, **more)  # type: ignore[arg-type]
 
 
-def test_ranks_agree_only_where_all_accept() -> None:
-    first = verdict(accepted=(True, True, False), key_error=[0.1, 0.2, 0.3], seconds=1.0)
-    second = verdict(accepted=(True, False, False), key_error=[0.2, 0.1, 0.3], token_error=[0, 9, 0], apply_seconds=2.0)
+def test_the_worst_rank_counts() -> None:
+    first = verdict(key_error=[0.1, 0.2, 0.3], key_cosine=[0.9, 0.7, 1], seconds=1.0)
+    second = verdict(key_error=[0.2, 0.1, 0.3], key_cosine=[0.8, 1, 1], token_error=[0, 9, 0], apply_seconds=2.0)
     for joined in (first.aggregate(second), second.aggregate(first)):
-        assert joined.accepted.tolist() == [True, False, False]
         assert np.allclose(joined.key_error, [0.2, 0.2, 0.3])
+        assert np.allclose(joined.key_cosine, [0.8, 0.7, 1])
         assert joined.token_error.tolist() == [0, 9, 0]
         assert (joined.step, joined.seconds, joined.apply_seconds, joined.fault) == (1, 1.0, 2.0, None)
 
@@ -43,10 +39,10 @@ def test_ranks_agree_only_where_all_accept() -> None:
 def test_the_fault_of_one_rank_is_the_fault_of_all() -> None:
     given_up = Verdict.given_up(1, "no memory")
     for joined in (verdict().aggregate(given_up), given_up.aggregate(verdict())):
-        assert joined.fault == "no memory" and not len(joined.accepted)
+        assert joined.fault == "no memory" and not len(joined.key_error)
 
 
-@pytest.mark.parametrize("other", [verdict(step=2), verdict(accepted=(True,))])
+@pytest.mark.parametrize("other", [verdict(step=2), verdict(pairs=1)])
 def test_answers_to_different_inquiries_are_a_fault(other: Verdict) -> None:
     assert "different inquiries" in str(verdict().aggregate(other).fault)
 
@@ -87,18 +83,18 @@ def test_a_report_holds_what_is_new() -> None:
 
 
 def test_a_worker_reports_its_attention_now_and_then_and_errors_at_once() -> None:
-    worker, reading = WorkerStatistics(), SimpleNamespace(steps=0, shared_steps=0, fault=None)
-    assert worker.take([]) is None and worker.take([reading]) is None
-    reading.steps, reading.shared_steps = REPORT_EVERY, 40
-    first = worker.take([reading])
+    worker, counts = WorkerStatistics(), Counter[str]()
+    assert worker.take([]) is None and worker.take([counts]) is None
+    counts.update(attention_steps=REPORT_EVERY, attention_shared_steps=40)
+    first = worker.take([counts])
     assert first is not None
     assert first.data == {"counters": {"attention_steps": REPORT_EVERY, "attention_shared_steps": 40}}
-    reading.steps += 1
-    assert worker.take([reading]) is None
-    reading.fault = "planted"
-    second = worker.take([reading])
+    counts["attention_steps"] += 1
+    assert worker.take([counts]) is None
+    counts["attention_faults"] += 1
+    second = worker.take([counts])
     assert second is not None and second.data == {"counters": {"attention_steps": 1, "attention_faults": 1}}
-    assert worker.take([reading]) is None
+    assert worker.take([counts]) is None
 
 
 def test_reports_add_up() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
@@ -19,7 +20,8 @@ from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from jointkv.errors import IntegrityError, LayoutError
 from jointkv.vllm_plugin.attention.backend import JointAttention
 from jointkv.vllm_plugin.attention.norms import OwnNorms
-from jointkv.vllm_plugin.messages import Remap
+from jointkv.vllm_plugin.engine.runners.base import Remap
+from jointkv.vllm_plugin.messages import Inquiry
 from tests.vllm_plugin.engines import Engine, engine, near_prefix, text
 
 BOUND = 0.3
@@ -43,7 +45,7 @@ class Auditor:
     def __init__(self, served: Engine) -> None:
         self.served, self.calls, self.seen, self.worst, self.apart = served, 0, 0, 0.0, 0.0
         self.written: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
-        norms: OwnNorms = get_kv_transfer_group().norms
+        norms: OwnNorms = get_kv_transfer_group().worker.norms
         commit = norms.commit
 
         def committed(remaps: list[Remap]) -> None:
@@ -122,7 +124,7 @@ def test_blocks_are_read_with_their_own_norms(calm: Path, audited: list[Auditor]
         assert auditor.seen > 1000 and 0 < auditor.worst <= BOUND + 1e-5
         assert auditor.apart < 1e-5
         own.step()
-        assert len(get_kv_transfer_group().norms) == 0
+        assert len(get_kv_transfer_group().worker.norms) == 0
 
 
 def test_more_blocks_are_within_a_bound(calm: Path) -> None:
@@ -147,7 +149,7 @@ def test_after_an_error_no_block_is_read_without_its_factors(calm: Path) -> None
             names = [own.submit(prompt, 24) for prompt in PROMPTS]
             own.run_until_decoding()
             own.step()
-            norms = get_kv_transfer_group().norms
+            norms = get_kv_transfer_group().worker.norms
             assert len(norms) > 0
             if broken:
                 with patch(
@@ -171,15 +173,15 @@ def test_blocks_that_are_computed_again_answer_for_their_hashes(calm: Path) -> N
         names = [own.submit(prompt, 40) for prompt in PROMPTS]
         own.run_until_decoding()
         own.step()
-        scheduler, tables = own.vllm_scheduler, own.fusion.tables
+        scheduler, tables = own.vllm_scheduler, own.side.tables
         request = scheduler.running[-1]
-        tracked = own.fusion._requests[request.request_id]
+        tracked = own.side.requests.active[request.request_id]
         (first, *_) = table = own.table(names[-1])
         assert tracked.private_from and request.request_id.startswith(names[-1])
         scheduler.running.remove(request)
         scheduler._preempt_request(request, 0.0)
         own.pool._maybe_evict_cached_block(own.pool.blocks[first])  # so it finds nothing
-        with patch.object(own.fusion, "_new_members", return_value=iter(())):
+        with patch.object(own.side.candidates, "new_members", return_value=iter(())):
             own.step()
         assert request.num_preemptions == 1 and not set(own.table(names[-1])) & set(table[1:8])
         for slot in range(tracked.private_from // 32, request.num_computed_tokens // 32):
@@ -196,15 +198,18 @@ def test_where_attention_stays_vllms_pages_are_read_as_they_stand(calm: Path) ->
         engine(calm, fusion=NORMS) as plain,
     ):
         plain.generate(PROMPTS)
-        assert get_kv_transfer_group().norms is None and plain.statistics["blocks_merged"] > 0
+        assert get_kv_transfer_group().worker.norms is None and plain.statistics["blocks_merged"] > 0
 
 
 def test_norms_that_are_lost_end_the_step() -> None:
-    norms = OwnNorms(layers=2)
+    norms, remap = OwnNorms(layers=2), Remap("a", 0, 3, page=7, own=4, step=5)
     with pytest.raises(IntegrityError, match="lost"):
-        norms.commit([Remap("a", 0, 3, 7, step=5, pair=0)])
-    norms.propose(5, torch.full((1, 2, 2), 1.5))
-    norms.commit([Remap("a", 0, 3, 7, step=5, pair=0)])
+        norms.commit([remap])
+    norms.propose(Inquiry(5, [], *np.array([[0], [4], [7]])), torch.full((1, 2, 2), 1.5))
+    for other in (remap._replace(own=5), remap._replace(group=1), remap._replace(step=6)):
+        with pytest.raises(IntegrityError, match="lost"):
+            norms.commit([other])
+    norms.commit([remap])
     with pytest.raises(IntegrityError, match="another page"):
         norms.table(0, ["a"], torch.tensor([[1, 2, 3, 4]]))
     table = norms.table(0, ["b", "a"], torch.tensor([[1, 2, 3, 4], [1, 2, 3, 7]]))

@@ -125,7 +125,7 @@ def main():
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": prompt} for prompt in near_prefix(4, shared=320)]
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    statistics = llm.llm_engine.engine_core.engine_core.scheduler.connector.statistics()
+    statistics = llm.llm_engine.engine_core.engine_core.scheduler.connector.scheduler.totals()
     print("FOUND", json.dumps({
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         **{name: statistics[name] for name in sys.argv[3].split(",")},

@@ -50,7 +50,7 @@ def private_hashes(fused: Engine) -> set[bytes]:
     """Hashes that only one running or preempted request can look up."""
     return {
         key
-        for tracked in fused.fusion._requests.values()
+        for tracked in fused.side.requests.active.values()
         if tracked.private_from is not None
         for key in tracked.request.block_hashes[tracked.private_from // 32 :]
     }

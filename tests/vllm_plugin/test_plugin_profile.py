@@ -31,7 +31,7 @@ def profile_of(model: Path, folder: Path, **fields) -> str:
 def test_a_profile_sets_the_bounds(calm: Path, tmp_path: Path) -> None:
     path = profile_of(calm, tmp_path, bounds=(0.9,))
     with engine(calm, fusion={"profile": path, "adapt": False}) as served:
-        assert served.fusion.settings.max_relative_error == (0.9,)
+        assert served.side.settings.max_relative_error == (0.9,)
         served.generate(NEAR)
         shared = served.statistics["blocks_merged"]
         assert shared > 0 and served.statistics["bounds_tightened"] == 0
@@ -44,7 +44,7 @@ def test_a_profile_sets_the_bounds(calm: Path, tmp_path: Path) -> None:
 def test_the_bound_follows_the_errors(calm: Path, tmp_path: Path) -> None:
     path = profile_of(calm, tmp_path, bounds=(0.9,), distortion=UNEXPECTED)
     with engine(calm, pages=400, fusion={"profile": path}) as served:
-        controller = served.fusion.adaptation.controllers[0]
+        controller = served.side.bounds.adaptation.controllers[0]
         controller.window = 20
         for _ in range(3):
             served.generate(NEAR)
@@ -57,7 +57,7 @@ def test_the_bound_follows_the_errors(calm: Path, tmp_path: Path) -> None:
 def test_a_user_bound_beside_the_profile_is_the_limit(calm: Path, tmp_path: Path) -> None:
     path = profile_of(calm, tmp_path, bounds=(0.9,))
     with engine(calm, fusion={"profile": path, "max_relative_error": 0.01}) as served:
-        assert served.fusion.adaptation.bounds(0)[0] == pytest.approx(0.01)
+        assert served.side.bounds.adaptation.bounds(0)[0] == pytest.approx(0.01)
         served.generate(NEAR)
         assert served.statistics["blocks_merged"] == 0 and served.statistics["rejected"]["bound"] > 0
 

@@ -54,13 +54,13 @@ def test_what_is_served_is_within_the_bound(smollm2: Path, monkeypatch: pytest.M
     replaced: dict[Entry, Tensor] = {}
     options = {"max_relative_error": BOUND, "max_token_error": TOKEN_BOUND}
     with engine(smollm2, pages=160, fusion=options, max_num_batched_tokens=4096) as fused:
-        replace = fused.fusion.tables.replace
+        replace = fused.side.tables.replace
 
         def keep(request_id: str, group: int, slot: int, page: int) -> None:
             replaced[request_id, slot] = fused.page(fused.table(request_id)[slot])
             replace(request_id, group, slot, page)
 
-        monkeypatch.setattr(fused.fusion.tables, "replace", keep)
+        monkeypatch.setattr(fused.side.tables, "replace", keep)
         names = [fused.submit(prompt, OUT) for prompt in prompts]
         fused.run_until_decoding()
         fused.step()

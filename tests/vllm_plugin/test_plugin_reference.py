@@ -45,18 +45,18 @@ class Plan:
         self.with_norms = 0
         self._layers = served.core.vllm_config.compilation_config.static_forward_context.values()
         self._committed: list[Any] = []
-        connector = get_kv_transfer_group()
-        commit, follow = connector.norms.commit, connector.follow
+        worker = get_kv_transfer_group().worker
+        commit, follow = worker.norms.commit, worker.follow
 
         def committed(remaps: list[Any]) -> None:
             commit(remaps)
             self._committed = list(remaps)
 
         def followed(output: Any) -> None:
-            self._write_down(output, connector.norms)
+            self._write_down(output, worker.norms)
             follow(output)
 
-        connector.norms.commit, connector.follow = committed, followed
+        worker.norms.commit, worker.follow = committed, followed
 
     def _write_down(self, output: Any, norms: OwnNorms) -> None:
         running = output.scheduled_cached_reqs
@@ -65,7 +65,7 @@ class Plan:
         for name, count in output.num_scheduled_tokens.items():
             self.steps[name].append(Step(begins[name], begins[name] + count))
         for remap in self._committed:
-            factors = norms._proposed[remap.step][remap.pair]
+            factors = norms._proposed[remap.step][remap.group, remap.own, remap.page]
             self.steps[remap.request_id][-1].replaced[remap.slot] = [
                 [factor * side[remap.page] for factor, side in zip(by_side, layer.impl.pages.read(), strict=True)]
                 for by_side, layer in zip(factors, self._layers, strict=True)

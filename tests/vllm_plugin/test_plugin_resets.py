@@ -52,7 +52,7 @@ def test_a_reset_while_requests_run(fused: Engine) -> None:
     fused.run_until_decoding()
     fused.step()
     gained = merged(fused) - before
-    assert gained > 0 and any(tracked.served for tracked in fused.fusion._requests.values())
+    assert gained > 0 and any(tracked.served for tracked in fused.side.requests.active.values())
     assert fused.llm.reset_prefix_cache(reset_running_requests=True)
     assert fused.pages_in_use == 0 and fused.preempted >= 4
     fused.run_until_decoding()
@@ -64,9 +64,9 @@ def test_a_reset_while_requests_run(fused: Engine) -> None:
 
 def test_reset_of_the_connector(fused: Engine) -> None:
     fused.generate(near_prefix(2, shared=100, seed=3), 2)
-    assert len(fused.fusion.index) > 0
+    assert len(fused.side.candidates.index) > 0
     assert fused.connector.reset_cache()
-    assert len(fused.fusion.index) == 0
+    assert len(fused.side.candidates.index) == 0
 
 
 def test_aborted_requests_give_back_what_they_share(fused: Engine) -> None:
@@ -86,13 +86,13 @@ def test_aborted_requests_give_back_what_they_share(fused: Engine) -> None:
 
 def test_a_served_block_is_not_fused_again(fused: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     replaced: list[tuple[str, int, int]] = []
-    replace = fused.fusion.tables.replace
+    replace = fused.side.tables.replace
 
     def spy(request_id: str, group: int, slot: int, page: int) -> None:
         replaced.append((request_id, group, slot))
         replace(request_id, group, slot, page)
 
-    monkeypatch.setattr(fused.fusion.tables, "replace", spy)
+    monkeypatch.setattr(fused.side.tables, "replace", spy)
     prompts = near_prefix(6, shared=320, seed=5)
     for prompt in prompts:
         fused.submit(prompt, 60)

@@ -23,8 +23,8 @@ from tests.vllm_plugin.engines import WATCHED, near_prefix
 from jointkv.vllm_plugin import engine_args
 
 def attention(worker):
-    connector = get_kv_transfer_group()
-    return [(reading.fault, reading.steps, reading.shared_steps) for reading in connector.readings.values()]
+    readings = get_kv_transfer_group().worker.readings
+    return [(reading.fault, reading.steps, reading.shared_steps) for reading in readings.values()]
 
 def main():
     llm = LLM(
@@ -38,7 +38,7 @@ def main():
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     print("FOUND", json.dumps({
         "lengths": [len(output.outputs[0].token_ids) for output in outputs],
-        "statistics": scheduler.connector.statistics(),
+        "statistics": scheduler.connector.scheduler.totals(),
         "references": sum(b.ref_cnt for b in scheduler.kv_cache_manager.block_pool.blocks if not b.is_null),
         "attention": llm.collective_rpc(attention),
     }))

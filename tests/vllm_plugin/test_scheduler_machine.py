@@ -25,7 +25,8 @@ from vllm.v1.engine import core as engine_core
 from vllm.v1.request import Request
 from vllm.v1.worker import gpu_model_runner
 
-from jointkv.vllm_plugin import connector, engine_args
+from jointkv.vllm_plugin import engine_args
+from jointkv.vllm_plugin.worker import side
 from tests.effort import MACHINE_STEPS, machine_settings
 from tests.vllm_plugin.fake_worker import Comparer, Mail, Model, Runner, executor_of, packed_pages
 from tests.vllm_plugin.scheduler_oracle import ABORTED, Oracle
@@ -275,8 +276,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What needs tensors or process groups is replaced."""
-    monkeypatch.setattr(connector, "packed_pages", packed_pages)
-    monkeypatch.setattr(connector, "PageComparer", Comparer)
+    monkeypatch.setattr(side, "packed_pages", packed_pages)
+    monkeypatch.setattr(side, "PageComparer", Comparer)
     monkeypatch.setattr(gpu_model_runner, "get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
     monkeypatch.setattr(engine_core, "freeze_gc_heap", lambda: None)
     gc.collect()

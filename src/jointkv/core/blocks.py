@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ VECTORS_BYTES = 4 << 20
 """Blocks widened to float32 at a time, all layers together: small enough to stay in the last-level cache."""
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+LayerAggregate = Literal["rms", "max"]
+"""How the errors of layers become one number: root mean square, or the worst layer."""
 
 
 class KVPages(Protocol):
@@ -163,7 +166,7 @@ class ServedErrors(NamedTuple):
         return ServedErrors(*(error[selected] for error in self))
 
 
-def block_errors(blocks: Tensor, read: Tensor, block_size: int, aggregate: str) -> tuple[Tensor, Tensor]:
+def block_errors(blocks: Tensor, read: Tensor, block_size: int, aggregate: LayerAggregate) -> tuple[Tensor, Tensor]:
     """Relative errors when `read` stands in for `blocks`, both `[layers, n, r]` in float32; `read` is overwritten.
 
     See `aggregate_errors` for `aggregate` and for what is returned.
@@ -190,12 +193,11 @@ def lift_lost(difference: Tensor, norm: Tensor, apart: Tensor) -> Tensor:
     return difference
 
 
-def aggregate_errors(difference: Tensor, norm: Tensor, aggregate: str) -> tuple[Tensor, Tensor]:
+def aggregate_errors(difference: Tensor, norm: Tensor, aggregate: LayerAggregate) -> tuple[Tensor, Tensor]:
     """Relative errors of blocks and of their worst tokens, `[n]` each, on the CPU.
 
     Args:
         difference, norm: squared norms `[layers, n, tokens]` of what a token differs by, and of the token itself.
-        aggregate: `"rms"` takes the root mean square over layers, `"max"` the worst layer.
     """
     block = relative(difference.sum(-1), norm.sum(-1))
     token = relative(difference, norm)
@@ -210,7 +212,7 @@ def served_errors(
     kv: KVPages,
     pages: Tensor,
     served_by: Tensor,
-    aggregate: str,
+    aggregate: LayerAggregate,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> ServedErrors:
@@ -218,7 +220,6 @@ def served_errors(
 
     Args:
         pages, served_by: page numbers, `[n]`.
-        aggregate: `"rms"` or `"max"` over the layers.
         k_scale, v_scale: factors `[layers, n]` on the page read; None means 1.
     """
     parts = [(torch.zeros(0),) * 3]

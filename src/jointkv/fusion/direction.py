@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jointkv.core.blocks import PagedKV, ServedErrors, as_vectors, block_errors
+from jointkv.core.blocks import LayerAggregate, PagedKV, ServedErrors, as_vectors, block_errors
 
 BATCH = 64
 """Blocks held in float32 at a time: few enough to stay in the cache. They are read twice instead of being kept."""
@@ -31,7 +31,9 @@ class Directions:
     errors: ServedErrors
 
 
-def shared_directions(kv: PagedKV, pages: Tensor, group_of: Tensor, num_groups: int, aggregate: str) -> Directions:
+def shared_directions(
+    kv: PagedKV, pages: Tensor, group_of: Tensor, num_groups: int, aggregate: LayerAggregate
+) -> Directions:
     """Compute the directions of the groups of blocks `pages [n]`, numbered by `group_of [n]`.
 
     The errors are those of what attention will read: directions rounded to the pages' dtype, times the scales, rounded.
@@ -43,7 +45,7 @@ def shared_directions(kv: PagedKV, pages: Tensor, group_of: Tensor, num_groups: 
 
 
 def _one_side(
-    layers: Sequence[Tensor], pages: Tensor, group_of: Tensor, num_groups: int, aggregate: str
+    layers: Sequence[Tensor], pages: Tensor, group_of: Tensor, num_groups: int, aggregate: LayerAggregate
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Directions, scales, block errors and worst token errors of K or of V."""
     made = [_one_layer(layer, pages, group_of, num_groups) for layer in layers]

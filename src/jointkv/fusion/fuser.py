@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jointkv.core.blocks import ServedErrors, served_errors
+from jointkv.core.blocks import served_errors
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.plan import FusionPlan
 from jointkv.core.pool import BlockPool
@@ -19,8 +19,9 @@ from jointkv.core.table import BlockTable
 from jointkv.errors import IntegrityError
 from jointkv.fusion.resident import ResidentIndex
 from jointkv.fusion.signature import BlockSignature
-from jointkv.fusion.tree import plan_matrix, within_bound
+from jointkv.fusion.tree import plan_matrix
 from jointkv.policy import FusionPolicy
+from jointkv.policy.rule import Rule
 
 SIGNATURE_SLACK = 1.5
 """A signature's squared distance may exceed the true one by this factor and still be looked at: four
@@ -105,15 +106,21 @@ class Fuser:
 
     def plan_resident(self, table: BlockTable, blocks: NewBlocks, signatures: Tensor, group: int = 0) -> FusionPlan:
         """Plan which of `blocks` resident pages may serve. Changes nothing but the counters."""
-        candidates = self._candidates(blocks, signatures, group)
+        rule = self.policy.rule(group)
+        candidates = self._candidates(blocks, signatures, rule)
         if not candidates.numel() or not (candidates >= 0).any():
             return FusionPlan.empty()
         own = table.pages[blocks.row, blocks.slot]
         member, place = (candidates >= 0).nonzero(as_tuple=True)
         served_by = candidates[member, place]
-        scales = self._own_norm_scales(own[member], served_by)
-        errors = served_errors(self.pool.kv, own[member], served_by, self.policy.across_layers, *scales)
-        accepted = self._accepted(own[member], served_by, errors, group)
+        scales = self._own_norm_scales(own[member], served_by) if rule.shares_directions else (None, None)
+        errors = served_errors(self.pool.kv, own[member], served_by, rule.across_layers, *scales)
+        thresholds = (rule.key_threshold, rule.value_threshold)
+        key, value = (
+            None if threshold is None else self._mean_cosine(own[member], served_by, side)
+            for side, threshold in enumerate(thresholds)
+        )
+        accepted = rule.allows(errors, (key, value))
         tried = torch.zeros(len(blocks), dtype=torch.bool)
         tried[member] = True
         cost = torch.maximum(errors.key, errors.value).masked_fill(~accepted, torch.inf)
@@ -184,14 +191,14 @@ class Fuser:
     def _take(blocks: NewBlocks, signatures: Tensor, selected: Tensor) -> tuple[NewBlocks, Tensor]:
         return blocks.take(selected), signatures[selected.to(signatures.device)]
 
-    def _candidates(self, blocks: NewBlocks, signatures: Tensor, group: int) -> Tensor:
+    def _candidates(self, blocks: NewBlocks, signatures: Tensor, rule: Rule) -> Tensor:
         """Resident pages worth verifying, `[n, k]`, -1 where none."""
         count, source = self.policy.max_candidates, self.policy.candidates
         found = []
         if source != "signature" and blocks.tokens is not None:
             found.append(self.index.same_tokens(blocks.keys, blocks.which, blocks.tokens, count))
         if source != "tokens" or blocks.tokens is None:
-            limit = self._signature_limit(group)
+            limit = SIGNATURE_SLACK * rule.signature_limit + 1e-5
             found.append(self.index.near(blocks.keys, blocks.which, signatures, limit, count)[0])
         candidates = torch.cat(found, 1)
         if len(found) == 2 and candidates.numel():
@@ -201,23 +208,8 @@ class Fuser:
             candidates = candidates.masked_fill(repeated, -1)
         return candidates
 
-    def _signature_limit(self, group: int) -> float:
-        """Largest mean squared distance of unit blocks at which a candidate could still be accepted."""
-        limits = []
-        bound = self.policy.threshold("max_relative_error", group)
-        key = self.policy.threshold("key_threshold", group)
-        value = self.policy.threshold("value_threshold", group)
-        if bound is not None:
-            # |x - y|^2 / |x|^2 >= 1 - c^2, and 2 - 2c <= 2 (1 - c^2) / (1 + c).
-            limits.append(2 * bound**2)
-        if key is not None:
-            limits.append(((2 - 2 * key) + (4.0 if value is None else 2 - 2 * value)) / 2)
-        return SIGNATURE_SLACK * min(limits) + 1e-5
-
-    def _own_norm_scales(self, pages: Tensor, served_by: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """With shared directions a member keeps its own norms: factors `[L, n]` on the page read."""
-        if self.policy.representative != "direction":
-            return None, None
+    def _own_norm_scales(self, pages: Tensor, served_by: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors `[L, n]` on K and on V of the page read with which a member keeps its own norms."""
         scales: tuple[list[Tensor], list[Tensor]] = ([], [])
         for part in self.pool.kv.batches(len(pages)):
             vectors = zip(self.pool.kv.vectors(pages[part]), self.pool.kv.vectors(served_by[part]), strict=True)
@@ -225,15 +217,6 @@ class Fuser:
                 own, held = (torch.linalg.vector_norm(x, dim=-1) for x in (blocks, served))
                 scales[side].append((own / held).cpu())
         return torch.cat(scales[0], 1), torch.cat(scales[1], 1)
-
-    def _accepted(self, pages: Tensor, served_by: Tensor, errors: ServedErrors, group: int) -> Tensor:
-        """Which pairs meet the bounds and every cosine threshold of the policy."""
-        accepted = within_bound(errors, self.policy, group)
-        for side, name in enumerate(("key_threshold", "value_threshold")):
-            threshold = self.policy.threshold(name, group)
-            if threshold is not None:
-                accepted &= self._mean_cosine(pages, served_by, side) >= threshold
-        return accepted
 
     def _mean_cosine(self, pages: Tensor, served_by: Tensor, side: int) -> Tensor:
         cosines = []

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from jointkv.core.blocks import RESOLUTION, TINY, KVPages, ServedErrors, aggregate_errors, lift_lost
+from jointkv.core.blocks import RESOLUTION, TINY, KVPages, LayerAggregate, ServedErrors, aggregate_errors, lift_lost
 from jointkv.core.packed import PACKED_DTYPES, PackedPages, RowPatterns
 from jointkv.errors import LayoutError, NativeUnavailable
 from jointkv.system import native
@@ -61,12 +61,8 @@ def pair_sums_reference(pages: PackedPages, own: Tensor, other: Tensor) -> Tenso
     return torch.cat(parts)
 
 
-def pair_errors(sums: Tensor, aggregate: str) -> ServedErrors:
-    """Relative errors when each `own` of `pair_sums` is read from its `other`; equal to `blocks.served_errors`.
-
-    Args:
-        aggregate: `"rms"` or `"max"` over the layers.
-    """
+def pair_errors(sums: Tensor, aggregate: LayerAggregate) -> ServedErrors:
+    """Relative errors when each `own` of `pair_sums` is read from its `other`; equal to `blocks.served_errors`."""
     difference, norm, _ = sums.unbind(-1)
     difference = difference.masked_fill((norm < TINY) & (difference > 0), torch.inf)
     by_layer = [part.transpose(0, 1).flatten(1, 2) for part in (difference, norm)]

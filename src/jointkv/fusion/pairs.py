@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from jointkv.core.blocks import PagedKV, as_vectors
-from jointkv.policy import FusionPolicy
+from jointkv.core.blocks import LayerAggregate, PagedKV, as_vectors
+from jointkv.policy.rule import PairStatistics, Rule
 
 BLOCKS_BYTES = 2 << 20
 """Blocks held in float32 at a time: small enough to stay in the last-level cache between copy and product."""
@@ -21,29 +20,6 @@ TINY = 1e-30
 """Stands for a squared norm of zero: 0 / TINY is 0 and anything else over TINY exceeds every bound."""
 
 
-@dataclass(frozen=True)
-class PairStatistics:
-    """Similarities of all pairs among `N` blocks at each of `P` positions; unused ones are None.
-
-    Attributes:
-        valid: `[P, N]`; False where there is no block, or it holds NaN or infinity.
-        key_cosine, value_cosine: `[P, N, N]`, mean over layers.
-        error: `[P, N, N]`; entry `[i, j]` is the squared relative error of block `i` served by block `j` as it
-            stands, the larger one of K and V. Rounded in float32 (about 1e-6), so the final check is made on the
-            difference itself.
-    """
-
-    valid: Tensor
-    key_cosine: Tensor | None = None
-    value_cosine: Tensor | None = None
-    error: Tensor | None = None
-
-    def take(self, lines: Tensor) -> PairStatistics:
-        """The positions that the mask `lines [P]` picks."""
-        parts = (self.key_cosine, self.value_cosine, self.error)
-        return PairStatistics(self.valid[lines], *(None if part is None else part[lines] for part in parts))
-
-
 def position_chunks(positions: int, blocks: int) -> Iterator[slice]:
     """Cut `positions` so that the pair matrices `[chunk, blocks, blocks]` stay small."""
     step = max(1, PAIRS_BYTES // (4 * blocks * blocks))
@@ -51,18 +27,18 @@ def position_chunks(positions: int, blocks: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def pair_statistics(kv: PagedKV, pages: Tensor, policy: FusionPolicy, group: int) -> PairStatistics:
-    """Compare the blocks `pages [P, N]` (-1: none) within each position, as far as `policy` needs it."""
-    needs_errors = policy.representative == "resident" and policy.threshold("max_relative_error", group) is not None
+def pair_statistics(kv: PagedKV, pages: Tensor, rule: Rule) -> PairStatistics:
+    """Compare the blocks `pages [P, N]` (-1: none) within each position, as far as `rule` needs it."""
     index = pages.clamp(min=0).to(kv.device)
     valid = (pages >= 0).to(kv.device)
     cosines, errors = [], []
-    for layers, name in ((kv.keys, "key_threshold"), (kv.values, "value_threshold")):
-        needs_cosine = policy.threshold(name, group) is not None
-        cosine = torch.zeros(*pages.shape, pages.shape[1], device=kv.device) if needs_cosine else None
-        error = torch.zeros(*pages.shape, pages.shape[1], device=kv.device) if needs_errors else None
-        if needs_cosine or needs_errors:
-            _accumulate(layers, index, valid, cosine, error, policy.across_layers)
+    for layers, threshold in ((kv.keys, rule.key_threshold), (kv.values, rule.value_threshold)):
+        cosine, error = (
+            torch.zeros(*pages.shape, pages.shape[1], device=kv.device) if needed else None
+            for needed in (threshold is not None, rule.compares_errors)
+        )
+        if cosine is not None or error is not None:
+            _accumulate(layers, index, valid, cosine, error, rule.across_layers)
         cosines.append(cosine)
         errors.append(error)
     worse = torch.maximum(errors[0], errors[1]) if errors[0] is not None and errors[1] is not None else None
@@ -75,7 +51,7 @@ def _accumulate(
     valid: Tensor,
     cosine: Tensor | None,
     error: Tensor | None,
-    aggregate: str,
+    aggregate: LayerAggregate,
 ) -> None:
     """Add the layers' statistics to `cosine` and `error`, and clear `valid` where a norm is not finite; in place."""
     step = max(1, BLOCKS_BYTES // (4 * index.shape[1] * layers[0][0].numel()))

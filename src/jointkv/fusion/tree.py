@@ -7,16 +7,13 @@ from collections.abc import Hashable, Mapping
 import torch
 from torch import Tensor
 
-from jointkv.core.blocks import PagedKV, ServedErrors, served_errors
+from jointkv.core.blocks import PagedKV, served_errors
 from jointkv.core.plan import FusionPlan
 from jointkv.errors import InvalidPolicy, LayoutError
 from jointkv.fusion.direction import shared_directions
-from jointkv.fusion.merge import merge_directions, merge_resident
-from jointkv.fusion.pairs import PairStatistics, pair_statistics, position_chunks
+from jointkv.fusion.pairs import pair_statistics, position_chunks
 from jointkv.policy import FusionPolicy
-
-GRAM_SLACK = 1e-5
-"""Room for float32 rounding when squared errors come from a Gram matrix; the bound itself is checked exactly."""
+from jointkv.policy.rule import NOT_ASKED, Rule
 
 ROUNDS = 4
 """Blocks that fail the exact check of one round are grouped again among themselves, this often at the most."""
@@ -83,70 +80,31 @@ def plan_matrix(
         raise LayoutError(f"pages, rows and slots must share one shape [P, N], got {list(pages.shape)}")
     if not policy.enabled or pages.shape[1] < 2:
         return FusionPlan.empty()
-    if policy.representative == "direction":
-        leader = _leaders(kv, pages, policy, group)
-        return _plan_directions(kv, pages, rows, slots, leader, policy, group)
+    rule = policy.rule(group)
+    if rule.shares_directions:
+        return _plan_directions(kv, pages, rows, slots, rule)
     rounds: list[FusionPlan] = []
     left = pages
     while len(rounds) < ROUNDS and len(left):
-        leader = _leaders(kv, left, policy, group)
-        plan, left = _plan_resident(kv, left, rows, slots, leader, policy, group)
+        plan, left = _plan_resident(kv, left, rows, slots, rule)
         rounds.append(plan)
         several = (left >= 0).sum(1) > 1
         left, rows, slots = left[several], rows[several], slots[several]
     return FusionPlan.join(rounds)
 
 
-def _leaders(kv: PagedKV, pages: Tensor, policy: FusionPolicy, group: int) -> Tensor:
-    parts = [
-        group_blocks(pair_statistics(kv, pages[part], policy, group), policy, group).cpu()
-        for part in position_chunks(*pages.shape)
-    ]
+def _leaders(kv: PagedKV, pages: Tensor, rule: Rule) -> Tensor:
+    parts = [rule.group(pair_statistics(kv, pages[part], rule)).cpu() for part in position_chunks(*pages.shape)]
     return torch.cat(parts) if parts else pages
 
 
-def group_blocks(pairs: PairStatistics, policy: FusionPolicy, group: int) -> Tensor:
-    """The leader of each block's group, `[P, N]` long; a block that fits nowhere leads itself."""
-    allowed = _alike(pairs, policy, group)
-    leader = torch.arange(allowed.shape[1], device=allowed.device).expand(allowed.shape[:2]).contiguous()
-    # Where no earlier block may serve a later one there is nothing to merge: most positions of unrelated traffic.
-    lines = allowed.tril(-1).flatten(1).any(1)
-    if not lines.any():
-        return leader
-    pairs, allowed = pairs.take(lines), allowed[lines]
-    if policy.representative == "direction":
-        thresholds = [policy.threshold(name, group) or 0.0 for name in ("key_threshold", "value_threshold")]
-        assert pairs.key_cosine is not None
-        merged = merge_directions(pairs.key_cosine, pairs.value_cosine, pairs.valid, *thresholds)
-    else:
-        score = pairs.key_cosine if pairs.error is None else -pairs.error
-        assert score is not None
-        merged = merge_resident(allowed, score, pairs.valid)
-    leader[lines] = merged
-    return leader
-
-
-def _alike(pairs: PairStatistics, policy: FusionPolicy, group: int) -> Tensor:
-    """Which pairs pass every test of the policy: `[P, N, N]` bool; entry `[i, j]`: block `j` may serve block `i`."""
-    alike = pairs.valid[:, :, None] & pairs.valid[:, None, :]
-    for cosine, name in ((pairs.key_cosine, "key_threshold"), (pairs.value_cosine, "value_threshold")):
-        threshold = policy.threshold(name, group)
-        if cosine is not None and threshold is not None:
-            alike &= cosine >= threshold
-    bound = policy.threshold("max_relative_error", group)
-    if pairs.error is not None and bound is not None:
-        alike &= pairs.error <= bound**2 + GRAM_SLACK
-    return alike
-
-
-def _plan_resident(
-    kv: PagedKV, pages: Tensor, rows: Tensor, slots: Tensor, leader: Tensor, policy: FusionPolicy, group: int
-) -> tuple[FusionPlan, Tensor]:
+def _plan_resident(kv: PagedKV, pages: Tensor, rows: Tensor, slots: Tensor, rule: Rule) -> tuple[FusionPlan, Tensor]:
     """The plan of one round, and the blocks (-1: none) that their leader may not serve but another one still may."""
+    leader = _leaders(kv, pages, rule)
     follows = (leader != torch.arange(pages.shape[1])) & (pages >= 0)
     old, new = pages[follows], pages.gather(1, leader)[follows]
-    errors = served_errors(kv, old, new, policy.across_layers)
-    keep = within_bound(errors, policy, group)
+    errors = served_errors(kv, old, new, rule.across_layers)
+    keep = rule.allows(errors, NOT_ASKED)
     key_error, value_error, token_error = errors.take(keep)
     left = torch.full_like(pages, -1)
     left[follows] = old.masked_fill(keep, -1)
@@ -162,11 +120,9 @@ def _plan_resident(
     return plan, left
 
 
-def _plan_directions(
-    kv: PagedKV, pages: Tensor, rows: Tensor, slots: Tensor, leader: Tensor, policy: FusionPolicy, group: int
-) -> FusionPlan:
+def _plan_directions(kv: PagedKV, pages: Tensor, rows: Tensor, slots: Tensor, rule: Rule) -> FusionPlan:
     count = pages.shape[1]
-    group_id = (leader + torch.arange(len(pages))[:, None] * count)[pages >= 0]
+    group_id = (_leaders(kv, pages, rule) + torch.arange(len(pages))[:, None] * count)[pages >= 0]
     _, group_id, size = group_id.unique(return_inverse=True, return_counts=True)
     shared = size[group_id] > 1
     if not shared.any():
@@ -174,8 +130,8 @@ def _plan_directions(
     old, row, slot = (entry[pages >= 0][shared] for entry in (pages, rows, slots))
     _, group_id = group_id[shared].unique(return_inverse=True)
     num_groups = int(group_id.max()) + 1
-    found = shared_directions(kv, old, group_id, num_groups, policy.across_layers)
-    keep = within_bound(found.errors, policy, group)
+    found = shared_directions(kv, old, group_id, num_groups, rule.across_layers)
+    keep = rule.allows(found.errors, NOT_ASKED)
     keep &= torch.bincount(group_id[keep], minlength=num_groups)[group_id] > 1
     kept_groups, new_id = group_id[keep].unique(return_inverse=True)
     order = torch.arange(int(keep.sum()))
@@ -196,13 +152,3 @@ def _plan_directions(
         key_direction=found.keys[:, kept_groups],
         value_direction=found.values[:, kept_groups],
     )
-
-
-def within_bound(errors: ServedErrors, policy: FusionPolicy, group: int) -> Tensor:
-    """Which members meet the policy's bounds on K, on V and on every token; a NaN never does."""
-    keep = errors.key.isfinite() & errors.value.isfinite()
-    bound = policy.threshold("max_relative_error", group)
-    if bound is not None:
-        keep &= (errors.key <= bound) & (errors.value <= bound)
-    token_bound = policy.threshold("max_token_error", group)
-    return keep if token_bound is None else keep & (errors.token <= token_bound)

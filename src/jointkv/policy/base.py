@@ -1,27 +1,51 @@
-"""What may be fused, how alike it must be, and what then stands in its place."""
+"""The user's parameters of fusion: what may be fused, how alike it must be, and what then stands in its place."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from dataclasses import dataclass
 from reprlib import repr as shown
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from jointkv.core.blocks import LayerAggregate
 from jointkv.errors import InvalidPolicy
+from jointkv.policy.paper import Paper
+from jointkv.policy.rule import Rule
+from jointkv.policy.safe import Safe
 
-SimilarityRule = Literal["key", "key_value"]
-RepresentativeKind = Literal["resident", "direction"]
-Scope = Literal["batch", "chunk", "both"]
-LayerAggregate = Literal["rms", "max"]
-CandidateSource = Literal["signature", "tokens", "either"]
-Threshold = float | tuple[float, ...] | None
+METHODS: tuple[type[Rule], ...] = (Safe, Paper)
+"""A new method is a file with its rule, and its name here."""
+
+RULES = {method.representative: method for method in METHODS}
+PRESETS = {
+    **{method.preset: {"representative": method.representative, **method.defaults} for method in METHODS},
+    "off": {"enabled": False},
+}
 
 PER_LAYER = "per_layer"
 THRESHOLDS = ("key_threshold", "value_threshold", "max_relative_error", "max_token_error")
 MOST = 2**31 - 1
 """Of anything counted: what is larger is a mistake, and no tensor could hold it."""
+
+# Each type ends with what a value is that it refuses.
+Scope = Literal["batch", "chunk", "both"]
+Count = Annotated[int, Field(ge=1, le=MOST), f"no whole number from 1 to {MOST}"]
+Layers = Annotated[int, Field(ge=0, le=MOST), f"no whole number from 0 to {MOST}"]
+Groups = Annotated[
+    Annotated[int, Field(ge=1, le=MOST)] | Literal["per_layer"], "neither a whole number of 1 or more nor 'per_layer'"
+]
+Number = TypeVar("Number")
+PerGroup = Annotated[
+    Number | Annotated[tuple[Number, ...], Field(min_length=1)] | None,
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+]
+Cosine = Annotated[PerGroup[Annotated[float, Field(ge=-1, le=1)]], "not a number from -1 to 1"]
+Bound = Annotated[PerGroup[Annotated[float, Field(ge=0, le=math.inf)]], "not a number from 0 to inf"]
 
 
 @dataclass(frozen=True)
@@ -53,75 +77,44 @@ class FusionPolicy:
         max_candidates: resident blocks verified per new block at the most.
     """
 
-    enabled: bool = True
-    similarity: SimilarityRule = "key_value"
-    key_threshold: Threshold = None
-    value_threshold: Threshold = None
-    max_relative_error: Threshold = 0.2
-    max_token_error: Threshold = 0.3
+    enabled: Annotated[bool, "neither true nor false"] = True
+    similarity: Literal["key", "key_value"] = "key_value"
+    key_threshold: Cosine = None
+    value_threshold: Cosine = None
+    max_relative_error: Bound = 0.2
+    max_token_error: Bound = 0.3
     across_layers: LayerAggregate = "rms"
-    representative: RepresentativeKind = "resident"
+    representative: Annotated[str, "no name"] = "resident"
     scope: Scope = "batch"
-    chunk_tokens: int = 512
-    layer_groups: int | Literal["per_layer"] = 1
-    skip_first_layers: int = 0
-    skip_last_layers: int = 0
-    candidates: CandidateSource = "signature"
-    max_candidates: int = 4
+    chunk_tokens: Count = 512
+    layer_groups: Groups = 1
+    skip_first_layers: Layers = 0
+    skip_last_layers: Layers = 0
+    candidates: Literal["signature", "tokens", "either"] = "signature"
+    max_candidates: Count = 4
 
     def __post_init__(self) -> None:
-        if not isinstance(self.enabled, bool):
-            raise InvalidPolicy(f"enabled: {shown(self.enabled)} is neither true nor false")
-        self._check_choices()
+        for name, (adapter, refusal) in _field_checks().items():
+            try:
+                object.__setattr__(self, name, adapter.validate_python(getattr(self, name)))
+            except ValidationError as error:
+                value = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))["input"]
+                raise InvalidPolicy(f"{name}: {shown(value)} is {refusal}") from None
+        if self.representative not in RULES:
+            raise InvalidPolicy(f"representative: {shown(self.representative)} is none of {', '.join(RULES)}")
+        if isinstance(self.layer_groups, int):
+            self.check_thresholds(self.layer_groups)
+        if self.enabled:
+            self._check_combination()
+
+    def check_thresholds(self, groups: int) -> None:
+        """Raises InvalidPolicy when a list of thresholds is not one for each of `groups` layer groups."""
         for name in THRESHOLDS:
-            self._check_threshold(name)
-        self._check_counts()
-        self._check_combination()
-
-    def _check_choices(self) -> None:
-        choices = {
-            "similarity": SimilarityRule,
-            "representative": RepresentativeKind,
-            "scope": Scope,
-            "across_layers": LayerAggregate,
-            "candidates": CandidateSource,
-        }
-        for name, kind in choices.items():
-            allowed = get_args(kind)
-            if getattr(self, name) not in allowed:
-                raise InvalidPolicy(f"{name}: {shown(getattr(self, name))} is none of {', '.join(allowed)}")
-
-    def _check_threshold(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if isinstance(value, list):
-            value = tuple(value)
-            object.__setattr__(self, name, value)
-        numbers = value if isinstance(value, tuple) else (value,)
-        if not numbers:
-            raise InvalidPolicy(f"{name}: an empty list of thresholds")
-        low, high = (0.0, math.inf) if name.endswith("_error") else (-1.0, 1.0)
-        for number in numbers:
-            if not _is_number(number) or not low <= number <= high:
-                raise InvalidPolicy(f"{name}: {shown(number)} is not a number from {low:g} to {high:g}")
-        groups = self.layer_groups
-        if isinstance(value, tuple) and isinstance(groups, int) and len(value) != groups:
-            raise InvalidPolicy(f"{name}: {len(value)} thresholds for {groups} layer groups")
-
-    def _check_counts(self) -> None:
-        least = {"chunk_tokens": 1, "skip_first_layers": 0, "skip_last_layers": 0, "max_candidates": 1}
-        for name, minimum in least.items():
             value = getattr(self, name)
-            if not _is_count(value, minimum):
-                raise InvalidPolicy(f"{name}: {shown(value)} is no whole number from {minimum} to {MOST}")
-        groups = self.layer_groups
-        if groups != PER_LAYER and not _is_count(groups, 1):
-            raise InvalidPolicy(f"layer_groups: {shown(groups)} is neither a whole number of 1 or more nor 'per_layer'")
+            if isinstance(value, tuple) and len(value) != groups:
+                raise InvalidPolicy(f"{name}: {len(value)} thresholds for {groups} layer groups")
 
     def _check_combination(self) -> None:
-        if not self.enabled:
-            return
         if self.value_threshold is not None and self.similarity == "key":
             raise InvalidPolicy("value_threshold: has no effect with similarity='key'; use 'key_value'")
         if (
@@ -134,19 +127,14 @@ class FusionPolicy:
             )
         if self.key_threshold is None and self.max_relative_error is None:
             raise InvalidPolicy("key_threshold: give it or max_relative_error, else every pair would match")
-        if self.representative == "direction" and self.key_threshold is None:
-            raise InvalidPolicy("key_threshold: representative='direction' groups by cosine and needs it")
-        if self.similarity == "key_value" and self.representative == "direction" and self.value_threshold is None:
-            raise InvalidPolicy("value_threshold: similarity='key_value' with directions needs it")
-        if self.scope == "both" and self.representative == "direction":
-            raise InvalidPolicy("scope: 'both' needs representative='resident'; a direction overwrites its page")
+        RULES[self.representative].check(vars(self))
         if self.layer_groups == 1 and (self.skip_first_layers or self.skip_last_layers):
             name = "skip_first_layers" if self.skip_first_layers else "skip_last_layers"
             raise InvalidPolicy(f"{name}: one layer group cannot leave layers out; raise layer_groups")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> FusionPolicy:
-        """Return preset `safe` (the default), `paper` or `off`, with fields replaced by `changes`.
+        """Return preset `safe` (the default), `paper`, that of another method, or `off`, with fields replaced.
 
         Raises:
             InvalidPolicy: unknown preset or field, or the fields do not go together.
@@ -168,6 +156,11 @@ class FusionPolicy:
         value = getattr(self, name)
         return value[group] if isinstance(value, tuple) else value
 
+    def rule(self, group: int = 0) -> Rule:
+        """What decides on the blocks of layer group `group`."""
+        thresholds = {name: self.threshold(name, group) for name in THRESHOLDS}
+        return RULES[self.representative](**thresholds, across_layers=self.across_layers)
+
     def to_json(self) -> str:
         """The policy as one line of JSON; `from_json` reads it back."""
         return json.dumps(dataclasses.asdict(self))
@@ -188,64 +181,12 @@ class FusionPolicy:
         return cls._from_fields("safe", fields)
 
 
-def _is_number(value: object) -> bool:
-    """Whether a tensor can be compared with `value`; infinity is a number here, and NaN is sorted out by its range."""
-    return isinstance(value, float) or _is_count(value, -MOST)
-
-
-def _is_count(value: object, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= MOST
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "safe": {},
-    "paper": {
-        "similarity": "key",
-        "key_threshold": 0.75,
-        "max_relative_error": None,
-        "max_token_error": None,
-        "representative": "direction",
-        "layer_groups": PER_LAYER,
-        "skip_first_layers": 2,
-        "skip_last_layers": 2,
-    },
-    "off": {"enabled": False},
-}
-
-
-@dataclass(frozen=True)
-class LayerGroups:
-    """How the layers of a model split into groups of consecutive layers, and which groups take part.
-
-    Attributes:
-        layers: layers per group; layer `i` is layer `i % layers` of group `i // layers`.
-        count: number of groups.
-        fused: one flag per group.
-    """
-
-    layers: int
-    count: int
-    fused: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, policy: FusionPolicy, num_layers: int) -> LayerGroups:
-        """Split `num_layers` layers as `policy` asks.
-
-        Raises:
-            InvalidPolicy: the groups do not divide the layers, skipped layers cut a group, or thresholds are
-                fewer or more than groups.
-        """
-        count = num_layers if policy.layer_groups == PER_LAYER else int(policy.layer_groups)
-        if num_layers % count:
-            raise InvalidPolicy(f"layer_groups: {count} does not divide the model's {num_layers} layers")
-        layers = num_layers // count
-        for name in ("skip_first_layers", "skip_last_layers"):
-            if getattr(policy, name) % layers:
-                raise InvalidPolicy(f"{name}: {getattr(policy, name)} cuts a group of {layers} layers")
-        for name in THRESHOLDS:
-            value = getattr(policy, name)
-            if isinstance(value, tuple) and len(value) != count:
-                raise InvalidPolicy(f"{name}: {len(value)} thresholds for {count} layer groups")
-        first, last = policy.skip_first_layers // layers, policy.skip_last_layers // layers
-        fused = tuple(policy.enabled and first <= group < count - last for group in range(count))
-        return cls(layers, count, fused)
+@functools.cache
+def _field_checks() -> dict[str, tuple[TypeAdapter[Any], str]]:
+    """By field: what checks a value, and what a value is that it refuses."""
+    checks = {}
+    for name, kind in get_type_hints(FusionPolicy, include_extras=True).items():
+        if get_origin(kind) is Literal:
+            kind = Annotated[kind, f"none of {', '.join(get_args(kind))}"]
+        checks[name] = (TypeAdapter(kind, config=ConfigDict(strict=True)), kind.__metadata__[-1])
+    return checks

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
 from jointkv.errors import IntegrityError, LayoutError
+from jointkv.vllm_plugin.engine.runners.base import Remap
 
-KINDS = {"accepted": np.bool_, "key_error": np.float32, "value_error": np.float32, "token_error": np.float32}
-"""What a verdict says of every pair."""
+PATIENCE = 16
+"""Steps that the verdict on one may take. vLLM schedules two steps ahead at the most."""
 
-
-class Remap(NamedTuple):
-    """From now on `request_id` reads `page` at `slot` of its table of `group`.
-
-    `step` and `pair` say which answer of the workers this follows from: they may have to read it with factors.
-    """
-
-    request_id: str
-    group: int
-    slot: int
-    page: int
-    step: int = 0
-    pair: int = 0
+ERRORS = ("key_error", "value_error", "token_error")
+COSINES = ("key_cosine", "value_cosine")
 
 
 @dataclass
@@ -49,12 +38,13 @@ class Inquiry(KVConnectorMetadata):
 
 @dataclass
 class Verdict(KVConnectorWorkerMetadata):
-    """Workers to scheduler: which pairs of an inquiry are within the bounds.
+    """Workers to scheduler: how alike the pages of an inquiry are. What follows from it, the scheduler decides.
 
     Attributes:
         step: of the inquiry.
-        accepted: bool `[n]`.
-        key_error, value_error, token_error: relative errors, float32 `[n]`.
+        key_error, value_error, token_error: relative errors of the new block when it reads the resident page, float32
+            `[n]`; NaN or infinite where they cannot be told.
+        key_cosine, value_cosine: of the two pages, mean over layers, float32 `[n]`.
         seconds: spent on comparing.
         apply_seconds: spent on replacing table entries since the last verdict.
         fault: why the worker gave up, if it did; then there is no answer.
@@ -63,10 +53,11 @@ class Verdict(KVConnectorWorkerMetadata):
     """
 
     step: int
-    accepted: np.ndarray
     key_error: np.ndarray
     value_error: np.ndarray
     token_error: np.ndarray
+    key_cosine: np.ndarray
+    value_cosine: np.ndarray
     seconds: float = 0.0
     apply_seconds: float = 0.0
     fault: str | None = None
@@ -77,7 +68,7 @@ class Verdict(KVConnectorWorkerMetadata):
     def given_up(cls, step: int, fault: str, broken: bool = False) -> Verdict:
         """No answer, because of an internal error."""
         none = np.zeros(0, np.float32)
-        return cls(step, np.zeros(0, bool), none, none, none, fault=fault, broken=broken)
+        return cls(step, none, none, none, none, none, fault=fault, broken=broken)
 
     @classmethod
     def failed(cls, step: int, error: Exception) -> Verdict:
@@ -89,21 +80,21 @@ class Verdict(KVConnectorWorkerMetadata):
 
         Raises:
             LayoutError: not one answer of the right kind to each of `pairs` pairs.
-            IntegrityError: a pair is accepted with an error that is none.
+            IntegrityError: an error is negative.
         """
-        for name, kind in KINDS.items():
+        for name in (*ERRORS, *COSINES):
             found = getattr(self, name)
-            if not isinstance(found, np.ndarray) or found.dtype != kind or found.shape != (pairs,):
+            if not isinstance(found, np.ndarray) or found.dtype != np.float32 or found.shape != (pairs,):
                 shape = (found.dtype, list(found.shape)) if isinstance(found, np.ndarray) else (type(found).__name__,)
-                raise LayoutError(f"{name} is {' '.join(map(str, shape))} instead of {np.dtype(kind)} [{pairs}]")
-        blocks = np.concatenate((self.key_error[self.accepted], self.value_error[self.accepted]))
-        if not ((blocks >= 0) & (blocks < np.inf)).all() or not (self.token_error[self.accepted] >= 0).all():
-            raise IntegrityError("a worker accepts a pair whose error is negative, infinite or not a number")
+                raise LayoutError(f"{name} is {' '.join(map(str, shape))} instead of float32 [{pairs}]")
+        for name in ERRORS:
+            if (getattr(self, name) < 0).any():
+                raise IntegrityError(f"a worker measures a {name} below zero")
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Verdict:
-        """Join the ranks of one step: accepted is what every rank accepts; errors and seconds are the worst rank's.
+        """Join the ranks of one step: errors, cosines and seconds are the worst rank's.
 
-        With heads split over ranks, K and V within the bound on every rank are within it as a whole. An error here
+        With heads split over ranks, K and V within a bound on every rank are within it as a whole. An error here
         would end the engine, so it becomes the fault of the verdict.
         """
         try:
@@ -116,17 +107,16 @@ class Verdict(KVConnectorWorkerMetadata):
         fault = self.fault or other.fault
         if fault is not None:
             return Verdict.given_up(self.step, fault, self.broken or other.broken)
-        if (self.step, len(self.accepted)) != (other.step, len(other.accepted)):
+        if (self.step, len(self.key_error)) != (other.step, len(other.key_error)):
             fault = f"ranks answer different inquiries (steps {self.step} and {other.step})"
             return Verdict.given_up(self.step, fault)
         for verdict in (self, other):
-            verdict.check(len(self.accepted))
+            verdict.check(len(self.key_error))
         return Verdict(
             self.step,
-            self.accepted & other.accepted,
-            np.maximum(self.key_error, other.key_error),
-            np.maximum(self.value_error, other.value_error),
-            np.maximum(self.token_error, other.token_error),
+            # What is not a number stays so, whichever rank it comes from.
+            *(np.maximum(getattr(self, name), getattr(other, name)) for name in ERRORS),
+            *(np.minimum(getattr(self, name), getattr(other, name)) for name in COSINES),
             max(self.seconds, other.seconds),
             max(self.apply_seconds, other.apply_seconds),
             ranks=self.ranks + other.ranks,

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import Counter as PromCounter
 from prometheus_client import Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
-
-if TYPE_CHECKING:
-    from jointkv.vllm_plugin.attention.reading import SharedReading
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -151,13 +148,13 @@ class WorkerStatistics:
     def __init__(self) -> None:
         self._reported: Counter[str] = Counter()
 
-    def take(self, readings: Iterable[SharedReading]) -> JointStats | None:
-        """What is new since the last report; None where it can wait."""
-        totals: Counter[str] = Counter()
-        for reading in readings:
-            totals["attention_steps"] += reading.steps
-            totals["attention_shared_steps"] += reading.shared_steps
-            totals["attention_faults"] += reading.fault is not None
+    def take(self, counts: Iterable[Counter[str]]) -> JointStats | None:
+        """What is new since the last report; None where it can wait.
+
+        Args:
+            counts: of each layer group, since the start.
+        """
+        totals = sum(counts, Counter[str]())
         new = totals - self._reported
         if new["attention_steps"] < REPORT_EVERY and not new["attention_faults"]:
             return None

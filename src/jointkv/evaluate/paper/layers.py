@@ -77,7 +77,7 @@ def _key_cosines(batch: Prefilled, block_size: int) -> list[NDArray[np.float32]]
     found = []
     for layer in range(sum(name.startswith("key.") for name in batch.state)):
         kv = PagedKV([batch.state[f"key.{layer}"]], [batch.state[f"value.{layer}"]])
-        cosine = pair_statistics(kv, pages, only_keys, 0).key_cosine
+        cosine = pair_statistics(kv, pages, only_keys.rule()).key_cosine
         assert cosine is not None
         found.append(cosine.numpy())
     return found

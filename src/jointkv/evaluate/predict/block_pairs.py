@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jointkv.core.blocks import LayerAggregate
 from jointkv.core.packed import PackedPages
 from jointkv.evaluate.holding.held import Prefilled
 from jointkv.fusion.pair_sums import pair_errors, pair_sums
@@ -71,7 +72,7 @@ def pair_error_matrices(
     groups: Sequence[Sequence[int]],
     *,
     token_limit: float = math.inf,
-    aggregate: str = "rms",
+    aggregate: LayerAggregate = "rms",
     progress: Callable[[float], None] | None = None,
 ) -> Tensor:
     """The least bound under which each block may be served by each other one of its line: `[groups, P, N, N]`.
@@ -103,7 +104,9 @@ def pair_error_matrices(
     return found
 
 
-def errors_of(batch: Prefilled, layers: Sequence[int], own: Tensor, read: Tensor, aggregate: str = "rms") -> Tensor:
+def errors_of(
+    batch: Prefilled, layers: Sequence[int], own: Tensor, read: Tensor, aggregate: LayerAggregate = "rms"
+) -> Tensor:
     """The least bounds under which blocks `own [n]` may be read from the pages of blocks `read [n]`, `[n]`."""
     parts = [torch.zeros(0)]
     for part in _parts(len(own)):

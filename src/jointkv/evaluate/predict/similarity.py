@@ -29,7 +29,7 @@ ERROR_BOUNDS = (0.1, 0.2)
 
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
 # Only says which statistics are wanted, whatever their size.
-_COSINE_AND_ERROR = FusionPolicy(key_threshold=-1.0, max_relative_error=ERROR_BOUNDS[-1])
+_COSINE_AND_ERROR = FusionPolicy(key_threshold=-1.0, max_relative_error=ERROR_BOUNDS[-1]).rule()
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _compare(layer: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
     cosines, errors = [torch.zeros(0)], [torch.zeros(0)]
     if pages.shape[1] > 1:
         for part in position_chunks(*pages.shape):
-            found = pair_statistics(side, pages[part], _COSINE_AND_ERROR, 0)
+            found = pair_statistics(side, pages[part], _COSINE_AND_ERROR)
             assert found.key_cosine is not None and found.error is not None
             chosen = (found.valid[:, :, None] & found.valid[:, None, :]).triu(1)
             # An error depends on which of the two serves the other; a fusion plan may choose.

@@ -7,65 +7,19 @@ layout, and after any error, they are vLLM's own. Nothing here imports a backend
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 
 from jointkv.attention import reference
 from jointkv.attention.layouts import LayerPages
 from jointkv.attention.switch import Switch
 from jointkv.attention.work import WorkList
 from jointkv.core.plan import BlockRef
-from jointkv.system.interfaces import Use, differences
-from jointkv.vllm_plugin.settings import PluginSettings
-
-if TYPE_CHECKING:
-    from jointkv.vllm_plugin.attention.reading import SharedReading
-
-logger = init_logger(f"vllm.{__name__}")
-
-
-def chosen(
-    settings: PluginSettings | None, uses: Iterable[Use], register: Callable[[], AbstractContextManager[None]]
-) -> AbstractContextManager[None]:
-    """What a worker loads its model in: `register()` where `settings` ask for it and vLLM has all of `uses`."""
-    if settings is None or not (settings.enabled and settings.shares_reading):
-        return nullcontext()
-    found = changed(uses)
-    if found:
-        logger.warning("vLLM's attention is not what jointkv was written for: %s", "; ".join(found))
-        return nullcontext()
-    return register()
-
-
-def changed(uses: Iterable[Use]) -> list[str]:
-    """What vLLM lacks of `uses`, or calls otherwise of what is mixed into it; see `differences`."""
-    mixed = {"forward": JointAttention, "build": JointBuilder}
-    return differences(replace(use, by=mixed[use.overridden[0]]) if use.overridden else use for use in uses)
-
-
-@contextmanager
-def override(name: str, backend: type) -> Iterator[None]:
-    """Register `backend` over `name` of vLLM's `AttentionBackendEnum`, and undo it: other engines are left alone."""
-    from vllm.v1.attention import selector
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    member = AttentionBackendEnum[name]
-    before = member.get_path() if member.is_overridden() else None
-    register_backend(member, f"{backend.__module__}.{backend.__qualname__}")
-    selector._cached_get_attn_backend.cache_clear()
-    try:
-        yield
-    finally:
-        member.clear_override()
-        if before is not None:
-            register_backend(member, before)
-        selector._cached_get_attn_backend.cache_clear()
+from jointkv.vllm_plugin.attention.reading import SharedReading
 
 
 @dataclass

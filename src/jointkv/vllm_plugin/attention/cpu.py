@@ -26,7 +26,8 @@ from jointkv.attention.layouts import LayerPages
 from jointkv.attention.switch import Switch, measure
 from jointkv.attention.work import WorkList
 from jointkv.system import native
-from jointkv.vllm_plugin.attention.backend import JointAttention, JointBuilder, JointMetadata, override
+from jointkv.vllm_plugin.attention.backend import JointAttention, JointBuilder, JointMetadata
+from jointkv.vllm_plugin.attention.install import override
 
 
 def registered() -> AbstractContextManager[None]:

@@ -33,7 +33,8 @@ from jointkv.attention.grouping import group_pages
 from jointkv.attention.layouts import LayerPages
 from jointkv.attention.switch import Switch
 from jointkv.errors import LayoutError
-from jointkv.vllm_plugin.attention.backend import JointAttention, JointBuilder, JointMetadata, override
+from jointkv.vllm_plugin.attention.backend import JointAttention, JointBuilder, JointMetadata
+from jointkv.vllm_plugin.attention.install import override
 from jointkv.vllm_plugin.engine.pages import PROBED_PAGE
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.errors import IntegrityError
+from jointkv.vllm_plugin.engine.runners.base import Remap
 from jointkv.vllm_plugin.engine.steps import resumed
-from jointkv.vllm_plugin.messages import Remap
-from jointkv.vllm_plugin.scheduler.fusion import PATIENCE
+from jointkv.vllm_plugin.messages import PATIENCE, Inquiry
 
 NO_PAGE = -1
 
@@ -53,7 +53,7 @@ class OwnNorms:
     def __init__(self, layers: int) -> None:
         self.layers = layers
         self.enabled = True
-        self._proposed: dict[int, Tensor] = {}
+        self._proposed: dict[int, dict[tuple[int, int, int], Tensor]] = {}
         self._rows: dict[tuple[str, int], _Row] = {}
 
     def __len__(self) -> int:
@@ -61,10 +61,11 @@ class OwnNorms:
         return sum(int((row.page != NO_PAGE).sum()) for row in self._rows.values())
 
     @bookkeeping
-    def propose(self, step: int, factors: Tensor) -> None:
-        """Keep the `factors [pairs, layers, 2]` of an answer until the scheduler has followed it, or never will."""
-        self._proposed[step] = factors
-        for old in [known for known in self._proposed if known <= step - 2 * PATIENCE]:
+    def propose(self, inquiry: Inquiry, factors: Tensor) -> None:
+        """Keep `factors [pairs, layers, 2]` until the scheduler has followed the answer to `inquiry`, or never will."""
+        pairs = zip(inquiry.group.tolist(), inquiry.own.tolist(), inquiry.other.tolist(), strict=True)
+        self._proposed[inquiry.step] = dict(zip(pairs, factors, strict=True))
+        for old in [known for known in self._proposed if known <= inquiry.step - 2 * PATIENCE]:
             del self._proposed[old]
 
     @bookkeeping
@@ -75,10 +76,10 @@ class OwnNorms:
             IntegrityError: there is no such answer. What the page alone holds would be a wrong number.
         """
         for remap in remaps:
-            proposed = self._proposed.get(remap.step)
-            if proposed is None or not 0 <= remap.pair < len(proposed):
+            factors = self._proposed.get(remap.step, {}).get((remap.group, remap.own, remap.page))
+            if factors is None:
                 raise IntegrityError(f"the norms for {remap.request_id}, slot {remap.slot}, are lost")
-            factors, name = proposed[remap.pair], (remap.request_id, remap.group)
+            name = remap.request_id, remap.group
             whole = bool((factors == 1).all())
             if name in self._rows or not whole:
                 row = self._rows.setdefault(name, _Row(self.layers))

@@ -119,10 +119,10 @@ def _run_stock(model: str, notify: Notify) -> Trial:
 
 
 def _check_version(rows: Rows) -> None:
-    from jointkv.vllm_plugin.engine.check import TESTED_VLLM, vllm_version
+    from jointkv.vllm_plugin.engine.uses import is_tested, vllm_version
 
     version = vllm_version()
-    tested = version.startswith(TESTED_VLLM)
+    tested = is_tested(version)
     rows.add("vLLM version", tested, f"{version}, {'tested' if tested else 'never run with jointkv'}")
 
 
@@ -135,35 +135,36 @@ def _check_engine(rows: Rows, engine: Any, stock: Trial, notify: Notify) -> None
     core = engine.engine_core.engine_core
     worker = core.model_executor.driver_worker.worker
     rows.add("worker class", isinstance(worker, RemappingWorker), type(worker).__name__)
-    scheduler, link = core.scheduler.connector, get_kv_transfer_group()
-    attached = isinstance(scheduler, JointConnector) and scheduler.scheduler is not None
-    rows.add("connector", attached, f"{type(scheduler).__name__}, {'holds' if attached else 'lacks'} the block tables")
+    connector = core.scheduler.connector
+    attached = isinstance(connector, JointConnector) and hasattr(connector, "scheduler")
+    rows.add("connector", attached, f"{type(connector).__name__}, {'holds' if attached else 'lacks'} the block tables")
     if not attached:
         return
+    scheduler, side = connector.scheduler, get_kv_transfer_group().worker
     with rows.guard("page layout"):
-        _check_layout(rows, link)
+        _check_layout(rows, side)
     with rows.guard("comparison kernel"):
         _check_kernel(rows)
 
-    overheard = Overheard(scheduler, link, worker.model_runner)
+    overheard = Overheard(scheduler, side)
     notify({"stage": "serving the same prompts with fusion"})
     with rows.guard("merges committed"):
         fused = run_trial(engine, trial_prompts(engine))
         _check_talk(rows, overheard, scheduler)
-        _check_outcome(rows, stock, fused, scheduler.statistics())
+        _check_outcome(rows, stock, fused, scheduler.totals())
         _check_tenants(rows, engine, scheduler)
     with rows.guard("all pages returned"):
         _check_pages(rows, scheduler)
     with rows.guard("metrics"):
-        _check_metrics(rows, scheduler.statistics())
-    notify({"statistics": scheduler.statistics()})
+        _check_metrics(rows, scheduler.totals())
+    notify({"statistics": scheduler.totals()})
 
 
-def _check_layout(rows: Rows, link: Any) -> None:
+def _check_layout(rows: Rows, side: Any) -> None:
     described = [
         f"{pages.num_layers} layers, pages of {pages.block_size} tokens, {str(pages.layers[0].dtype).split('.')[-1]}, "
         + ("tokens in plain order" if bool((pages.token_of.diff() >= 0).all()) else "tokens interleaved")
-        for pages in link._comparer.groups.values()
+        for pages in side.comparer.groups.values()
     ]
     rows.add("page layout", bool(described), "; ".join(described))
 
@@ -177,12 +178,12 @@ def _check_kernel(rows: Rows) -> None:
 
 def _check_talk(rows: Rows, overheard: Overheard, scheduler: Any) -> None:
     """What scheduler and workers said to each other."""
-    fault = scheduler.fault
+    fault = scheduler.recovery.cause
     talk = overheard.counts
     rows.add("workers asked", talk["pairs"] > 0, f"{talk['pairs']} pairs of pages in {talk['inquiries']} steps")
     answered = talk["answered"] == talk["pairs"] > 0
-    rows.add("workers answered", answered, f"{talk['answered']} pairs, {talk['accepted']} within the bound")
-    merged = scheduler.statistics()["blocks_merged"]
+    rows.add("workers answered", answered, f"{talk['answered']} pairs, {talk['equal']} of them equal")
+    merged = scheduler.totals()["blocks_merged"]
     said = f"{merged} of {EXPECTED_MERGES} duplicate blocks" + (f"; switched off: {fault}" if fault else "")
     rows.add("merges committed", merged > 0 and fault is None, said)
     rows.add(
@@ -212,9 +213,9 @@ def _check_outcome(rows: Rows, stock: Trial, fused: Trial, statistics: dict[str,
 
 
 def _check_tenants(rows: Rows, engine: Any, scheduler: Any) -> None:
-    before = scheduler.statistics()
+    before = scheduler.totals()
     run_trial(engine, salted_prompts(engine))
-    after = scheduler.statistics()
+    after = scheduler.totals()
     merged, considered = (after[name] - before[name] for name in ("blocks_merged", "blocks_considered"))
     rows.add(
         "tenants apart",
@@ -224,9 +225,9 @@ def _check_tenants(rows: Rows, engine: Any, scheduler: Any) -> None:
 
 
 def _check_pages(rows: Rows, scheduler: Any) -> None:
-    tables = scheduler.scheduler.tables
+    tables = scheduler.tables
     try:
-        scheduler.scheduler.check_integrity()
+        scheduler.check_integrity()
     except IntegrityError as error:
         rows.add("all pages returned", False, str(error))
         return

@@ -51,13 +51,13 @@ class Trial:
 
 
 class Overheard:
-    """Counts what the scheduler's and the worker's connector say to each other, from now on."""
+    """Counts what the scheduler's and the worker's side say to each other, from now on."""
 
-    def __init__(self, scheduler: Any, worker: Any, runner: Any) -> None:
+    def __init__(self, scheduler: Any, worker: Any) -> None:
         self.counts: Counter[str] = Counter()
-        self._runner = runner
-        _listen(scheduler, "build_connector_meta", self._asked)
-        _listen(scheduler, "update_connector_output", self._answered)
+        self._runner = worker.tables.runner
+        _listen(scheduler, "next_inquiry", self._asked)
+        _listen(scheduler, "settle", self._answered)
         _listen(worker, "apply", self._applied)
 
     def _asked(self, inquiry: Any, output: Any) -> None:
@@ -66,11 +66,9 @@ class Overheard:
         self.counts["remaps"] += len(inquiry.remaps)
         self.counts["compared"] += bool(inquiry.tables)
 
-    def _answered(self, result: None, output: Any) -> None:
-        verdict = output.kv_connector_worker_meta
-        if verdict is not None:
-            self.counts["answered"] += len(verdict.accepted)
-            self.counts["accepted"] += int(verdict.accepted.sum())
+    def _answered(self, result: None, verdict: Any) -> None:
+        self.counts["answered"] += len(verdict.key_error)
+        self.counts["equal"] += int((verdict.key_error + verdict.value_error == 0).sum())
 
     def _applied(self, result: None, inquiry: Any) -> None:
         for request_id, group, slot, page, *_ in inquiry.remaps:
@@ -165,7 +163,7 @@ def run_trial(engine: Any, prompts: list[dict[str, Any]]) -> Trial:
                 chosen = zip(answer.logprobs, tokens, strict=True)
                 outputs[output.request_id] = tokens, [position[token].logprob for position, token in chosen]
         trial.used.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
-        trial.freed.append(connector.statistics()["pages_freed"] if connector is not None else 0)
+        trial.freed.append(0 if connector is None else connector.scheduler.totals()["pages_freed"])
     trial.outputs = [outputs[name] for name in names]
     return trial
 

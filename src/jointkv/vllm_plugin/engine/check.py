@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,33 @@ from vllm.v1.kv_cache_interface import (
 from jointkv.errors import UnsupportedEngine
 from jointkv.policy.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
 from jointkv.vllm_plugin.engine.groups import LayerGroupSpec
-from jointkv.vllm_plugin.engine.uses import TESTED_VLLM, check_interfaces, vllm_version
+from jointkv.vllm_plugin.engine.runners import RUNNERS, runner_of
+from jointkv.vllm_plugin.engine.uses import check_interfaces, is_tested, tested_versions, vllm_version
 from jointkv.vllm_plugin.settings import PluginSettings
-from jointkv.vllm_plugin.worker.mixin import RemappingWorker
 
 
-def check_engine(config: Any, kv_cache_config: KVCacheConfig, settings: PluginSettings) -> tuple[int, ...]:
+def check_engine(
+    config: Any, kv_cache_config: KVCacheConfig, settings: PluginSettings, parts: Mapping[str, type]
+) -> tuple[int, ...]:
     """The numbers of the KV-cache groups that can be fused.
 
     Args:
         config: the engine's `VllmConfig`.
+        parts: see `check_interfaces`.
 
     Raises:
         UnsupportedEngine: the engine lacks what the plugin uses of it, is set up in a way that was not written for,
             or (unless `settings.allow_untested`) never run.
         ModelMismatch, BadInput: the profile belongs to another model, or to blocks of another size.
     """
-    check_interfaces()
+    check_interfaces(parts)
     _check_setup(config)
+    worker = config.parallel_config.worker_cls
+    if not issubclass(resolve_obj_by_qualname(worker), parts["worker"]):
+        raise UnsupportedEngine(
+            f"the worker is {worker}, which cannot replace blocks of running requests; start with `jointkv serve`, or "
+            "add --worker-cls jointkv.vllm_plugin.worker.cpu.JointCPUWorker"
+        )
     if not settings.allow_untested:
         _check_tested(config)
     groups = tuple(
@@ -85,7 +95,7 @@ def _check_setup(config: Any) -> None:
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "set the context parallel sizes to 1",
         ),
-        "model runner V2": (config.use_v2_model_runner, "set VLLM_USE_V2_MODEL_RUNNER=0"),
+        f"model runner {runner_of(config)}": (runner_of(config) not in RUNNERS, "set VLLM_USE_V2_MODEL_RUNNER=0"),
         "KV-cache events": (
             # They would tell routers of pages that only one request can look up.
             config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events,
@@ -99,19 +109,14 @@ def _check_setup(config: Any) -> None:
     for name, (present, remedy) in refusals.items():
         if present:
             raise UnsupportedEngine(f"jointkv does not work with {name}; {remedy}, or serve without jointkv")
-    if not issubclass(resolve_obj_by_qualname(parallel.worker_cls), RemappingWorker):
-        raise UnsupportedEngine(
-            f"the worker is {parallel.worker_cls}, which cannot replace blocks of running requests; start with "
-            "`jointkv serve`, or add --worker-cls jointkv.vllm_plugin.worker.cpu.JointCPUWorker"
-        )
 
 
 def _check_tested(config: Any) -> None:
     version = vllm_version()
-    if not version.startswith(TESTED_VLLM):
+    if not is_tested(version):
         raise UnsupportedEngine(
-            f"vLLM {version} was never run with jointkv (tested: {', '.join(TESTED_VLLM)}x); install a tested version, "
-            "or set allow_untested to try"
+            f"vLLM {version} was never run with jointkv (tested: {tested_versions()}); install a tested version, or "
+            "set allow_untested to try"
         )
     device = config.device_config.device_type
     if device != "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from hashlib import sha256
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -114,6 +115,15 @@ class BlockTables:
                     block.set_block_hash(others.pop(), num_tokens=tokens)
             if not others:
                 more.pop(block.block_id, None)
+
+    def of(self, request_ids: Iterable[str]) -> dict[str, tuple[list[int], ...]]:
+        """The pages of requests, by request and group."""
+        return {
+            request_id: tuple(
+                [block.block_id for block in group.req_to_blocks.get(request_id, ())] for group in self.groups
+            )
+            for request_id in request_ids
+        }
 
     def shared_pages(self) -> Counter[int]:
         """Number of pages by how many table entries read them, from 1 up."""

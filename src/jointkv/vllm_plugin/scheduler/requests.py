@@ -41,6 +41,7 @@ class TrackedRequest:
     Attributes:
         request: vLLM's own object.
         isolation: requests are compared only when this is equal.
+        block_size: tokens per block.
         epoch: `num_preemptions` that the rest belongs to.
         next_slot: first block not looked at yet.
         served: (group, slot) of blocks read from another request's page; they are never fused again, because errors
@@ -52,6 +53,7 @@ class TrackedRequest:
 
     request: Request
     isolation: Hashable
+    block_size: int
     epoch: int = 0
     next_slot: int = 0
     served: set[tuple[int, int]] = field(default_factory=set)
@@ -64,11 +66,47 @@ class TrackedRequest:
         self.next_slot = kept
         self.served = {(group, slot) for group, slot in self.served if slot < kept}
 
-    def take_hashes(self, end: int, block_size: int) -> list[int]:
+    def take_hashes(self, end: int) -> list[int]:
         """Hashes of the tokens of blocks `next_slot` to `end`, which count as looked at from now on."""
         first, self.next_slot = self.next_slot, end
-        tokens = self.request.all_token_ids[first * block_size : end * block_size]
-        return token_hashes(torch.tensor(tokens), block_size).tolist()
+        tokens = self.request.all_token_ids[first * self.block_size : end * self.block_size]
+        return token_hashes(torch.tensor(tokens), self.block_size).tolist()
+
+
+class Requests:
+    """What is remembered of requests.
+
+    Args:
+        block_size: tokens per block.
+
+    Attributes:
+        active: requests that take part, by name.
+        left_alone: those that did until an internal error. Their private hashes are still to be forgotten.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.active: dict[str, TrackedRequest] = {}
+        self.left_alone: dict[str, TrackedRequest] = {}
+        self._block_size = block_size
+
+    def admit(self, request: Request) -> None:
+        """A new request."""
+        if takes_part(request):
+            tracked = TrackedRequest(request, isolation_key(request), self._block_size)
+            self.active[request.request_id] = tracked
+
+    def find(self, request_id: str) -> TrackedRequest | None:
+        """Whether active or left alone."""
+        return self.active.get(request_id) or self.left_alone.get(request_id)
+
+    def pop(self, request_id: str) -> TrackedRequest | None:
+        """A request that has ended."""
+        return self.active.pop(request_id, None) or self.left_alone.pop(request_id, None)
+
+    def leave_alone(self) -> None:
+        """All that run now, for good."""
+        self.left_alone.update(self.active)
+        self.active = {}
 
 
 def takes_part(request: Request) -> bool:

@@ -7,8 +7,7 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from jointkv.vllm_plugin.attention.backend import chosen
-from jointkv.vllm_plugin.engine.uses import CPU_ATTENTION
+from jointkv.vllm_plugin.attention.install import chosen
 from jointkv.vllm_plugin.worker.mixin import RemappingWorker
 
 
@@ -17,7 +16,7 @@ class JointCPUWorker(RemappingWorker, CPUWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, with attention that can read shared pages once where the settings ask for it."""
-        with chosen(self.settings(), CPU_ATTENTION, self._attention):
+        with chosen(self.settings(), "cpu", self._attention):
             super().load_model(*args, **kwargs)
 
     def _attention(self) -> AbstractContextManager[None]:

@@ -9,8 +9,7 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
 from jointkv.errors import UnsupportedEngine
-from jointkv.vllm_plugin.attention.backend import chosen
-from jointkv.vllm_plugin.engine.uses import GPU_ATTENTION
+from jointkv.vllm_plugin.attention.install import chosen
 from jointkv.vllm_plugin.worker.mixin import RemappingWorker
 
 logger = init_logger(f"vllm.{__name__}")
@@ -32,7 +31,7 @@ class JointGPUWorker(RemappingWorker, Worker):
                 "attention=auto is there for CPUs only: on a GPU nothing measures which attention is faster; "
                 "set attention=shared or attention=engine"
             )
-        with chosen(settings, GPU_ATTENTION, self._attention):
+        with chosen(settings, "gpu", self._attention):
             super().load_model(*args, **kwargs)
 
     def _attention(self) -> AbstractContextManager[None]:

@@ -49,25 +49,21 @@ class RemappingWorker:
 
         Raises:
             UnsupportedEngine: the connector is missing, or is one of several.
-            LayoutError: see `JointConnector.attach`.
+            LayoutError: see `WorkerSide`.
         """
-        # Not at the top: the connector checks at start that the worker is of this class.
-        from jointkv.vllm_plugin.connector import JointConnector
-
         result = super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
-        connector = get_kv_transfer_group() if has_kv_transfer_group() else None
-        if not isinstance(connector, JointConnector):
+        if self.settings() is None or not has_kv_transfer_group():
             raise UnsupportedEngine(
                 "the jointkv worker runs without the jointkv connector; start with `jointkv serve`, or give "
                 "--kv-transfer-config as the README says, with no other connector"
             )
-        connector.attach(self.model_runner)
+        get_kv_transfer_group().attach(self.model_runner)
         return result
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Replace table entries, then run the step."""
-        connector = get_kv_transfer_group()
-        with self.model_runner.synchronize_input_prep():
-            connector.apply(scheduler_output.kv_connector_metadata)
-            connector.follow(scheduler_output)
+        side = get_kv_transfer_group().worker
+        with side.tables.between_steps():
+            side.apply(scheduler_output.kv_connector_metadata)
+            side.follow(scheduler_output)
         return super().execute_model(scheduler_output)  # type: ignore[misc]

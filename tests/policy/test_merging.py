@@ -7,8 +7,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from jointkv.fusion.merge import merge_directions, merge_resident
 from jointkv.policy import FusionPolicy
+from jointkv.policy.paper import merge_directions
+from jointkv.policy.safe import merge_resident
 from tests.fusion.strategies import Texture, make_case
 
 MARGIN = 1e-3

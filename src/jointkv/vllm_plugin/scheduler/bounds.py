@@ -1,0 +1,72 @@
+"""Which measured pairs may be served: the thresholds of the settings, and what adaptation has left of the bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from vllm.logger import init_logger
+
+from jointkv.theory.adapt import Adaptation
+from jointkv.theory.calibrate import TOKEN_SLACK
+from jointkv.vllm_plugin.messages import Verdict
+from jointkv.vllm_plugin.metrics import Statistics
+from jointkv.vllm_plugin.settings import PluginSettings
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class Bounds:
+    """The one place where it is decided whether a block may be served by another's page.
+
+    Args:
+        settings: thresholds, and a profile whose bounds follow the live errors.
+        groups: KV-cache groups that take part, by number; thresholds of several layer groups are in their order.
+        statistics: counts moves.
+
+    Attributes:
+        adaptation: None where bounds stay as they are.
+    """
+
+    def __init__(self, settings: PluginSettings, groups: Sequence[int], statistics: Statistics) -> None:
+        self.adaptation: Adaptation | None = None
+        profile = settings.load_profile()
+        if profile is not None and settings.adapts:
+            self.adaptation = Adaptation(profile, settings.max_relative_error, settings.max_token_error)
+        policy = settings.policy()
+        self._rules = [policy.rule(place) for place in range(len(groups))]
+        self._place = {number: place for place, number in enumerate(groups)}
+        self._statistics = statistics
+
+    def allowed(self, group: int, verdict: Verdict, pairs: slice) -> np.ndarray:
+        """Which of `pairs`, of KV-cache group `group`, are within all thresholds now: bool `[n]`."""
+        place = self._place[group]
+        rule = self._rules[place]
+        if self.adaptation is not None:
+            block, token = self.adaptation.bounds(place)
+            rule = replace(rule, max_relative_error=block, max_token_error=token)
+        errors = verdict.key_error[pairs], verdict.value_error[pairs], verdict.token_error[pairs]
+        return rule.allows(errors, (verdict.key_cosine[pairs], verdict.value_cosine[pairs]))
+
+    def served(self, group: int, block: float, token: float) -> None:
+        """A block of a prompt is read from another's page with these relative errors."""
+        self._observe(group, [max(block, token / TOKEN_SLACK)])
+
+    def kept(self, group: int) -> None:
+        """A block of a prompt keeps its own page."""
+        self._observe(group, [])
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when a bound left its range."""
+        if self.adaptation is not None:
+            self.adaptation.check_integrity()
+
+    def _observe(self, group: int, errors: list[float]) -> None:
+        if self.adaptation is None:
+            return
+        place = self._place[group]
+        move = self.adaptation.observe(place, 1, errors)
+        if move is not None:
+            logger.info(self.adaptation.describe(place, move))
+            self._statistics.add("bounds_tightened" if move.direction == "tighten" else "bounds_loosened")

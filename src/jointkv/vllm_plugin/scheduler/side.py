@@ -1,0 +1,199 @@
+"""The scheduler's side of the plugin: it owns the truth, asks the workers, decides, and reports.
+
+Any error inside switches fusion off, see `Recovery`, and leaves serving as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
+
+from jointkv.errors import IntegrityError
+from jointkv.vllm_plugin.engine.steps import resumed
+from jointkv.vllm_plugin.engine.tables import BlockTables
+from jointkv.vllm_plugin.messages import Inquiry, Verdict
+from jointkv.vllm_plugin.metrics import REPORT_EVERY, JointStats, Statistics
+from jointkv.vllm_plugin.scheduler.bounds import Bounds
+from jointkv.vllm_plugin.scheduler.candidates import Candidates
+from jointkv.vllm_plugin.scheduler.fusion import Fusion
+from jointkv.vllm_plugin.scheduler.recovery import Recovery
+from jointkv.vllm_plugin.scheduler.requests import Requests
+from jointkv.vllm_plugin.scheduler.sharing import Sharing
+from jointkv.vllm_plugin.settings import PluginSettings
+
+logger = init_logger(f"vllm.{__name__}")
+
+R = TypeVar("R")
+
+
+def fail_safe(hook: Callable[..., R]) -> Callable[..., R | None]:
+    """An error inside `hook` switches fusion off; the engine goes on."""
+
+    @functools.wraps(hook)
+    def guarded(self: SchedulerSide, *args: Any, **kwargs: Any) -> R | None:
+        start = time.perf_counter()
+        try:
+            return hook(self, *args, **kwargs)
+        except Exception as error:
+            self._switch_off(f"{hook.__name__}: {type(error).__name__}: {error}", isinstance(error, IntegrityError))
+            return None
+        finally:
+            self.statistics.add("schedule_seconds", time.perf_counter() - start)
+
+    return guarded
+
+
+class SchedulerSide:
+    """What the connector's hooks at the scheduler do.
+
+    Args:
+        settings: see `PluginSettings`.
+        manager: vLLM's; its block tables and pool are what is changed.
+        groups: KV-cache groups that take part, by number.
+        ranks: workers that answer.
+
+    Attributes:
+        enabled: whether anything is fused now.
+    """
+
+    def __init__(
+        self, settings: PluginSettings, manager: KVCacheManager, groups: tuple[int, ...], ranks: int = 1
+    ) -> None:
+        self.settings = settings
+        self.enabled = settings.enabled
+        self.recovery = Recovery(settings.retry_after, settings.max_faults)
+        self.statistics = Statistics()
+        self.tables = BlockTables(manager)
+        block_size = self.tables.groups[groups[0]].block_size
+        self.requests = Requests(block_size)
+        self.candidates = Candidates(settings, self.tables, groups, self.requests, self.statistics)
+        self.bounds = Bounds(settings, groups, self.statistics)
+        self.sharing = Sharing(self.tables, block_size)
+        self.fusion = Fusion(self.candidates, self.bounds, self.sharing, self.statistics)
+        self._ranks = ranks
+        self._step = 0
+        self._reports = 0
+        logger.info(
+            "jointkv is %s: %s; %d layer group(s) with tables of their own, pool of %d pages of %d tokens x %d layers",
+            "live" if settings.enabled else "attached but off",
+            settings.policy().to_json(),
+            len(groups),
+            self.tables.pool.num_gpu_blocks - 1,
+            block_size,
+            len(manager.kv_cache_config.kv_cache_groups[groups[0]].layer_names),
+        )
+
+    @property
+    def state(self) -> str:
+        """One of `metrics.STATES`."""
+        if self.recovery.off:
+            return "disabled" if self.recovery.for_good else "recovering"
+        if not self.settings.enabled:
+            return "off"
+        return "active" if self.statistics.totals()["blocks_considered"] else "inert"
+
+    def totals(self) -> dict[str, Any]:
+        """What was counted since the start, with `state`."""
+        return {**self.statistics.totals(), "state": self.state}
+
+    @fail_safe
+    def admit(self, request: Request) -> None:
+        """Take note of a new request."""
+        if self.recovery.resume():
+            self.enabled = self.settings.enabled
+            logger.info("jointkv is on again, for requests that arrive from now on")
+        if self.enabled:
+            self.requests.admit(request)
+
+    def next_inquiry(self, output: SchedulerOutput) -> Inquiry:
+        """What the workers shall do in the step that `output` describes.
+
+        Only the asking is fail-safe: table entries that are already replaced here must reach the workers, or else the
+        engine must end.
+        """
+        self._step += 1
+        inquiry = Inquiry(self._step, self.sharing.take_remaps())
+        self._ask(inquiry, output)
+        return inquiry
+
+    @fail_safe
+    def settle(self, verdict: Verdict) -> None:
+        """Carry out the workers' verdict."""
+        if verdict.fault is not None:
+            raise (IntegrityError if verdict.broken else RuntimeError)(f"a worker gave up: {verdict.fault}")
+        if verdict.ranks != self._ranks:
+            raise RuntimeError(f"{verdict.ranks} of {self._ranks} workers answered step {verdict.step}")
+        self.fusion.settle(verdict)
+        if self.settings.check_integrity:
+            self.check_integrity()
+
+    @fail_safe
+    def dismiss(self, request_id: str) -> None:
+        """Forget a request that has finished or was aborted. Its pages stay resident until they are reused."""
+        tracked = self.requests.pop(request_id)
+        if tracked is not None:
+            self.sharing.forget(tracked)
+
+    @fail_safe
+    def reset(self) -> None:
+        """Forget all resident pages, because their content is no longer what the model would compute."""
+        self._start_anew()
+
+    @fail_safe
+    def report(self) -> JointStats | None:
+        """What is new since the last report; None where it can wait."""
+        self._reports += 1
+        regular = self._reports % REPORT_EVERY == 1  # the count of shared pages looks at the whole pool
+        if not regular and not self.statistics.has_news(self.state):
+            return None
+        return self.statistics.take(self.state, self.tables.shared_pages() if regular else None)
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when tables, reference counts, index or bounds are inconsistent."""
+        self.tables.check_integrity()
+        self.candidates.index.check_integrity()
+        self.bounds.check_integrity()
+        for request_id, tracked in self.requests.active.items():
+            if tracked.epoch == tracked.request.num_preemptions:
+                for group, slot in tracked.served:
+                    if self.tables.block(request_id, group, slot) is None:
+                        raise IntegrityError(f"{request_id} is served at slot {slot}, which it does not hold")
+
+    @fail_safe
+    def _ask(self, inquiry: Inquiry, output: SchedulerOutput) -> None:
+        if self.settings.check_integrity:
+            inquiry.tables = self.tables.of(output.num_scheduled_tokens)
+        for request_id, computed in resumed(output):
+            tracked = self.requests.find(request_id)
+            if tracked is not None:
+                self.sharing.computed_again(tracked, computed)
+        if not self.enabled:
+            return
+        if self.candidates.cache_was_reset():
+            self._start_anew()
+        self.candidates.forget_written(output, inquiry.step)
+        self.fusion.ask(inquiry, output)
+
+    def _start_anew(self) -> None:
+        self.candidates.start_anew()
+        self.fusion.start_anew()
+
+    def _switch_off(self, fault: str, for_good: bool) -> None:
+        """Fuse nothing for now. Logged and counted, unless it was off already; requests go on.
+
+        What is shared stays shared; remaps already committed are still sent.
+        """
+        self.enabled = False
+        self.requests.leave_alone()
+        self._start_anew()
+        if self.recovery.fault(fault, for_good):
+            self.statistics.add("faults")
+            logger.error("jointkv has switched itself off %s, requests go on unfused: %s", self.recovery.outlook, fault)
+        logger.debug("where it happened", exc_info=True)

@@ -1,0 +1,135 @@
+"""A worker's side of the plugin: it follows the scheduler's tables and measures what the scheduler asks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from jointkv.errors import IntegrityError, LayoutError
+from jointkv.vllm_plugin.attention.install import share_reading
+from jointkv.vllm_plugin.attention.norms import OwnNorms
+from jointkv.vllm_plugin.attention.reading import SharedReading
+from jointkv.vllm_plugin.engine.pages import packed_pages
+from jointkv.vllm_plugin.engine.runners.base import WorkerTables
+from jointkv.vllm_plugin.messages import Inquiry, Verdict
+from jointkv.vllm_plugin.metrics import JointStats, WorkerStatistics
+from jointkv.vllm_plugin.settings import PluginSettings
+from jointkv.vllm_plugin.worker.comparer import PageComparer
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class WorkerSide:
+    """What the connector's hooks at a worker do.
+
+    Args:
+        settings: see `PluginSettings`.
+        tables: of the worker's model runner, whose pages are allocated.
+        layers: of the model, by name.
+        kv_cache_config: of the KV cache.
+        groups: KV-cache groups that take part, by number.
+
+    Attributes:
+        comparer: None where the settings switch fusion off.
+        readings: what the layers of each group share that read shared pages once, by group.
+        norms: of blocks that keep their own.
+
+    Raises:
+        LayoutError: the pages are laid out in a way that was never seen.
+    """
+
+    def __init__(
+        self,
+        settings: PluginSettings,
+        tables: WorkerTables,
+        layers: Mapping[str, Any],
+        kv_cache_config: KVCacheConfig,
+        groups: tuple[int, ...],
+    ) -> None:
+        self.tables = tables
+        self.comparer: PageComparer | None = None
+        self.readings: dict[int, SharedReading] = {}
+        self.norms: OwnNorms | None = None
+        self._statistics = WorkerStatistics()
+        self._last_step = 0
+        self._apply_seconds = 0.0
+        if not settings.enabled:
+            return
+        pages = {}
+        for number in groups:
+            group = kv_cache_config.kv_cache_groups[number]
+            block_size = group.kv_cache_spec.block_size
+            if tables.block_size(number) != block_size:
+                raise LayoutError("the attention kernel splits pages into smaller blocks; set --block-size to its size")
+            pages[number] = packed_pages(
+                [layers[name] for name in group.layer_names], kv_cache_config.num_blocks, block_size
+            )
+        if settings.shares_reading:
+            self._share_reading(kv_cache_config, groups, settings)
+        self.comparer = PageComparer(settings.across_layers, pages, self.norms)
+
+    def apply(self, inquiry: Inquiry) -> None:
+        """Replace the block table entries that the scheduler has committed, before the step is prepared.
+
+        Not fail-safe: a worker that cannot follow the scheduler must not go on with pages that are no longer its own.
+        An inquiry that comes again is passed over, because tables may have changed since.
+
+        Raises:
+            IntegrityError: an inquiry before this one never came. vLLM ends the engine, before a page is written.
+        """
+        start = time.perf_counter()
+        if inquiry.step > self._last_step + 1:
+            raise IntegrityError(f"the inquiry of step {self._last_step + 1} is lost, and table entries with it")
+        if inquiry.step > self._last_step:
+            self._last_step = inquiry.step
+            self.tables.replace(inquiry.remaps)
+            if self.norms is not None:
+                self.norms.commit(inquiry.remaps)
+        self._apply_seconds += time.perf_counter() - start
+
+    def follow(self, output: SchedulerOutput) -> None:
+        """Forget the norms of blocks that are gone, before the step is prepared."""
+        if self.norms is not None:
+            self.norms.follow(output, {number: reading.block_size for number, reading in self.readings.items()})
+
+    def answer(self, inquiry: Inquiry) -> Verdict | None:
+        """Measure what the scheduler asked for, after the step has been computed.
+
+        A worker that cannot says so and is ready for the next inquiry: only the scheduler stops asking.
+        """
+        try:
+            if inquiry.tables is not None:
+                self._check_tables(inquiry.tables)
+            if self.comparer is None or not len(inquiry.group):
+                return None
+            verdict = self.comparer.answer(inquiry)
+        except Exception as error:
+            logger.debug("comparing pages failed", exc_info=True)  # the scheduler says it once for all ranks
+            return Verdict.failed(inquiry.step, error)
+        verdict.apply_seconds, self._apply_seconds = self._apply_seconds, 0.0
+        return verdict
+
+    def report(self) -> JointStats | None:
+        """What is new of attention since the last report; None where it can wait."""
+        return self._statistics.take(reading.counts for reading in self.readings.values())
+
+    def _share_reading(self, config: KVCacheConfig, groups: tuple[int, ...], settings: PluginSettings) -> None:
+        """Let attention read shared pages once; where that cannot be, the engine's own attention stays."""
+        try:
+            self.readings, self.norms = share_reading(self.tables, config, groups, settings)
+        except Exception as error:  # whatever it is, vLLM's attention does without
+            without = " and as they stand" if settings.own_norms else ""
+            logger.warning("every request reads its pages for itself%s, by vLLM's attention: %s", without, error)
+            logger.debug("where it happened", exc_info=True)
+
+    def _check_tables(self, tables: dict[str, tuple[list[int], ...]]) -> None:
+        """Raises IntegrityError when a scheduled request's tables differ from the scheduler's."""
+        for request_id, groups in tables.items():
+            for group, pages in enumerate(groups):
+                if any(held != pages for held in self.tables.read(request_id, group, len(pages))):
+                    raise IntegrityError(f"worker and scheduler disagree on the table of {request_id}, group {group}")
