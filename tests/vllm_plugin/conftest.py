@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 if importlib.util.find_spec("vllm") is None:
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore_glob = ["*test_*.py"]
 
 ENVIRONMENT = {  # unless set outside
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

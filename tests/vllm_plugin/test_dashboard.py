@@ -27,7 +27,7 @@ import pytest
 import yaml
 
 from jointkv.vllm_plugin.server import Launch
-from tests.vllm_plugin.test_serve_engine import ONE_THREAD, living
+from tests.vllm_plugin.test_server import ONE_THREAD, living
 
 pytest.importorskip("vllm")
 

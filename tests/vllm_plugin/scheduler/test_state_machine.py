@@ -28,8 +28,8 @@ from vllm.v1.worker import gpu_model_runner
 from jointkv.vllm_plugin import engine_args
 from jointkv.vllm_plugin.worker import side
 from tests.effort import MACHINE_STEPS, machine_settings
-from tests.vllm_plugin.fake_worker import Comparer, Mail, Model, Runner, executor_of, packed_pages
-from tests.vllm_plugin.scheduler_oracle import ABORTED, Oracle
+from tests.vllm_plugin.scheduler.fake_worker import Comparer, Mail, Model, Runner, executor_of, packed_pages
+from tests.vllm_plugin.scheduler.oracle import ABORTED, Oracle
 
 BLOCK = 4
 PAGES = 30

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
@@ -26,7 +27,8 @@ from jointkv.errors import IntegrityError, LayoutError
 from jointkv.vllm_plugin.attention import reading as shared_reading
 from jointkv.vllm_plugin.attention.gpu import JointGPUAttention, JointGPUBackend
 from jointkv.vllm_plugin.engine.runners.base import Remap
-from tests.vllm_plugin.gpu_layers import (
+from jointkv.vllm_plugin.messages import Inquiry
+from tests.vllm_plugin.attention.gpu_layers import (
     HEADS,
     KV_HEADS,
     LAYERS,
@@ -84,8 +86,8 @@ def test_decoding_goes_on_with_the_same_work_and_factors_are_looked_at_once() ->
                     close(group.forward(place, query, metadata), group.expected(place, query, factors[:, place]))
                 group.lengths += 1
             assert len(works) == 1 and looks.call_count == 2 * LAYERS
-            group.norms.propose(2, torch.full((1, LAYERS, 2), 1.25))
-            group.norms.commit([Remap("request 2", 0, 0, 1, step=2, pair=0)])
+            group.norms.propose(Inquiry(2, [], *np.array([[0], [9], [1]])), torch.full((1, LAYERS, 2), 1.25))
+            group.norms.commit([Remap("request 2", 0, 0, page=1, own=9, step=2)])
             factors[:, :, 2, 0] = 1.25
             metadata, query = group.metadata(), query_of(group)
             close(group.forward(1, query, metadata), group.expected(1, query, factors[:, 1]))

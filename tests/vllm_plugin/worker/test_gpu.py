@@ -22,8 +22,8 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from jointkv.errors import UnsupportedEngine
 from jointkv.vllm_plugin import CONNECTOR_MODULE
-from jointkv.vllm_plugin.attention.backend import override
 from jointkv.vllm_plugin.attention.gpu import JointGPUAttention, JointGPUBackend, JointGPUBuilder
+from jointkv.vllm_plugin.attention.install import override
 from jointkv.vllm_plugin.worker.gpu import JointGPUWorker
 
 

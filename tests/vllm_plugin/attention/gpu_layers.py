@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -24,6 +25,7 @@ from jointkv.vllm_plugin.attention.install import share_reading
 from jointkv.vllm_plugin.attention.reading import SharedReading
 from jointkv.vllm_plugin.engine.runners.base import Remap
 from jointkv.vllm_plugin.engine.runners.v1 import V1Tables
+from jointkv.vllm_plugin.messages import Inquiry
 from jointkv.vllm_plugin.settings import PluginSettings
 
 HEADS, KV_HEADS, SIZE, TOKENS, PAGES, LAYERS = 4, 2, 32, 16, 12, 2
@@ -81,12 +83,13 @@ class Group:
             block_table=[SimpleNamespace(block_table=buffer)],
         )
         self.layers = layers
+        self.compilation_config = SimpleNamespace(static_forward_context=dict(zip(names, layers, strict=True)))
         runner = SimpleNamespace(
             input_batch=self.batch,
             kv_cache_config=config,
             max_model_len=64,
             parallel_config=SimpleNamespace(use_ubatching=ubatches),
-            compilation_config=SimpleNamespace(static_forward_context=dict(zip(names, layers, strict=True))),
+            compilation_config=self.compilation_config,
         )
         settings = PluginSettings(attention="shared", own_norms=own_norms)
         readings, self.norms = share_reading(V1Tables(runner), config, [0], settings)
@@ -116,7 +119,7 @@ class Group:
         common = self.common()
         builder = object.__new__(JointGPUBuilder)
         builder.layer_names = ["layer 0"]
-        builder.vllm_config = SimpleNamespace(compilation_config=self.reading.runner.compilation_config)
+        builder.vllm_config = SimpleNamespace(compilation_config=self.compilation_config)
         device = {
             "seq_lens": self.lengths,
             "block_table": self.tables,
@@ -155,8 +158,8 @@ class Group:
     def give_factors(self) -> Tensor:
         """The second block of two requests has factors from now on: all of them, `[2, layers, rows, slots]`."""
         factors = torch.rand(2, LAYERS, 2) + 0.5
-        self.norms.propose(1, factors)
-        self.norms.commit([Remap(f"request {row}", 0, 1, 2, step=1, pair=row) for row in range(2)])
+        self.norms.propose(Inquiry(1, [], *np.array([[0, 0], [8, 9], [2, 2]])), factors)
+        self.norms.commit([Remap(f"request {row}", 0, 1, page=2, own=8 + row, step=1) for row in range(2)])
         table = torch.ones(2, LAYERS, *self.tables.shape)
         table[:, :, :2, 1] = factors.permute(2, 1, 0)
         return table

@@ -15,7 +15,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentio
 
 from jointkv.errors import BadInput, UnsupportedEngine
 from jointkv.vllm_plugin import CONNECTOR_MODULE, WORKERS, engine_args
-from jointkv.vllm_plugin.engine import check as compatibility
+from jointkv.vllm_plugin.connector import PARTS
+from jointkv.vllm_plugin.engine import check as engine_check
+from jointkv.vllm_plugin.engine.uses import is_tested, vllm_version
 from jointkv.vllm_plugin.settings import PluginSettings
 from tests.vllm_plugin.engines import engine, released_at_exit
 
@@ -54,7 +56,7 @@ def groups(*specs: Any) -> Any:
 
 
 def check(changed: Any, held: Any = None, **options: Any) -> tuple[int, ...]:
-    return compatibility.check_engine(changed, held or groups(FULL), PluginSettings.parse(options))
+    return engine_check.check_engine(changed, held or groups(FULL), PluginSettings.parse(options), PARTS)
 
 
 def test_the_usual_engine_is_accepted() -> None:
@@ -99,7 +101,7 @@ def test_caches_that_are_refused(held: Any, options: dict[str, Any], cause: str)
 
 
 def test_an_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compatibility, "vllm_version", lambda: "0.33.0")
+    monkeypatch.setattr(engine_check, "vllm_version", lambda: "0.33.0")
     with pytest.raises(UnsupportedEngine, match=r"vLLM 0\.33\.0 was never run.*0\.32.*allow_untested"):
         check(config())
     assert check(config(), allow_untested=True) == (0,)
@@ -107,7 +109,7 @@ def test_an_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_installed_version_is_a_tested_one() -> None:
-    assert compatibility.vllm_version().startswith(compatibility.TESTED_VLLM)
+    assert is_tested(vllm_version())
 
 
 def test_a_real_engine_with_the_wrong_worker(calm: Path) -> None:

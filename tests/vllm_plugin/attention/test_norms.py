@@ -51,14 +51,14 @@ class Auditor:
         def committed(remaps: list[Remap]) -> None:
             commit(remaps)
             for remap in remaps:
-                self.written[remap.request_id, remap.slot] = self.proposed[remap.step, remap.pair]
+                self.written[remap.request_id, remap.slot] = self.proposed[remap.step, remap.own]
 
-        comparer = get_kv_transfer_group()._comparer
+        comparer = get_kv_transfer_group().worker.comparer
         answer = comparer.answer
 
         def answered(inquiry: Any) -> Any:
-            for pair, page in enumerate(inquiry.own.tolist()):
-                self.proposed[inquiry.step, pair] = [
+            for page in inquiry.own.tolist():
+                self.proposed[inquiry.step, page] = [
                     tuple(side[page].clone() for side in layer.impl.pages.read()) for layer in layers(served)
                 ]
             return answer(inquiry)

@@ -12,7 +12,7 @@ from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 from vllm.v1.request import Request, RequestStatus
 
 from jointkv.fusion.signature import token_hashes
-from tests.vllm_plugin.fake_worker import Block, Model, Runner, within_bounds
+from tests.vllm_plugin.scheduler.fake_worker import Block, Model, Runner, within_bounds
 
 ABORTED = "abort"
 
