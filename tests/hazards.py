@@ -1,8 +1,8 @@
 """Which hazard a test stands for: `@pytest.mark.hazard(area, what goes wrong, what is promised)`.
 
 `pytest --hazards=FILE` writes what the marked tests showed. Numbers that a test gives to `record_property` (steps,
-merges, violations, ...) are added up per hazard. `python tests/hazards.py FILE...` puts the tables of such files, and
-of what benchmarks/soak.py wrote, into docs/reliability.md.
+merges, violations, ...) are added up per hazard. `python tests/hazards.py FILE...` writes the tables of such files, and
+of what benchmarks/soak.py wrote, to docs/results/reliability/hazards.md.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from typing import Any
 import pytest
 
 PROPERTY = "hazard"
-PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
-BEGIN, END = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "reliability" / "hazards.md"
+HEAD = """# Hazards, promises, tests and results
+
+`passed` and `failed` count tests; the numbers after them are what those tests went through. The JSON files beside this
+page hold their commands, and name the test files as they were called when they ran.
+"""
 
 
 @dataclass
@@ -91,15 +95,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def tables(files: list[Path]) -> str:
-    """Markdown: a table per area, a row per hazard; a hazard that several files know appears as in the last one."""
+    """The page: a table per area, a row per hazard; a hazard that several files know appears as in the last one."""
     rows = {
         (row["area"], row["hazard"], row["promise"]): row
         for file in files
         for row in _rows(json.loads(file.read_text(encoding="utf-8")))
     }
-    lines = []
+    lines = [HEAD]
     for area in sorted({area for area, *_ in rows}):
-        lines += [f"### {area}", "", "| hazard | promise | tests | result |", "| --- | --- | --- | --- |"]
+        lines += [f"## {area}", "", "| hazard | promise | tests | result |", "| --- | --- | --- | --- |"]
         lines += [_line(row) for key, row in sorted(rows.items()) if key[0] == area]
         lines.append("")
     return "\n".join(lines)
@@ -134,18 +138,10 @@ def _line(row: dict[str, Any]) -> str:
     return f"| {row['hazard']} | {row['promise']} | {', '.join(files)} | {', '.join(counts + numbers)} |"
 
 
-def rewritten(page: str, files: list[Path]) -> str:
-    """`page` with what stands between the two marks replaced."""
-    head, _, rest = page.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n{tables(files)}\n{END}{tail}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Put the tables of the hazards into docs/reliability.md.")
+    parser = argparse.ArgumentParser(description=f"Write the tables of the hazards to {PAGE}.")
     parser.add_argument("files", nargs="+", type=Path, help="what `pytest --hazards=FILE` wrote")
-    files = parser.parse_args().files
-    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), files), encoding="utf-8")
+    PAGE.write_text(tables(parser.parse_args().files), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,27 +2,22 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from jointkv.cli import main
+from jointkv.evaluate.calibrate import Calibration
 from jointkv.hf.models import load_model
 from jointkv.hf.pool import JointPool
 from jointkv.policy.profile import Profile
-from tests.cli.test_generate import save_tiny
+from tests.cli.commands import refusal, run, run_json
 
 WORDS = ("apples", "pens", "left", "basket", "buys", "how", "many", "each", "day", "week", "cost", "dollars")
 SHARED = " ".join(random.Random(1).choice(WORDS) for _ in range(25))
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-def write_requests(path: Path, count: int, **fields) -> Path:
+def write_requests(path: Path, count: int, **fields: str) -> Path:
     rng = random.Random(0)
     lines = []
     for number in range(count):
@@ -32,102 +27,81 @@ def write_requests(path: Path, count: int, **fields) -> Path:
     return path
 
 
-def run(*arguments) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main.app, ["calibrate", *map(str, arguments)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
+def command(tiny: str, folder: Path, target: str = "kl=0.5", tokens: int = 4, **fields: str) -> tuple[object, ...]:
+    """A calibration on 16 requests that writes `folder / "p.json"`."""
+    data = write_requests(folder / "log.jsonl", 16, **fields)
+    options = ("--target", target, "--tokens", tokens, "--output", folder / "p.json")
+    return ("calibrate", "--model", tiny, "--data", data, *options)
 
 
-def test_a_profile_from_a_users_file(tiny, tmp_path):
-    data, output = write_requests(tmp_path / "log.jsonl", 20), tmp_path / "p.json"
-    options = ("--model", tiny, "--data", data, "--output", output, "--tokens", 4, "--json", tmp_path / "copy.json")
-    code, out, err = run("--target", "relative_error=0.9", "--token-limit", 9, *options)
+def calibrated(*arguments: object) -> Profile:
+    code, _, err = run(*arguments)
     assert code == 0, err
-    profile = Profile.load(output)
-    assert profile.data.source == str(data) and profile.data.requests == 20 and profile.data.scored_tokens == 80
+    (output,) = (Path(str(arguments[place + 1])) for place, word in enumerate(arguments) if word == "--output")
+    return Profile.load(output)
+
+
+def test_a_profile_from_a_users_file(tiny: str, tmp_path: Path) -> None:
+    options = command(tiny, tmp_path, "relative_error=0.9")
+    code, out, err = run(*options, "--token-limit", 9, "--json", tmp_path / "copy.json")
+    assert code == 0, err
+    profile = Profile.load(tmp_path / "p.json")
+    source = str(tmp_path / "log.jsonl")
+    assert profile.data.source == source and profile.data.requests == 16 and profile.data.scored_tokens == 64
     assert profile.held_out.ratio > 1 and f"{profile.held_out.ratio:.2f}" in out
     assert json.loads((tmp_path / "copy.json").read_text())["met"] is True
     assert not (tmp_path / "p.json.work").exists()
     model, _ = load_model(tiny, dtype="float32")
     assert JointPool(model, profile).policy.max_relative_error == (0.9,)
-    code, out, err = run("--target", "relative_error=0.9", *options, "--block-size", "8")
-    assert code == 0 and Profile.load(output).block_size == 8
+    assert calibrated(*options, "--block-size", 8).block_size == 8
 
 
-def test_generate_and_evaluate_take_the_profile_of_their_model_only(tiny, tmp_path):
-    data, output = write_requests(tmp_path / "log.jsonl", 16), tmp_path / "p.json"
-    code, _, err = run("--model", tiny, "--data", data, "--target", "kl=0.5", "--tokens", 2, "--output", output)
-    assert code == 0, err
-    profile = Profile.load(output)
-    invoke = CliRunner().invoke
-    asked = ["generate", "How many apples?", "--model", tiny, "--max-new-tokens", "2", "--json", "-"]
-    answer = json.loads(invoke(main.app, [*asked, "--profile", str(output)]).stdout)
+def test_generate_and_evaluate_take_the_profile_of_their_model_only(tiny: str, tmp_path: Path) -> None:
+    profile = calibrated(*command(tiny, tmp_path, tokens=2))
+    generate = ("generate", "How many apples?", "--model", tiny, "--max-new-tokens", 2)
+    answer = run_json(*generate, "--profile", tmp_path / "p.json")
     assert answer["policy"]["max_relative_error"] == [profile.groups[0].max_relative_error]
-    other = output.with_name("other.json")
     stranger = profile.model.model_copy(update={"checkpoint": "x", "weights": "y"})
-    profile.model_copy(update={"model": stranger}).save(other)
-    for command in (asked, ["evaluate", "--model", tiny, "--output", str(tmp_path / "out")]):
-        result = invoke(main.app, [*command, "--profile", str(other)])
-        assert result.exit_code == 2 and "same shape but other weights" in " ".join(result.stderr.split())
+    profile.model_copy(update={"model": stranger}).save(tmp_path / "other.json")
+    for asked in (generate, ("evaluate", "--model", tiny, "--output", tmp_path / "out")):
+        assert "same shape but other weights" in refusal(*asked, "--profile", tmp_path / "other.json")
 
 
-def test_answers_of_the_file_are_what_is_scored(tiny, tmp_path):
-    data = write_requests(tmp_path / "log.jsonl", 16, answer=" how many apples are left in the basket each week")
-    code, _, err = run(
-        *("--model", tiny, "--data", data, "--target", "kl=0.5", "--tokens", 4, "--output", tmp_path / "p.json")
-    )
-    assert code == 0, err
-    said = Profile.load(tmp_path / "p.json").held_out.nll
-    data = write_requests(tmp_path / "log.jsonl", 16)
-    run(*("--model", tiny, "--data", data, "--target", "kl=0.5", "--tokens", 4, "--output", tmp_path / "q.json"))
-    assert Profile.load(tmp_path / "q.json").held_out.nll < said  # its own words are likelier to the model
+def test_answers_of_the_file_are_what_is_scored(tiny: str, tmp_path: Path) -> None:
+    written = command(tiny, tmp_path, answer=" how many apples are left in the basket each week")
+    said = calibrated(*written).held_out.nll
+    assert calibrated(*command(tiny, tmp_path)).held_out.nll < said  # its own words are likelier to the model
 
 
-def test_a_work_folder_with_other_things_in_it_keeps_them(tiny, tmp_path):
+def test_a_short_answer_is_continued(tiny: str, tmp_path: Path) -> None:
+    short, none = (calibrated(*command(tiny, tmp_path, **fields)).data for fields in ({"answer": " how"}, {}))
+    assert short.scored_tokens == none.scored_tokens == 64 and short.sha256 != none.sha256
+
+
+def test_a_work_folder_with_other_things_in_it_keeps_them(tiny: str, tmp_path: Path) -> None:
     work = tmp_path / "mine"
     work.mkdir()
     (work / "thesis.txt").write_text("precious")
-    data = write_requests(tmp_path / "log.jsonl", 16)
-    code, _, err = run(
-        *("--model", tiny, "--data", data, "--target", "kl=0.5", "--tokens", 2, "--work", work),
-        *("--output", work / "profile.json"),
-    )
-    assert code == 0, err
-    assert sorted(path.name for path in work.iterdir()) == ["profile.json", "thesis.txt"]
+    calibrated(*command(tiny, tmp_path, tokens=2), "--work", work)
+    assert [path.name for path in work.iterdir()] == ["thesis.txt"]
 
 
-def test_a_short_answer_is_continued(tiny, tmp_path):
-    seen = []
-    for fields in ({"answer": " how"}, {}):
-        data = write_requests(tmp_path / "log.jsonl", 16, **fields)
-        run("--model", tiny, "--data", data, "--target", "kl=0.5", "--tokens", 4, "--output", tmp_path / "p.json")
-        seen.append(Profile.load(tmp_path / "p.json").data)
-    assert seen[0].scored_tokens == seen[1].scored_tokens == 64 and seen[0].sha256 != seen[1].sha256
-
-
-def test_a_missed_target_writes_nothing(tiny, tmp_path, monkeypatch):
-    from jointkv.evaluate.calibrate import Calibration
-
+def test_a_missed_target_writes_nothing(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Calibration, "_meets", lambda *_: False)
-    data, output = write_requests(tmp_path / "log.jsonl", 16), tmp_path / "p.json"
-    output.write_text("precious")
-    code, out, err = run(
-        "--model", tiny, "--data", data, "--target", "kl=0.5", "--tokens", 2, "--output", output, "--json", "-"
-    )
-    assert code == 1 and "misses kl=0.5" in err and output.read_text() == "precious"
-    assert json.loads(out)["met"] is False
+    (tmp_path / "p.json").write_text("precious")
+    code, out, err = run(*command(tiny, tmp_path, tokens=2), "--json", "-")
+    assert code == 1 and "misses kl=0.5" in err and json.loads(out)["met"] is False
+    assert (tmp_path / "p.json").read_text() == "precious"
 
 
-def test_a_target_that_cannot_be_met_shows_the_frontier_and_writes_nothing(tiny, tmp_path):
-    data, output = write_requests(tmp_path / "log.jsonl", 16), tmp_path / "p.json"
-    output.write_text("precious")
-    code, out, err = run("--model", tiny, "--data", data, "--target", "ratio=100", "--tokens", 4, "--output", output)
+def test_a_target_that_cannot_be_met_shows_the_frontier_and_writes_nothing(tiny: str, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text("precious")
+    options = command(tiny, tmp_path, "ratio=100")
+    code, out, err = run(*options)
     assert code == 1 and "settings considered" in out and "ratio=100 cannot be met" in err
-    assert output.read_text() == "precious"
-    code, out, _ = run(
-        "--model", tiny, "--data", data, "--target", "ratio=100", "--tokens", 4, "--output", output, "--json", "-"
-    )
+    code, out, _ = run(*options, "--json", "-")
     assert code == 1 and len(json.loads(out)["frontier"]) > 1
+    assert (tmp_path / "p.json").read_text() == "precious"
 
 
 @pytest.mark.parametrize(
@@ -152,7 +126,9 @@ def test_a_target_that_cannot_be_met_shows_the_frontier_and_writes_nothing(tiny,
         (["--target", "kl=0.1", "--data", "long.jsonl"], "line 16: .* the model reads"),
     ],
 )
-def test_bad_input_is_one_line_and_overwrites_nothing(tiny, tmp_path, monkeypatch, arguments, said):
+def test_bad_input_is_one_line_and_overwrites_nothing(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_requests(tmp_path / "few.jsonl", 3)
     long = write_requests(tmp_path / "many.jsonl", 16).read_text().splitlines()
@@ -160,9 +136,5 @@ def test_bad_input_is_one_line_and_overwrites_nothing(tiny, tmp_path, monkeypatc
     (tmp_path / "single.jsonl").write_text("\n".join([json.dumps({"prompt": "a"})] * 16))
     (tmp_path / "long.jsonl").write_text("\n".join(long))
     (tmp_path / "profile.json").write_text("precious")
-    code, _, err = run("--model", tiny, "--tokens", "4", *arguments)
-    assert code == 2 and len([line for line in err.splitlines() if line.startswith("error:")]) == 1
-    import re
-
-    assert re.search(said, err)
+    assert re.search(said, refusal("calibrate", "--model", tiny, "--tokens", "4", *arguments))
     assert (tmp_path / "profile.json").read_text() == "precious"

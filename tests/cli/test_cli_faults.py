@@ -16,8 +16,8 @@ from jointkv.errors import BadInput
 from jointkv.evaluate.calibrate.store import Store
 from jointkv.evaluate.holding import prefilled
 from jointkv.policy.profile import Profile
-from tests.cli.test_calibrate import run, write_requests
-from tests.cli.test_generate import save_tiny
+from tests.cli.commands import run
+from tests.cli.test_calibrate import command
 from tests.system.test_file_faults import full_disk
 
 FULL = pytest.mark.hazard(
@@ -25,17 +25,6 @@ FULL = pytest.mark.hazard(
     "a full disk at the end of a long computation",
     "the result is printed instead; one line names the file and the reason; exit code 2",
 )
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-def calibration(tiny: str, folder: Path) -> list[str]:
-    data = write_requests(folder / "log.jsonl", 16)
-    options = ("--model", tiny, "--data", data, "--target", "kl=0.5", "--tokens", 4, "--output", folder / "p.json")
-    return list(map(str, options))
 
 
 @FULL
@@ -51,7 +40,7 @@ def test_a_result_that_cannot_be_written_is_printed(tmp_path: Path, capsys: pyte
 def test_a_profile_that_cannot_be_written_is_printed(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = calibration(tiny, tmp_path)
+    options = command(tiny, tmp_path)
     (tmp_path / "p.json").write_text("precious")
     monkeypatch.setattr(Store, "keep", lambda *_: None)
     monkeypatch.setattr(prefilled, "save", lambda *_: None)
@@ -69,7 +58,7 @@ def test_a_profile_that_cannot_be_written_is_printed(
 )
 def test_a_calibration_on_a_full_disk(tiny: str, tmp_path: Path) -> None:
     """Once a traceback of the library that writes tensors."""
-    options = calibration(tiny, tmp_path)
+    options = command(tiny, tmp_path)
     with full_disk(4096):
         code, _, err = run(*options)
     line = " ".join(err.splitlines()[-1].split())
@@ -85,9 +74,9 @@ def test_a_calibration_on_a_full_disk(tiny: str, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("phase", ["starting", "computing"])
 def test_sigterm_to_a_calibration(tiny: str, tmp_path: Path, phase: str) -> None:
-    options, work = calibration(tiny, tmp_path), tmp_path / "p.json.work"
-    command = [str(Path(sys.executable).parent / "jointkv"), "calibrate", *options, "--tokens", "60"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    options, work = command(tiny, tmp_path, tokens=60), tmp_path / "p.json.work"
+    words = [str(Path(sys.executable).parent / "jointkv"), *map(str, options)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while phase == "computing" and not list(work.glob("*")) and time.monotonic() < deadline:
             assert process.poll() is None, process.communicate()[1]
@@ -97,4 +86,4 @@ def test_sigterm_to_a_calibration(tiny: str, tmp_path: Path, phase: str) -> None
         assert process.wait(60) in ((-signal.SIGTERM,) if phase == "starting" else (128 + signal.SIGTERM,))
     assert not (tmp_path / "p.json").exists() and not list(tmp_path.rglob("*.tmp-*"))
     if phase == "computing":
-        assert run(*options, "--tokens", 60)[0] == 0 and Profile.load(tmp_path / "p.json").met
+        assert run(*options)[0] == 0 and Profile.load(tmp_path / "p.json").met

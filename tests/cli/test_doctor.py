@@ -1,3 +1,5 @@
+"""`jointkv doctor`: rows in their order whatever the examined process does, exit codes, advice."""
+
 import json
 import os
 import sys
@@ -6,21 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from jointkv.cli import doctor, main
+from jointkv.cli import doctor
 from jointkv.cli.doctor import Check, Examination
 from jointkv.vllm_plugin.doctor.examine import CHECKS
+from tests.cli.commands import refusal, run
 
 PATIENT = {"folder": "nowhere", "model": None, "allow_untested": False}
 SAY = "import json, sys, time; say = lambda **told: print(json.dumps(told), flush=True); json.load(sys.stdin)\n"
 Examine = Callable[..., Examination]
-
-
-def run(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main.app, ["doctor", *arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def examine(code: str, timeout: float = 60.0) -> tuple[Examination, list[str]]:
@@ -82,38 +78,36 @@ def test_failed_once_is_failed() -> None:
 def test_exit_codes_and_plain_lines(found: Callable[[Examination], list[Any]]) -> None:
     good, bad = Check("worker class", "ok", "JointCPUWorker"), Check("connector", "failed", "gone [not markup]")
     asked = found(Examination([good], None, ["a line of the log"]))
-    code, out, err = run("--allow-untested", "--timeout", "5")
+    code, out, err = run("doctor", "--allow-untested", "--timeout", "5")
     assert (code, err) == (0, "serving\n")
     assert out.splitlines()[0].split() == ["ok", "worker", "class", "JointCPUWorker"]
     patient, timeout = asked[0]
     assert (patient["model"], patient["allow_untested"], timeout) == (None, True, 5.0)
 
     found(Examination([good, bad], None, ["a line of the log"]))
-    code, out, err = run()
+    code, out, err = run("doctor")
     assert code == 1 and "gone [not markup]" in out and "a line of the log" in err
 
 
 def test_json(found: Callable[[Examination], list[Any]], tmp_path: Path) -> None:
     found(Examination([Check("worker class", "not run", "")], {"blocks_merged": 1}, []))
-    code, out, _ = run("--json", "-")
+    code, out, _ = run("doctor", "--json", "-")
     result = json.loads(out)
     assert code == 1 and result["format"] == "jointkv.doctor/1" and result["ok"] is False
     assert result["checks"] == [{"name": "worker class", "status": "not run", "detail": ""}]
     assert result["statistics"] == {"blocks_merged": 1} and result["versions"]["python"]
-    run("--json", str(tmp_path / "doctor.json"))
+    run("doctor", "--json", tmp_path / "doctor.json")
     assert json.loads((tmp_path / "doctor.json").read_text()) == result
 
 
 def test_bad_input(found: Callable[[Examination], list[Any]], tmp_path: Path) -> None:
     found(Examination([], None, []))
-    code, _, err = run("--model", str(tmp_path))
-    assert code == 2 and "config.json" in err
+    assert "config.json" in refusal("doctor", "--model", tmp_path)
 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    code, _, err = run()
-    assert code == 2 and "pip install 'jointkv[vllm]'" in err
+    assert "pip install 'jointkv[vllm]'" in refusal("doctor")
 
 
 def test_advice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,17 +3,10 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from jointkv.cli import main
 from jointkv.evaluate.compare import suite
 from jointkv.evaluate.traffic import get_traffic
-from tests.cli.test_generate import run, save_tiny
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"), tokens=8192)
+from tests.cli.commands import refusal, run, save_tiny
 
 
 def evaluated(tmp_path, *arguments: str) -> dict:
@@ -22,11 +15,21 @@ def evaluated(tmp_path, *arguments: str) -> dict:
     return json.loads((tmp_path / "out" / "evaluate.json").read_text())
 
 
-def test_methods_on_the_same_requests(tiny, tmp_path):
+def test_methods_on_the_same_requests(tiny_long, tmp_path):
     small = ("--requests", "3", "--tokens", "4", "--generate", "3")
     found = evaluated(
-        *(tmp_path, "--model", tiny, "--traffic", "near_prefix", "--method", "fused@0.9", "--method", "exact_prefix"),
-        *("--method", "snapkv", "--method", "quantized_pages@8", "--policy", "paper", *small),
+        *(tmp_path, "--model", tiny_long, "--traffic", "near_prefix", "--method", "fused@0.9"),
+        *(
+            "--method",
+            "exact_prefix",
+            "--method",
+            "snapkv",
+            "--method",
+            "quantized_pages@8",
+            "--policy",
+            "paper",
+            *small,
+        ),
     )
     assert found["format"] == "jointkv.evaluate/1" and found["traffics"]["near_prefix"]["requests"] == 3
     rows = {row["method"]: row for row in found["rows"]}
@@ -53,9 +56,9 @@ def test_long_documents_are_fused_inside_one_request():
         assert each.method.in_scope(near.scope).policy_at(0.3).scope == "batch"
 
 
-def test_tasks_are_paired_with_the_unfused_model(tiny, tmp_path):
+def test_tasks_are_paired_with_the_unfused_model(tiny_long, tmp_path):
     found = evaluated(
-        *(tmp_path, "--model", tiny, "--task", "gsm8k", "--examples", "2", "--task-batch", "2", "--policy", "safe")
+        *(tmp_path, "--model", tiny_long, "--task", "gsm8k", "--examples", "2", "--task-batch", "2", "--policy", "safe")
     )
     assert found["rows"] == [] and [row["method"] for row in found["tasks"]] == ["unfused", "safe"]
     unfused, safe = found["tasks"]
@@ -76,23 +79,23 @@ def test_tasks_are_paired_with_the_unfused_model(tiny, tmp_path):
         (["--traffic", "dataset:nothing"], "unknown data set"),
     ],
 )
-def test_bad_input_is_one_line(tiny, tmp_path, arguments, said):
-    code, _, err = run("evaluate", "--model", tiny, *arguments, "--output", str(tmp_path / "out"))
-    assert code == 2 and said in err and not (tmp_path / "out").exists()
+def test_bad_input_is_one_line(tiny_long, tmp_path, arguments, said):
+    assert said in refusal("evaluate", "--model", tiny_long, *arguments, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_request_longer_than_the_context_is_refused(tmp_path):
     short = save_tiny(tmp_path / "short", tokens=64)
-    code, _, err = run("evaluate", "--model", short, "--requests", "2", "--output", str(tmp_path / "out"))
-    assert code == 2 and "the model reads 64" in err
+    options = ("--requests", 2, "--output", tmp_path / "out")
+    assert "the model reads 64" in refusal("evaluate", "--model", short, *options)
 
 
-def test_what_cannot_work_is_said_before_anything_takes_long(tiny, tmp_path):
+def test_what_cannot_work_is_said_before_anything_takes_long(tiny_long, tmp_path):
     (tmp_path / "file").write_text("precious")
-    code, _, err = run("evaluate", "--model", tiny, "--output", str(tmp_path / "file"))
-    assert code == 2 and "cannot make the folder" in err and (tmp_path / "file").read_text() == "precious"
-    code, _, err = run("evaluate", "--model", tiny, "--task", "gsm8k", "--method", "snapkv@0.5")
-    assert code == 2 and "tasks cannot run under snapkv here: it needs kvpress" in " ".join(err.split())
+    said = refusal("evaluate", "--model", tiny_long, "--output", tmp_path / "file")
+    assert "cannot make the folder" in said and (tmp_path / "file").read_text() == "precious"
+    said = refusal("evaluate", "--model", tiny_long, "--task", "gsm8k", "--method", "snapkv@0.5")
+    assert "tasks cannot run under snapkv here: it needs kvpress" in said
 
 
 def test_tasks_run_under_what_was_asked_for():
@@ -105,7 +108,7 @@ def test_tasks_run_under_what_was_asked_for():
     assert [method.name for method, _ in suite.task_methods(suite.choices_of([], [], None))] == ["safe", "paper"]
 
 
-def test_finished_traffics_survive_a_later_one_that_breaks_off(tiny, tmp_path, monkeypatch):
+def test_finished_traffics_survive_a_later_one_that_breaks_off(tiny_long, tmp_path, monkeypatch):
     whole = suite.Suite.run_traffic
 
     def broken(self, traffic, *arguments):
@@ -114,18 +117,7 @@ def test_finished_traffics_survive_a_later_one_that_breaks_off(tiny, tmp_path, m
         return whole(self, traffic, *arguments)
 
     monkeypatch.setattr(suite.Suite, "run_traffic", broken)
-    asked = [
-        "--traffic",
-        "near_prefix",
-        "--traffic",
-        "names",
-        "--method",
-        "fused@0.5",
-        "--requests",
-        "2",
-        "--tokens",
-        "2",
-    ]
-    CliRunner().invoke(main.app, ["evaluate", "--model", tiny, *asked, "--output", str(tmp_path / "out")])
-    found = json.loads((tmp_path / "out" / "evaluate.json").read_text())
+    options = ("--method", "fused@0.5", "--requests", 2, "--tokens", 2, "--output", tmp_path)
+    assert run("evaluate", "--model", tiny_long, "--traffic", "near_prefix", "--traffic", "names", *options)[0]
+    found = json.loads((tmp_path / "evaluate.json").read_text())
     assert [row["traffic"] for row in found["rows"]] == ["near_prefix"]

@@ -4,78 +4,16 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from jointkv.cli import generate, main
-from jointkv.evaluate.traffic.gsm8k import load_problems
+from jointkv.cli import generate
 from jointkv.hf.models import load_model
+from tests.cli.commands import run, run_json, save_tiny
 
 PROMPTS = ("How many apples are left in the basket?", "Tom buys 12 pens.")
-TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "<{{ message.role }}>{{ message.content }}{% endfor %}"
-)
-
-
-def save_tiny(
-    folder: Path, *, template: str | None = TEMPLATE, end_token: int = 1, tokens: int = 2048, head_size: int = 8
-) -> str:
-    """A random Llama of 4 layers and a byte-level tokenizer trained on the packaged sample, in `folder`."""
-    raw = RawTokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    raw.train_from_iterator([problem.question for problem in load_problems()[:50]], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=head_size,
-        max_position_embeddings=tokens,
-        initializer_range=0.5,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=end_token,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-def run(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main.app, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-def run_json(*arguments: str) -> dict[str, Any]:
-    code, out, err = run("generate", *arguments, "--json", "-")
-    assert code == 0, err
-    return json.loads(out)
 
 
 def plain_tokens(folder: str, prompts: Sequence[str], new_tokens: int, attention: str = "sdpa") -> list[list[int]]:
@@ -89,6 +27,7 @@ def plain_tokens(folder: str, prompts: Sequence[str], new_tokens: int, attention
 @pytest.mark.parametrize("attention", ["jointkv", "eager"])
 def test_unfused_answers_are_those_of_the_plain_model(tiny: str, attention: str) -> None:
     result = run_json(
+        "generate",
         *PROMPTS,
         *("--model", tiny, "--policy", "off", "--raw", "--max-new-tokens", "20", "--attention", attention),
     )
@@ -102,7 +41,7 @@ def test_unfused_answers_are_those_of_the_plain_model(tiny: str, attention: str)
 
 def test_equal_prompts_share_pages(tiny: str) -> None:
     options = ("--model", tiny, "--block-size", "4", "--max-new-tokens", "16")
-    result = run_json(*(PROMPTS[0],) * 3, *options, "--max-relative-error", "0.05")
+    result = run_json("generate", *(PROMPTS[0],) * 3, *options, "--max-relative-error", "0.05")
     stats = result["stats"]
     assert result["policy"]["max_relative_error"] == 0.05
     assert len(set(result["answers"])) == 1
@@ -116,7 +55,17 @@ def test_finished_rows_show_and_hold_no_padding(tmp_path: Path, tiny: str) -> No
     end = next(token for token in first if token not in second)
     folder = save_tiny(tmp_path, end_token=end)
     result = run_json(
-        *PROMPTS, "--model", folder, "--raw", "--policy", "off", "--max-new-tokens", "24", "--block-size", "4"
+        "generate",
+        *PROMPTS,
+        "--model",
+        folder,
+        "--raw",
+        "--policy",
+        "off",
+        "--max-new-tokens",
+        "24",
+        "--block-size",
+        "4",
     )
     _, tokenizer = load_model(tiny)
     kept = first[: first.index(end) + 1]
@@ -146,7 +95,9 @@ def test_answers_are_printed_with_a_summary(tiny: str, tmp_path: Path) -> None:
 
 def test_chat_is_the_default_where_there_is_a_template(tiny: str, tmp_path: Path) -> None:
     def prompt_tokens(folder: str, *options: str) -> int:
-        return run_json(PROMPTS[0], "--model", folder, "--max-new-tokens", "1", *options)["stats"]["prompt_tokens"]
+        return run_json("generate", PROMPTS[0], "--model", folder, "--max-new-tokens", "1", *options)["stats"][
+            "prompt_tokens"
+        ]
 
     assert prompt_tokens(tiny) > prompt_tokens(tiny, "--raw")
     folder = save_tiny(tmp_path, template=None)
@@ -155,7 +106,7 @@ def test_chat_is_the_default_where_there_is_a_template(tiny: str, tmp_path: Path
 
 def test_sampling_follows_the_seed(tiny: str) -> None:
     options = (PROMPTS[0], "--model", tiny, "--max-new-tokens", "12", "--temperature", "2.5")
-    answers = [run_json(*options, "--seed", seed)["answers"] for seed in ("1", "1", "2")]
+    answers = [run_json("generate", *options, "--seed", seed)["answers"] for seed in ("1", "1", "2")]
     assert answers[0] == answers[1] != answers[2]
 
 
@@ -238,7 +189,7 @@ CAPITALS = ("What is the capital of France?", "What is the capital of Italy?", "
 
 @pytest.mark.real_model
 def test_real_model_answers_two_prompts() -> None:
-    result = run_json(*CAPITALS, "--max-relative-error", "0.05")
+    result = run_json("generate", *CAPITALS, "--max-relative-error", "0.05")
     assert "Paris" in result["answers"][0] and "Rome" in result["answers"][1]
     # The two share the block of the system prompt and nothing else.
     assert result["stats"]["references"] - result["stats"]["pages_used"] == 1
@@ -246,5 +197,5 @@ def test_real_model_answers_two_prompts() -> None:
 
 @pytest.mark.real_model
 def test_safe_policy_keeps_questions_apart_that_differ_in_one_word() -> None:
-    answers = run_json(*CAPITALS)["answers"]
+    answers = run_json("generate", *CAPITALS)["answers"]
     assert "Paris" in answers[0] and "Rome" in answers[1]

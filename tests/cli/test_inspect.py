@@ -3,14 +3,13 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from jointkv.evaluate.predict.similarity import as_pages, prefill, similarities
 from jointkv.hf.models import load_model
-from tests.cli.test_generate import run, save_tiny
+from tests.cli.commands import run, run_json
 
 PNG = b"\x89PNG\r\n"
 TEXTS = (
@@ -20,11 +19,6 @@ TEXTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> str:
     file = tmp_path / "requests.jsonl"
@@ -32,15 +26,9 @@ def data(tmp_path: Path) -> str:
     return str(file)
 
 
-def inspect_json(*arguments: str) -> dict[str, Any]:
-    code, out, err = run("inspect", *arguments, "--json", "-")
-    assert code == 0, err
-    return json.loads(out)
-
-
 def test_rows_of_a_file(tiny: str, data: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    result = inspect_json("--model", tiny, "--data", data, "--block-size", "4", "--output", str(output))
+    result = run_json("inspect", "--model", tiny, "--data", data, "--block-size", "4", "--output", str(output))
     rows = result.pop("rows")
     assert [(row["layer"], row["relation"], row["side"]) for row in rows] == [
         (layer, relation, side) for layer in range(4) for relation in ("across", "within") for side in ("key", "value")
@@ -67,7 +55,7 @@ def test_built_in_traffic_needs_no_data(tiny: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("scope", "relation"), [("batch", "across"), ("chunk", "within")])
 def test_scope(tiny: str, data: str, tmp_path: Path, scope: str, relation: str) -> None:
     arguments = ("--model", tiny, "--data", data, "--block-size", "4", "--output", str(tmp_path))
-    rows = inspect_json(*arguments, "--scope", scope)["rows"]
+    rows = run_json("inspect", *arguments, "--scope", scope)["rows"]
     assert {row["relation"] for row in rows} == {relation} and len(rows) == 8
 
 
@@ -89,7 +77,7 @@ def test_messages_need_a_chat_template_and_a_single_request_has_nothing_across(t
     file = tmp_path / "one.jsonl"
     file.write_text(json.dumps({"messages": [{"role": "user", "content": TEXTS[0] * 3}]}))
     arguments = ("--model", tiny, "--data", str(file), "--block-size", "4", "--output", str(tmp_path))
-    rows = inspect_json(*arguments)["rows"]
+    rows = run_json("inspect", *arguments)["rows"]
     assert {row["mean"] for row in rows if row["relation"] == "across"} == {None}
     code, out, _ = run("inspect", *arguments)
     assert code == 0 and "(0 pairs per layer)" in out and " - " in out

@@ -1,3 +1,5 @@
+"""`jointkv serve`: the command line of vLLM that it becomes, and what it refuses."""
+
 import json
 import os
 import shlex
@@ -7,22 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from jointkv.cli import main, serve
+from jointkv.cli import serve
+from tests.cli.commands import refusal, run
 from tests.core.profiles import make_profile
 
 ENTRY = ["python", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model"]
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main.app, ["serve", *arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
 def plain(*arguments: str) -> list[str]:
-    code, out, err = run(*arguments, "--dry-run")
+    code, out, err = run("serve", *arguments, "--dry-run")
     assert (code, err) == (0, "") and out.count("\n") == 1
     return shlex.split(out)
 
@@ -31,12 +27,6 @@ def fusion(command: list[str]) -> dict[str, Any]:
     config = json.loads(command[command.index("--kv-transfer-config") + 1])
     assert config["kv_connector"] == "JointConnector"
     return dict(config["kv_connector_extra_config"])
-
-
-def refusal(*arguments: str) -> str:
-    code, out, err = run(*arguments)
-    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
-    return err
 
 
 @pytest.fixture
@@ -113,7 +103,7 @@ def test_options_of_the_plugin(wheels: set[str], tmp_path: Path, monkeypatch: py
     ],
 )
 def test_bad_options_are_one_line(arguments: list[str], said: str) -> None:
-    assert said in refusal("own/model", *arguments)
+    assert said in refusal("serve", "own/model", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -121,14 +111,14 @@ def test_bad_options_are_one_line(arguments: list[str], said: str) -> None:
     ["--kv-transfer-config", "--kv_transfer_config={}", "--kv-transfer-config.kv_role", "--kv-t", "--worker_cls"],
 )
 def test_flags_that_serve_sets_itself_are_refused(flag: str) -> None:
-    assert "sets itself" in refusal("own/model", flag, "x").replace("--kv-transfer-config", "").replace(
+    assert "sets itself" in refusal("serve", "own/model", flag, "x").replace("--kv-transfer-config", "").replace(
         "--worker-cls", ""
     ).replace("  ", " ")
 
 
 def test_the_model_comes_first(started: list[list[str]]) -> None:
-    assert "the model comes first" in refusal("--dtype", "float32", "own/model")
-    assert "the model comes first" in refusal()
+    assert "the model comes first" in refusal("serve", "--dtype", "float32", "own/model")
+    assert "the model comes first" in refusal("serve")
     assert not started
 
 
@@ -136,20 +126,20 @@ def test_a_known_model_keeps_its_name(
     wheels: set[str], started: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("JOINTKV_CACHE_DIR", str(tmp_path))
-    assert "jointkv model fetch smollm2" in refusal("smollm2", "--dry-run")
+    assert "jointkv model fetch smollm2" in refusal("serve", "smollm2", "--dry-run")
     monkeypatch.setattr("jointkv.hf.models.fetch_model", lambda name, progress: tmp_path / name)
-    assert run("smollm2", "--port", "1")[0] == 0
-    assert run("smollm2", "--served_model_name", "mine")[0] == 0
+    assert run("serve", "smollm2", "--port", "1")[0] == 0
+    assert run("serve", "smollm2", "--served_model_name", "mine")[0] == 0
     folder = str(tmp_path / "smollm2")
     assert started[0][5:] == [folder, "--served-model-name", "smollm2", "--port", "1"]
     assert started[1][5:] == [folder, "--served_model_name", "mine"]
 
 
 def test_the_server_takes_the_place_of_this_process(started: list[list[str]]) -> None:
-    assert run("own/model", "--port", "1", "--off")[0] == 0
-    assert run("own/model", "--device", "gpu")[0] == 0
-    assert run("--vllm-help")[0] == 0
-    assert run("--vllm-help", "max-model-len")[0] == 0
+    assert run("serve", "own/model", "--port", "1", "--off")[0] == 0
+    assert run("serve", "own/model", "--device", "gpu")[0] == 0
+    assert run("serve", "--vllm-help")[0] == 0
+    assert run("serve", "--vllm-help", "max-model-len")[0] == 0
     assert all(command[1:4] == ["-P", "-m", "jointkv.vllm_plugin.server"] for command in started)
     assert [json.loads(command[4]) for command in started] == [
         {"options": {"enabled": False}, "device": "auto"},
@@ -163,7 +153,7 @@ def test_the_server_takes_the_place_of_this_process(started: list[list[str]]) ->
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'jointkv[vllm]'" in refusal("own/model")
+    assert "pip install 'jointkv[vllm]'" in refusal("serve", "own/model")
 
 
 def test_a_dry_run_loads_neither_vllm_nor_transformers() -> None:

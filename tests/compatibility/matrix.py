@@ -1,10 +1,11 @@
-"""Runs jointkv's tests against several releases of transformers and vLLM, each in an environment of its own.
+"""Runs jointkv's tests against several releases of transformers, vLLM and Python, each in an environment of its own.
 
     python tests/compatibility/matrix.py --output docs/results/reliability/matrix.json
 
 Releases are those that the package index offers: of transformers the oldest supported, the newest supported, the two
-newest minors, and the newest of the major before; of vLLM the one supported and the one before. What jointkv refuses
-has its refusal in the result. Environments are removed unless `--keep`.
+newest minors, and the newest of the major before; of vLLM the one supported and the one before. The newest supported
+release of both runs on every Python of `PYTHONS` that is installed, the others on this one; the result names those that
+are not. What jointkv refuses has its refusal in the result. Environments are removed unless `--keep`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import sys
 import time
 import tomllib
 import xml.etree.ElementTree as ElementTree
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -48,6 +50,8 @@ TESTS = {
         *("tests/vllm_plugin/test_merging.py", "tests/vllm_plugin/test_isolation.py"),
     ),
 }
+PYTHONS = ("3.11", "3.12", "3.13")
+OWN_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 BROKEN_BY_CPU_WHEEL = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -64,6 +68,7 @@ class Row:
     package: str
     version: str
     supported: bool
+    python: str = OWN_PYTHON
     installed: bool = False
     refusal: str | None = None
     passed: int | None = None
@@ -107,14 +112,30 @@ def chosen(package: str) -> list[Version]:
     return sorted({*newest_of_minor[:2], inside[0], inside[-1], *older[:1]}, reverse=True)
 
 
-def environment(package: str, version: Version, folder: Path, wheel: Path) -> Path:
+def interpreters() -> dict[str, str]:
+    """The Pythons of `PYTHONS` that are installed, here or by pyenv, whose shims may lead nowhere."""
+    found = {}
+    for version in PYTHONS:
+        pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob(f"versions/{version}.*/bin/python")
+        for command in filter(None, (shutil.which(f"python{version}"), *map(str, pyenv))):
+            if subprocess.run([command, "--version"], capture_output=True).returncode == 0:
+                found.setdefault(version, command)
+    return {**found, OWN_PYTHON: sys.executable}
+
+
+def environment(row: Row, base: str, folder: Path, wheel: Path) -> Path:
     """An interpreter with the release, jointkv from `wheel` and what its tests need. Raises CalledProcessError."""
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    package, version = row.package, row.version
+    subprocess.run([base, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
-    # What the release does not ask for in another version is borrowed from here: torch alone takes minutes to install.
-    (own,) = (folder / "lib").glob("python*/site-packages")
-    (own / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    if row.python == OWN_PYTHON:
+        # What the release does not ask for in another version is borrowed: torch alone takes minutes to install.
+        (own,) = (folder / "lib").glob("python*/site-packages")
+        (own / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    else:
+        torch = installed_version("torch").partition("+")[0]
+        subprocess.run([*pip, "install", f"torch=={torch}"], check=True, capture_output=True, text=True)
     requirements = project()
     tools = [each for each in requirements["dev"] if each.name.startswith(("pytest", "hypothesis", "prometheus"))]
     others = [each for each in (*requirements[""], *requirements["hf"]) if each.name not in ("torch", package)]
@@ -154,14 +175,13 @@ def run(row: Row, python: Path, folder: Path) -> None:
     row.failures = tuple(f"{each.get('classname')}.{each.get('name')}" for each in broken)[:20]
 
 
-def measure(package: str, version: Version, folder: Path, wheel: Path, keep: bool) -> Row:
-    """One row of the matrix."""
-    row = Row(package, str(version), version in supported(package).specifier)
-    start = time.monotonic()
+def measure(row: Row, base: str, work: Path, wheel: Path, keep: bool) -> Row:
+    """One row of the matrix, filled; `base` is its Python."""
+    start, folder = time.monotonic(), work / f"{row.package}-{row.version}-{row.python}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        python = environment(package, version, folder / "venv", wheel)
+        python = environment(row, base, folder / "venv", wheel)
     except subprocess.CalledProcessError as error:
         row.refusal = (error.stderr or str(error)).strip().splitlines()[-1][:500]
     else:
@@ -186,18 +206,26 @@ def main() -> int:
     build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(work / "dist"), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = (work / "dist").glob("*.whl")
-    rows: dict[tuple[str, str], Row] = {}
+    rows: dict[tuple[str, str, str], Row] = {}
     if options.output.exists():
         kept = [Row(**row) for row in json.loads(options.output.read_text(encoding="utf-8"))["rows"]]
-        rows = {(row.package, row.version): row for row in kept}
+        rows = {(row.package, row.version, row.python): row for row in kept}
+    pythons = interpreters()
     for package in options.package or TESTS:
         rows = {key: row for key, row in rows.items() if key[0] != package}
-        for version in reversed(chosen(package)):
-            row = measure(package, version, work / f"{package}-{version}", wheel, options.keep)
-            print(json.dumps(asdict(row)), flush=True)
-            rows[package, str(version)] = row
+        for row in asked(package, pythons):
+            print(json.dumps(asdict(measure(row, pythons[row.python], work, wheel, options.keep))), flush=True)
+            rows[package, row.version, row.python] = row
             write(options.output, list(rows.values()))
     return int(any(row.supported and (row.refusal is not None or row.failed) for row in rows.values()))
+
+
+def asked(package: str, pythons: Collection[str]) -> list[Row]:
+    """The empty rows of a package: its releases on this Python, oldest first, then the newest supported on others."""
+    inside = supported(package).specifier
+    rows = [Row(package, str(version), version in inside) for version in reversed(chosen(package))]
+    newest = [row for row in rows if row.supported][-1]
+    return rows + [replace(newest, python=version) for version in pythons if version != OWN_PYTHON]
 
 
 def write(path: Path, rows: list[Row]) -> None:
@@ -208,11 +236,12 @@ def write(path: Path, rows: list[Row]) -> None:
         "torch": installed_version("torch"),
         "jointkv": installed_version("jointkv"),
     }
-    ordered = sorted(rows, key=lambda row: (row.package, Version(row.version)))
+    ordered = sorted(rows, key=lambda row: (row.package, Version(row.version), Version(row.python)))
     result = {
         "format": FORMAT,
         "command": "make matrix",
         "versions": facts,
+        "pythons_not_there": [version for version in PYTHONS if version not in interpreters()],
         "ranges": {package: str(supported(package)) for package in TESTS},
         "tests": {package: list(files) for package, files in TESTS.items()},
         "rows": [asdict(row) for row in ordered],

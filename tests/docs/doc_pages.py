@@ -1,4 +1,4 @@
-"""What README.md and the pages below docs/ say, taken apart: blocks of code, command lines, inline code, links."""
+"""What README.md, CONTRIBUTING.md and the pages below docs/ say: blocks of code, commands, inline code, links."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
-PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 VLLM_FLAGS = {
     "--no-scheduler-reserve-full-isl",
     "--max-num-batched-tokens",

@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/ is run here or says what it needs; every option in them exists."""
+"""Every command of README.md, CONTRIBUTING.md and docs/ runs here or says what it needs; its options exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of docs/reliability.md are those of the committed runs."""
+"""The tables of the hazards are those of the committed runs."""
 
 from tests import hazards
 from tests.docs.doc_pages import ROOT
@@ -8,10 +8,9 @@ FILES = [ROOT / "docs" / "results" / "reliability" / f"{name}.json" for name in 
 
 
 def test_the_tables_are_those_of_the_committed_runs() -> None:
-    page = hazards.PAGE.read_text(encoding="utf-8")
-    assert hazards.rewritten(page, FILES) == page
+    assert hazards.tables(FILES) == hazards.PAGE.read_text(encoding="utf-8")
 
 
 def test_no_committed_run_has_failed() -> None:
-    table = hazards.tables(FILES)
+    table = hazards.tables(FILES).removeprefix(hazards.HEAD)
     assert "failed" not in table and "passed" in table and "| 0 violations" in table

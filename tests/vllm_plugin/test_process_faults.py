@@ -148,7 +148,7 @@ def serving(model: str, log: Path) -> Iterator[tuple[Running, int]]:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("phase", ["starting", "loading", "answering"])
 def test_sigterm_to_a_server(tmp_path: Path, phase: str) -> None:
-    from tests.cli.test_generate import save_tiny
+    from tests.cli.commands import save_tiny
 
     model = save_tiny(tmp_path / "tiny", tokens=8192, end_token=2, head_size=32)
     with serving(model, tmp_path / "log") as (running, port):

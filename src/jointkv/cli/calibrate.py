@@ -3,49 +3,58 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from jointkv.cli.console import named_errors, progress, stderr_console, write_json, write_result
-from jointkv.cli.inspect import load, request_tokens
+from jointkv.cli.console import (
+    named_errors,
+    print_table,
+    progress,
+    stderr_console,
+    stdout_console,
+    write_json,
+    write_result,
+    wrote,
+)
+from jointkv.cli.loading import load, request_tokens
+from jointkv.cli.options import ChunkTokens, Dtype, Json, Model
 from jointkv.errors import BadInput
 from jointkv.system.files import make_folder
 
 if TYPE_CHECKING:
-    from jointkv.evaluate.calibrate import Calibration, TargetUnmet
-    from jointkv.evaluate.traffic.base import Request
-    from jointkv.policy.profile import FrontierPoint, Profile
+    from jointkv.evaluate.calibrate import CalibrationSettings
+    from jointkv.evaluate.traffic.base import Request, Traffic
+    from jointkv.evaluate.traffic.jsonl import UserRequest
+    from jointkv.policy.profile import FrontierPoint, Measurement, Prediction, Profile
 
 UNMET = 1
 STEPS = 6
 AT_ONCE = 8
+PROFILE_HEADINGS = ("", "requests", "ratio", "KL", "KL worst request", "top-1", "NLL (unfused)")
+FRONTIER_HEADINGS = ("max_relative_error", "predicted ratio", "measured ratio", "KL", "KL worst request")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb `calibrate` to `app`."""
-    app.command()(calibrate)
-
-
+@named_errors()
 def calibrate(
     target: str = typer.Option(..., help="kl=0.005, ratio=2 or relative_error=0.2."),
     data: Path | None = typer.Option(None, help="JSONL file of requests, best from your own log."),
     traffic: str = typer.Option("near_prefix", help="Without --data: built-in traffic."),
-    model: str = typer.Option("smollm2", help="Known name, local folder or hub name."),
+    model: Model = "smollm2",
     output: Path = typer.Option(Path("profile.json"), help="Where the profile goes."),
     requests: int = typer.Option(64, min=1, help="Requests to use; half of them choose, half check."),
     tokens: int = typer.Option(48, min=1, help="Tokens scored after each prompt."),
     scope: str = typer.Option("batch", help="batch: across requests; chunk: inside one."),
-    chunk_tokens: int = typer.Option(512, min=1, help="Tokens per chunk of a request."),
+    chunk_tokens: ChunkTokens = 512,
     layer_groups: int = typer.Option(1, min=1, help="Groups of layers with thresholds of their own."),
     block_size: int = typer.Option(16, min=1, help="Tokens per KV block, as in the engine to be served."),
     token_limit: float = typer.Option(0.45, min=0.0, help="No token may be off by more; see below."),
-    dtype: str = typer.Option("float32", help="Of the model and its KV cache."),
+    dtype: Dtype = "float32",
     seed: int = typer.Option(0, help="Splits the requests, and makes the built-in traffic."),
     work: Path | None = typer.Option(None, help="Folder that keeps results in between. Default OUTPUT.work."),
-    json: Path | None = typer.Option(None, help="Write the profile here as well ('-' for stdout)."),
+    json: Json = None,
 ) -> None:
     """Choose thresholds that meet a target on unseen requests, and predict what they are worth.
 
@@ -58,178 +67,140 @@ def calibrate(
     An interrupted calibration goes on where it was when the same command is run again. Exit code 1, and no profile:
     the target cannot be met (the settings that were considered are shown), or the held-out half misses it.
     """
-    with named_errors():
-        from jointkv.evaluate.calibrate import CalibrationSettings, TargetUnmet
-        from jointkv.policy.profile import Target
+    from jointkv.evaluate.calibrate import Calibration, CalibrationSettings, TargetUnmet
+    from jointkv.hf.pool import model_identity
+    from jointkv.policy.profile import Target
+    from jointkv.system.machine import versions
 
-        output = output.expanduser().absolute()
-        if output.is_dir():
-            raise BadInput(f"{output} is a folder; --output names a file")
-        make_folder(output.parent)
-        settings = CalibrationSettings(
-            target=Target.parse(target),
-            scope=scope,  # type: ignore[arg-type]  # FusionPolicy names a wrong one
-            chunk_tokens=chunk_tokens,
-            layer_groups=layer_groups,
-            block_size=block_size,
-            token_limit=token_limit,
-            seed=seed,
-        )
+    output = output.expanduser().absolute()
+    if output.is_dir():
+        raise BadInput(f"{output} is a folder; --output names a file")
+    make_folder(output.parent)
+    settings = CalibrationSettings(
+        target=Target.parse(target),
+        scope=scope,  # type: ignore[arg-type]  # FusionPolicy names a wrong one
+        chunk_tokens=chunk_tokens,
+        layer_groups=layer_groups,
+        block_size=block_size,
+        token_limit=token_limit,
+        seed=seed,
+    )
+    kind, rows = _sample(data, traffic, requests, settings)
+    with progress(STEPS) as steps:
+        steps.start(f"loading {model}")
+        loaded, tokenizer = load(model, dtype)
+        if kind is None:
+            made = _scored_requests(loaded, tokenizer, rows, tokens, block_size)
+        else:
+            made = kind.requests(tokenizer, requests, continuation_tokens=tokens, seed=seed)
         folder = work or output.with_name(output.name + ".work")
-        with progress(STEPS) as steps:
-            calibration, source = _prepare(model, dtype, data, traffic, requests, tokens, settings, folder, steps)
-            try:
-                profile = _run(calibration, source)
-            except TargetUnmet as unmet:
-                _report_unmet(unmet, json)
-                raise typer.Exit(code=UNMET) from None
-        if profile.met:
-            write_result(output, profile.to_json())
-        if json is not None:
-            write_json(json, profile.model_dump())
-        calibration.clean()
-    if str(json) != "-":
+        calibration = Calibration(loaded, made, settings, work=folder, progress=steps)  # type: ignore[arg-type]
+        source = str(data) if kind is None else f"traffic {kind.name}"
+        try:
+            profile = calibration.run(model_identity(loaded), source, versions())
+        except TargetUnmet as unmet:
+            write_json(json, {"met": False, "frontier": unmet.frontier})
+            if json != "-":
+                _print_frontier(unmet.frontier)
+            stderr_console().print(f"{unmet}; nothing was written", soft_wrap=True)
+            raise typer.Exit(code=UNMET) from None
+    if profile.met:
+        write_result(output, profile.to_json())
+    write_json(json, profile)
+    calibration.clean()
+    if json != "-":
         _print_profile(profile)
     if not profile.met:
-        stderr_console().print(
-            f"the held-out half misses {target}; nothing was written. More requests help.", style="red"
-        )
+        said = f"the held-out half misses {target}; nothing was written. More requests help."
+        stderr_console().print(said, style="red")
         raise typer.Exit(code=UNMET)
-    stderr_console().print(f"wrote {output}", soft_wrap=True)
+    wrote(output)
 
 
-def _report_unmet(unmet: TargetUnmet, json: Path | None) -> None:
-    if json is not None:
-        write_json(json, {"met": False, "frontier": [point.model_dump() for point in unmet.frontier]})
-    if str(json) != "-":
-        _print_frontier(unmet.frontier)
-    stderr_console().print(f"{unmet}; nothing was written", soft_wrap=True)
-
-
-def _prepare(
-    model: str,
-    dtype: str,
-    data: Path | None,
-    traffic: str,
-    count: int,
-    tokens: int,
-    settings: Any,
-    folder: Path,
-    steps: Any,
-) -> tuple[Calibration, str]:
-    """A calibration ready to run, and what its data is called. Raises `BadInput` before anything takes long."""
-    from jointkv.evaluate.calibrate import MIN_HALF, Calibration, too_few
-    from jointkv.evaluate.calibrate import policy_of as check_policy
+def _sample(
+    data: Path | None, traffic: str, count: int, settings: CalibrationSettings
+) -> tuple[Traffic | None, list[UserRequest]]:
+    """The traffic, or the rows of the file that are used. Raises `BadInput` before anything takes long."""
+    from jointkv.evaluate.calibrate import MIN_HALF, policy_of, too_few
     from jointkv.evaluate.traffic import get_traffic
     from jointkv.evaluate.traffic.jsonl import read_requests
 
-    check_policy((0.0,) * settings.layer_groups, settings)
-    rows = read_requests(data) if data is not None else []
-    if len(rows) > count:
-        chosen = random.Random(settings.seed).sample(range(len(rows)), count)
-        rows = [rows[index] for index in sorted(chosen)]
+    policy_of((0.0,) * settings.layer_groups, settings)
     kind = get_traffic(traffic) if data is None else None
+    rows = [] if data is None else read_requests(data)
+    if len(rows) > count:
+        rows = [rows[index] for index in sorted(random.Random(settings.seed).sample(range(len(rows)), count))]
     found = len(rows) if kind is None else count
     if found < 2 * MIN_HALF:
         raise too_few(found)
-    steps.start(f"loading {model}")
-    loaded, tokenizer = load(model, dtype=dtype)
-    if kind is not None:
-        made = kind.requests(tokenizer, count, continuation_tokens=tokens, seed=settings.seed)
-    else:
-        prompts = [(request_tokens(tokenizer, row, chat=False), row.answer) for row in rows]
-        check_lengths([len(prompt) for prompt, _ in prompts], tokens, [row.line for row in rows], loaded)
-        made = with_continuations(loaded, tokenizer, prompts, tokens, settings.block_size)
-    calibration = Calibration(loaded, made, settings, work=folder, progress=steps)
-    return calibration, f"traffic {kind.name}" if kind is not None else str(data)
+    return kind, rows
 
 
-def check_lengths(lengths: Sequence[int], tokens: int, lines: Sequence[int], model: Any) -> None:
-    """Raises BadInput when a request is a single token or, with `tokens` after it, longer than the model's context."""
-    from jointkv.evaluate.methods.base import context_of
-
-    context = context_of(model)
-    for length, line in zip(lengths, lines, strict=True):
-        if length < 2:
-            raise BadInput(f"line {line}: a prompt of one token")
-        if context is not None and length + tokens > context:
-            raise BadInput(f"line {line}: {length} tokens and {tokens} to score; the model reads {context}")
-
-
-def with_continuations(
-    model: Any, tokenizer: Any, prompts: Sequence[tuple[list[int], str | None]], tokens: int, block_size: int
+def _scored_requests(
+    model: Any, tokenizer: Any, rows: Sequence[UserRequest], tokens: int, block_size: int
 ) -> list[Request]:
-    """Requests with `tokens` tokens to score: of the answer given and, where that is shorter, what the model adds."""
+    """Requests with `tokens` tokens to score: of the answer given and, where that is shorter, what the model adds.
+
+    Raises `BadInput` for a request of a single token, or one that is longer than the model's context with its answer.
+    """
     from jointkv.evaluate.compare.comparison import greedy
     from jointkv.evaluate.holding.held import FusedBatch
-    from jointkv.evaluate.methods.base import Batch
+    from jointkv.evaluate.methods.base import Batch, context_of
     from jointkv.evaluate.traffic.base import Request
     from jointkv.policy import FusionPolicy
 
-    told = [
-        tuple(tokenizer(answer, add_special_tokens=False)["input_ids"][:tokens]) if answer else ()
-        for _, answer in prompts
+    prompts = [tuple(request_tokens(tokenizer, row, chat=False)) for row in rows]
+    context = context_of(model)
+    for row, prompt in zip(rows, prompts, strict=True):
+        if len(prompt) < 2:
+            raise BadInput(f"line {row.line}: a prompt of one token")
+        if context is not None and len(prompt) + tokens > context:
+            raise BadInput(f"line {row.line}: {len(prompt)} tokens and {tokens} to score; the model reads {context}")
+    answers = [
+        tuple(tokenizer(row.answer, add_special_tokens=False)["input_ids"][:tokens]) if row.answer else ()
+        for row in rows
     ]
-    short = [index for index, answer in enumerate(told) if len(answer) < tokens]
+    short = [index for index, answer in enumerate(answers) if len(answer) < tokens]
     for start in range(0, len(short), AT_ONCE):
         part = short[start : start + AT_ONCE]
-        begun = [Request((*prompts[index][0], *told[index]), (), "") for index in part]
+        begun = [Request((*prompts[index], *answers[index]), (), "") for index in part]
         batch = Batch(model, begun, block_size)
         held = FusedBatch(model, batch.prefilled, FusionPolicy.preset("off"), block_size=block_size)
         for index, said in zip(part, greedy(held, batch, tokens), strict=True):
-            told[index] = (*told[index], *said)[:tokens]
+            answers[index] = (*answers[index], *said)[:tokens]
     return [
-        Request(tuple(prompt), answer, tokenizer.decode(prompt, skip_special_tokens=True))
-        for (prompt, _), answer in zip(prompts, told, strict=True)
+        Request(prompt, answer, tokenizer.decode(prompt, skip_special_tokens=True))
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 
-def _run(calibration: Calibration, source: str) -> Profile:
-    from jointkv.hf.pool import model_identity
-    from jointkv.system.machine import versions
-
-    return calibration.run(model_identity(calibration.model), source, versions())
-
-
 def _print_profile(profile: Profile) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{profile.target.kind}={profile.target.value:g}, {profile.data.source}")
-    for heading in ("", "requests", "ratio", "KL", "KL worst request", "top-1", "NLL (unfused)"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    predicted = profile.predicted
-    table.add_row(
-        "predicted", str(predicted.requests), f"{predicted.ratio:.2f} ({predicted.low:.2f}-{predicted.high:.2f})"
-    )
+    rows: list[tuple[str, ...]] = [("predicted", str(profile.predicted.requests), _interval(profile.predicted))]
     for name, row in (("held out", profile.held_out), ("calibrated on", profile.calibrated)):
-        table.add_row(
-            *(name, str(row.requests), f"{row.ratio:.2f}", f"{row.kl:.5f}", f"{row.kl_worst_request:.5f}"),
-            *(f"{row.top1:.3f}", f"{row.nll:.4f} ({row.nll_unfused:.4f})"),
-        )
-    console = Console(width=None if Console().is_terminal else 120)
-    console.print(table)
-    bounds = ", ".join(f"{group.max_relative_error:g}" for group in profile.groups)
-    tokens = ", ".join(f"{group.max_token_error:g}" for group in profile.groups)
-    console.print(f"max_relative_error {bounds}; max_token_error {tokens}", highlight=False)
+        fidelity = (f"{row.top1:.3f}", f"{row.nll:.4f} ({row.nll_unfused:.4f})")
+        rows.append((name, str(row.requests), *_measured(row), *fidelity))
+    title = f"{profile.target.kind}={profile.target.value:g}, {profile.data.source}"
+    print_table(title, PROFILE_HEADINGS, rows, words=1, width=120)
+    bounds = _bounds(group.max_relative_error for group in profile.groups)
+    tokens = _bounds(group.max_token_error for group in profile.groups)
+    stdout_console(120).print(f"max_relative_error {bounds}; max_token_error {tokens}", highlight=False)
 
 
 def _print_frontier(frontier: Sequence[FrontierPoint]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    rows = [
+        (_bounds(point.max_relative_error), _interval(point.predicted), *_measured(point.measured))
+        for point in frontier
+    ]
+    print_table("settings considered", FRONTIER_HEADINGS, rows, words=0, width=120)
 
-    table = Table(title="settings considered")
-    for heading in ("max_relative_error", "predicted ratio", "measured ratio", "KL", "KL worst request"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for point in frontier:
-        row, measured = point.predicted, point.measured
-        table.add_row(
-            ", ".join(f"{bound:g}" for bound in point.max_relative_error),
-            f"{row.ratio:.2f} ({row.low:.2f}-{row.high:.2f})",
-            *(
-                ("-", "-", "-")
-                if measured is None
-                else (f"{measured.ratio:.2f}", f"{measured.kl:.5f}", f"{measured.kl_worst_request:.5f}")
-            ),
-        )
-    Console(width=None if Console().is_terminal else 120).print(table)
+
+def _bounds(bounds: Iterable[float]) -> str:
+    return ", ".join(f"{bound:g}" for bound in bounds)
+
+
+def _interval(predicted: Prediction) -> str:
+    return f"{predicted.ratio:.2f} ({predicted.low:.2f}-{predicted.high:.2f})"
+
+
+def _measured(row: Measurement | None) -> tuple[str, str, str]:
+    return ("-", "-", "-") if row is None else (f"{row.ratio:.2f}", f"{row.kl:.5f}", f"{row.kl_worst_request:.5f}")

@@ -1,20 +1,18 @@
-"""What every verb shares: messages on stderr, one-line errors, JSON files."""
+"""What every verb shares: messages on stderr, one-line errors, tables and JSON."""
 
-import dataclasses
 import importlib.util
-import json
-import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from rich.text import Text
 
 from jointkv.errors import BadInput, JointKVError
@@ -22,6 +20,8 @@ from jointkv.system.files import replace_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+Cell = str | Callable[[Any], str]
 
 FAILURE = 2
 EXTRAS = {"transformers": "hf", "gguf": "hf", "matplotlib": "plot", "jinja2": "plot", "vllm": "vllm"}
@@ -130,12 +130,47 @@ def stages(first: str) -> Iterator[Any]:
         yield lambda stage: console.print(Text(stage), soft_wrap=True)
 
 
-def write_json(path: Path | str, data: Any) -> None:
-    """Write `data` as JSON to `path`, see `write_result`; `-` means stdout.
+def stdout_console(width: int = 140) -> Console:
+    """A console on stdout, `width` columns wide where that is no terminal."""
+    return Console(width=None if Console().is_terminal else width)
+
+
+def print_table(
+    title: str, headings: Collection[str], rows: Iterable[Sequence[str]], *, words: int = 2, width: int = 140
+) -> None:
+    """Print cells on stdout, or nothing where there are none; see `stdout_console`.
+
+    The first `words` columns hold text, the others numbers.
+    """
+    table = Table(title=title)
+    for number, heading in enumerate(headings):
+        justify: Any = "left" if number < words else "right"
+        table.add_column(heading, justify=justify, no_wrap=number < len(headings) - 1)
+    for row in rows:
+        table.add_row(*row)
+    if table.rows:
+        stdout_console(width).print(table)
+
+
+def cells(columns: Mapping[str, Cell], row: object) -> list[str]:
+    """What stands in the `columns` of `row`: each is a function of it, or a template such as `{row.kl:.4f}`."""
+    return [cell.format(row=row) if isinstance(cell, str) else cell(row) for cell in columns.values()]
+
+
+def wrote(path: Path | str) -> None:
+    """Say on stderr where a result is."""
+    stderr_console().print(f"wrote {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+def write_json(path: Path | str | None, data: Any) -> None:
+    """Write `data` as JSON to `path`, see `write_result`; None writes nothing.
 
     Dataclasses become objects and paths strings; NaN and infinities, which JSON lacks, become null.
     """
-    write_result(path, json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    from pydantic_core import to_json
+
+    if path is not None:
+        write_result(path, to_json(data, indent=2, inf_nan_mode="null").decode() + "\n")
 
 
 def write_result(path: Path | str, text: str) -> None:
@@ -143,30 +178,13 @@ def write_result(path: Path | str, text: str) -> None:
 
     Raises `BadInput` when that cannot be. What took long to compute is then on stdout, so that it is not lost.
     """
+    refusal = None
     if str(path) != "-":
         try:
-            replace_text(path, text)
-            return
+            return replace_text(path, text)
         except BadInput as error:
-            _print(text)
-            raise BadInput(f"{error}; it was printed instead") from error
-    _print(text)
-
-
-def _print(text: str) -> None:
+            refusal = error
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    if refusal is not None:
+        raise BadInput(f"{refusal}; it was printed instead") from refusal

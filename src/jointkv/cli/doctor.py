@@ -10,18 +10,19 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from jointkv.cli.console import named_errors, require, stages, stderr_console, write_json
+from jointkv.cli.loading import locate
+from jointkv.cli.options import Json
 
-FORMAT = "jointkv.doctor/1"
 COMMAND = (sys.executable, "-P", "-m", "jointkv.vllm_plugin.doctor.examine")
 LOG_LINES = 12
 STYLES = {"ok": "green", "failed": "red", "not run": "yellow"}
@@ -55,42 +56,35 @@ class Examination:
         return all(check.status == "ok" for check in self.checks)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb `doctor` to `app`."""
-    app.command()(doctor)
-
-
+@named_errors()
 def doctor(
     model: str | None = typer.Option(None, help="Known name, folder or hub name instead of a tiny random model."),
     allow_untested: bool = typer.Option(False, "--allow-untested", help="Try a vLLM or device that was never run."),
     timeout: float = typer.Option(600.0, min=1.0, metavar="SECONDS", help="Give up after this long."),
-    json_file: str | None = typer.Option(None, "--json", metavar="FILE", help="Write the result as JSON; - is stdout."),
+    json_file: Json = None,
 ) -> None:
     """Start vLLM without and with fusion, merge duplicate prompts, compare every token, and report each hook.
 
     Exit code 0: all is well; 1: a check failed; 2: vLLM is missing or the input is bad.
     """
-    with named_errors():
-        require("vllm")
-        from jointkv.system.machine import machine, versions
+    require("vllm")
+    from jointkv.system.machine import machine, versions
 
-        with stages("looking at this machine") as show, tempfile.TemporaryDirectory(prefix="jointkv-doctor-") as folder:
-            located = None if model is None else _locate(model, show)
-            patient = {"folder": folder, "model": located, "allow_untested": allow_untested}
-            examination = examine(patient, show, timeout)
-        advice = environment_advice(os.environ)
-        if json_file is not None:
-            result = {
-                "format": FORMAT,
-                "ok": examination.ok,
-                "model": model or "tiny random Llama",
-                "checks": examination.checks,
-                "advice": advice,
-                "statistics": examination.statistics,
-                "versions": versions(),
-                "machine": machine(),
-            }
-            write_json(json_file, result)
+    patient = {"model": None if model is None else locate(model), "allow_untested": allow_untested}
+    with stages("looking at this machine") as show, tempfile.TemporaryDirectory(prefix="jointkv-doctor-") as folder:
+        examination = examine({"folder": folder, **patient}, show, timeout)
+    advice = environment_advice(os.environ)
+    result = {
+        "format": "jointkv.doctor/1",
+        "ok": examination.ok,
+        "model": model or "tiny random Llama",
+        "checks": examination.checks,
+        "advice": advice,
+        "statistics": examination.statistics,
+        "versions": versions(),
+        "machine": machine(),
+    }
+    write_json(json_file, result)
     if json_file != "-":
         _print(examination.checks, advice)
     if not examination.ok:
@@ -99,32 +93,17 @@ def doctor(
         raise typer.Exit(code=1)
 
 
-def _locate(model: str, show: Callable[[str], None]) -> str:
-    from jointkv.hf.models import KNOWN_MODELS, fetch_model, locate_model
-
-    return str(fetch_model(model, progress=show)) if model in KNOWN_MODELS else locate_model(model)
-
-
 def examine(
     patient: Mapping[str, Any], show: Callable[[str], None], timeout: float, command: tuple[str, ...] = COMMAND
 ) -> Examination:
     """Have a process of its own examine `patient`; it ends with this call, however it ends."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=_environment(os.environ, offline=patient["model"] is None),
-            text=True,
-        )
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            process.kill()
-
-        watchdog = threading.Timer(timeout, give_up)
+    environment = _environment(os.environ, offline=patient["model"] is None)
+    pipe, start = subprocess.PIPE, time.monotonic()
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment, text=True) as process,
+    ):
+        watchdog = threading.Timer(timeout, process.kill)
         watchdog.start()
         try:
             done, statistics, stage = _listen(process, patient, show)
@@ -132,8 +111,8 @@ def examine(
         finally:
             watchdog.cancel()
             process.kill()
-            process.wait()
-        ending = f"was ended after {timeout:g} s" if late.is_set() else f"ended with exit code {code}"
+        late = time.monotonic() - start >= timeout
+        ending = f"was ended after {timeout:g} s" if late else f"ended with exit code {code}"
         crash = f"the engine's process {ending} while {stage}" if code else None
         return Examination(_complete(done, crash), statistics, _tail(log))
 
@@ -216,13 +195,8 @@ def environment_advice(environment: Mapping[str, str]) -> list[str]:
 
 def _print(checks: list[Check], advice: list[str]) -> None:
     console = Console()
-    if console.is_terminal:
-        table = Table("check", "status", "detail")
-        for check in checks:
-            table.add_row(check.name, Text(check.status, style=STYLES[check.status]), Text(check.detail))
-        console.print(table)
-    else:
-        for check in checks:
-            typer.echo(f"{check.status:<8} {check.name:<20} {check.detail}".rstrip())
+    for check in checks:
+        rest = f" {check.name:<20} {check.detail}".rstrip()
+        console.print(Text.assemble((f"{check.status:<8}", STYLES[check.status]), rest), soft_wrap=True)
     for line in advice:
         console.print(Text(f"note: {line}"), soft_wrap=True)

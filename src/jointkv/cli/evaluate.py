@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from jointkv.cli.console import named_errors, progress, stderr_console, write_json
+from jointkv.cli.console import Cell, cells, named_errors, print_table, progress, write_json, wrote
 from jointkv.cli.evaluate_curves import curves
 from jointkv.cli.evaluate_paper import paper
-from jointkv.cli.inspect import load
+from jointkv.cli.loading import load
+from jointkv.cli.options import BlockSize, Dtype, Json, Model, ScoredTokens, Seed
 from jointkv.errors import BadInput
 from jointkv.system.files import make_folder
 
@@ -21,7 +22,28 @@ if TYPE_CHECKING:
     from jointkv.evaluate.traffic.base import Request, Traffic
 
 WORKER = Path(".venv-eval/bin/python")
-HEADINGS = ("traffic", "method", "level", "saved", "KL", "worst KL", "top-1", "NLL (unfused)", "common prefix")
+INTERVAL = "{0.mean:+.3f} ({0.low:+.3f} to {0.high:+.3f})"
+COLUMNS: dict[str, Cell] = {
+    "traffic": "{row.traffic}",
+    "method": "{row.method}",
+    "level": "{row.level:g}",
+    "saved": lambda row: f"{1 - (row.share_16bit or 0):.1%}",
+    "KL": "{row.kl:.5f}",
+    "worst KL": "{row.kl_worst_request:.4f}",
+    "top-1": "{row.top1:.3f}",
+    "NLL (unfused)": "{row.nll:.4f} ({row.nll_reference:.4f})",
+    "common prefix": lambda row: "-" if row.common_prefix is None else f"{row.common_prefix:.1f} of {row.generated}",
+}
+TASK_COLUMNS: dict[str, Cell] = {
+    "task": "{row.result.task}",
+    "metric": "{row.result.metric}",
+    "method": "{row.result.method}",
+    "level": "{row.result.level:g}",
+    "score": "{row.result.mean:.3f}",
+    "difference": lambda row: "-" if row.difference is None else INTERVAL.format(row.difference),
+    "saved": lambda row: f"{1 - row.result.share_16bit:.1%}",
+    "data": "{row.result.source}",
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -33,9 +55,10 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="evaluate")
 
 
+@named_errors()
 def evaluate(
     context: typer.Context,
-    model: str = typer.Option("smollm2", help="Known name, local folder or hub name."),
+    model: Model = "smollm2",
     traffic: list[str] | None = typer.Option(
         None, help="Kind of requests, or dataset:NAME; may be repeated. Default near_prefix, unless there are tasks."
     ),
@@ -46,17 +69,17 @@ def evaluate(
     profile: Path | None = typer.Option(None, help="Fusion under what `jointkv calibrate` wrote."),
     task: list[str] | None = typer.Option(None, "--task", "--tasks", help="Task to score; may be repeated."),
     requests: int = typer.Option(12, min=2, help="Requests per traffic."),
-    tokens: int = typer.Option(48, min=1, help="True tokens scored after each prompt."),
+    tokens: ScoredTokens = 48,
     generate: int = typer.Option(0, min=0, help="Tokens to generate, for the common prefix with unfused outputs."),
     examples: int = typer.Option(32, min=2, help="Examples per task."),
     task_batch: int = typer.Option(16, min=1, help="Examples held at once, which may share memory."),
-    block_size: int = typer.Option(16, min=1, help="Tokens per KV block."),
-    dtype: str = typer.Option("float32", help="Of the model and its KV cache."),
-    seed: int = typer.Option(0, help="Seed of the requests."),
+    block_size: BlockSize = 16,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
     all_levels: bool = typer.Option(False, "--all-levels", help="Methods of any size also run at their own levels."),
     worker: Path = typer.Option(WORKER, help="Python of the environment of the baselines (make setup-eval)."),
     output: Path = typer.Option(Path("out/evaluate"), help="Folder for evaluate.json."),
-    json: Path | None = typer.Option(None, help="Write the JSON here as well ('-' for stdout)."),
+    json: Json = None,
 ) -> None:
     """Hold the same requests in less memory in several ways, and compare the next tokens with the unfused model's.
 
@@ -66,129 +89,89 @@ def evaluate(
     """
     if context.invoked_subcommand is not None:
         return
-    with named_errors():
-        from jointkv.evaluate.compare.suite import Suite, choices_of, task_methods
-        from jointkv.evaluate.methods.base import context_of
-        from jointkv.evaluate.tasks import get_task
-        from jointkv.evaluate.traffic import get_traffic
-        from jointkv.hf.models import locate_model
-        from jointkv.policy.profile import Profile
+    from jointkv.evaluate.compare.suite import FORMAT, Suite, choices_of, task_methods
+    from jointkv.evaluate.methods.base import context_of
+    from jointkv.evaluate.tasks import get_task
+    from jointkv.evaluate.traffic import get_traffic
+    from jointkv.hf.models import locate_model
+    from jointkv.hf.pool import model_identity
+    from jointkv.policy.profile import Profile
+    from jointkv.system.machine import machine, versions
 
-        traffics = [get_traffic(name) for name in traffic or ([] if task else ["near_prefix"])]
-        tasks = [get_task(name) for name in task or ()]
-        loaded_profile = None if profile is None else Profile.load(profile)
-        choices = choices_of(method or [], policy or [], None if loaded_profile is None else loaded_profile.policy())
-        loaded, tokenizer = load(model, dtype=dtype)
-        if loaded_profile is not None:
-            from jointkv.hf.pool import model_identity
+    traffics = [get_traffic(name) for name in traffic or ([] if task else ["near_prefix"])]
+    tasks = [get_task(name) for name in task or ()]
+    fitted = None if profile is None else Profile.load(profile)
+    choices = choices_of(method or [], policy or [], None if fitted is None else fitted.policy())
+    loaded, tokenizer = load(model, dtype)
+    if fitted is not None:
+        fitted.check(model_identity(loaded), block_size)
+    made = [kind.requests(tokenizer, requests, continuation_tokens=tokens, seed=seed) for kind in traffics]
+    described = _described(traffics, made, max(tokens, generate), context_of(loaded))
+    wanted = task_methods(choices) if tasks else []
+    make_folder(output)
+    suite = Suite(
+        loaded, tokenizer, Path(locate_model(model)), worker, block_size, generate, all_levels=all_levels, seed=seed
+    )
+    rows: list[MethodRow] = []
+    scored: list[TaskRow] = []
 
-            loaded_profile.check(model_identity(loaded), block_size)
-        context_limit = context_of(loaded)
-        described, made = _made(traffics, tokenizer, (requests, tokens, seed), max(tokens, generate), context_limit)
-        wanted = task_methods(choices) if tasks else []
-        make_folder(output)
-        suite = Suite(
-            loaded, tokenizer, Path(locate_model(model)), worker, block_size, generate, all_levels=all_levels, seed=seed
-        )
-        settings = {
-            **{"requests": requests, "tokens": tokens, "generate": generate, "block_size": block_size, "seed": seed},
-            **{"examples": examples, "task_batch": task_batch},
+    def result() -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": model,
+            "dtype": dtype,
+            "settings": {
+                **{"requests": requests, "tokens": tokens, "generate": generate, "block_size": block_size},
+                **{"seed": seed, "examples": examples, "task_batch": task_batch},
+            },
+            "traffics": described,
+            "versions": versions(),
+            "machine": machine(),
+            "rows": rows,
+            "tasks": [row.as_dict() for row in scored],
         }
-        result = _document(model, dtype, settings, described)
-        with progress(len(traffics) + len(tasks)) as steps:
-            for kind in traffics:
-                steps.start(kind.name)
-                result["rows"] += suite.run_traffic(kind, made[kind.name], choices, steps.say)
-                write_json(output / "evaluate.json", result)  # so that an interrupted run has lost the last one only
-            for one in tasks:
-                steps.start(one.name)
-                result["tasks"] += suite.run_task(one, wanted, examples, task_batch, steps.say)
-                write_json(output / "evaluate.json", {**result, "tasks": [row.as_dict() for row in result["tasks"]]})
-        rows, task_rows = result["rows"], result["tasks"]
-        result["tasks"] = [row.as_dict() for row in task_rows]
-        if json is not None:
-            write_json(json, result)
-    if str(json) != "-":
-        _print_rows(rows)
-        _print_tasks(task_rows)
-    stderr_console().print(f"wrote {output / 'evaluate.json'}", soft_wrap=True)
+
+    # Written after each part, so that an interrupted run has lost the last one only.
+    with progress(len(traffics) + len(tasks)) as steps:
+        for kind, part in zip(traffics, made, strict=True):
+            steps.start(kind.name)
+            rows += suite.run_traffic(kind, part, choices, steps.say)
+            write_json(output / "evaluate.json", result())
+        for one in tasks:
+            steps.start(one.name)
+            scored += suite.run_task(one, wanted, examples, task_batch, steps.say)
+            write_json(output / "evaluate.json", result())
+    write_json(json, result())
+    if json != "-":
+        _print(rows, scored)
+    wrote(output / "evaluate.json")
 
 
-def _made(
-    traffics: Sequence[Traffic], tokenizer: Any, sizes: tuple[int, int, int], added: int, context: int | None
-) -> tuple[dict[str, Any], dict[str, list[Request]]]:
-    """A description of every traffic, and its requests. Raises `BadInput` for a request that the model cannot read."""
-    count, tokens, seed = sizes
-    described, made = {}, {}
-    for traffic in traffics:
-        requests = traffic.requests(tokenizer, count, continuation_tokens=tokens, seed=seed)
+def _described(
+    traffics: Sequence[Traffic], made: Sequence[Sequence[Request]], added: int, context: int | None
+) -> dict[str, Any]:
+    """A description of every traffic. Raises `BadInput` for a request that the model cannot read."""
+    described = {}
+    for traffic, requests in zip(traffics, made, strict=True):
         lengths = [len(request.prompt) for request in requests]
         if context is not None and max(lengths) + added > context:
             raise BadInput(f"{traffic.name}: a request takes {max(lengths) + added} tokens; the model reads {context}")
-        made[traffic.name] = requests
         described[traffic.name] = {
-            "requests": count,
-            "prompt_tokens": {"min": min(lengths), "mean": sum(lengths) / count, "max": max(lengths)},
+            "requests": len(requests),
+            "prompt_tokens": {"min": min(lengths), "mean": sum(lengths) / len(lengths), "max": max(lengths)},
             "description": traffic.description,
         }
-    return described, made
+    return described
 
 
-def _document(model: str, dtype: str, settings: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
-    """A result without rows."""
-    from jointkv.evaluate.compare.suite import FORMAT
-    from jointkv.system.machine import machine, versions
-
-    return {
-        "format": FORMAT,
-        "model": model,
-        "dtype": dtype,
-        "settings": settings,
-        "traffics": described,
-        "versions": versions(),
-        "machine": machine(),
-        "rows": [],
-        "tasks": [],
-    }
-
-
-def _print_rows(rows: Sequence[MethodRow]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if not rows:
-        return
-    table = Table(title="KV bytes saved at 16 bits, and the next tokens against the unfused model's")
-    for number, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if number > 1 else "left", no_wrap=True)
-    for row in rows:
-        cells = (row.traffic, row.method, f"{row.level:g}")
-        if row.not_run is not None:
-            table.add_row(*cells, f"not run: {row.not_run[:60]}")
-            continue
-        table.add_row(
-            *cells,
-            *(f"{1 - (row.share_16bit or 0):.1%}", f"{row.kl:.5f}", f"{row.kl_worst_request:.4f}", f"{row.top1:.3f}"),
-            f"{row.nll:.4f} ({row.nll_reference:.4f})",
-            "-" if row.common_prefix is None else f"{row.common_prefix:.1f} of {row.generated}",
-        )
-    Console(width=None if Console().is_terminal else 140).print(table)
-
-
-def _print_tasks(rows: Sequence[TaskRow]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if not rows:
-        return
-    table = Table(title="Task scores; difference to the unfused model with 95% interval, paired by request")
-    for number, heading in enumerate(("task", "metric", "method", "level", "score", "difference", "saved", "data")):
-        table.add_column(heading, justify="right" if 2 < number < 7 else "left")
-    for row in rows:
-        result, apart = row.result, row.difference
-        table.add_row(
-            *(result.task, result.metric, result.method, f"{result.level:g}", f"{result.mean:.3f}"),
-            "-" if apart is None else f"{apart.mean:+.3f} ({apart.low:+.3f} to {apart.high:+.3f})",
-            *(f"{1 - result.share_16bit:.1%}", result.source),
-        )
-    Console(width=None if Console().is_terminal else 160).print(table)
+def _print(rows: Sequence[MethodRow], tasks: Sequence[TaskRow]) -> None:
+    lines = [
+        cells(COLUMNS, row)
+        if row.not_run is None
+        else [row.traffic, row.method, f"{row.level:g}", f"not run: {row.not_run[:60]}"]
+        for row in rows
+    ]
+    print_table("KV bytes saved at 16 bits, and the next tokens against the unfused model's", COLUMNS, lines)
+    lines = [cells(TASK_COLUMNS, row) for row in tasks]
+    title = "Task scores; difference to the unfused model with 95% interval, paired by request"
+    print_table(title, TASK_COLUMNS, lines, words=3, width=160)

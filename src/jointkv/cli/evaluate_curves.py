@@ -3,51 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import typer
 
-from jointkv.cli.console import named_errors, progress, stderr_console, write_json
-from jointkv.cli.inspect import load
+from jointkv.cli.console import named_errors, progress, write_json, wrote
+from jointkv.cli.loading import load
+from jointkv.cli.options import BlockSize, Dtype, Model, Seed
 from jointkv.system.files import make_folder
 
 BOUNDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
-FORMAT = "jointkv.curves/1"
 
 
+@named_errors()
 def curves(
-    model: str = typer.Option("smollm2", help="Known name, local folder or hub name."),
+    model: Model = "smollm2",
     traffic: str = typer.Option("near_prefix", help="Kind of requests, or dataset:NAME."),
     requests: int = typer.Option(32, min=16, help="Requests: half predict, half are measured."),
-    block_size: int = typer.Option(16, min=1, help="Tokens per KV block."),
-    dtype: str = typer.Option("float32", help="Of the model and its KV cache."),
-    seed: int = typer.Option(0, help="Seed of the requests."),
+    block_size: BlockSize = 16,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
     output: Path = typer.Option(Path("out/evaluate/curves.json"), help="Where the result goes."),
 ) -> None:
     """Predict ratio against error bound, over all layers and for each layer alone, and measure it on other requests."""
-    with named_errors():
-        from jointkv.evaluate.predict.curves import measured_curves
-        from jointkv.evaluate.traffic import get_traffic
-        from jointkv.system.machine import machine, versions
+    from jointkv.evaluate.predict.curves import measured_curves
+    from jointkv.evaluate.traffic import get_traffic
+    from jointkv.system.machine import machine, versions
 
-        kind = get_traffic(traffic)
-        make_folder(output.parent)
-        loaded, tokenizer = load(model, dtype=dtype)
-        made = kind.requests(tokenizer, requests, continuation_tokens=1, seed=seed)
-        with progress(3) as steps:
-            found = measured_curves(loaded, made, BOUNDS, block_size, steps)
-        result: dict[str, Any] = {
-            "format": FORMAT,
-            "model": model,
-            "dtype": dtype,
-            "traffic": kind.name,
-            "requests": requests - requests // 2,
-            "held_out": requests // 2,
-            "block_size": block_size,
-            "seed": seed,
-            "versions": versions(),
-            "machine": machine(),
-            "curves": found,
-        }
-        write_json(output, result)
-    stderr_console().print(f"wrote {output}", soft_wrap=True)
+    kind = get_traffic(traffic)
+    make_folder(output.parent)
+    loaded, tokenizer = load(model, dtype)
+    made = kind.requests(tokenizer, requests, continuation_tokens=1, seed=seed)
+    with progress(3) as steps:
+        found = measured_curves(loaded, made, BOUNDS, block_size, steps)
+    result = {
+        "format": "jointkv.curves/1",
+        "model": model,
+        "dtype": dtype,
+        "traffic": kind.name,
+        "requests": requests - requests // 2,
+        "held_out": requests // 2,
+        "block_size": block_size,
+        "seed": seed,
+        "versions": versions(),
+        "machine": machine(),
+        "curves": found,
+    }
+    write_json(output, result)
+    wrote(output)

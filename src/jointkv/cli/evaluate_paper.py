@@ -2,25 +2,76 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from jointkv.cli.console import named_errors, progress, stderr_console, write_json
-from jointkv.cli.inspect import load
+from jointkv.cli.console import Cell, cells, named_errors, print_table, progress, write_json, wrote
+from jointkv.cli.loading import load
+from jointkv.cli.options import BlockSize, Dtype, Json, Model
 
 if TYPE_CHECKING:
-    from jointkv.evaluate.paper.experiments import BatchRow, ChunkRow, GrowthRow, LayerRow, PaperResult
-
-FORMAT = "jointkv.paper/1"
-WIDTH = 150
+    from jointkv.evaluate.paper.experiments import BatchRow, ChunkRow, GrowthRow
 
 
+def _policy(row: BatchRow | ChunkRow | GrowthRow) -> str:
+    return row.policy if row.threshold is None else f"{row.policy} {row.threshold:g}"
+
+
+SOURCE: dict[str, Cell] = {"data": lambda row: f"{row.dataset}*" if row.stand_in else row.dataset, "policy": _policy}
+FIDELITY: dict[str, Cell] = {
+    "ratio": "{row.ratio:.2f}",
+    "KL": "{row.kl:.4f}",
+    "top-1": "{row.top1:.3f}",
+    "NLL (unfused)": "{row.nll:.3f} ({row.nll_unfused:.3f})",
+}
+TABLES: dict[str, tuple[str, dict[str, Cell]]] = {
+    "batch": (
+        "Batch scope: ratio of pages, fidelity and token F1 against batch size (* stand-in)",
+        {**SOURCE, "batch": "{row.batch}", **FIDELITY, "F1 (unfused)": "{row.f1:.3f} ({row.f1_unfused:.3f})"},
+    ),
+    "growth": (
+        "Growth of the ratio with the batch size B: r2 of a + b ln B and of a + b B",
+        {
+            "data": "{row.dataset}",
+            "policy": _policy,
+            "layers": lambda row: "all" if row.ratio == "ratio" else "fused",
+            "sizes": "{row.sizes}",
+            "b ln B": "{row.slope_log:.3f}",
+            "r2 log": lambda row: _number(row.r2_log, ".3f"),
+            "r2 linear": lambda row: _number(row.r2_linear, ".3f"),
+        },
+    ),
+    "chunk": (
+        "Chunk scope: documents fused within themselves (* stand-in)",
+        {
+            **SOURCE,
+            "documents": "{row.documents}",
+            **FIDELITY,
+            "score (unfused)": "{row.score:.3f} ({row.score_unfused:.3f})",
+            "metric": "{row.metric}",
+        },
+    ),
+    "layers": (
+        "Ratio per layer, measured and predicted from other requests",
+        {
+            "layer": "{row.layer}",
+            "threshold": "{row.threshold:g}",
+            "measured": "{row.measured:.2f}",
+            "Poisson": "{row.poisson:.2f} ({row.poisson_low:.2f}-{row.poisson_high:.2f})",
+            "tree": "{row.tree:.2f}",
+            "rarefaction": "{row.rarefaction:.2f} ({row.low:.2f}-{row.high:.2f})",
+            "dispersion p": lambda row: _number(row.dispersion, ".2g"),
+        },
+    ),
+}
+"""By experiment, the table's title and columns."""
+
+
+@named_errors()
 def paper(
-    model: str = typer.Option("smollm2", help="Known name, local folder or hub name."),
+    model: Model = "smollm2",
     part: list[str] | None = typer.Option(None, help="batch, chunk or layers; may be repeated. Default all."),
     dataset: list[str] | None = typer.Option(None, help="Data set of the batches; may be repeated. Default four."),
     threshold: list[float] | None = typer.Option(None, help="Cosine of keys in a batch. Default 0.75 and 0.9."),
@@ -35,11 +86,11 @@ def paper(
     document_answer_tokens: int = typer.Option(32, help="Longest answer to a document's question."),
     layers_dataset: str = typer.Option("GSM8K", help="Data set of the ratio per layer."),
     layers_requests: int = typer.Option(32, help="Requests of that batch; as many others predict it."),
-    block_size: int = typer.Option(16, min=1, help="Tokens per KV block."),
-    dtype: str = typer.Option("float32", help="Of the model and its KV cache."),
+    block_size: BlockSize = 16,
+    dtype: Dtype = "float32",
     seed: int = typer.Option(0, help="Order of the rows of each data set."),
     output: Path = typer.Option(Path("out/evaluate-paper"), help="Folder for paper.json."),
-    json: Path | None = typer.Option(None, help="Write the JSON here as well ('-' for stdout)."),
+    json: Json = None,
 ) -> None:
     """Repeat the paper's tables on this model: ratio and F1 against batch size, chunk scope, layers against theory.
 
@@ -47,125 +98,44 @@ def paper(
     row names the source of its data, and whether that stands in for another data set. Fusion happens once, when the
     prompts are complete; ratios are those of the prompts.
     """
-    given = {
-        **{"datasets": dataset, "thresholds": threshold, "tasks": document, "chunk_thresholds": chunk_threshold},
-    }
-    with named_errors():
-        from jointkv.evaluate.paper.experiments import PARTS, PaperSettings, run_paper, steps
-
-        settings = PaperSettings(
-            **{name: tuple(values) for name, values in given.items() if values},  # type: ignore[arg-type]
-            largest=largest,
-            prompt_tokens=prompt_tokens,
-            answer_tokens=answer_tokens,
-            documents=documents,
-            chunks=chunks,
-            chunk_tokens=chunk_tokens,
-            document_answer_tokens=document_answer_tokens,
-            layers_dataset=layers_dataset,
-            layers_requests=layers_requests,
-            block_size=block_size,
-            seed=seed,
-        )
-        parts = tuple(part or PARTS)
-        loaded, tokenizer = load(model, dtype=dtype)
-        with progress(steps(settings, parts)) as bar:
-            result = run_paper(loaded, tokenizer, settings, parts, bar.start)
-        document_of_run = _document(model, dtype, settings, parts, result)
-        write_json(output / "paper.json", document_of_run)
-        if json is not None:
-            write_json(json, document_of_run)
-    if str(json) != "-":
-        _print(result)
-    stderr_console().print(f"wrote {output / 'paper.json'}", soft_wrap=True)
-
-
-def _document(model: str, dtype: str, settings: Any, parts: Sequence[str], result: PaperResult) -> dict[str, Any]:
+    from jointkv.evaluate.paper.experiments import PARTS, PaperSettings, run_paper, steps
     from jointkv.system.machine import machine, versions
 
-    return {
-        "format": FORMAT,
+    given = {"datasets": dataset, "thresholds": threshold, "tasks": document, "chunk_thresholds": chunk_threshold}
+    settings = PaperSettings(
+        **{name: tuple(values) for name, values in given.items() if values},  # type: ignore[arg-type]
+        largest=largest,
+        prompt_tokens=prompt_tokens,
+        answer_tokens=answer_tokens,
+        documents=documents,
+        chunks=chunks,
+        chunk_tokens=chunk_tokens,
+        document_answer_tokens=document_answer_tokens,
+        layers_dataset=layers_dataset,
+        layers_requests=layers_requests,
+        block_size=block_size,
+        seed=seed,
+    )
+    parts = tuple(part or PARTS)
+    loaded, tokenizer = load(model, dtype)
+    with progress(steps(settings, parts)) as bar:
+        found = run_paper(loaded, tokenizer, settings, parts, bar.start)
+    result = {
+        "format": "jointkv.paper/1",
         "model": model,
         "dtype": dtype,
-        "settings": {"parts": parts, **dataclasses.asdict(settings)},
+        "settings": {"parts": parts, **vars(settings)},
         "versions": versions(),
         "machine": machine(),
-        "batch": result.batch,
-        "growth": result.growth,
-        "chunk": result.chunk,
-        "layers": result.layers,
+        **vars(found),
     }
+    write_json(output / "paper.json", result)
+    write_json(json, result)
+    if json != "-":
+        for name, (title, columns) in TABLES.items():
+            print_table(title, columns, [cells(columns, row) for row in vars(found)[name]], width=150)
+    wrote(output / "paper.json")
 
 
-def _print(result: PaperResult) -> None:
-    _table(
-        "Batch scope: ratio of pages, fidelity and token F1 against batch size (* stand-in)",
-        ("data", "policy", "batch", "ratio", "KL", "top-1", "NLL (unfused)", "F1 (unfused)"),
-        [_batch_cells(row) for row in result.batch],
-    )
-    _table(
-        "Growth of the ratio with the batch size B: r2 of a + b ln B and of a + b B",
-        ("data", "policy", "layers", "sizes", "b ln B", "r2 log", "r2 linear"),
-        [_growth_cells(row) for row in result.growth],
-    )
-    _table(
-        "Chunk scope: documents fused within themselves (* stand-in)",
-        ("data", "policy", "documents", "ratio", "KL", "top-1", "NLL (unfused)", "score (unfused)", "metric"),
-        [_chunk_cells(row) for row in result.chunk],
-    )
-    _table(
-        "Ratio per layer, measured and predicted from other requests",
-        ("layer", "threshold", "measured", "Poisson", "tree", "rarefaction", "dispersion p"),
-        [_layer_cells(row) for row in result.layers],
-    )
-
-
-def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if not rows:
-        return
-    table = Table(title=title)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)
-    for cells in rows:
-        table.add_row(*cells)
-    Console(width=None if Console().is_terminal else WIDTH).print(table)
-
-
-def _name(row: BatchRow | ChunkRow) -> str:
-    return f"{row.dataset}*" if row.stand_in else row.dataset
-
-
-def _policy(row: BatchRow | ChunkRow | GrowthRow) -> str:
-    return row.policy if row.threshold is None else f"{row.policy} {row.threshold:g}"
-
-
-def _fidelity(row: BatchRow | ChunkRow) -> tuple[str, str, str, str]:
-    return f"{row.ratio:.2f}", f"{row.kl:.4f}", f"{row.top1:.3f}", f"{row.nll:.3f} ({row.nll_unfused:.3f})"
-
-
-def _batch_cells(row: BatchRow) -> tuple[str, ...]:
-    return (_name(row), _policy(row), str(row.batch), *_fidelity(row), f"{row.f1:.3f} ({row.f1_unfused:.3f})")
-
-
-def _growth_cells(row: GrowthRow) -> tuple[str, ...]:
-    fits = ("-" if r2 is None else f"{r2:.3f}" for r2 in (row.r2_log, row.r2_linear))
-    layers = "all" if row.ratio == "ratio" else "fused"
-    return (row.dataset, _policy(row), layers, str(row.sizes), f"{row.slope_log:.3f}", *fits)
-
-
-def _chunk_cells(row: ChunkRow) -> tuple[str, ...]:
-    score = f"{row.score:.3f} ({row.score_unfused:.3f})"
-    return (_name(row), _policy(row), str(row.documents), *_fidelity(row), score, row.metric)
-
-
-def _layer_cells(row: LayerRow) -> tuple[str, ...]:
-    return (
-        *(str(row.layer), f"{row.threshold:g}", f"{row.measured:.2f}"),
-        f"{row.poisson:.2f} ({row.poisson_low:.2f}-{row.poisson_high:.2f})",
-        f"{row.tree:.2f}",
-        f"{row.rarefaction:.2f} ({row.low:.2f}-{row.high:.2f})",
-        "-" if row.dispersion is None else f"{row.dispersion:.2g}",
-    )
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -4,25 +4,29 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.text import Text
 
 from jointkv.cli.console import named_errors, stderr_console, write_json
-from jointkv.cli.inspect import load, request_tokens
+from jointkv.cli.loading import load, request_tokens
+from jointkv.cli.options import Json, Model
 from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from jointkv.evaluate.traffic.jsonl import UserRequest
     from jointkv.hf.pool import JointPool
     from jointkv.policy import FusionPolicy
+    from jointkv.policy.profile import Profile
 
 REFRESH_S = 0.1
 BLOCK_SIZE = 16
@@ -36,28 +40,13 @@ class Attention(StrEnum):
     EAGER = "eager"
 
 
-@dataclass(frozen=True)
-class Generated:
-    """Answers of one batch. `stats` counts pages and bytes at the allocator; `seconds` includes prefill."""
-
-    answers: list[str]
-    stats: dict[str, Any]
-    seconds: float
-
-
 class BatchStreamer:
-    """Collects the new tokens of every row of a batch, up to the row's end token; a streamer for `generate`.
+    """A streamer for `generate` that collects the new tokens of each of `rows` sequences, up to one of `end_tokens`.
 
-    transformers' own `TextStreamer` takes one row only.
-
-    Args:
-        tokenizer: decodes the tokens.
-        rows: sequences in the batch.
-        end_tokens: ids that finish a row; what follows is padding.
-        show: called after every step with this object.
+    transformers' own `TextStreamer` takes one sequence only. `show` is called after every step with this object.
 
     Attributes:
-        tokens: new token ids per row, end token included.
+        tokens: new token ids per row, end token included; what follows it is padding.
         finished: one flag per row.
     """
 
@@ -95,9 +84,10 @@ class BatchStreamer:
         return text if self.finished[row] else text.rstrip("\ufffd")
 
 
+@named_errors()
 def generate(
     prompts: list[str] | None = typer.Argument(None, help="One or more prompts.", show_default=False),
-    model: str = typer.Option("smollm2", help="Known name, local folder or hub name."),
+    model: Model = "smollm2",
     policy: str = typer.Option("safe", help="What may be fused: safe, paper or off."),
     profile: Path | None = typer.Option(None, help="What `jointkv calibrate` wrote, instead of a policy."),
     max_relative_error: float | None = typer.Option(None, help="Error bound instead of the policy's."),
@@ -110,44 +100,29 @@ def generate(
     temperature: float = typer.Option(0.0, min=0.0, help="0 takes the most likely token, else samples."),
     seed: int = typer.Option(0, help="Seed of the sampling."),
     attention: Attention = typer.Option(Attention.JOINTKV, help="Attention on pages, or on a dense copy."),
-    json: str | None = typer.Option(None, metavar="FILE", help="Write the result as JSON; - means stdout."),
+    json: Json = None,
 ) -> None:
     """Answer all prompts in one batch whose KV blocks are jointly encoded, and print the memory held."""
-    with named_errors():
-        from jointkv.policy.profile import Profile
+    fusion = _fusion(policy, profile, max_relative_error, key_threshold)
+    requests = _gathered(prompts or [], file)
+    if not math.isfinite(temperature):
+        raise BadInput(f"temperature: {temperature} is no finite number")
+    loaded, tokenizer = load(model, attn_implementation=None if attention is Attention.JOINTKV else "eager")
+    rows = [request_tokens(tokenizer, request, chat) for request in requests]
+    _check_lengths(rows, loaded, max_new_tokens)
+    from jointkv.hf.pool import JointPool
 
-        if profile is not None and (policy != "safe" or key_threshold is not None):
-            raise BadInput("--profile takes the place of --policy and --key-threshold; leave those out")
-
-        fusion = _chosen_policy(policy, max_relative_error, key_threshold) if profile is None else Profile.load(profile)
-        requests = _gathered(prompts or [], file)
-        if not math.isfinite(temperature):
-            raise BadInput(f"temperature: {temperature} is no finite number")
-        loaded, tokenizer = load(model, None if attention is Attention.JOINTKV else "eager")
-        rows = [request_tokens(tokenizer, request, chat) for request in requests]
-        _check_lengths(rows, loaded, max_new_tokens)
-        from rich.console import Console
-
-        from jointkv.hf.pool import JointPool
-
-        bound = max_relative_error if profile is not None else None
-        size = block_size or (fusion.block_size if isinstance(fusion, Profile) else BLOCK_SIZE)
-        pool = JointPool(loaded, fusion, block_size=size, max_pages=max_pages, max_relative_error=bound)
-        options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, seed)}
-        names = [request.prompt or str(request.messages[-1]["content"]) for request in requests]
-        console = stderr_console() if json == "-" else Console()
-        with _display(console, names) as show:
-            result = answer(pool, loaded, tokenizer, rows, options, show)
-        console.print(_summary(result), soft_wrap=True, highlight=False)
-        if json is not None:
-            asked = [request.prompt or list(request.messages) for request in requests]
-            described = {"model": model, "policy": asdict(pool.policy), "attention": attention, "prompts": asked}
-            write_json(json, {**described, **asdict(result)})
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verb `generate` to `app`."""
-    app.command()(generate)
+    size = block_size or int(getattr(fusion, "block_size", BLOCK_SIZE))
+    bound = max_relative_error if profile is not None else None
+    pool = JointPool(loaded, fusion, block_size=size, max_pages=max_pages, max_relative_error=bound)
+    options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, seed)}
+    asked = [request.prompt or list(request.messages) for request in requests]
+    names = [request.prompt or str(request.messages[-1]["content"]) for request in requests]
+    console = stderr_console() if json == "-" else Console()
+    with _display(console, names) as show:
+        result = answer(pool, loaded, tokenizer, rows, options, show)
+    console.print(_summary(result["stats"], result["seconds"]), soft_wrap=True, highlight=False)
+    write_json(json, {"model": model, "policy": pool.policy, "attention": attention, "prompts": asked, **result})
 
 
 def answer(
@@ -157,10 +132,11 @@ def answer(
     rows: Sequence[Sequence[int]],
     options: dict[str, Any],
     show: Callable[[BatchStreamer], None],
-) -> Generated:
+) -> dict[str, Any]:
     """Generate for `rows` (token ids) as one left-padded batch in a `JointCache` of `pool`.
 
-    `options` goes to transformers' `generate`. Raises `PoolFull`.
+    `options` goes to transformers' `generate`. Returns `answers`, `stats` (pages and bytes at the allocator) and
+    `seconds`, prefill included. Raises `PoolFull`.
     """
     import torch
 
@@ -185,19 +161,27 @@ def answer(
     held = [len(row) + len(tokens) - 1 for row, tokens in zip(rows, streamer.tokens, strict=True)]
     for table in cache.tables:
         table.truncate(-(-torch.tensor(held) // pool.block_size))
-    answers = [streamer.text(row) for row in range(len(rows))]
     generated = sum(len(tokens) for tokens in streamer.tokens)
     stats = {
         "prompt_tokens": sum(len(row) for row in rows),
         "generated_tokens": generated,
         "tokens_per_second": generated / seconds,
+        "ratio": cache.stats()["ratio"],
+        **pool.stats(),
     }
-    return Generated(answers, {**stats, "ratio": cache.stats()["ratio"], **pool.stats()}, seconds)
+    return {"answers": [streamer.text(row) for row in range(len(rows))], "stats": stats, "seconds": seconds}
 
 
-def _chosen_policy(name: str, max_relative_error: float | None, key_threshold: float | None) -> "FusionPolicy":
+def _fusion(
+    name: str, profile: Path | None, max_relative_error: float | None, key_threshold: float | None
+) -> "FusionPolicy | Profile":
     from jointkv.policy import FusionPolicy
+    from jointkv.policy.profile import Profile
 
+    if profile is not None:
+        if name != "safe" or key_threshold is not None:
+            raise BadInput("--profile takes the place of --policy and --key-threshold; leave those out")
+        return Profile.load(profile)
     given = {"max_relative_error": max_relative_error, "key_threshold": key_threshold}
     changes = {field: value for field, value in given.items() if value is not None}
     policy = FusionPolicy.preset(name, **changes)
@@ -240,11 +224,11 @@ def _sampling(temperature: float, seed: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _display(console: "Console", prompts: Sequence[str]) -> Iterator[Callable[[BatchStreamer], None]]:
+def _display(console: Console, prompts: Sequence[str]) -> Iterator[Callable[[BatchStreamer], None]]:
     """Yields `show(streamer)`: on a terminal a growing panel per prompt, else each answer when complete."""
-    from rich.live import Live
-    from rich.text import Text
-
+    lines = [" ".join(prompt.split()) for prompt in prompts]
+    cut = [line if len(line) <= TITLE_CHARACTERS else f"{line[: TITLE_CHARACTERS - 1]}…" for line in lines]
+    titles = [f"{number}: {line}" for number, line in enumerate(cut, start=1)]
     shown = 0.0
     printed: set[int] = set()
 
@@ -252,15 +236,18 @@ def _display(console: "Console", prompts: Sequence[str]) -> Iterator[Callable[[B
         nonlocal shown
         # Drawing at every token would cost more than a small model needs to make it.
         if time.monotonic() - shown > REFRESH_S or all(streamer.finished):
-            live.update(_panels(streamer, prompts), refresh=True)
+            panels = [
+                Panel(Text(streamer.text(row)), title=Text(title), title_align="left")
+                for row, title in enumerate(titles)
+            ]
+            live.update(Group(*panels), refresh=True)
             shown = time.monotonic()
 
     def print_complete(streamer: BatchStreamer) -> None:
         for row, finished in enumerate(streamer.finished):
             if finished and row not in printed:
                 printed.add(row)
-                text = f"[{_title(row, prompts[row])}]\n{streamer.text(row).strip()}\n"
-                console.print(Text(text), soft_wrap=True)
+                console.print(Text(f"[{titles[row]}]\n{streamer.text(row).strip()}\n"), soft_wrap=True)
 
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
@@ -269,33 +256,13 @@ def _display(console: "Console", prompts: Sequence[str]) -> Iterator[Callable[[B
         yield print_complete
 
 
-def _panels(streamer: BatchStreamer, prompts: Sequence[str]) -> "RenderableType":
-    from rich.console import Group
-    from rich.panel import Panel
-    from rich.text import Text
-
-    return Group(
-        *(
-            Panel(Text(streamer.text(row)), title=Text(_title(row, prompt)), title_align="left")
-            for row, prompt in enumerate(prompts)
-        )
-    )
-
-
-def _title(row: int, prompt: str) -> str:
-    line = " ".join(prompt.split())
-    cut = line if len(line) <= TITLE_CHARACTERS else line[: TITLE_CHARACTERS - 1] + "…"
-    return f"{row + 1}: {cut}"
-
-
-def _summary(result: Generated) -> str:
-    stats = result.stats
+def _summary(stats: dict[str, Any], seconds: float) -> str:
     unfused = stats["references"] * stats["page_bytes"]
     lines = [
         f"KV pages   {stats['pages_used']} held, {stats['references']} without fusion: {stats['ratio']:.2f}x "
         "(measured at the allocator)",
         f"KV bytes   {stats['bytes_used'] / 1e6:.2f} MB held, {unfused / 1e6:.2f} MB without fusion",
-        f"speed      {stats['generated_tokens']} tokens in {result.seconds:.1f} s: "
+        f"speed      {stats['generated_tokens']} tokens in {seconds:.1f} s: "
         f"{stats['tokens_per_second']:.1f} tokens/s, prefill included",
     ]
     if stats["fusion"] == "faulted":

@@ -2,29 +2,24 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
-from jointkv.cli.console import named_errors, stages, stderr_console, write_json
+from jointkv.cli.console import named_errors, stages, stdout_console, write_json, wrote
+from jointkv.cli.loading import load, request_tokens
+from jointkv.cli.options import BlockSize, ChunkTokens, Data, Json, Model, Seed
 from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
-    from rich.table import Table
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from jointkv.evaluate.predict.similarity import Relation, Similarity
-    from jointkv.evaluate.traffic.jsonl import UserRequest
+    from jointkv.evaluate.predict.similarity import Similarity
 
-RELATIONS: "dict[str, tuple[Relation, ...]]" = {
-    "batch": ("across",),
-    "chunk": ("within",),
-    "both": ("across", "within"),
-}
-PIPE_WIDTH = 100
 STAGE_LINES = 8
 """Progress messages per stage at the most, for logs."""
 
@@ -37,114 +32,50 @@ class InspectScope(StrEnum):
     BOTH = "both"
 
 
+@named_errors()
 def inspect(
-    model: str = typer.Option("smollm2", help="Known name, local folder or hub name."),
-    data: Path | None = typer.Option(None, help="JSONL file of requests; without it, built-in traffic."),
+    model: Model = "smollm2",
+    data: Data = None,
     traffic: str = typer.Option("near_prefix", help="Without --data: near_prefix, names or unrelated."),
     requests: int = typer.Option(16, min=1, help="Requests to prefill, at the most."),
     tokens: int = typer.Option(512, min=1, help="Tokens of each request, at the most."),
-    block_size: int = typer.Option(16, min=1, help="Tokens per KV block."),
+    block_size: BlockSize = 16,
     scope: InspectScope = typer.Option(
         InspectScope.BOTH, help="batch: equal positions of different requests; chunk: blocks of one request."
     ),
-    chunk_tokens: int = typer.Option(512, min=1, help="Tokens per chunk of a request."),
-    seed: int = typer.Option(0, help="Seed of the built-in traffic."),
+    chunk_tokens: ChunkTokens = 512,
+    seed: Seed = 0,
     output: Path = typer.Option(Path("out/inspect"), help="Folder for the heat map similarity.png."),
-    json: str | None = typer.Option(None, metavar="FILE", help="Write the result as JSON; - means stdout."),
+    json: Json = None,
 ) -> None:
     """Prefill real requests unfused and compare their KV blocks: cosines, and pairs within an error bound.
 
     Within one request, blocks at equal places of different chunks are compared, or, when no request is longer
     than a chunk, all its blocks.
     """
-    with named_errors():
-        if chunk_tokens % block_size:
-            raise BadInput(f"chunk_tokens: {chunk_tokens} is no multiple of the block size {block_size}")
-        source = _Source(data, traffic, requests, seed)
-        source.check()
-        loaded, tokenizer = load(model)
-        rows = source.tokenize(tokenizer, min(tokens, _context(loaded, tokens)))
-        found = _measure(loaded, rows, block_size, chunk_tokens, RELATIONS[scope])
-        described = _described(model, data or traffic, rows, block_size, chunk_tokens)
-        image = output / "similarity.png"
-        if json is not None:
-            write_json(json, {**described, "image": image, "rows": [row.as_row() for row in found]})
-        if json != "-":
-            _print_tables(found, described["within"])
-        _draw(found, image, described)
-    stderr_console().print(f"wrote {image}", soft_wrap=True, highlight=False)
+    from jointkv.evaluate.methods.base import context_of
+    from jointkv.evaluate.traffic import get_traffic
+    from jointkv.evaluate.traffic.jsonl import read_requests
 
-
-def register(app: typer.Typer) -> None:
-    """Add the verb `inspect` to `app`."""
-    app.command()(inspect)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where the requests come from, and how much of them is wanted."""
-
-    data: Path | None
-    traffic: str
-    requests: int
-    seed: int
-
-    def check(self) -> None:
-        """Raises BadInput for a file or a traffic that cannot be used, before a model is loaded."""
-        from jointkv.evaluate.traffic import get_traffic
-        from jointkv.evaluate.traffic.jsonl import read_requests
-
-        if self.data is None:
-            get_traffic(self.traffic)
-        else:
-            read_requests(self.data)
-
-    def tokenize(self, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> list[list[int]]:
-        """Token ids of every request, cut to `tokens`."""
-        from jointkv.evaluate.traffic import get_traffic
-        from jointkv.evaluate.traffic.jsonl import read_requests
-
-        if self.data is None:
-            made = get_traffic(self.traffic).requests(tokenizer, self.requests, continuation_tokens=1, seed=self.seed)
-            return [list(request.prompt[:tokens]) for request in made]
-        chosen = read_requests(self.data)[: self.requests]
-        return [request_tokens(tokenizer, request, chat=False)[:tokens] for request in chosen]
-
-
-def load(
-    name: str, attn_implementation: str | None = None, dtype: str = "bfloat16"
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """Load a model and its tokenizer, fetching a known one if it is missing, and show the stages.
-
-    Raises `BadInput`, `UnsupportedModel`, `FetchError`, `ChecksumError`.
-    """
-    with stages(f"loading {name}") as show:
-        from jointkv.hf.models import KNOWN_MODELS, fetch_model, load_model
-
-        if name in KNOWN_MODELS:
-            fetch_model(name, progress=show)
-        return load_model(name, attn_implementation=attn_implementation, dtype=dtype)
-
-
-def request_tokens(tokenizer: "PreTrainedTokenizerBase", request: "UserRequest", chat: bool) -> list[int]:
-    """Token ids to prefill for `request`; with `chat` a plain prompt becomes a user message where possible.
-
-    Raises `BadInput` when there are messages and the tokenizer has no chat template, or refuses them.
-    """
-    from jinja2 import TemplateError
-
-    from jointkv.evaluate.traffic.base import encode
-
-    if request.prompt is not None and not (chat and tokenizer.chat_template):
-        return list(encode(tokenizer, request.prompt))
-    if not tokenizer.chat_template:
-        raise BadInput(f"line {request.line}: messages, but this model's tokenizer has no chat template")
-    messages = list(request.messages) or [{"role": "user", "content": request.prompt}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise BadInput(f"line {request.line}: the chat template refuses the messages: {error}") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if chunk_tokens % block_size:
+        raise BadInput(f"chunk_tokens: {chunk_tokens} is no multiple of the block size {block_size}")
+    given = [] if data is None else read_requests(data)[:requests]
+    kind = get_traffic(traffic) if data is None else None
+    loaded, tokenizer = load(model)
+    prompts: list[Sequence[int]] = [request_tokens(tokenizer, request, chat=False) for request in given]
+    if kind is not None:
+        made = kind.requests(tokenizer, requests, continuation_tokens=1, seed=seed)
+        prompts = [request.prompt for request in made]
+    longest = min(tokens, context_of(loaded) or tokens)
+    rows = [list(prompt[:longest]) for prompt in prompts]
+    found = _measure(loaded, rows, block_size, chunk_tokens, scope)
+    described = _described(model, data or traffic, rows, block_size, chunk_tokens)
+    image = output / "similarity.png"
+    write_json(json, {**described, "image": image, "rows": [row.as_row() for row in found]})
+    if json != "-":
+        _print_tables(found, described["within"])
+    _draw(found, image, described)
+    wrote(image)
 
 
 def _measure(
@@ -152,19 +83,20 @@ def _measure(
     rows: Sequence[Sequence[int]],
     block_size: int,
     chunk_tokens: int,
-    relations: Sequence["Relation"],
+    scope: InspectScope,
 ) -> "list[Similarity]":
-    from jointkv.evaluate.predict.similarity import prefill, similarities
+    from jointkv.evaluate.predict.similarity import RELATIONS, prefill, similarities
 
     if not any(len(row) >= block_size for row in rows):
         raise BadInput(f"no request fills a block of {block_size} tokens; give longer ones or a smaller --block-size")
+    chosen = {InspectScope.BATCH: RELATIONS[:1], InspectScope.CHUNK: RELATIONS[1:], InspectScope.BOTH: RELATIONS}
     with stages(f"prefilling {len(rows)} requests") as show:
         held = prefill(model, rows, block_size, _counted(show, "prefilled request", len(rows)))
         found = similarities(
             held.kv,
             held.tables,
             chunk_tokens // block_size,
-            relations,
+            chosen[scope],
             layers=held.layers,
             progress=_counted(show, "compared layer", len(held.layers)),
         )
@@ -185,11 +117,6 @@ def _described(
         "block_size": block_size,
         "within": "all blocks of a request" if single else f"equal places of chunks of {chunk_tokens} tokens",
     }
-
-
-def _context(model: "PreTrainedModel", unknown: int) -> int:
-    text = model.config.get_text_config(decoder=True)
-    return getattr(text, "max_position_embeddings", None) or unknown
 
 
 def _counted(show: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:
@@ -215,22 +142,14 @@ def _draw(found: "Sequence[Similarity]", image: Path, described: dict[str, Any])
 
 
 def _print_tables(found: "Sequence[Similarity]", within: str) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPE_WIDTH)
     titles = {"across": "Across requests: blocks at equal positions", "within": f"Within a request: {within}"}
     for relation, title in titles.items():
         chosen = [row for row in found if row.relation == relation]
         if chosen:
-            console.print(_table(chosen, title), "")
+            stdout_console(100).print(_table(chosen, title), "")
 
 
-def _table(found: "Sequence[Similarity]", title: str) -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
+def _table(found: "Sequence[Similarity]", title: str) -> Table:
     from jointkv.evaluate.predict.similarity import ERROR_BOUNDS, SIDES
 
     pairs = max(row.pairs for row in found)

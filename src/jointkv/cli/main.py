@@ -1,11 +1,15 @@
-"""The command `jointkv`: one verb per file of this package, each with a function `register(app)`."""
+"""The command `jointkv`: one file of this package per verb; those with verbs of their own have `register(app)`."""
 
 import typer
 
 import jointkv
-from jointkv.cli import bench, calibrate, demo, doctor, evaluate, generate, inspect, model, report, serve
-
-VERBS = (bench, calibrate, demo, doctor, evaluate, generate, inspect, model, report, serve)
+from jointkv.cli import bench, evaluate, model, report
+from jointkv.cli.calibrate import calibrate
+from jointkv.cli.demo import demo
+from jointkv.cli.doctor import doctor
+from jointkv.cli.generate import generate
+from jointkv.cli.inspect import inspect
+from jointkv.cli.serve import SETTINGS, serve
 
 app = typer.Typer(name="jointkv", add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -23,5 +27,8 @@ def main(
         typer.echo(context.get_help())
 
 
-for verb in VERBS:
-    verb.register(app)
+for verb in (calibrate, demo, doctor, generate, inspect):
+    app.command()(verb)
+app.command(**SETTINGS)(serve)
+for group in (bench, evaluate, model, report):
+    group.register(app)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from jointkv.cli.console import named_errors, stages, write_json
+from jointkv.cli.options import Json
 from jointkv.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 KV_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # Entries of a configuration under which layers differ, or keep something else than K and V per head.
 OTHER_LAYOUTS = ("kv_lora_rank", "global_head_dim", "num_global_key_value_heads", "num_kv_shared_layers")
-
-JSON_OPTION = typer.Option(None, "--json", metavar="FILE", help="Write the result as JSON; - means stdout.")
 
 
 @dataclass(frozen=True)
@@ -67,35 +66,32 @@ def describe(name: str, config: "PreTrainedConfig") -> ModelInfo:
     )
 
 
+@named_errors()
 def fetch(
     name: str = typer.Argument(help="A known model, for example smollm2."),
     output: Path | None = typer.Option(None, "--output", help="Folder to write instead of the cache folder."),
-    json_file: str | None = JSON_OPTION,
+    json_file: Json = None,
 ) -> None:
     """Download a known model once and print the folder where it is."""
-    with named_errors():
-        from jointkv.hf.models import RECORD, fetch_model
+    from jointkv.hf.models import RECORD, fetch_model
 
-        with stages(f"looking for {name}") as show:
-            folder = fetch_model(name, output, progress=show)
-        if json_file is not None:
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            write_json(json_file, {"folder": folder, **record})
+    with stages(f"looking for {name}") as show:
+        folder = fetch_model(name, output, progress=show)
+    write_json(json_file, {"folder": folder, **json.loads((folder / RECORD).read_text(encoding="utf-8"))})
     if json_file != "-":
         typer.echo(folder)
 
 
+@named_errors()
 def info(
     name_or_path: str = typer.Argument(help="A known model, a model folder or a hub name."),
-    json_file: str | None = JSON_OPTION,
+    json_file: Json = None,
 ) -> None:
     """Print a model's architecture and what its KV cache costs per token."""
-    with named_errors():
-        from jointkv.hf.models import load_config
+    from jointkv.hf.models import load_config
 
-        model_info = describe(name_or_path, load_config(name_or_path))
-        if json_file is not None:
-            write_json(json_file, model_info)
+    model_info = describe(name_or_path, load_config(name_or_path))
+    write_json(json_file, model_info)
     if json_file != "-":
         typer.echo(_as_text(model_info))
 

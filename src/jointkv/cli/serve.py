@@ -13,13 +13,19 @@ from typing import Any, NoReturn
 
 import typer
 
-from jointkv.cli.console import named_errors, require, stages
+from jointkv.cli.console import named_errors, require
 from jointkv.cli.fusion_options import bound, fusion_options
+from jointkv.cli.loading import locate
 from jointkv.errors import BadInput
 
 # Long options may be shortened as far as they stay unique, and may be written with underscores.
 OWN_FLAGS = {"--kv-t": "--kv-transfer-config", "--worker-c": "--worker-cls"}
 GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri/renderD128")
+SETTINGS: Any = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "options_metavar": "MODEL [VLLM SERVE OPTIONS] [OPTIONS]",
+}
+"""How the command is declared: what it does not know goes to vLLM."""
 
 
 class Device(StrEnum):
@@ -30,12 +36,7 @@ class Device(StrEnum):
     GPU = "gpu"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb `serve` to `app`."""
-    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(context_settings=settings, options_metavar="MODEL [VLLM SERVE OPTIONS] [OPTIONS]")(serve)
-
-
+@named_errors()
 def serve(
     context: typer.Context,
     max_relative_error: str | None = typer.Option(
@@ -73,28 +74,27 @@ def serve(
     Example: jointkv serve smollm2 --max-relative-error 0.1 --port 8001
     """
     arguments = list(context.args)
-    with named_errors():
-        if vllm_help:
-            require("vllm")
-            _replace_process(None, Device.AUTO, [f"--help={arguments[0]}" if arguments else "--help"])
-        given = {
-            "max_relative_error": bound(max_relative_error),
-            "max_token_error": bound(max_token_error),
-            "min_pool_usage": min_pool_usage,
-            "scope": scope,
-            "isolation": isolation,
-            "layer_groups": layer_groups,
-            # The engine reads it again in processes of its own.
-            "profile": str(profile.expanduser().absolute()) if profile is not None else None,
-            "enabled": False if off else None,
-        }
-        options = fusion_options(fuse or [], given, "--fuse")
-        _check(arguments)
-        if dry_run:
-            typer.echo(_plain_command(options, device, _with_model(arguments, fetch=False)))
-            return
+    if vllm_help:
         require("vllm")
-        _replace_process(options, device, _with_model(arguments, fetch=True))
+        _replace_process(None, Device.AUTO, [f"--help={arguments[0]}" if arguments else "--help"])
+    given = {
+        "max_relative_error": bound(max_relative_error),
+        "max_token_error": bound(max_token_error),
+        "min_pool_usage": min_pool_usage,
+        "scope": scope,
+        "isolation": isolation,
+        "layer_groups": layer_groups,
+        # The engine reads it again in processes of its own.
+        "profile": str(profile.expanduser().absolute()) if profile is not None else None,
+        "enabled": False if off else None,
+    }
+    options = fusion_options(fuse or [], given, "--fuse")
+    _check(arguments)
+    if dry_run:
+        typer.echo(_plain_command(options, device, _with_model(arguments, fetch=False)))
+        return
+    require("vllm")
+    _replace_process(options, device, _with_model(arguments, fetch=True))
 
 
 def _check(arguments: Sequence[str]) -> None:
@@ -123,16 +123,12 @@ def _with_model(arguments: Sequence[str], fetch: bool) -> list[str]:
     """
     if not _names_model(arguments) or "/" in arguments[0] or Path(arguments[0]).is_dir():
         return list(arguments)
-    from jointkv.hf.models import KNOWN_MODELS, fetch_model, locate_model
+    from jointkv.hf.models import KNOWN_MODELS, locate_model
 
     name, *rest = arguments
     if name not in KNOWN_MODELS:
         return list(arguments)
-    if fetch:
-        with stages(f"looking for {name}") as show:
-            folder = str(fetch_model(name, progress=show))
-    else:
-        folder = locate_model(name)
+    folder = locate(name) if fetch else locate_model(name)
     if not any(given.replace("_", "-").startswith("--served") for given in rest):
         rest = ["--served-model-name", name, *rest]
     return [folder, *rest]

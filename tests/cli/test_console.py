@@ -1,0 +1,65 @@
+"""What all verbs share: help at once, errors in one line, JSON that replaces a file in one step."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from typer import Exit
+
+from jointkv.cli import console
+from jointkv.errors import BadInput
+from tests.cli.commands import run
+
+
+def test_help_without_a_verb_and_version() -> None:
+    code, out, _ = run()
+    assert code == 0 and "model" in out
+    assert run("--version") == (0, "jointkv 0.1.0\n", "")
+
+
+def test_help_loads_no_heavy_library() -> None:
+    code = "import sys, jointkv.cli.main; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_write_json_replaces_in_one_step(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    console.write_json(file, {"ratio": float("nan"), "at": tmp_path, "pair": (1, 2)})
+    assert json.loads(file.read_text()) == {"ratio": None, "at": str(tmp_path), "pair": [1, 2]}
+    with pytest.raises(ValueError, match="unknown type"):
+        console.write_json(file, {"bad": object()})
+    assert json.loads(file.read_text())["pair"] == [1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_write_json_spares_devices_and_names_the_path(tmp_path: Path) -> None:
+    console.write_json("/dev/null", {})
+    assert Path("/dev/null").is_char_device()
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "result.json"):
+        with pytest.raises(BadInput, match="cannot write"):
+            console.write_json(place, {})
+
+
+def test_fail_keeps_to_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Exit) as raised, console.named_errors():
+        raise BadInput("first [bold]line\n" + "and more " * 30)
+    assert raised.value.exit_code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: first [bold]line and more") and err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), console.named_errors():
+        _ = 1 / 0
+
+
+def test_stages_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "stderr_console", lambda: console.Console(force_terminal=True, file=None))
+    with console.stages("first") as show:
+        show("second [with brackets]")
+    assert isinstance(show, types.FunctionType)
