@@ -106,7 +106,7 @@ def test_a_short_answer_is_continued(tiny, tmp_path):
 
 
 def test_a_missed_target_writes_nothing(tiny, tmp_path, monkeypatch):
-    from jointkv.evaluate.calibrate import Calibration
+    from jointkv.evaluate.calibrate.run import Calibration
 
     monkeypatch.setattr(Calibration, "_meets", lambda *_: False)
     data, output = write_requests(tmp_path / "log.jsonl", 16), tmp_path / "p.json"

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from jointkv.cli import evaluate
-from jointkv.evaluate.traffic.base import packaged
+from jointkv.evaluate.samples import packaged
 from tests.cli.test_generate import save_tiny
 
 SIZES = ("--largest", "8", "--prompt-tokens", "16", "--answer-tokens", "3", "--block-size", "4", "--documents", "1")

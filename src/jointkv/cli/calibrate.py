@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from jointkv.cli.console import named_errors, progress, stderr_console, write_json, write_result
-from jointkv.cli.inspect import load, request_tokens
+from jointkv.cli.inspect import load
 from jointkv.errors import BadInput
 from jointkv.system.files import make_folder
 
 if TYPE_CHECKING:
-    from jointkv.evaluate.calibrate import Calibration, TargetUnmet
+    from jointkv.evaluate.calibrate.run import Calibration, TargetUnmet
     from jointkv.evaluate.traffic.base import Request
     from jointkv.policy.profile import FrontierPoint, Profile
 
@@ -59,7 +59,8 @@ def calibrate(
     the target cannot be met (the settings that were considered are shown), or the held-out half misses it.
     """
     with named_errors():
-        from jointkv.evaluate.calibrate import CalibrationSettings, TargetUnmet
+        from jointkv.evaluate.calibrate.run import TargetUnmet
+        from jointkv.evaluate.calibrate.settings import CalibrationSettings
         from jointkv.policy.profile import Target
 
         output = output.expanduser().absolute()
@@ -118,10 +119,10 @@ def _prepare(
     steps: Any,
 ) -> tuple[Calibration, str]:
     """A calibration ready to run, and what its data is called. Raises `BadInput` before anything takes long."""
-    from jointkv.evaluate.calibrate import MIN_HALF, Calibration, too_few
-    from jointkv.evaluate.calibrate import policy_of as check_policy
+    from jointkv.evaluate.calibrate.run import MIN_HALF, Calibration, too_few
+    from jointkv.evaluate.calibrate.settings import policy_of as check_policy
+    from jointkv.evaluate.request_files import prompts_of, read_requests
     from jointkv.evaluate.traffic import get_traffic
-    from jointkv.evaluate.traffic.jsonl import read_requests
 
     check_policy((0.0,) * settings.layer_groups, settings)
     rows = read_requests(data) if data is not None else []
@@ -137,7 +138,7 @@ def _prepare(
     if kind is not None:
         made = kind.requests(tokenizer, count, continuation_tokens=tokens, seed=settings.seed)
     else:
-        prompts = [(request_tokens(tokenizer, row, chat=False), row.answer) for row in rows]
+        prompts = list(zip(prompts_of(tokenizer, rows), (row.answer for row in rows), strict=True))
         check_lengths([len(prompt) for prompt, _ in prompts], tokens, [row.line for row in rows], loaded)
         made = with_continuations(loaded, tokenizer, prompts, tokens, settings.block_size)
     calibration = Calibration(loaded, made, settings, work=folder, progress=steps)
@@ -146,7 +147,7 @@ def _prepare(
 
 def check_lengths(lengths: Sequence[int], tokens: int, lines: Sequence[int], model: Any) -> None:
     """Raises BadInput when a request is a single token or, with `tokens` after it, longer than the model's context."""
-    from jointkv.evaluate.methods.base import context_of
+    from jointkv.evaluate.holding.batch import context_of
 
     context = context_of(model)
     for length, line in zip(lengths, lines, strict=True):
@@ -160,11 +161,10 @@ def with_continuations(
     model: Any, tokenizer: Any, prompts: Sequence[tuple[list[int], str | None]], tokens: int, block_size: int
 ) -> list[Request]:
     """Requests with `tokens` tokens to score: of the answer given and, where that is shorter, what the model adds."""
-    from jointkv.evaluate.compare.comparison import greedy
-    from jointkv.evaluate.holding.held import FusedBatch
-    from jointkv.evaluate.methods.base import Batch
+    from jointkv.evaluate.holding.batch import Batch
+    from jointkv.evaluate.holding.fused import OFF, FusedBatch
+    from jointkv.evaluate.holding.held import greedy
     from jointkv.evaluate.traffic.base import Request
-    from jointkv.policy import FusionPolicy
 
     told = [
         tuple(tokenizer(answer, add_special_tokens=False)["input_ids"][:tokens]) if answer else ()
@@ -174,9 +174,8 @@ def with_continuations(
     for start in range(0, len(short), AT_ONCE):
         part = short[start : start + AT_ONCE]
         begun = [Request((*prompts[index][0], *told[index]), (), "") for index in part]
-        batch = Batch(model, begun, block_size)
-        held = FusedBatch(model, batch.prefilled, FusionPolicy.preset("off"), block_size=block_size)
-        for index, said in zip(part, greedy(held, batch, tokens), strict=True):
+        held = FusedBatch(model, Batch(model, begun, block_size).prefilled, OFF)
+        for index, said in zip(part, greedy(held, begun, tokens), strict=True):
             told[index] = (*told[index], *said)[:tokens]
     return [
         Request(tuple(prompt), answer, tokenizer.decode(prompt, skip_special_tokens=True))

@@ -12,7 +12,7 @@ from jointkv.cli.console import named_errors, progress, stderr_console, write_js
 from jointkv.system.files import make_folder, replace_text
 
 if TYPE_CHECKING:
-    from jointkv.evaluate.holding.held import Row
+    from jointkv.evaluate.compare.result import PolicyRow
 
 TRAFFICS = ("near_prefix", "names", "unrelated")
 
@@ -70,10 +70,10 @@ def demo(
     console.print(f"wrote demo.json, demo.md and demo.png to {output}")
 
 
-def _rows(model: Any, tokenizer: Any, policies: Any, settings: dict[str, int], step: Any) -> Iterator[Row]:
-    from jointkv.evaluate.holding.held import compare, hold, prefill
+def _rows(model: Any, tokenizer: Any, policies: Any, settings: dict[str, int], step: Any) -> Iterator[PolicyRow]:
+    from jointkv.evaluate.compare.policies import compare_policies
+    from jointkv.evaluate.holding.prefilled import prefill
     from jointkv.evaluate.traffic import get_traffic
-    from jointkv.policy import FusionPolicy
 
     size = settings["block_size"]
     for name in TRAFFICS:
@@ -83,15 +83,10 @@ def _rows(model: Any, tokenizer: Any, policies: Any, settings: dict[str, int], s
         )
         step(f"{name}: prefill of {count} requests")
         batch = prefill(model, requests, block_size=size)
-        step(f"{name}: unfused")
-        unfused = hold(model, batch, FusionPolicy.preset("off"), block_size=size)
-        yield compare(name, "unfused", batch, unfused, unfused)
-        for label, policy in policies.items():
-            step(f"{name}: {label}")
-            yield compare(name, label, batch, hold(model, batch, policy, block_size=size), unfused)
+        yield from compare_policies(model, batch, policies, name, step)
 
 
-def _result(model: str, rows: list[Row], policies: Any, settings: dict[str, Any]) -> dict[str, Any]:
+def _result(model: str, rows: list[PolicyRow], policies: Any, settings: dict[str, Any]) -> dict[str, Any]:
     import dataclasses
     import platform
 
@@ -111,11 +106,11 @@ def _result(model: str, rows: list[Row], policies: Any, settings: dict[str, Any]
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "rows": rows,
+        "rows": [row.model_dump() for row in rows],
     }
 
 
-def _print_table(rows: list[Row]) -> None:
+def _print_table(rows: list[PolicyRow]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -16,8 +16,8 @@ from jointkv.errors import BadInput
 from jointkv.system.files import make_folder
 
 if TYPE_CHECKING:
-    from jointkv.evaluate.compare.comparison import MethodRow
-    from jointkv.evaluate.compare.suite import TaskRow
+    from jointkv.evaluate.compare.result import MethodRow, TrafficSummary
+    from jointkv.evaluate.tasks.result import TaskRow
     from jointkv.evaluate.traffic.base import Request, Traffic
 
 WORKER = Path(".venv-eval/bin/python")
@@ -67,8 +67,9 @@ def evaluate(
     if context.invoked_subcommand is not None:
         return
     with named_errors():
+        from jointkv.evaluate.compare.result import Evaluation
         from jointkv.evaluate.compare.suite import Suite, choices_of, task_methods
-        from jointkv.evaluate.methods.base import context_of
+        from jointkv.evaluate.holding.batch import context_of
         from jointkv.evaluate.tasks import get_task
         from jointkv.evaluate.traffic import get_traffic
         from jointkv.hf.models import locate_model
@@ -94,30 +95,31 @@ def evaluate(
             **{"requests": requests, "tokens": tokens, "generate": generate, "block_size": block_size, "seed": seed},
             **{"examples": examples, "task_batch": task_batch},
         }
-        result = _document(model, dtype, settings, described)
+        result = Evaluation(model=model, dtype=dtype, settings=settings, traffics=described, rows=[], tasks=[])
         with progress(len(traffics) + len(tasks)) as steps:
             for kind in traffics:
                 steps.start(kind.name)
-                result["rows"] += suite.run_traffic(kind, made[kind.name], choices, steps.say)
-                write_json(output / "evaluate.json", result)  # so that an interrupted run has lost the last one only
+                result.rows.extend(suite.run_traffic(kind, made[kind.name], choices, steps.say))
+                # So that an interrupted run has lost the last one only.
+                write_json(output / "evaluate.json", result.model_dump())
             for one in tasks:
                 steps.start(one.name)
-                result["tasks"] += suite.run_task(one, wanted, examples, task_batch, steps.say)
-                write_json(output / "evaluate.json", {**result, "tasks": [row.as_dict() for row in result["tasks"]]})
-        rows, task_rows = result["rows"], result["tasks"]
-        result["tasks"] = [row.as_dict() for row in task_rows]
+                result.tasks.extend(suite.run_task(one, wanted, examples, task_batch, steps.say))
+                write_json(output / "evaluate.json", result.model_dump())
         if json is not None:
-            write_json(json, result)
+            write_json(json, result.model_dump())
     if str(json) != "-":
-        _print_rows(rows)
-        _print_tasks(task_rows)
+        _print_rows(result.rows)
+        _print_tasks(result.tasks)
     stderr_console().print(f"wrote {output / 'evaluate.json'}", soft_wrap=True)
 
 
 def _made(
     traffics: Sequence[Traffic], tokenizer: Any, sizes: tuple[int, int, int], added: int, context: int | None
-) -> tuple[dict[str, Any], dict[str, list[Request]]]:
+) -> tuple[dict[str, TrafficSummary], dict[str, list[Request]]]:
     """A description of every traffic, and its requests. Raises `BadInput` for a request that the model cannot read."""
+    from jointkv.evaluate.compare.result import TrafficSummary
+
     count, tokens, seed = sizes
     described, made = {}, {}
     for traffic in traffics:
@@ -126,30 +128,12 @@ def _made(
         if context is not None and max(lengths) + added > context:
             raise BadInput(f"{traffic.name}: a request takes {max(lengths) + added} tokens; the model reads {context}")
         made[traffic.name] = requests
-        described[traffic.name] = {
-            "requests": count,
-            "prompt_tokens": {"min": min(lengths), "mean": sum(lengths) / count, "max": max(lengths)},
-            "description": traffic.description,
-        }
+        described[traffic.name] = TrafficSummary(
+            requests=count,
+            prompt_tokens={"min": min(lengths), "mean": sum(lengths) / count, "max": max(lengths)},
+            description=traffic.description,
+        )
     return described, made
-
-
-def _document(model: str, dtype: str, settings: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
-    """A result without rows."""
-    from jointkv.evaluate.compare.suite import FORMAT
-    from jointkv.system.machine import machine, versions
-
-    return {
-        "format": FORMAT,
-        "model": model,
-        "dtype": dtype,
-        "settings": settings,
-        "traffics": described,
-        "versions": versions(),
-        "machine": machine(),
-        "rows": [],
-        "tasks": [],
-    }
 
 
 def _print_rows(rows: Sequence[MethodRow]) -> None:
@@ -185,10 +169,10 @@ def _print_tasks(rows: Sequence[TaskRow]) -> None:
     for number, heading in enumerate(("task", "metric", "method", "level", "score", "difference", "saved", "data")):
         table.add_column(heading, justify="right" if 2 < number < 7 else "left")
     for row in rows:
-        result, apart = row.result, row.difference
+        apart = row.difference
         table.add_row(
-            *(result.task, result.metric, result.method, f"{result.level:g}", f"{result.mean:.3f}"),
+            *(row.task, row.metric, row.method, f"{row.level:g}", f"{row.mean:.3f}"),
             "-" if apart is None else f"{apart.mean:+.3f} ({apart.low:+.3f} to {apart.high:+.3f})",
-            *(f"{1 - result.share_16bit:.1%}", result.source),
+            *(f"{1 - row.share_16bit:.1%}", row.source),
         )
     Console(width=None if Console().is_terminal else 160).print(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -12,7 +11,6 @@ from jointkv.cli.inspect import load
 from jointkv.system.files import make_folder
 
 BOUNDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
-FORMAT = "jointkv.curves/1"
 
 
 def curves(
@@ -27,8 +25,8 @@ def curves(
     """Predict ratio against error bound, over all layers and for each layer alone, and measure it on other requests."""
     with named_errors():
         from jointkv.evaluate.predict.curves import measured_curves
+        from jointkv.evaluate.predict.result import Curves
         from jointkv.evaluate.traffic import get_traffic
-        from jointkv.system.machine import machine, versions
 
         kind = get_traffic(traffic)
         make_folder(output.parent)
@@ -36,18 +34,15 @@ def curves(
         made = kind.requests(tokenizer, requests, continuation_tokens=1, seed=seed)
         with progress(3) as steps:
             found = measured_curves(loaded, made, BOUNDS, block_size, steps)
-        result: dict[str, Any] = {
-            "format": FORMAT,
-            "model": model,
-            "dtype": dtype,
-            "traffic": kind.name,
-            "requests": requests - requests // 2,
-            "held_out": requests // 2,
-            "block_size": block_size,
-            "seed": seed,
-            "versions": versions(),
-            "machine": machine(),
-            "curves": found,
-        }
-        write_json(output, result)
+        result = Curves(
+            model=model,
+            dtype=dtype,
+            traffic=kind.name,
+            requests=requests - requests // 2,
+            held_out=requests // 2,
+            block_size=block_size,
+            seed=seed,
+            curves=found,
+        )
+        write_json(output, result.model_dump())
     stderr_console().print(f"wrote {output}", soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -13,9 +13,8 @@ from jointkv.cli.console import named_errors, progress, stderr_console, write_js
 from jointkv.cli.inspect import load
 
 if TYPE_CHECKING:
-    from jointkv.evaluate.paper.experiments import BatchRow, ChunkRow, GrowthRow, LayerRow, PaperResult
+    from jointkv.evaluate.paper.result import BatchRow, ChunkRow, GrowthRow, LayerRow, PaperResult
 
-FORMAT = "jointkv.paper/1"
 WIDTH = 150
 
 
@@ -51,7 +50,9 @@ def paper(
         **{"datasets": dataset, "thresholds": threshold, "tasks": document, "chunk_thresholds": chunk_threshold},
     }
     with named_errors():
-        from jointkv.evaluate.paper.experiments import PARTS, PaperSettings, run_paper, steps
+        from jointkv.evaluate.paper.experiments import PARTS, run_paper, steps
+        from jointkv.evaluate.paper.result import PaperResult
+        from jointkv.evaluate.paper.setup import PaperSettings
 
         settings = PaperSettings(
             **{name: tuple(values) for name, values in given.items() if values},  # type: ignore[arg-type]
@@ -70,31 +71,15 @@ def paper(
         parts = tuple(part or PARTS)
         loaded, tokenizer = load(model, dtype=dtype)
         with progress(steps(settings, parts)) as bar:
-            result = run_paper(loaded, tokenizer, settings, parts, bar.start)
-        document_of_run = _document(model, dtype, settings, parts, result)
-        write_json(output / "paper.json", document_of_run)
+            rows = run_paper(loaded, tokenizer, settings, parts, bar.start)
+        described = {"parts": parts, **dataclasses.asdict(settings)}
+        result = PaperResult(model=model, dtype=dtype, settings=described, **dict(rows))
+        write_json(output / "paper.json", result.model_dump())
         if json is not None:
-            write_json(json, document_of_run)
+            write_json(json, result.model_dump())
     if str(json) != "-":
         _print(result)
     stderr_console().print(f"wrote {output / 'paper.json'}", soft_wrap=True)
-
-
-def _document(model: str, dtype: str, settings: Any, parts: Sequence[str], result: PaperResult) -> dict[str, Any]:
-    from jointkv.system.machine import machine, versions
-
-    return {
-        "format": FORMAT,
-        "model": model,
-        "dtype": dtype,
-        "settings": {"parts": parts, **dataclasses.asdict(settings)},
-        "versions": versions(),
-        "machine": machine(),
-        "batch": result.batch,
-        "growth": result.growth,
-        "chunk": result.chunk,
-        "layers": result.layers,
-    }
 
 
 def _print(result: PaperResult) -> None:
@@ -138,27 +123,23 @@ def _name(row: BatchRow | ChunkRow) -> str:
     return f"{row.dataset}*" if row.stand_in else row.dataset
 
 
-def _policy(row: BatchRow | ChunkRow | GrowthRow) -> str:
-    return row.policy if row.threshold is None else f"{row.policy} {row.threshold:g}"
-
-
 def _fidelity(row: BatchRow | ChunkRow) -> tuple[str, str, str, str]:
     return f"{row.ratio:.2f}", f"{row.kl:.4f}", f"{row.top1:.3f}", f"{row.nll:.3f} ({row.nll_unfused:.3f})"
 
 
 def _batch_cells(row: BatchRow) -> tuple[str, ...]:
-    return (_name(row), _policy(row), str(row.batch), *_fidelity(row), f"{row.f1:.3f} ({row.f1_unfused:.3f})")
+    return (_name(row), row.label, str(row.batch), *_fidelity(row), f"{row.f1:.3f} ({row.f1_unfused:.3f})")
 
 
 def _growth_cells(row: GrowthRow) -> tuple[str, ...]:
     fits = ("-" if r2 is None else f"{r2:.3f}" for r2 in (row.r2_log, row.r2_linear))
     layers = "all" if row.ratio == "ratio" else "fused"
-    return (row.dataset, _policy(row), layers, str(row.sizes), f"{row.slope_log:.3f}", *fits)
+    return (row.dataset, row.label, layers, str(row.sizes), f"{row.slope_log:.3f}", *fits)
 
 
 def _chunk_cells(row: ChunkRow) -> tuple[str, ...]:
     score = f"{row.score:.3f} ({row.score_unfused:.3f})"
-    return (_name(row), _policy(row), str(row.documents), *_fidelity(row), score, row.metric)
+    return (_name(row), row.label, str(row.documents), *_fidelity(row), score, row.metric)
 
 
 def _layer_cells(row: LayerRow) -> tuple[str, ...]:

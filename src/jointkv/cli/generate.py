@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from jointkv.cli.console import named_errors, stderr_console, write_json
-from jointkv.cli.inspect import load, request_tokens
+from jointkv.cli.inspect import load
 from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from jointkv.evaluate.traffic.jsonl import UserRequest
+    from jointkv.evaluate.request_files import UserRequest
     from jointkv.hf.pool import JointPool
     from jointkv.policy import FusionPolicy
 
@@ -114,6 +114,7 @@ def generate(
 ) -> None:
     """Answer all prompts in one batch whose KV blocks are jointly encoded, and print the memory held."""
     with named_errors():
+        from jointkv.evaluate.request_files import prompts_of
         from jointkv.policy.profile import Profile
 
         if profile is not None and (policy != "safe" or key_threshold is not None):
@@ -124,7 +125,7 @@ def generate(
         if not math.isfinite(temperature):
             raise BadInput(f"temperature: {temperature} is no finite number")
         loaded, tokenizer = load(model, None if attention is Attention.JOINTKV else "eager")
-        rows = [request_tokens(tokenizer, request, chat) for request in requests]
+        rows = prompts_of(tokenizer, requests, chat=chat)
         _check_lengths(rows, loaded, max_new_tokens)
         from rich.console import Console
 
@@ -207,7 +208,7 @@ def _chosen_policy(name: str, max_relative_error: float | None, key_threshold: f
 
 
 def _gathered(prompts: Sequence[str], file: Path | None) -> list["UserRequest"]:
-    from jointkv.evaluate.traffic.jsonl import UserRequest, read_requests
+    from jointkv.evaluate.request_files import UserRequest, read_requests
 
     if not prompts and file is None:
         raise BadInput('no prompt; give at least one, as in: jointkv generate "Why is the sky blue?"')
@@ -219,7 +220,7 @@ def _gathered(prompts: Sequence[str], file: Path | None) -> list["UserRequest"]:
 
 
 def _check_lengths(rows: Sequence[Sequence[int]], model: "PreTrainedModel", new_tokens: int) -> None:
-    from jointkv.evaluate.methods.base import context_of
+    from jointkv.evaluate.holding.batch import context_of
 
     longest = context_of(model)
     for number, row in enumerate(rows, start=1):

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from jointkv.evaluate.predict.similarity import Relation, Similarity
-    from jointkv.evaluate.traffic.jsonl import UserRequest
 
 RELATIONS: "dict[str, tuple[Relation, ...]]" = {
     "batch": ("across",),
@@ -91,8 +90,8 @@ class _Source:
 
     def check(self) -> None:
         """Raises BadInput for a file or a traffic that cannot be used, before a model is loaded."""
+        from jointkv.evaluate.request_files import read_requests
         from jointkv.evaluate.traffic import get_traffic
-        from jointkv.evaluate.traffic.jsonl import read_requests
 
         if self.data is None:
             get_traffic(self.traffic)
@@ -101,14 +100,13 @@ class _Source:
 
     def tokenize(self, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> list[list[int]]:
         """Token ids of every request, cut to `tokens`."""
+        from jointkv.evaluate.request_files import prompts_of, read_requests
         from jointkv.evaluate.traffic import get_traffic
-        from jointkv.evaluate.traffic.jsonl import read_requests
 
         if self.data is None:
             made = get_traffic(self.traffic).requests(tokenizer, self.requests, continuation_tokens=1, seed=self.seed)
             return [list(request.prompt[:tokens]) for request in made]
-        chosen = read_requests(self.data)[: self.requests]
-        return [request_tokens(tokenizer, request, chat=False)[:tokens] for request in chosen]
+        return [row[:tokens] for row in prompts_of(tokenizer, read_requests(self.data)[: self.requests])]
 
 
 def load(
@@ -126,27 +124,6 @@ def load(
         return load_model(name, attn_implementation=attn_implementation, dtype=dtype)
 
 
-def request_tokens(tokenizer: "PreTrainedTokenizerBase", request: "UserRequest", chat: bool) -> list[int]:
-    """Token ids to prefill for `request`; with `chat` a plain prompt becomes a user message where possible.
-
-    Raises `BadInput` when there are messages and the tokenizer has no chat template, or refuses them.
-    """
-    from jinja2 import TemplateError
-
-    from jointkv.evaluate.traffic.base import encode
-
-    if request.prompt is not None and not (chat and tokenizer.chat_template):
-        return list(encode(tokenizer, request.prompt))
-    if not tokenizer.chat_template:
-        raise BadInput(f"line {request.line}: messages, but this model's tokenizer has no chat template")
-    messages = list(request.messages) or [{"role": "user", "content": request.prompt}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise BadInput(f"line {request.line}: the chat template refuses the messages: {error}") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
 def _measure(
     model: "PreTrainedModel",
     rows: Sequence[Sequence[int]],
@@ -154,20 +131,16 @@ def _measure(
     chunk_tokens: int,
     relations: Sequence["Relation"],
 ) -> "list[Similarity]":
-    from jointkv.evaluate.predict.similarity import prefill, similarities
+    from jointkv.evaluate.predict.similarity import prefill_rows, similarities
+    from jointkv.hf.pool import full_attention_layers
 
     if not any(len(row) >= block_size for row in rows):
         raise BadInput(f"no request fills a block of {block_size} tokens; give longer ones or a smaller --block-size")
     with stages(f"prefilling {len(rows)} requests") as show:
-        held = prefill(model, rows, block_size, _counted(show, "prefilled request", len(rows)))
-        found = similarities(
-            held.kv,
-            held.tables,
-            chunk_tokens // block_size,
-            relations,
-            layers=held.layers,
-            progress=_counted(show, "compared layer", len(held.layers)),
-        )
+        batch = prefill_rows(model, rows, block_size, _counted(show, "prefilled request", len(rows)))
+        layers = full_attention_layers(model)
+        compared = _counted(show, "compared layer", len(layers))
+        found = similarities(batch, chunk_tokens, relations, layers=layers, progress=compared)
     if not any(row.pairs for row in found):
         raise BadInput("no two blocks to compare; give more or longer requests, or another --scope")
     return found
