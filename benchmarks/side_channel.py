@@ -166,8 +166,9 @@ def build(model: str, fusion: dict[str, Any] | None, prefix_caching: bool, sizes
 
 def texts(vocabulary: int, seed: int) -> Texts:
     """Windows of the novel and the reports that the package carries, in ids below `vocabulary`."""
-    from jointkv.evaluate.traffic.base import encode, packaged
-    from jointkv.evaluate.traffic.jsonl import read_records
+    from jointkv.evaluate.jsonl import read_records
+    from jointkv.evaluate.samples import packaged
+    from jointkv.evaluate.traffic.base import encode
     from jointkv.evaluate.traffic.near_prefix import session_line
     from jointkv.hf.models import fetch_model, load_tokenizer
 

@@ -17,8 +17,8 @@ from jointkv.bench.result import Arm, Latency, Load, Run, ServingResult, Timelin
 from jointkv.bench.server import ServerFailed
 from jointkv.cli import bench_serve
 from jointkv.system.machine import allowed_cores, core_list
+from tests.cli.commands import run as run_jointkv
 from tests.cli.commands import save_tiny
-from tests.cli.test_generate import run as run_jointkv
 
 REAL_STARTER = run.server_starter
 NOTHING = Timeline(seconds=[], running=[], waiting=[], pool_usage=[], preemptions=[])

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.methods.base import Batch, HeldBatch, LayerStates, Method, RebuiltBatch
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.dense import LayerStates
+from jointkv.evaluate.holding.held import HeldBatch, RebuiltBatch
+from jointkv.evaluate.methods.base import Method
 from jointkv.evaluate.methods.packing import BITS, Packed, pack
 from jointkv.policy import FusionPolicy, Scope
 
@@ -56,10 +59,10 @@ class QuantizedPages(Method):
         return level in BITS
 
     def compress(self, batch: Batch, level: float) -> HeldBatch:
-        from jointkv.evaluate.holding.held import FusedBatch
+        from jointkv.evaluate.holding.fused import FusedBatch
         from jointkv.hf import saving
 
-        fused = FusedBatch(batch.model, batch.prefilled, self._policy, block_size=batch.block_size)
+        fused = FusedBatch(batch.model, batch.prefilled, self._policy)
         return PackedBatch(batch, saving.pack(fused.cache), int(level))
 
 
