@@ -6,24 +6,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from jointkv.evaluate.calibrate.result import CalibrationRow, Calibrations
 from jointkv.system.files import replace_text
 
-FORMAT = "jointkv.calibration/1"
 
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from jointkv.evaluate.calibrate import Calibration, CalibrationSettings, TargetUnmet
+def run(arguments: argparse.Namespace) -> Calibrations:
+    from jointkv.evaluate.calibrate.run import Calibration, TargetUnmet
+    from jointkv.evaluate.calibrate.settings import CalibrationSettings
     from jointkv.evaluate.traffic import get_traffic
     from jointkv.hf.models import load_model
     from jointkv.hf.pool import model_identity
     from jointkv.policy.profile import Target
-    from jointkv.system.machine import machine, versions
 
     model, tokenizer = load_model(arguments.model, dtype="float32")
     identity = model_identity(model)
@@ -35,7 +33,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 for seed in range(arguments.splits):
                     settings = CalibrationSettings(Target.parse(target), seed=seed, block_size=arguments.block_size)
                     start = time.monotonic()
-                    row = {"traffic": name, "target": target, "seed": seed}
+                    row: dict[str, Any] = {"traffic": name, "target": target, "seed": seed}
                     try:
                         calibration = Calibration(model, requests, settings, work=Path(work))
                         profile = calibration.run(identity, name, {})
@@ -44,21 +42,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     else:
                         row |= {
                             "max_relative_error": [group.max_relative_error for group in profile.groups],
-                            "predicted": profile.predicted.model_dump(),
-                            "predicted_equal_text": profile.predicted_equal_text.model_dump(),
-                            "held_out": profile.held_out.model_dump(),
+                            "predicted": profile.predicted,
+                            "predicted_equal_text": profile.predicted_equal_text,
+                            "held_out": profile.held_out,
                             "met": profile.met,
                         }
-                    rows.append({**row, "seconds": time.monotonic() - start})
-                    print(json.dumps(rows[-1]), flush=True)
-    return {
-        "format": FORMAT,
-        "model": arguments.model,
-        "settings": {name: value for name, value in vars(arguments).items() if name not in ("output", "model")},
-        "versions": versions(),
-        "machine": machine(),
-        "rows": rows,
-    }
+                    rows.append(CalibrationRow(**row, seconds=time.monotonic() - start))
+                    print(rows[-1].model_dump_json(exclude_none=True), flush=True)
+    settings_of_run = {name: value for name, value in vars(arguments).items() if name not in ("output", "model")}
+    return Calibrations(model=arguments.model, settings=settings_of_run, rows=rows)
 
 
 def main() -> None:
@@ -73,7 +65,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     result = run(arguments)
-    replace_text(arguments.output, json.dumps(result, indent=1, default=str) + "\n")
+    replace_text(arguments.output, result.model_dump_json(indent=1, exclude_none=True) + "\n")
 
 
 if __name__ == "__main__":

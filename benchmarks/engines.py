@@ -45,8 +45,9 @@ def scheduler_of(engine: Any) -> Any:
 
 def corpus(tokenizer: Any) -> tuple[int, ...]:
     """Token ids of the novel and the reports that the package carries."""
-    from jointkv.evaluate.traffic.base import encode, packaged
-    from jointkv.evaluate.traffic.jsonl import read_records
+    from jointkv.evaluate.jsonl import read_records
+    from jointkv.evaluate.samples import packaged
+    from jointkv.evaluate.traffic.base import encode
 
     reports = [record.fields["text"] for record in read_records(packaged("gov_report_sample.jsonl"))]
     return encode(tokenizer, "\n".join([packaged("novel_sample.txt").read_text(), *reports]))

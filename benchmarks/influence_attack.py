@@ -15,8 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from jointkv.core.blocks import block_errors
-from jointkv.evaluate.holding.held import prefill
-from jointkv.evaluate.holding.prefilled import take
+from jointkv.evaluate.holding.prefilled import prefill, take
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool

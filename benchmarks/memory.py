@@ -23,7 +23,7 @@ def hold(policy: str) -> dict[str, int]:
     """Prefill the requests a few at a time, keep every cache, and read the process's own accounting."""
     import torch
 
-    from jointkv.evaluate.holding.held import left_padded
+    from jointkv.evaluate.holding.prefilled import left_padded
     from jointkv.evaluate.traffic import get_traffic
     from jointkv.hf.cache import JointCache
     from jointkv.hf.models import load_model

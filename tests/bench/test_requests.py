@@ -133,7 +133,7 @@ def test_a_file_without_a_valid_request_says_what_is_wrong(tmp_path: Path) -> No
     with pytest.raises(BadInput) as error:
         read(path, ["nonsense", {"promt": "How"}, {"messages": [{"role": "user"}]}, {"prompt": 1}])
     message = str(error.value)
-    assert "line 1: Invalid JSON" in message and "line 2: none of the fields 'prompt'" in message
+    assert "line 1: not JSON" in message and "line 2: none of the fields 'prompt'" in message
     assert "line 3: messages.0.content: Field required" in message and "line 4" not in message
     with pytest.raises(BadInput, match="it is empty"):
         read(path, [])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jointkv.evaluate.calibrate import Calibration
+from jointkv.evaluate.calibrate.run import Calibration
 from jointkv.hf.models import load_model
 from jointkv.hf.pool import JointPool
 from jointkv.policy.profile import Profile

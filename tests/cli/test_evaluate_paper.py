@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jointkv.evaluate.traffic.base import packaged
+from jointkv.evaluate.samples import packaged
 from tests.cli.commands import refusal, run, run_json, save_tiny
 
 SIZES = ("--largest", "8", "--prompt-tokens", "16", "--answer-tokens", "3", "--block-size", "4", "--documents", "1")

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from jointkv.evaluate.predict.similarity import as_pages, prefill, similarities
+from jointkv.evaluate.holding.prefilled import from_dense
+from jointkv.evaluate.predict.similarity import prefill_rows, similarities
+from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.models import load_model
 from tests.cli.commands import run, run_json
 
@@ -63,12 +65,12 @@ def test_prefill_holds_what_the_stock_cache_holds(tiny: str) -> None:
     model, _ = load_model(tiny)
     ids = torch.randint(3, 400, (2, 13), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        stock = model(input_ids=ids, use_cache=True).past_key_values
-    dense = as_pages([layer.keys for layer in stock.layers], [layer.values for layer in stock.layers], 4)
+        stock = [model(input_ids=row[None], use_cache=True).past_key_values for row in ids]
+    dense = from_dense(model, [Request((*row, 0), (), "") for row in ids.tolist()], stock, 4)
     done: list[int] = []
-    held = prefill(model, ids.tolist(), 4, done.append)
-    assert done == [1, 2] and held.layers == [0, 1, 2, 3]
-    for found, expected in zip(similarities(held.kv, held.tables, 8), similarities(*dense, 8), strict=True):
+    batch = prefill_rows(model, ids.tolist(), 4, done.append)
+    assert done == [1, 2] and batch.layers == 4
+    for found, expected in zip(similarities(batch, 32), similarities(dense, 32), strict=True):
         assert found.pairs == expected.pairs == (3 if found.relation == "across" else 6)
         assert found.mean == pytest.approx(expected.mean, abs=1e-2)
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.cli.test_generate import run
+from tests.cli.commands import run
 
 RESULT = {
     "format": "jointkv.calibration/1",

@@ -18,7 +18,7 @@ from jointkv.bench.request_files import from_file
 from jointkv.bench.requests import Limits
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets import Dataset, get_dataset
-from jointkv.evaluate.traffic.jsonl import read_requests
+from jointkv.evaluate.request_files import read_requests
 from tests.effort import fuzz_settings
 from tests.fuzz.damage import PROMISE, TEXTS, damaged_bytes, json_bytes, promise, slower, unreadable
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ JOB = {
     "traffic": "t",
     "generate": 0,
     "requests": [{"prompt": [1, 2], "continuation": [3]}],
-    "methods": [{"name": "no such method", "level": 0.5}],
+    "methods": [["no such method", 0.5]],
 }
 LAUNCH = {"options": {"max_relative_error": 0.1, "scope": "chunk", "chunk_tokens": 64}, "device": "cpu"}
 
@@ -101,7 +100,7 @@ def test_files_of_workers(tmp_path: Path, job: bytes, tail: bytes, data: st.Data
     (tmp_path / "job.json").write_bytes(job)
     with promise():
         run_job(read_job(tmp_path / "job.json"))
-    row = json.loads(json.dumps(asdict(not_run(get_method("snapkv"), 0.5, "why"))))
+    row = json.loads(not_run(get_method("snapkv"), 0.5, "why").model_dump_json())
     (tmp_path / "rows.jsonl").write_bytes(data.draw(json_bytes(row)) + tail)
     with promise():
         assert all(isinstance(row.level, float) for row in read_rows(tmp_path / "rows.jsonl"))

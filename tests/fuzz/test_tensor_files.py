@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.holding import prefilled
-from jointkv.evaluate.holding.held import prefill
+from jointkv.evaluate.holding.prefilled import prefill
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool

@@ -18,7 +18,7 @@ import torch
 from jointkv.core.plan import FusionPlan
 from jointkv.errors import BadInput
 from jointkv.evaluate.holding import prefilled
-from jointkv.evaluate.holding.held import Prefilled
+from jointkv.evaluate.holding.prefilled import Prefilled
 from jointkv.evaluate.predict.similarity import ERROR_BOUNDS, Similarity
 from jointkv.report.plots import draw_similarity
 from jointkv.system.files import make_folder, replace_text, replacing

@@ -19,15 +19,15 @@ from jointkv.cli.console import (
     write_result,
     wrote,
 )
-from jointkv.cli.loading import load, request_tokens
+from jointkv.cli.loading import load
 from jointkv.cli.options import ChunkTokens, Dtype, Json, Model
 from jointkv.errors import BadInput
 from jointkv.system.files import make_folder
 
 if TYPE_CHECKING:
-    from jointkv.evaluate.calibrate import CalibrationSettings
+    from jointkv.evaluate.calibrate.settings import CalibrationSettings
+    from jointkv.evaluate.request_files import UserRequest
     from jointkv.evaluate.traffic.base import Request, Traffic
-    from jointkv.evaluate.traffic.jsonl import UserRequest
     from jointkv.policy.profile import FrontierPoint, Measurement, Prediction, Profile
 
 UNMET = 1
@@ -67,7 +67,8 @@ def calibrate(
     An interrupted calibration goes on where it was when the same command is run again. Exit code 1, and no profile:
     the target cannot be met (the settings that were considered are shown), or the held-out half misses it.
     """
-    from jointkv.evaluate.calibrate import Calibration, CalibrationSettings, TargetUnmet
+    from jointkv.evaluate.calibrate.run import Calibration, TargetUnmet
+    from jointkv.evaluate.calibrate.settings import CalibrationSettings
     from jointkv.hf.pool import model_identity
     from jointkv.policy.profile import Target
     from jointkv.system.machine import versions
@@ -121,9 +122,10 @@ def _sample(
     data: Path | None, traffic: str, count: int, settings: CalibrationSettings
 ) -> tuple[Traffic | None, list[UserRequest]]:
     """The traffic, or the rows of the file that are used. Raises `BadInput` before anything takes long."""
-    from jointkv.evaluate.calibrate import MIN_HALF, policy_of, too_few
+    from jointkv.evaluate.calibrate.run import MIN_HALF, too_few
+    from jointkv.evaluate.calibrate.settings import policy_of
+    from jointkv.evaluate.request_files import read_requests
     from jointkv.evaluate.traffic import get_traffic
-    from jointkv.evaluate.traffic.jsonl import read_requests
 
     policy_of((0.0,) * settings.layer_groups, settings)
     kind = get_traffic(traffic) if data is None else None
@@ -143,13 +145,13 @@ def _scored_requests(
 
     Raises `BadInput` for a request of a single token, or one that is longer than the model's context with its answer.
     """
-    from jointkv.evaluate.compare.comparison import greedy
-    from jointkv.evaluate.holding.held import FusedBatch
-    from jointkv.evaluate.methods.base import Batch, context_of
+    from jointkv.evaluate.holding.batch import Batch, context_of
+    from jointkv.evaluate.holding.fused import OFF, FusedBatch
+    from jointkv.evaluate.holding.held import greedy
+    from jointkv.evaluate.request_files import prompts_of
     from jointkv.evaluate.traffic.base import Request
-    from jointkv.policy import FusionPolicy
 
-    prompts = [tuple(request_tokens(tokenizer, row, chat=False)) for row in rows]
+    prompts = [tuple(prompt) for prompt in prompts_of(tokenizer, rows)]
     context = context_of(model)
     for row, prompt in zip(rows, prompts, strict=True):
         if len(prompt) < 2:
@@ -164,9 +166,8 @@ def _scored_requests(
     for start in range(0, len(short), AT_ONCE):
         part = short[start : start + AT_ONCE]
         begun = [Request((*prompts[index], *answers[index]), (), "") for index in part]
-        batch = Batch(model, begun, block_size)
-        held = FusedBatch(model, batch.prefilled, FusionPolicy.preset("off"), block_size=block_size)
-        for index, said in zip(part, greedy(held, batch, tokens), strict=True):
+        held = FusedBatch(model, Batch(model, begun, block_size).prefilled, OFF)
+        for index, said in zip(part, greedy(held, begun, tokens), strict=True):
             answers[index] = (*answers[index], *said)[:tokens]
     return [
         Request(prompt, answer, tokenizer.decode(prompt, skip_special_tokens=True))

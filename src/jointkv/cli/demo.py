@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.markdown import Markdown
@@ -15,9 +14,7 @@ from jointkv.cli.options import BlockSize, Dtype, Json, Model, ScoredTokens, See
 from jointkv.system.files import make_folder, replace_text
 
 if TYPE_CHECKING:
-    from jointkv.evaluate.holding.held import Row
-    from jointkv.evaluate.traffic.base import Request
-    from jointkv.policy import FusionPolicy
+    from jointkv.evaluate.compare.result import PolicyRow
 
 TRAFFICS = ("near_prefix", "names", "unrelated")
 
@@ -41,6 +38,8 @@ def demo(
     tokens with those of the same model unfused, on the same requests. float32 is the default because in bfloat16
     rounding alone moves this small model by more than the fusion that is to be measured.
     """
+    from jointkv.evaluate.compare.policies import compare_policies
+    from jointkv.evaluate.holding.prefilled import prefill
     from jointkv.evaluate.traffic import get_traffic
     from jointkv.policy import FusionPolicy
     from jointkv.report.demo_chart import draw, markdown
@@ -52,12 +51,14 @@ def demo(
     }
     make_folder(output)
     loaded, tokenizer = load(model, dtype)
-    rows: list[Row] = []
+    rows: list[PolicyRow] = []
     with progress(len(TRAFFICS) * (2 + len(policies))) as steps:
         for name in TRAFFICS:
             count = requests if name != "unrelated" else requests * 4 // 3
             made = get_traffic(name).requests(tokenizer, count, continuation_tokens=tokens, seed=seed)
-            rows += _rows(loaded, name, made, policies, block_size, steps.start)
+            steps.start(f"{name}: prefill of {count} requests")
+            batch = prefill(loaded, made, block_size=block_size)
+            rows += compare_policies(loaded, batch, policies, name, steps.start)
     settings = {"block_size": block_size, "tokens": tokens, "seed": seed, "requests": requests, "dtype": dtype}
     result = {
         "format": "jointkv.demo/1",
@@ -74,24 +75,3 @@ def demo(
     if json != "-":
         stdout_console().print(Markdown(markdown(rows)))
     stderr_console().print(f"wrote demo.json, demo.md and demo.png to {output}")
-
-
-def _rows(
-    model: Any,
-    traffic: str,
-    requests: list[Request],
-    policies: Mapping[str, FusionPolicy],
-    block_size: int,
-    step: Callable[[str], None],
-) -> Iterator[Row]:
-    from jointkv.evaluate.holding.held import compare, hold, prefill
-    from jointkv.policy import FusionPolicy
-
-    step(f"{traffic}: prefill of {len(requests)} requests")
-    batch = prefill(model, requests, block_size=block_size)
-    step(f"{traffic}: unfused")
-    unfused = hold(model, batch, FusionPolicy.preset("off"), block_size=block_size)
-    yield compare(traffic, "unfused", batch, unfused, unfused)
-    for label, policy in policies.items():
-        step(f"{traffic}: {label}")
-        yield compare(traffic, label, batch, hold(model, batch, policy, block_size=block_size), unfused)

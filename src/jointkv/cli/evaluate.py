@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -17,8 +17,7 @@ from jointkv.errors import BadInput
 from jointkv.system.files import make_folder
 
 if TYPE_CHECKING:
-    from jointkv.evaluate.compare.comparison import MethodRow
-    from jointkv.evaluate.compare.suite import TaskRow
+    from jointkv.evaluate.compare.result import Evaluation, TrafficSummary
     from jointkv.evaluate.traffic.base import Request, Traffic
 
 WORKER = Path(".venv-eval/bin/python")
@@ -35,14 +34,14 @@ COLUMNS: dict[str, Cell] = {
     "common prefix": lambda row: "-" if row.common_prefix is None else f"{row.common_prefix:.1f} of {row.generated}",
 }
 TASK_COLUMNS: dict[str, Cell] = {
-    "task": "{row.result.task}",
-    "metric": "{row.result.metric}",
-    "method": "{row.result.method}",
-    "level": "{row.result.level:g}",
-    "score": "{row.result.mean:.3f}",
+    "task": "{row.task}",
+    "metric": "{row.metric}",
+    "method": "{row.method}",
+    "level": "{row.level:g}",
+    "score": "{row.mean:.3f}",
     "difference": lambda row: "-" if row.difference is None else INTERVAL.format(row.difference),
-    "saved": lambda row: f"{1 - row.result.share_16bit:.1%}",
-    "data": "{row.result.source}",
+    "saved": lambda row: f"{1 - row.share_16bit:.1%}",
+    "data": "{row.source}",
 }
 
 
@@ -89,14 +88,14 @@ def evaluate(
     """
     if context.invoked_subcommand is not None:
         return
-    from jointkv.evaluate.compare.suite import FORMAT, Suite, choices_of, task_methods
-    from jointkv.evaluate.methods.base import context_of
+    from jointkv.evaluate.compare.result import Evaluation
+    from jointkv.evaluate.compare.suite import Suite, choices_of, task_methods
+    from jointkv.evaluate.holding.batch import context_of
     from jointkv.evaluate.tasks import get_task
     from jointkv.evaluate.traffic import get_traffic
     from jointkv.hf.models import locate_model
     from jointkv.hf.pool import model_identity
     from jointkv.policy.profile import Profile
-    from jointkv.system.machine import machine, versions
 
     traffics = [get_traffic(name) for name in traffic or ([] if task else ["near_prefix"])]
     tasks = [get_task(name) for name in task or ()]
@@ -112,66 +111,54 @@ def evaluate(
     suite = Suite(
         loaded, tokenizer, Path(locate_model(model)), worker, block_size, generate, all_levels=all_levels, seed=seed
     )
-    rows: list[MethodRow] = []
-    scored: list[TaskRow] = []
-
-    def result() -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "model": model,
-            "dtype": dtype,
-            "settings": {
-                **{"requests": requests, "tokens": tokens, "generate": generate, "block_size": block_size},
-                **{"seed": seed, "examples": examples, "task_batch": task_batch},
-            },
-            "traffics": described,
-            "versions": versions(),
-            "machine": machine(),
-            "rows": rows,
-            "tasks": [row.as_dict() for row in scored],
-        }
-
+    settings = {
+        **{"requests": requests, "tokens": tokens, "generate": generate, "block_size": block_size, "seed": seed},
+        **{"examples": examples, "task_batch": task_batch},
+    }
+    result = Evaluation(model=model, dtype=dtype, settings=settings, traffics=described, rows=[], tasks=[])
     # Written after each part, so that an interrupted run has lost the last one only.
     with progress(len(traffics) + len(tasks)) as steps:
         for kind, part in zip(traffics, made, strict=True):
             steps.start(kind.name)
-            rows += suite.run_traffic(kind, part, choices, steps.say)
-            write_json(output / "evaluate.json", result())
+            result.rows.extend(suite.run_traffic(kind, part, choices, steps.say))
+            write_json(output / "evaluate.json", result)
         for one in tasks:
             steps.start(one.name)
-            scored += suite.run_task(one, wanted, examples, task_batch, steps.say)
-            write_json(output / "evaluate.json", result())
-    write_json(json, result())
+            result.tasks.extend(suite.run_task(one, wanted, examples, task_batch, steps.say))
+            write_json(output / "evaluate.json", result)
+    write_json(json, result)
     if json != "-":
-        _print(rows, scored)
+        _print(result)
     wrote(output / "evaluate.json")
 
 
 def _described(
     traffics: Sequence[Traffic], made: Sequence[Sequence[Request]], added: int, context: int | None
-) -> dict[str, Any]:
+) -> dict[str, TrafficSummary]:
     """A description of every traffic. Raises `BadInput` for a request that the model cannot read."""
+    from jointkv.evaluate.compare.result import TrafficSummary
+
     described = {}
     for traffic, requests in zip(traffics, made, strict=True):
         lengths = [len(request.prompt) for request in requests]
         if context is not None and max(lengths) + added > context:
             raise BadInput(f"{traffic.name}: a request takes {max(lengths) + added} tokens; the model reads {context}")
-        described[traffic.name] = {
-            "requests": len(requests),
-            "prompt_tokens": {"min": min(lengths), "mean": sum(lengths) / len(lengths), "max": max(lengths)},
-            "description": traffic.description,
-        }
+        described[traffic.name] = TrafficSummary(
+            requests=len(requests),
+            prompt_tokens={"min": min(lengths), "mean": sum(lengths) / len(lengths), "max": max(lengths)},
+            description=traffic.description,
+        )
     return described
 
 
-def _print(rows: Sequence[MethodRow], tasks: Sequence[TaskRow]) -> None:
+def _print(result: Evaluation) -> None:
     lines = [
         cells(COLUMNS, row)
         if row.not_run is None
         else [row.traffic, row.method, f"{row.level:g}", f"not run: {row.not_run[:60]}"]
-        for row in rows
+        for row in result.rows
     ]
     print_table("KV bytes saved at 16 bits, and the next tokens against the unfused model's", COLUMNS, lines)
-    lines = [cells(TASK_COLUMNS, row) for row in tasks]
+    lines = [cells(TASK_COLUMNS, row) for row in result.tasks]
     title = "Task scores; difference to the unfused model with 95% interval, paired by request"
     print_table(title, TASK_COLUMNS, lines, words=3, width=160)

@@ -26,8 +26,8 @@ def curves(
 ) -> None:
     """Predict ratio against error bound, over all layers and for each layer alone, and measure it on other requests."""
     from jointkv.evaluate.predict.curves import measured_curves
+    from jointkv.evaluate.predict.result import Curves
     from jointkv.evaluate.traffic import get_traffic
-    from jointkv.system.machine import machine, versions
 
     kind = get_traffic(traffic)
     make_folder(output.parent)
@@ -35,18 +35,15 @@ def curves(
     made = kind.requests(tokenizer, requests, continuation_tokens=1, seed=seed)
     with progress(3) as steps:
         found = measured_curves(loaded, made, BOUNDS, block_size, steps)
-    result = {
-        "format": "jointkv.curves/1",
-        "model": model,
-        "dtype": dtype,
-        "traffic": kind.name,
-        "requests": requests - requests // 2,
-        "held_out": requests // 2,
-        "block_size": block_size,
-        "seed": seed,
-        "versions": versions(),
-        "machine": machine(),
-        "curves": found,
-    }
+    result = Curves(
+        model=model,
+        dtype=dtype,
+        traffic=kind.name,
+        requests=requests - requests // 2,
+        held_out=requests // 2,
+        block_size=block_size,
+        seed=seed,
+        curves=found,
+    )
     write_json(output, result)
     wrote(output)

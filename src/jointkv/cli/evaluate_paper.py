@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
@@ -11,15 +10,10 @@ from jointkv.cli.console import Cell, cells, named_errors, print_table, progress
 from jointkv.cli.loading import load
 from jointkv.cli.options import BlockSize, Dtype, Json, Model
 
-if TYPE_CHECKING:
-    from jointkv.evaluate.paper.experiments import BatchRow, ChunkRow, GrowthRow
-
-
-def _policy(row: BatchRow | ChunkRow | GrowthRow) -> str:
-    return row.policy if row.threshold is None else f"{row.policy} {row.threshold:g}"
-
-
-SOURCE: dict[str, Cell] = {"data": lambda row: f"{row.dataset}*" if row.stand_in else row.dataset, "policy": _policy}
+SOURCE: dict[str, Cell] = {
+    "data": lambda row: f"{row.dataset}*" if row.stand_in else row.dataset,
+    "policy": "{row.label}",
+}
 FIDELITY: dict[str, Cell] = {
     "ratio": "{row.ratio:.2f}",
     "KL": "{row.kl:.4f}",
@@ -35,7 +29,7 @@ TABLES: dict[str, tuple[str, dict[str, Cell]]] = {
         "Growth of the ratio with the batch size B: r2 of a + b ln B and of a + b B",
         {
             "data": "{row.dataset}",
-            "policy": _policy,
+            "policy": "{row.label}",
             "layers": lambda row: "all" if row.ratio == "ratio" else "fused",
             "sizes": "{row.sizes}",
             "b ln B": "{row.slope_log:.3f}",
@@ -98,8 +92,9 @@ def paper(
     row names the source of its data, and whether that stands in for another data set. Fusion happens once, when the
     prompts are complete; ratios are those of the prompts.
     """
-    from jointkv.evaluate.paper.experiments import PARTS, PaperSettings, run_paper, steps
-    from jointkv.system.machine import machine, versions
+    from jointkv.evaluate.paper.experiments import PARTS, run_paper, steps
+    from jointkv.evaluate.paper.result import PaperResult
+    from jointkv.evaluate.paper.setup import PaperSettings
 
     given = {"datasets": dataset, "thresholds": threshold, "tasks": document, "chunk_thresholds": chunk_threshold}
     settings = PaperSettings(
@@ -119,21 +114,14 @@ def paper(
     parts = tuple(part or PARTS)
     loaded, tokenizer = load(model, dtype)
     with progress(steps(settings, parts)) as bar:
-        found = run_paper(loaded, tokenizer, settings, parts, bar.start)
-    result = {
-        "format": "jointkv.paper/1",
-        "model": model,
-        "dtype": dtype,
-        "settings": {"parts": parts, **vars(settings)},
-        "versions": versions(),
-        "machine": machine(),
-        **vars(found),
-    }
+        rows = run_paper(loaded, tokenizer, settings, parts, bar.start)
+    described = {"parts": parts, **vars(settings)}
+    result = PaperResult(model=model, dtype=dtype, settings=described, **dict(rows))
     write_json(output / "paper.json", result)
     write_json(json, result)
     if json != "-":
         for name, (title, columns) in TABLES.items():
-            print_table(title, columns, [cells(columns, row) for row in vars(found)[name]], width=150)
+            print_table(title, columns, [cells(columns, row) for row in getattr(result, name)], width=150)
     wrote(output / "paper.json")
 
 

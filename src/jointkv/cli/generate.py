@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from jointkv.cli.console import named_errors, stderr_console, write_json
-from jointkv.cli.loading import load, request_tokens
+from jointkv.cli.loading import load
 from jointkv.cli.options import Json, Model
 from jointkv.errors import BadInput
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from jointkv.evaluate.traffic.jsonl import UserRequest
+    from jointkv.evaluate.request_files import UserRequest
     from jointkv.hf.pool import JointPool
     from jointkv.policy import FusionPolicy
     from jointkv.policy.profile import Profile
@@ -103,15 +103,16 @@ def generate(
     json: Json = None,
 ) -> None:
     """Answer all prompts in one batch whose KV blocks are jointly encoded, and print the memory held."""
+    from jointkv.evaluate.request_files import prompts_of
+    from jointkv.hf.pool import JointPool
+
     fusion = _fusion(policy, profile, max_relative_error, key_threshold)
     requests = _gathered(prompts or [], file)
     if not math.isfinite(temperature):
         raise BadInput(f"temperature: {temperature} is no finite number")
     loaded, tokenizer = load(model, attn_implementation=None if attention is Attention.JOINTKV else "eager")
-    rows = [request_tokens(tokenizer, request, chat) for request in requests]
+    rows = prompts_of(tokenizer, requests, chat=chat)
     _check_lengths(rows, loaded, max_new_tokens)
-    from jointkv.hf.pool import JointPool
-
     size = block_size or int(getattr(fusion, "block_size", BLOCK_SIZE))
     bound = max_relative_error if profile is not None else None
     pool = JointPool(loaded, fusion, block_size=size, max_pages=max_pages, max_relative_error=bound)
@@ -191,7 +192,7 @@ def _fusion(
 
 
 def _gathered(prompts: Sequence[str], file: Path | None) -> list["UserRequest"]:
-    from jointkv.evaluate.traffic.jsonl import UserRequest, read_requests
+    from jointkv.evaluate.request_files import UserRequest, read_requests
 
     if not prompts and file is None:
         raise BadInput('no prompt; give at least one, as in: jointkv generate "Why is the sky blue?"')
@@ -203,7 +204,7 @@ def _gathered(prompts: Sequence[str], file: Path | None) -> list["UserRequest"]:
 
 
 def _check_lengths(rows: Sequence[Sequence[int]], model: "PreTrainedModel", new_tokens: int) -> None:
-    from jointkv.evaluate.methods.base import context_of
+    from jointkv.evaluate.holding.batch import context_of
 
     longest = context_of(model)
     for number, row in enumerate(rows, start=1):

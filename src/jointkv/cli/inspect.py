@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from jointkv.cli.console import named_errors, stages, stdout_console, write_json, wrote
-from jointkv.cli.loading import load, request_tokens
+from jointkv.cli.loading import load
 from jointkv.cli.options import BlockSize, ChunkTokens, Data, Json, Model, Seed
 from jointkv.errors import BadInput
 
@@ -53,16 +53,16 @@ def inspect(
     Within one request, blocks at equal places of different chunks are compared, or, when no request is longer
     than a chunk, all its blocks.
     """
-    from jointkv.evaluate.methods.base import context_of
+    from jointkv.evaluate.holding.batch import context_of
+    from jointkv.evaluate.request_files import prompts_of, read_requests
     from jointkv.evaluate.traffic import get_traffic
-    from jointkv.evaluate.traffic.jsonl import read_requests
 
     if chunk_tokens % block_size:
         raise BadInput(f"chunk_tokens: {chunk_tokens} is no multiple of the block size {block_size}")
     given = [] if data is None else read_requests(data)[:requests]
     kind = get_traffic(traffic) if data is None else None
     loaded, tokenizer = load(model)
-    prompts: list[Sequence[int]] = [request_tokens(tokenizer, request, chat=False) for request in given]
+    prompts: Sequence[Sequence[int]] = prompts_of(tokenizer, given)
     if kind is not None:
         made = kind.requests(tokenizer, requests, continuation_tokens=1, seed=seed)
         prompts = [request.prompt for request in made]
@@ -85,21 +85,17 @@ def _measure(
     chunk_tokens: int,
     scope: InspectScope,
 ) -> "list[Similarity]":
-    from jointkv.evaluate.predict.similarity import RELATIONS, prefill, similarities
+    from jointkv.evaluate.predict.similarity import RELATIONS, prefill_rows, similarities
+    from jointkv.hf.pool import full_attention_layers
 
     if not any(len(row) >= block_size for row in rows):
         raise BadInput(f"no request fills a block of {block_size} tokens; give longer ones or a smaller --block-size")
     chosen = {InspectScope.BATCH: RELATIONS[:1], InspectScope.CHUNK: RELATIONS[1:], InspectScope.BOTH: RELATIONS}
     with stages(f"prefilling {len(rows)} requests") as show:
-        held = prefill(model, rows, block_size, _counted(show, "prefilled request", len(rows)))
-        found = similarities(
-            held.kv,
-            held.tables,
-            chunk_tokens // block_size,
-            chosen[scope],
-            layers=held.layers,
-            progress=_counted(show, "compared layer", len(held.layers)),
-        )
+        batch = prefill_rows(model, rows, block_size, _counted(show, "prefilled request", len(rows)))
+        layers = full_attention_layers(model)
+        compared = _counted(show, "compared layer", len(layers))
+        found = similarities(batch, chunk_tokens, chosen[scope], layers=layers, progress=compared)
     if not any(row.pairs for row in found):
         raise BadInput("no two blocks to compare; give more or longer requests, or another --scope")
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jointkv.evaluate.holding.held import Row
+from jointkv.evaluate.compare.result import PolicyRow
 from jointkv.system.files import replacing
 
 COLOURS = {"unfused": "#9aa0a6", "safe": "#1a73e8", "paper": "#d93025"}
@@ -13,7 +13,7 @@ NO_CHANGE_KL = 1e-5
 """Where smaller divergences are drawn on the logarithmic axis."""
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[PolicyRow]) -> str:
     """The rows as a Markdown table."""
     lines = [
         "| traffic | policy | ratio | pages | KV MB | KL | KL, worst request | top-1 equal | NLL (unfused) | fuse s |",
@@ -30,7 +30,7 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
+def draw(rows: Sequence[PolicyRow], path: Path) -> None:
     """Write a PNG with KV bytes in use (left) and KL to the unfused model (right). Raises `BadInput`."""
     import matplotlib
 

@@ -8,10 +8,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from jointkv.core.blocks import PagedKV, served_errors
 from jointkv.errors import BadInput, InvalidPolicy
-from jointkv.evaluate.calibrate import Calibration, CalibrationSettings, TargetUnmet
+from jointkv.evaluate.calibrate.run import Calibration, TargetUnmet
+from jointkv.evaluate.calibrate.settings import CalibrationSettings
 from jointkv.evaluate.holding import prefilled
-from jointkv.evaluate.holding.held import hold, prefill
-from jointkv.evaluate.methods.base import Batch
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.fused import OFF, FusedBatch, fused_logits
+from jointkv.evaluate.holding.prefilled import prefill
 from jointkv.evaluate.predict.block_pairs import lines_of, pair_error_matrices
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.pool import model_identity
@@ -20,7 +22,6 @@ from jointkv.policy.profile import Target
 from jointkv.theory.calibrate import cover, effective_error
 
 VOCABULARY, BLOCK = 97, 4
-OFF = FusionPolicy.preset("off")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_joined_and_taken_batches_are_what_one_prefill_gives(model):
     part = prefilled.take(joined, rows)
     direct = prefill(model, [made[row] for row in rows], block_size=BLOCK)
     assert part.length == direct.length and torch.equal(part.mask, direct.mask)
-    logits = [hold(model, batch, OFF, block_size=BLOCK).logits for batch in (part, direct)]
+    logits = [fused_logits(model, batch, OFF)[1] for batch in (part, direct)]
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
@@ -83,9 +84,9 @@ def test_dense_caches_on_pages_are_what_a_prefill_gives(model):
     for name, tensor in direct.state.items():
         assert paged.state[name].shape == tensor.shape and paged.state[name].dtype == tensor.dtype
     for policy in (OFF, FusionPolicy(max_relative_error=0.3)):
-        found = [hold(model, each, policy, block_size=BLOCK) for each in (paged, direct)]
-        assert found[0].pages_after == found[1].pages_after
-        torch.testing.assert_close(found[0].logits, found[1].logits, atol=1e-4, rtol=1e-4)
+        (first, logits), (second, expected) = (fused_logits(model, each, policy) for each in (paged, direct))
+        assert first.pages_after == second.pages_after
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_saved_batch_comes_back(model, tmp_path):
@@ -103,7 +104,7 @@ def test_a_saved_batch_comes_back(model, tmp_path):
 
 def test_errors_of_pairs_are_the_errors_of_serving(model):
     batch = prefill(model, requests(5), block_size=BLOCK)
-    lines = lines_of(batch, BLOCK)
+    lines = lines_of(batch)
     groups = [range(0, 2), range(2, 4)]
     errors = pair_error_matrices(batch, lines, groups)
     for group, layers in enumerate(groups):
@@ -116,7 +117,7 @@ def test_errors_of_pairs_are_the_errors_of_serving(model):
 
 def test_a_token_beyond_the_limit_rules_a_pair_out(model):
     batch = prefill(model, requests(4), block_size=BLOCK)
-    lines = lines_of(batch, BLOCK)
+    lines = lines_of(batch)
     free, limited = (pair_error_matrices(batch, lines, [range(4)], token_limit=limit) for limit in (9.0, 0.3))
     assert limited.isinf().sum() > free.isinf().sum()
     assert torch.equal(limited[limited.isfinite()], free[limited.isfinite()])
@@ -124,7 +125,7 @@ def test_a_token_beyond_the_limit_rules_a_pair_out(model):
 
 def test_chunk_lines_hold_equal_places_of_one_request(model):
     batch = prefill(model, requests(2, lengths=(50, 51)), block_size=BLOCK)
-    lines = lines_of(batch, BLOCK, chunk_tokens=2 * BLOCK)
+    lines = lines_of(batch, chunk_tokens=2 * BLOCK)
     assert lines.pages.shape == (2 * 2, 6) and lines.request[:, 0].tolist() == [0, 0, 1, 1]
     table = batch.state["table.0"]
     assert lines.pages[0].tolist() == table[0, 0:12:2].tolist() and lines.pages[3].tolist() == table[1, 1:12:2].tolist()
@@ -133,10 +134,10 @@ def test_chunk_lines_hold_equal_places_of_one_request(model):
 @pytest.mark.parametrize("bound", [0.1, 0.3, 0.5])
 def test_the_search_on_errors_frees_what_the_cache_frees(model, bound):
     batch = prefill(model, requests(12), block_size=BLOCK)
-    lines = lines_of(batch, BLOCK)
+    lines = lines_of(batch)
     [error] = pair_error_matrices(batch, lines, [range(4)])
     policy = FusionPolicy(max_relative_error=bound, max_token_error=1.5 * bound)
-    held = hold(model, batch, policy, block_size=BLOCK)
+    held = FusedBatch(model, batch, policy)
     own = cover(error, lines.valid, bound) == torch.arange(12)
     partial = held.pages_before - int(lines.valid.sum())
     assert held.pages_after < held.pages_before

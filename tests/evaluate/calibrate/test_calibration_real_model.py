@@ -2,9 +2,10 @@
 
 import pytest
 
-from jointkv.evaluate.calibrate import Calibration, CalibrationSettings
-from jointkv.evaluate.holding import prefilled
-from jointkv.evaluate.holding.held import Prefilled, compare, hold
+from jointkv.evaluate.calibrate.run import Calibration
+from jointkv.evaluate.calibrate.settings import CalibrationSettings
+from jointkv.evaluate.compare.policies import compare_policies
+from jointkv.evaluate.holding.prefilled import Prefilled, take
 from jointkv.evaluate.traffic import get_traffic
 from jointkv.hf.models import load_model
 from jointkv.hf.pool import JointPool, model_identity
@@ -28,9 +29,8 @@ def whole(calibration: Calibration) -> Prefilled:
 
 
 def test_near_prefix_requests_share_pages_at_no_visible_cost(calibration: Calibration, whole: Prefilled) -> None:
-    batch = prefilled.take(whole, range(8))
-    unfused, safe = (hold(calibration.model, batch, FusionPolicy.preset(name)) for name in ("off", "safe"))
-    row = compare("near_prefix", "safe", batch, safe, unfused)
+    policies = {"safe": FusionPolicy.preset("safe")}
+    _, row = compare_policies(calibration.model, take(whole, range(8)), policies, "near_prefix", print)
     # 8 requests of about 50 blocks, 2 + 5 of them their own: 4 at the most. 24 requests give 5.8 (`make demo`).
     assert row.ratio >= 3.0 and row.bytes_after * 3.0 <= row.bytes_before
     assert row.kl <= 0.001 and row.top1 >= 0.99 and row.kl_worst_request <= 0.002

@@ -1,7 +1,6 @@
 """Rows of a comparison: what is compared, what is counted, what is said of a method that cannot run."""
 
 import dataclasses
-import json
 from dataclasses import asdict
 
 import pytest
@@ -9,10 +8,13 @@ import torch
 from torch.nn.functional import one_hot
 
 from jointkv.evaluate.compare import comparison
-from jointkv.evaluate.compare.comparison import ByteCount, MethodRow, Reference, equal_bytes, greedy, run_methods, score
+from jointkv.evaluate.compare.comparison import Reference, equal_bytes, run_methods
+from jointkv.evaluate.compare.result import MethodRow
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.held import ByteCount, greedy, true_logits
 from jointkv.evaluate.methods import get_method
-from jointkv.evaluate.methods.base import Batch, Method
-from jointkv.evaluate.score.fidelity import summarize
+from jointkv.evaluate.methods.base import Method
+from jointkv.evaluate.score.summary import summarize
 from tests.evaluate.methods.tiny_batches import BLOCK, PER_TOKEN, VOCABULARY, batch_of, build_model, different
 
 
@@ -32,7 +34,7 @@ class Elsewhere(Broken):
 
 def test_logits_are_those_of_the_true_continuation_in_one_forward_pass():
     batch = batch_of(different(rows=2))
-    logits = score(get_method("unfused").hold(batch, 1.0), batch)
+    logits = true_logits(get_method("unfused").hold(batch, 1.0), batch.requests)
     for row, request in zip(logits, batch.requests, strict=True):
         whole = batch.model(torch.tensor([request.prompt + request.continuation])).logits[0]
         first = len(request.prompt) - 1
@@ -41,7 +43,7 @@ def test_logits_are_those_of_the_true_continuation_in_one_forward_pass():
 
 def test_greedy_outputs_are_those_of_generate():
     batch = batch_of(different(rows=2))
-    outputs = greedy(get_method("unfused").hold(batch, 1.0), batch, 5)
+    outputs = greedy(get_method("unfused").hold(batch, 1.0), batch.requests, 5)
     for output, request in zip(outputs, batch.requests, strict=True):
         prompt = torch.tensor([request.prompt])
         generated = batch.model.generate(prompt, do_sample=False, max_new_tokens=5, eos_token_id=None)
@@ -57,7 +59,7 @@ def test_a_row_has_means_of_its_requests_and_survives_json():
     assert (row.traffic, row.method, row.level, row.generated) == ("different", "minicache", 0.5, 3)
     assert row.common_prefix_worst_request <= row.common_prefix <= 3 and len(row.outputs[0]) == 3
     assert row.nbytes == pytest.approx(row.share * row.unfused_nbytes)
-    assert MethodRow.from_dict(json.loads(json.dumps(asdict(row)))) == row
+    assert MethodRow.model_validate_json(row.model_dump_json()) == row
 
 
 def test_the_unfused_model_is_the_reference():
@@ -91,7 +93,7 @@ def test_shares_at_16_bits_do_not_shrink_packed_codes():
 def test_a_method_that_cannot_run_has_a_row_that_says_why():
     lines = []
     wanted = [(Broken(), 1.0), (Elsewhere(), 1.0), (get_method("unfused"), 1.0)]
-    rows = run_methods(batch_of(different()), wanted, progress=lines.append)
+    rows = list(run_methods(batch_of(different()), wanted, progress=lines.append))
     assert [row.not_run for row in rows] == ["RuntimeError: out of luck", "needs no-such-distribution", None]
     assert rows[0].kl is None and rows[0].nbytes is None and rows[0].per_request == ()
     assert lines[0] == "unfused reference" and "broken at 1 failed: RuntimeError: out of luck" in lines
@@ -120,15 +122,15 @@ def test_a_reference_that_fails_is_said_in_every_row():
     batch, lines = batch_of(different()), []
     batch.requests[1] = dataclasses.replace(batch.requests[1], prompt=(10_000, *batch.requests[1].prompt))
     wanted = [(get_method("minicache"), 0.5), (get_method("semantic"), 0.99)]
-    rows = run_methods(batch, wanted, progress=lines.append, traffic="odd")
+    rows = list(run_methods(batch, wanted, progress=lines.append, traffic="odd"))
     assert [(row.method, row.traffic) for row in rows] == [("minicache", "odd"), ("semantic", "odd")]
     assert all(row.not_run.startswith("unfused reference: IndexError: ") for row in rows)
     assert lines[1].startswith("unfused reference failed: IndexError")
 
 
 def test_a_level_out_of_range_costs_its_row_only():
-    rows = run_methods(batch_of(different()), [(get_method("minicache"), 1.5), (get_method("minicache"), 0.5)])
-    assert "BadInput: minicache: level 1.5" in rows[0].not_run and rows[1].not_run is None
+    bad, good = run_methods(batch_of(different()), [(get_method("minicache"), 1.5), (get_method("minicache"), 0.5)])
+    assert "BadInput: minicache: level 1.5" in bad.not_run and good.not_run is None
 
 
 class Says(type(get_method("unfused"))):

@@ -1,6 +1,5 @@
 """Methods run in another process, as in another environment."""
 
-import json
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ import pytest
 from jointkv.errors import BadInput
 from jointkv.evaluate.compare import other_environment as worker
 from jointkv.evaluate.compare.comparison import run_methods
-from jointkv.evaluate.compare.other_environment import compare_methods, main, make_job, run_job
+from jointkv.evaluate.compare.other_environment import Job, compare_methods, main, read_job, run_job
 from jointkv.evaluate.methods import get_method
 from jointkv.evaluate.methods.minicache import MiniCache
 from tests.evaluate.methods.tiny_batches import batch_of, different
@@ -136,30 +135,31 @@ def test_an_interrupt_ends_the_worker(saved, tmp_path):
 def test_the_prefill_is_released_before_the_worker_starts(saved, monkeypatch):
     batch, folder = saved
     seen = []
-    monkeypatch.setattr(worker, "run_in_worker", lambda job, wanted, *_: seen.append(set(vars(batch))) or [None])
+    monkeypatch.setattr(worker, "run_elsewhere", lambda job, wanted, *_: seen.append(set(vars(batch))) or [None])
     compare_methods(batch, [(Elsewhere(), 0.5), (MiniCache(), 0.5)], model_folder=folder)
     assert seen == [{"model", "requests", "block_size"}]
 
 
 def test_a_job_holds_everything_in_json(saved):
     batch, folder = saved
-    job = make_job(batch, [(get_method("semantic"), 0.9)], model_folder=folder, generate=1)
-    (row,) = run_job(json.loads(json.dumps(job)))
+    job = Job.of(batch, [(get_method("semantic"), 0.9)], folder, generate=1)
+    (row,) = run_job(Job.model_validate_json(job.model_dump_json()))
     assert (row.method, row.level, row.generated, row.requests) == ("semantic", 0.9, 1, 2)
-    assert job["dtype"] == "float32" and len(job["requests"]) == 2
+    assert job.dtype == "float32" and len(job.requests) == 2
 
 
-def test_another_format_is_refused():
-    with pytest.raises(BadInput, match=r"job of format jointkv.methods.job/1 expected, got other/2"):
-        run_job({"format": "other/2"})
+def test_another_format_is_refused(tmp_path):
+    (tmp_path / "job.json").write_text('{"format": "other/2"}')
+    with pytest.raises(BadInput, match=r"format: Input should be 'jointkv.methods.job/1'"):
+        read_job(tmp_path / "job.json")
 
 
 def test_a_model_that_is_not_there_is_bad_input(saved):
     """The worker ended with a traceback of transformers."""
-    batch, folder = saved
-    job = make_job(batch, [(get_method("semantic"), 0.9)], model_folder=folder, generate=1)
+    batch, _ = saved
+    job = Job.of(batch, [(get_method("semantic"), 0.9)], "/nowhere", generate=1)
     with pytest.raises(BadInput, match="cannot load the model /nowhere"):
-        run_job({**json.loads(json.dumps(job)), "model": "/nowhere"})
+        run_job(job)
 
 
 def test_usage(capsys):

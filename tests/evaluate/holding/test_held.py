@@ -3,21 +3,18 @@
 import pytest
 import torch
 
-from jointkv.evaluate.holding.held import compare, hold, left_padded, prefill, regroup
+from jointkv.evaluate.compare.policies import compare_policies
+from jointkv.evaluate.holding.fused import regroup
+from jointkv.evaluate.holding.prefilled import left_padded, prefill
 from jointkv.evaluate.traffic import get_traffic
 from jointkv.hf.models import load_model
 from jointkv.policy import FusionPolicy
-
-OFF = FusionPolicy.preset("off")
 
 
 def rows_of(traffic, count, policies):
     model, tokenizer = load_model("smollm2", dtype="float32")
     batch = prefill(model, get_traffic(traffic).requests(tokenizer, count))
-    unfused = hold(model, batch, OFF)
-    return {
-        name: compare(traffic, name, batch, hold(model, batch, policy), unfused) for name, policy in policies.items()
-    }
+    return {row.policy: row for row in compare_policies(model, batch, policies, traffic, print)}
 
 
 @pytest.mark.real_model

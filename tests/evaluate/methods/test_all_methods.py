@@ -10,9 +10,10 @@ import transformers
 from packaging.version import Version
 
 from jointkv.errors import BadInput, UnsupportedModel
-from jointkv.evaluate.compare.comparison import run_methods, score
+from jointkv.evaluate.compare.comparison import run_methods
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.held import true_logits
 from jointkv.evaluate.methods import Fused, get_method, method_names
-from jointkv.evaluate.methods.base import Batch, scored_tokens
 from jointkv.policy import FusionPolicy
 from tests.evaluate.methods.tiny_batches import BLOCK, batch_of, different, same_start
 
@@ -35,7 +36,7 @@ def runnable(name):
 @pytest.mark.parametrize("name", method_names())
 def test_tokens_fed_one_by_one_or_at_once_give_the_same_logits(name):
     method, batch = runnable(name), batch_of(same_start())
-    tokens = scored_tokens(batch.requests)
+    tokens = torch.tensor([request.prompt[-1:] + request.continuation for request in batch.requests])
     level = method.levels[0]
     at_once = method.hold(batch, level).feed(tokens)
     held = method.hold(batch, level)
@@ -46,11 +47,11 @@ def test_tokens_fed_one_by_one_or_at_once_give_the_same_logits(name):
 @pytest.mark.parametrize("name", method_names())
 def test_a_fork_is_fed_on_its_own_and_changes_nothing_here(name):
     method, batch = runnable(name), batch_of(same_start())
-    expected = score(method.hold(batch, method.levels[0]), batch)
+    expected = true_logits(method.hold(batch, method.levels[0]), batch.requests)
     held = method.hold(batch, method.levels[0])
     twin = held.fork()
-    torch.testing.assert_close(score(twin, batch), expected, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(score(held, batch), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(true_logits(twin, batch.requests), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(true_logits(held, batch.requests), expected, rtol=1e-3, atol=1e-3)
     assert held.model is batch.model and twin.nbytes == held.nbytes
 
 
@@ -78,7 +79,7 @@ def test_batch_keeps_what_it_prefilled():
     before = [layer.keys.clone() for layer in batch.dense[0].layers]
     for name in ("unfused", "minicache", "semantic"):
         method = get_method(name)
-        score(method.hold(batch, method.levels[-1]), batch)
+        true_logits(method.hold(batch, method.levels[-1]), batch.requests)
     assert all(torch.equal(kept, layer.keys) for kept, layer in zip(before, batch.dense[0].layers, strict=True))
 
 
@@ -88,7 +89,9 @@ def test_a_released_batch_is_prefilled_again_when_it_is_asked_for():
     before = batch.dense
     batch.release()
     assert "dense" not in vars(batch) and batch.dense is not before
-    torch.testing.assert_close(score(held, batch), score(get_method("unfused").hold(batch, 1.0), batch))
+    torch.testing.assert_close(
+        true_logits(held, batch.requests), true_logits(get_method("unfused").hold(batch, 1.0), batch.requests)
+    )
 
 
 @pytest.mark.parametrize("name", method_names())

@@ -67,8 +67,8 @@ def test_fused_takes_level_and_level_and_a_half_as_bounds():
 
 def test_fused_finds_behind_a_different_block_what_a_prefix_cache_cannot():
     batch = batch_of(near_prefix(), initializer_range=0.02)
-    rows = run_methods(
-        batch, [(get_method("exact_prefix"), 1.0), (get_method("fused"), 0.2), (get_method("fused"), 0.5)]
+    rows = list(
+        run_methods(batch, [(get_method("exact_prefix"), 1.0), (get_method("fused"), 0.2), (get_method("fused"), 0.5)])
     )
     assert rows[0].share > 1 and rows[1].share < 0.9 and rows[2].share < 0.6
     assert rows[2].kl < 1e-3
@@ -146,7 +146,7 @@ def test_groups_of_layers_are_put_back_in_order():
 
 def test_fewer_bits_cost_more():
     method = get_method("fused_quantized")
-    rows = run_methods(batch_of(same_start()), [(method, level) for level in method.levels])
+    rows = list(run_methods(batch_of(same_start()), [(method, level) for level in method.levels]))
     assert rows[0].kl < rows[1].kl < rows[2].kl
     assert rows[0].share_16bit > rows[0].share  # float32 flatters it
 
@@ -158,14 +158,14 @@ def test_directions_are_not_quantised():
 
 @pytest.mark.real_model
 def test_fusion_on_near_prefix_traffic_beats_what_it_is_compared_with():
-    from jointkv.evaluate.methods.base import Batch
+    from jointkv.evaluate.holding.batch import Batch
     from jointkv.evaluate.traffic import get_traffic
     from jointkv.hf.models import load_model
 
     model, tokenizer = load_model("smollm2", dtype="float32")
     batch = Batch(model, get_traffic("near_prefix").requests(tokenizer, 3, continuation_tokens=16))
     wanted = {"exact_prefix": 1.0, "fused": 0.2, "fused_quantized": 8, "quantized_pages": 8, "minicache": 0.5}
-    rows = run_methods(batch, [(get_method(name), level) for name, level in wanted.items()])
+    rows = list(run_methods(batch, [(get_method(name), level) for name, level in wanted.items()]))
     by_name = {row.method: row for row in rows}
     assert by_name["fused"].kl < 0.001 and by_name["fused"].share < 0.6
     assert by_name["exact_prefix"].share >= 1 and by_name["exact_prefix"].kl < 1e-6

@@ -52,7 +52,9 @@ def test_bytes_are_one_direction_two_norms_and_what_is_retained():
 
 def test_more_merged_layers_cost_more():
     method = get_method("minicache")
-    rows = run_methods(batch_of(different(), num_hidden_layers=8), [(method, level) for level in (0.0, *method.levels)])
+    rows = list(
+        run_methods(batch_of(different(), num_hidden_layers=8), [(method, level) for level in (0.0, *method.levels)])
+    )
     assert rows[0].kl < 1e-9 < rows[1].kl < rows[-1].kl
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from jointkv.evaluate.compare.comparison import run_methods
+from jointkv.evaluate.holding.batch import Batch
 from jointkv.evaluate.methods import get_method
-from jointkv.evaluate.methods.base import Batch
 from jointkv.evaluate.methods.pressed import Pressed
 from tests.evaluate.methods.tiny_batches import LAYERS, PER_TOKEN, batch_of, build_model, different
 
@@ -28,7 +28,7 @@ def test_the_share_of_tokens_is_kept_in_every_layer(name, level):
 @pytest.mark.parametrize("name", PRESSES)
 def test_fewer_tokens_cost_more(name):
     method = get_method(name)
-    rows = run_methods(batch_of(different(length=101)), [(method, 0.95), (method, 0.2)])
+    rows = list(run_methods(batch_of(different(length=101)), [(method, 0.95), (method, 0.2)]))
     assert [row.not_run for row in rows] == [None, None]
     assert 1e-6 < rows[0].kl < rows[1].kl
 
@@ -65,7 +65,9 @@ def test_kvzip_masks_the_share_it_drops_and_leaves_no_mask_behind(model_folder):
 
     batch = Batch(AutoModelForCausalLM.from_pretrained(model_folder).eval(), different(), 4)
     method = get_method("kvzip")
-    rows = run_methods(batch, [(method, 1.0), (method, 0.8), (method, 0.3), (get_method("unfused"), 1.0)], generate=3)
+    rows = list(
+        run_methods(batch, [(method, 1.0), (method, 0.8), (method, 0.3), (get_method("unfused"), 1.0)], generate=3)
+    )
     assert [row.not_run for row in rows] == [None] * 4
     assert rows[0].kl < 1e-9 < rows[1].kl < rows[2].kl
     assert rows[3].kl < 1e-9 and rows[0].counted == "predicted"

@@ -3,8 +3,8 @@
 import pytest
 
 from jointkv.evaluate.compare.comparison import run_methods
+from jointkv.evaluate.holding.dense import prefill_dense
 from jointkv.evaluate.methods import get_method
-from jointkv.evaluate.methods.base import prefill_dense
 from jointkv.evaluate.methods.quantized import _cache, held_tensors
 from tests.evaluate.methods.tiny_batches import LAYERS, PER_TOKEN, SIZE, batch_of, different
 
@@ -32,6 +32,6 @@ def test_tokens_fed_stay_in_the_residual_window():
 
 def test_fewer_bits_cost_more():
     method = get_method("quantized")
-    rows = run_methods(batch_of(different()), [(method, level) for level in method.levels])
+    rows = list(run_methods(batch_of(different()), [(method, level) for level in method.levels]))
     assert [row.not_run for row in rows] == [None] * 3
     assert rows[0].kl < rows[1].kl < rows[2].kl

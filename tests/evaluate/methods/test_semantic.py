@@ -2,7 +2,8 @@
 
 import torch
 
-from jointkv.evaluate.compare.comparison import run_methods, score
+from jointkv.evaluate.compare.comparison import run_methods
+from jointkv.evaluate.holding.held import true_logits
 from jointkv.evaluate.methods import get_method
 from jointkv.evaluate.methods.semantic import donors, prompt_embeddings
 from tests.evaluate.methods.tiny_batches import PER_TOKEN, batch_of, different, random_tokens, requests_of
@@ -41,7 +42,7 @@ def test_a_reused_cache_answers_the_other_request():
     swapped.requests[1] = type(batch.requests[0])(
         (*batch.requests[0].prompt[:-1], batch.requests[1].prompt[-1]), batch.requests[1].continuation, ""
     )
-    expected = score(get_method("unfused").hold(swapped, 1.0), swapped)
-    torch.testing.assert_close(score(held, batch), expected)
+    expected = true_logits(get_method("unfused").hold(swapped, 1.0), swapped.requests)
+    torch.testing.assert_close(true_logits(held, batch.requests), expected)
     (row,) = run_methods(batch, [(get_method("semantic"), -1.0)])
     assert row.kl_worst_request > 0.1

@@ -10,7 +10,7 @@ import transformers
 from packaging.version import Version
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jointkv.evaluate.methods.base import Batch
+from jointkv.evaluate.holding.batch import Batch
 from jointkv.evaluate.traffic.base import Request
 
 BLOCK = 4

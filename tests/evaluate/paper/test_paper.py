@@ -1,6 +1,5 @@
 """The paper's experiments: requests that are what they say, ratios known in advance, other requests predict."""
 
-import dataclasses
 import json
 import math
 
@@ -11,11 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from jointkv.errors import BadInput, InvalidPolicy
 from jointkv.evaluate.datasets import base, get_dataset
 from jointkv.evaluate.datasets.hub import HubUnavailable
-from jointkv.evaluate.paper.batch import BatchRow, growth
+from jointkv.evaluate.paper.batch import growth
 from jointkv.evaluate.paper.chunks import documents
-from jointkv.evaluate.paper.experiments import PaperSettings, run_paper, steps
-from jointkv.evaluate.paper.setup import QUESTION_TOKENS, Setup, sample
-from jointkv.evaluate.traffic.base import encode, packaged
+from jointkv.evaluate.paper.experiments import run_paper, steps
+from jointkv.evaluate.paper.result import BatchRow
+from jointkv.evaluate.paper.setup import QUESTION_TOKENS, PaperSettings, Setup, sample
+from jointkv.evaluate.samples import packaged
+from jointkv.evaluate.traffic.base import encode
 from jointkv.hf.models import load_model
 from jointkv.policy import FusionPolicy
 from tests.evaluate.toy_tokenizers import MAKERS
@@ -131,9 +132,11 @@ def test_what_is_written_after_the_prompt_is_not_fused(model, tokenizer):
 
 def test_growth_tells_a_logarithm_from_a_line():
     def rows(name, ratio):
-        blank = dict.fromkeys((field.name for field in dataclasses.fields(BatchRow)), 0)
+        blank = dict.fromkeys(BatchRow.model_fields, 0) | {"dataset": name, "source": "", "stand_in": False}
         return [
-            BatchRow(**{**blank, "dataset": name, "batch": size, "ratio": 2.0, "ratio_fused_layers": ratio(size)})
+            BatchRow(
+                **{**blank, "policy": "paper", "batch": size, "ratio": 2.0, "ratio_fused_layers": ratio(size)},
+            )
             for size in (2, 4, 8, 16, 32)
         ]
 

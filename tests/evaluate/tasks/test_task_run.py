@@ -10,7 +10,8 @@ from jointkv.evaluate.methods.fused import Fused
 from jointkv.evaluate.methods.unfused import Unfused
 from jointkv.evaluate.tasks import get_task, gsm8k, task_names
 from jointkv.evaluate.tasks.base import Task, cut_prompt, draw, whole_prompt
-from jointkv.evaluate.tasks.run import TaskResult, answer, run_task
+from jointkv.evaluate.tasks.result import TaskRow
+from jointkv.evaluate.tasks.run import answer, run_task
 from jointkv.hf.models import load_model
 from jointkv.policy import FusionPolicy
 from tests.evaluate.tasks.toy_tasks import LOADED, Characters, Script, Words, example, tiny_model
@@ -143,7 +144,7 @@ def test_a_batch_size_below_one_is_refused(batch_size):
         run_task(Toy(), Script("x"), 1.0, tiny_model(), Characters(), count=1, batch_size=batch_size)
 
 
-def run_gsm8k(method, batch_size) -> TaskResult:
+def run_gsm8k(method, batch_size) -> TaskRow:
     return run_task(get_task("gsm8k"), method, method.levels[0], tiny_model(), Words(), count=4, batch_size=batch_size)
 
 

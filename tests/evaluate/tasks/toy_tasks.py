@@ -9,7 +9,9 @@ import torch
 import transformers
 
 from jointkv.evaluate.datasets import Loaded, Row
-from jointkv.evaluate.methods.base import Batch, HeldBatch, Method
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.held import HeldBatch
+from jointkv.evaluate.methods.base import Method
 from jointkv.evaluate.tasks.base import Example
 from jointkv.evaluate.traffic.base import Request
 

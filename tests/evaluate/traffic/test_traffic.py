@@ -5,7 +5,7 @@ from importlib import resources
 import pytest
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.score.fidelity import common_prefix_length
+from jointkv.evaluate.score.outputs import common_prefix_length
 from jointkv.evaluate.traffic import LongDocuments, Request, Tokenizer, Traffic, get_traffic, traffic_names
 from jointkv.evaluate.traffic.base import encode, split_request
 from jointkv.evaluate.traffic.four_shot import EXAMPLE_ROWS, shared_text

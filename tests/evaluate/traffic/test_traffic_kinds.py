@@ -10,8 +10,9 @@ import pytest
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets import ChoiceRow, Loaded, Row
+from jointkv.evaluate.samples import packaged
 from jointkv.evaluate.traffic import DatasetTraffic, LongDocuments, Request, Tokenizer, get_traffic
-from jointkv.evaluate.traffic.base import encode, packaged
+from jointkv.evaluate.traffic.base import encode
 from jointkv.evaluate.traffic.four_shot import EXAMPLE_ROWS
 from jointkv.evaluate.traffic.gsm8k import load_problems
 from jointkv.evaluate.traffic.random_tokens import RandomTokens
@@ -151,7 +152,7 @@ def test_documents_of_the_data_folder_take_turns(
     assert second_code.text.startswith("def function_")
     assert "option" not in novel.text
     code.write_text('{"text": "a"}\n', encoding="utf-8")
-    with pytest.raises(BadInput, match=r"repobench-p\.jsonl:1: no 'prompt'"):
+    with pytest.raises(BadInput, match=r"repobench-p\.jsonl:1: prompt: Field required"):
         traffic.requests(tokenizer, 5)
 
 

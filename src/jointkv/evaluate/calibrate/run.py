@@ -6,17 +6,16 @@ import random
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from jointkv.errors import BadInput, JointKVError, UnsupportedModel
 from jointkv.evaluate.calibrate.half import Half
 from jointkv.evaluate.calibrate.settings import CalibrationSettings, policy_of
 from jointkv.evaluate.calibrate.store import Store, digest
-from jointkv.evaluate.holding import prefilled
-from jointkv.evaluate.holding.held import Prefilled, prefill
-from jointkv.evaluate.methods.base import context_of
+from jointkv.evaluate.holding.batch import context_of
+from jointkv.evaluate.holding.prefilled import Prefilled, join, prefill, take
 from jointkv.evaluate.predict.block_pairs import Lines, lines_of, pair_error_matrices
 from jointkv.evaluate.predict.prediction import predict_batch, predict_chunks
 from jointkv.evaluate.traffic.base import Request
@@ -25,9 +24,6 @@ from jointkv.policy import LayerGroups
 from jointkv.policy.identity import ModelIdentity
 from jointkv.policy.profile import DataIdentity, FrontierPoint, GroupThresholds, Measurement, Prediction, Profile
 from jointkv.theory.calibrate import BOUNDS, Setting, acceptance_and_distortion, last_that_holds, settings_by_cost
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 MIN_HALF = 8
 """Requests in a half at the least: with fewer, the 95% interval of a mean is wider than the mean."""
@@ -99,7 +95,7 @@ class Calibration:
     @cached_property
     def halves(self) -> tuple[Half, Half]:
         """The half to choose on, and the one to check on."""
-        first, second = (prefilled.take(self.whole, rows) for rows in self._rows)
+        first, second = (take(self.whole, rows) for rows in self._rows)
         del self.whole  # the halves are copies
         return (
             Half(self.model, first, self.settings, len(second.requests), self._store.measured("calibrated")),
@@ -110,7 +106,7 @@ class Calibration:
     def lines(self) -> Lines:
         """Blocks of the first half that may be compared."""
         chunk = self.settings.chunk_tokens if self.settings.scope == "chunk" else None
-        return lines_of(self.halves[0].batch, self.settings.block_size, chunk)
+        return lines_of(self.halves[0].batch, chunk)
 
     @cached_property
     def errors(self) -> Tensor:
@@ -179,7 +175,7 @@ class Calibration:
                 self._store.prefilled(part, partial(prefill, self.model, part, block_size=self.settings.block_size))
             )
             self.progress.part((start + len(part)) / len(self.requests))
-        return prefilled.join(batches)
+        return join(batches)
 
     def _candidates(self) -> list[Setting]:
         """Settings to choose from; a relative error is its own setting."""

@@ -6,21 +6,18 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
+from transformers import PreTrainedModel
 
 from jointkv.evaluate.calibrate.settings import CalibrationSettings
 from jointkv.evaluate.holding import prefilled
-from jointkv.evaluate.holding.held import Prefilled
+from jointkv.evaluate.holding.prefilled import Prefilled
 from jointkv.evaluate.traffic.base import Request
+from jointkv.hf.pool import model_fingerprint
 from jointkv.policy.profile import Measurement
 from jointkv.system.files import make_folder, replace_text
 from jointkv.theory.calibrate import Setting
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 MEASURED = TypeAdapter(list[tuple[Setting, Measurement]])
 
@@ -31,8 +28,6 @@ class Store:
     def __init__(
         self, folder: Path | None, model: PreTrainedModel, requests: Sequence[Request], settings: CalibrationSettings
     ) -> None:
-        from jointkv.hf.pool import model_fingerprint
-
         self._folder = folder
         self._prefills: list[Path] = []
         base = [model_fingerprint(model), str(model.dtype), str(settings.block_size)]

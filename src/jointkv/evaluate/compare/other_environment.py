@@ -7,54 +7,66 @@ row per line, and prints a line of progress before each method.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import queue
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Literal, Self
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from jointkv.errors import BadInput, JointKVError
-from jointkv.evaluate.compare.comparison import MethodRow, Progress, Wanted, iter_methods, not_run, run_methods
+from jointkv.evaluate.compare.comparison import Progress, Wanted, not_run, run_methods
+from jointkv.evaluate.compare.result import MethodRow
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.jsonl import located, validated
 from jointkv.evaluate.methods import get_method
-from jointkv.evaluate.methods.base import Batch
 from jointkv.evaluate.traffic.base import Request
 
-JOB_FORMAT = "jointkv.methods.job/1"
 STDERR_LINES = 3
-ROW = TypeAdapter(MethodRow)
 SILENCE_SECONDS = 1800.0
 """A worker that prints nothing for so long is ended; it prints a line before each method."""
 
 
-class _Wanted(BaseModel):
-    name: str
-    level: float
+class JobRequest(BaseModel):
+    """The token ids of a request."""
 
-
-class _Request(BaseModel):
     prompt: tuple[int, ...]
     continuation: tuple[int, ...]
 
 
-class _Job(BaseModel):
-    """What `make_job` makes."""
+class Job(BaseModel):
+    """A comparison for another process: the model's folder, the requests, and methods by name with their levels."""
 
+    format: Literal["jointkv.methods.job/1"] = "jointkv.methods.job/1"
     model: str
     dtype: str
     block_size: int = Field(ge=1)
     traffic: str
     generate: int = Field(ge=0)
-    requests: tuple[_Request, ...]
-    methods: tuple[_Wanted, ...]
+    requests: tuple[JobRequest, ...]
+    methods: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def of(
+        cls, batch: Batch, wanted: Sequence[Wanted], model_folder: str | Path, traffic: str = "", generate: int = 0
+    ) -> Self:
+        """The job of running `wanted` on `batch`, whose model is in `model_folder`."""
+        return cls(
+            model=str(model_folder),
+            dtype=str(batch.model.dtype).removeprefix("torch."),
+            block_size=batch.block_size,
+            traffic=traffic,
+            generate=generate,
+            requests=tuple(JobRequest(prompt=each.prompt, continuation=each.continuation) for each in batch.requests),
+            methods=tuple((method.name, level) for method, level in wanted),
+        )
 
 
 def compare_methods(
@@ -75,36 +87,19 @@ def compare_methods(
     is ended when it prints nothing for `silence_seconds`. What could not be run has a row that says why. What `batch`
     has prefilled is released before a worker starts, which needs the memory for its own.
     """
-    elsewhere = [each for each in wanted if each[0].missing_packages()]
     here = [each for each in wanted if not each[0].missing_packages()]
-    rows = run_methods(batch, here, generate, progress, traffic=traffic) if here else []
+    elsewhere = [each for each in wanted if each not in here]
+    rows = list(run_methods(batch, here, generate, progress, traffic=traffic)) if here else []
     if elsewhere:
-        job = make_job(batch, elsewhere, model_folder=model_folder, traffic=traffic, generate=generate)
+        job = Job.of(batch, elsewhere, model_folder, traffic, generate)
         batch.release()
-        rows += run_in_worker(job, elsewhere, worker_python, progress, silence_seconds)
-    order = {id(each): place for place, each in enumerate(wanted)}
-    placed = sorted(zip(here + elsewhere, rows, strict=True), key=lambda pair: order[id(pair[0])])
-    return [row for _, row in placed]
+        rows += run_elsewhere(job, elsewhere, worker_python, progress, silence_seconds)
+    found = dict(zip(here + elsewhere, rows, strict=True))
+    return [found[each] for each in wanted]
 
 
-def make_job(
-    batch: Batch, wanted: Sequence[Wanted], *, model_folder: str | Path, traffic: str = "", generate: int = 0
-) -> dict[str, Any]:
-    """What `run_job` needs, as JSON can hold it."""
-    return {
-        "format": JOB_FORMAT,
-        "model": str(model_folder),
-        "dtype": str(batch.model.dtype).removeprefix("torch."),
-        "block_size": batch.block_size,
-        "traffic": traffic,
-        "generate": generate,
-        "requests": [{"prompt": each.prompt, "continuation": each.continuation} for each in batch.requests],
-        "methods": [{"name": method.name, "level": level} for method, level in wanted],
-    }
-
-
-def run_in_worker(
-    job: dict[str, Any],
+def run_elsewhere(
+    job: Job,
     wanted: Sequence[Wanted],
     python: str | Path | None,
     progress: Progress | None = None,
@@ -114,59 +109,24 @@ def run_in_worker(
     rows: list[MethodRow] = []
     reason = f"no environment of the baselines at {python}; run: make setup-eval"
     if python is not None and Path(python).is_file():
-        try:
-            rows, reason = _run_process(job, python, progress or (lambda line: None), silence_seconds)
-        except OSError as error:
-            reason = f"the worker {python} could not be started: {error}"
-    return rows + [not_run(method, level, reason, job["traffic"]) for method, level in wanted[len(rows) :]]
-
-
-def _run_process(
-    job: dict[str, Any], python: str | Path, progress: Progress, silence_seconds: float
-) -> tuple[list[MethodRow], str]:
-    """The rows that a worker made, and why there are no more of them."""
-    with tempfile.TemporaryDirectory(prefix="jointkv-methods-") as folder:
-        paths = [Path(folder) / name for name in ("job.json", "result.jsonl")]
-        paths[0].write_text(json.dumps(job))
-        command = [str(python), "-m", "jointkv.evaluate.compare.other_environment", *map(str, paths)]
-        with (Path(folder) / "stderr").open("w+") as errors:
-            code = _follow(command, errors, progress, silence_seconds)
-            errors.seek(0)
-            last = " | ".join(errors.read().strip().splitlines()[-STDERR_LINES:])
-        ended = f"the worker ended with exit code {code}"
-        if code is None:
-            ended = f"the worker was ended after {silence_seconds:g} s without output"
-        try:
-            rows = read_rows(paths[1]) if paths[1].is_file() else []
-        except BadInput as error:
-            return [], f"{error}; {ended}"
-        return rows, f"{ended}: {last}" if last else ended
-
-
-def read_rows(path: Path) -> list[MethodRow]:
-    """What a worker has written, without the part of a line that one may leave that dies. Raises `BadInput`."""
-    try:
-        return [ROW.validate_json(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    except (OSError, ValidationError) as error:
-        raise BadInput(f"{path.name} is not what a worker writes: {_first(error)}") from None
-
-
-def read_job(path: Path) -> dict[str, Any]:
-    """A job as `make_job` makes it; `run_job` looks closer. Raises `BadInput`."""
-    try:
-        job = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: {error}") from None
-    if not isinstance(job, dict):
-        raise BadInput(f"{path}: a JSON object expected")
-    return job
-
-
-def _first(error: OSError | ValidationError) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    problem = error.errors()[0]
-    return ".".join(["", *map(str, problem["loc"])]).lstrip(".") + f": {problem['msg']}"
+        with tempfile.TemporaryDirectory(prefix="jointkv-methods-") as folder:
+            job_file, result, errors = (Path(folder) / name for name in ("job.json", "result.jsonl", "stderr"))
+            job_file.write_text(job.model_dump_json())
+            command = [str(python), "-m", "jointkv.evaluate.compare.other_environment", str(job_file), str(result)]
+            try:
+                with errors.open("w") as stderr:
+                    code = _follow(command, stderr, progress or (lambda line: None), silence_seconds)
+                reason = f"the worker ended with exit code {code}"
+                if code is None:
+                    reason = f"the worker was ended after {silence_seconds:g} s without output"
+                rows = read_rows(result) if result.is_file() else []
+            except OSError as error:
+                reason = f"the worker {python} could not be started: {error}"
+            except BadInput as error:
+                reason = f"{error}; {reason}"
+            if last := errors.read_text(errors="replace").strip().splitlines()[-STDERR_LINES:]:
+                reason = f"{reason}: {' | '.join(last)}"
+    return rows + [not_run(method, level, reason, job.traffic) for method, level in wanted[len(rows) :]]
 
 
 def _follow(command: Sequence[str], errors: IO[str], progress: Progress, silence_seconds: float) -> int | None:
@@ -176,13 +136,16 @@ def _follow(command: Sequence[str], errors: IO[str], progress: Progress, silence
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
     assert process.stdout is not None
-    lines: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=_read_lines, args=(process.stdout, lines), daemon=True).start()
+    rest = b""
     try:
-        while (line := lines.get(timeout=silence_seconds)) is not None:
-            progress(line)
-        return process.wait()
-    except queue.Empty:
+        with process.stdout as stdout:
+            while select.select([stdout], [], [], silence_seconds)[0]:
+                read = os.read(stdout.fileno(), 1 << 16)
+                if not read:
+                    return process.wait()
+                *lines, rest = (rest + read).split(b"\n")
+                for line in lines:
+                    progress(line.decode(errors="replace").rstrip())
         return None
     finally:
         if process.poll() is None:
@@ -191,34 +154,34 @@ def _follow(command: Sequence[str], errors: IO[str], progress: Progress, silence
             process.wait()
 
 
-def _read_lines(stream: IO[bytes], lines: queue.Queue[str | None]) -> None:
-    """Put the lines of `stream`, then None, into `lines`; in a thread, so that who reads them can stop waiting."""
-    with stream:
-        for line in stream:
-            lines.put(line.decode(errors="replace").rstrip())
-    lines.put(None)
+def read_rows(path: Path) -> list[MethodRow]:
+    """What a worker has written, without the part of a line that one may leave that dies. Raises `BadInput`."""
+    with located(f"{path.name} is not what a worker writes"):
+        return [validated(MethodRow.model_validate_json, line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
-def run_job(job: dict[str, Any], progress: Progress | None = None) -> Iterator[MethodRow]:
-    """Load the model of `job` and run its methods; raises `BadInput` for what is no job, a method
-    that is unknown, or a model that cannot be loaded.
+def read_job(path: Path) -> Job:
+    """A job from a file. Raises `BadInput`."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: {error}") from None
+    with located(f"{path}: the job is malformed"):
+        return validated(Job.model_validate_json, text)
+
+
+def run_job(job: Job, progress: Progress | None = None) -> Iterator[MethodRow]:
+    """Load the model of `job` and run its methods.
+
+    Raises `BadInput` for a method that is unknown, or a model that cannot be loaded.
     """
-    if job.get("format") != JOB_FORMAT:
-        raise BadInput(f"a job of format {JOB_FORMAT} expected, got {str(job.get('format'))[:40]}")
+    wanted = [(get_method(name), level) for name, level in job.methods]
     try:
-        asked = _Job.model_validate(job)
-    except ValidationError as error:
-        raise BadInput(f"the job is malformed: {_first(error)}") from None
-    wanted = [(get_method(each.name), each.level) for each in asked.methods]
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=asked.dtype, trust_remote_code=False).eval()
+        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.dtype, trust_remote_code=False).eval()
     except Exception as error:  # transformers checks little of what it reads
-        raise BadInput(f"cannot load the model {asked.model}: {type(error).__name__}: {error}") from error
-    requests = [Request(each.prompt, each.continuation, "") for each in asked.requests]
-    batch = Batch(model, requests, asked.block_size)
-    return iter_methods(batch, wanted, asked.generate, progress, traffic=asked.traffic)
+        raise BadInput(f"cannot load the model {job.model}: {type(error).__name__}: {error}") from error
+    requests = [Request(each.prompt, each.continuation, "") for each in job.requests]
+    return run_methods(Batch(model, requests, job.block_size), wanted, job.generate, progress, traffic=job.traffic)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -226,15 +189,13 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 2:
         print("usage: python -m jointkv.evaluate.compare.other_environment JOB.json RESULT.jsonl", file=sys.stderr)
         return 2
-    from transformers.utils import logging
-
     logging.disable_progress_bar()  # stderr is for what goes wrong
     try:
         job = read_job(Path(arguments[0]))
         with Path(arguments[1]).open("w") as result:
             for row in run_job(job, progress=lambda line: print(line, flush=True)):
                 # A row at a time: a later method may take the whole process down.
-                print(json.dumps(asdict(row)), file=result, flush=True)
+                print(row.model_dump_json(), file=result, flush=True)
     except JointKVError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

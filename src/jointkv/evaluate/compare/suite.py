@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.compare.comparison import MethodRow, Wanted, equal_bytes
+from jointkv.evaluate.compare.comparison import Progress, Wanted, equal_bytes
 from jointkv.evaluate.compare.other_environment import compare_methods
+from jointkv.evaluate.compare.result import MethodRow
+from jointkv.evaluate.holding.batch import Batch
 from jointkv.evaluate.methods import get_method, method_names
-from jointkv.evaluate.methods.base import Batch, Method
+from jointkv.evaluate.methods.base import Method
 from jointkv.evaluate.methods.fused import Fused
-from jointkv.evaluate.score.bootstrap import Interval, paired_difference
+from jointkv.evaluate.score.bootstrap import paired_difference
 from jointkv.evaluate.tasks import Task
-from jointkv.evaluate.tasks.run import TaskResult, run_task
+from jointkv.evaluate.tasks.result import TaskRow
+from jointkv.evaluate.tasks.run import run_task
 from jointkv.evaluate.traffic.base import Request, Traffic
 from jointkv.policy import FusionPolicy
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-FORMAT = "jointkv.evaluate/1"
 REFERENCE_LEVEL = 0.2
 """The bound of the preset `safe`: other methods are asked for as many bytes as fusion takes there."""
 
 NOTHING_SAVED = 0.95
 """Above this share of the bytes equal bytes compare nothing, and other methods run at their own levels."""
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -38,19 +36,6 @@ class Choice:
 
     method: Method
     level: float | None = None
-
-
-@dataclass(frozen=True)
-class TaskRow:
-    """A task under a method, and the difference of the scores to the unfused model's, paired by request."""
-
-    result: TaskResult
-    difference: Interval | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Flat, with the fields of `TaskResult` and without the answers."""
-        fields = {name: value for name, value in vars(self.result).items() if name != "answers"}
-        return {**fields, "difference": None if self.difference is None else vars(self.difference)}
 
 
 @dataclass(frozen=True)
@@ -75,7 +60,7 @@ class Suite:
     seed: int = 0
 
     def run_traffic(
-        self, traffic: Traffic, requests: Sequence[Request], choices: Sequence[Choice], report: Report
+        self, traffic: Traffic, requests: Sequence[Request], choices: Sequence[Choice], report: Progress
     ) -> list[MethodRow]:
         """All `choices` on the same requests; those without a level at as many bytes as fusion takes, if they can."""
         batch = Batch(self.model, requests, self.block_size)
@@ -108,7 +93,7 @@ class Suite:
         return min(1.0, method.hold(batch, level).nbytes / batch.unfused_nbytes)
 
     def run_task(
-        self, task: Task, wanted: Sequence[Wanted], count: int, batch_size: int, report: Report
+        self, task: Task, wanted: Sequence[Wanted], count: int, batch_size: int, report: Progress
     ) -> list[TaskRow]:
         """The task under the unfused model and under each of `wanted`."""
         rows: list[TaskRow] = []
@@ -119,8 +104,9 @@ class Suite:
                 seed=self.seed,
                 block_size=self.block_size,
             )
-            reference = rows[0].result.scores if rows else None
-            rows.append(TaskRow(result, None if reference is None else paired_difference(result.scores, reference)))
+            if rows:
+                result = result.model_copy(update={"difference": paired_difference(result.scores, rows[0].scores)})
+            rows.append(result)
         return rows
 
 

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets.hub import Hub, HubUnavailable, fetch_records
 from jointkv.evaluate.datasets.rows import Row
-from jointkv.evaluate.traffic.jsonl import read_records
+from jointkv.evaluate.jsonl import located, read_records
+from jointkv.evaluate.samples import packaged
 from jointkv.system.settings import Settings
 
 
@@ -50,20 +50,22 @@ class Dataset(ABC):
     stand_in: Local | None = None
 
     @abstractmethod
-    def hub_row(self, record: Mapping[str, Any], where: str) -> Row | None:
+    def hub_row(self, record: Mapping[str, Any]) -> Row | None:
         """The row in a record of the hub; None if the record is of no concern. Raises `BadInput`."""
 
-    def local_row(self, record: Mapping[str, Any], where: str) -> Row:
+    def local_row(self, record: Mapping[str, Any]) -> Row:
         """The row in a record of the local file, by default with the hub's fields. Raises `BadInput`."""
-        row = self.hub_row(record, where)
+        row = self.hub_row(record)
         if row is None:
-            raise BadInput(f"{where}: not a row of {self.name}")
+            raise BadInput(f"not a row of {self.name}")
         return row
 
     def local_rows(self, path: Path) -> Iterator[Row]:
         """The rows of the local file, by default JSONL. Raises `BadInput` as `file:line: reason`."""
         for record in read_records(path):
-            yield self.local_row(record.fields, record.where)
+            with located(record.where):
+                row = self.local_row(record.fields)
+            yield row
 
     def load(self, count: int | None = None) -> Loaded:
         """The first `count` rows (default: all), from the hub, else from the data folder, else as packaged.
@@ -77,7 +79,10 @@ class Dataset(ABC):
             records = fetch_records(self.hub, count, self._is_wanted, offline=settings.hf_hub_offline)
         except HubUnavailable as reason:
             return self._load_local(count, settings.data_dir, str(reason))
-        rows = (self.hub_row(record, f"{self.hub}, row {number}") for number, record in enumerate(records))
+        rows = []
+        for number, record in enumerate(records):
+            with located(f"{self.hub}, row {number}"):
+                rows.append(self.hub_row(record))
         return Loaded(self.name, f"hub: {self.hub}", False, tuple(row for row in rows if row is not None))
 
     def _is_wanted(self, record: Mapping[str, Any]) -> bool:
@@ -93,7 +98,7 @@ class Dataset(ABC):
             place, description = "local", local.description
         elif local.packaged is not None:
             place, description = "packaged", local.packaged_description
-            path = Path(str(resources.files("jointkv.evaluate") / "data" / local.packaged))
+            path = packaged(local.packaged)
         else:
             missing = "JOINTKV_DATA_DIR is not set" if path is None else f"{path} does not exist"
             raise BadInput(f"data set {self.name!r}: {reason}, and {missing}; {_REMEDY} with {local.file}")

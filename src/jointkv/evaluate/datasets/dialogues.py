@@ -3,11 +3,40 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel, Field
+
 from jointkv.evaluate.datasets.base import Dataset, Local
 from jointkv.evaluate.datasets.hub import Hub
-from jointkv.evaluate.datasets.rows import DialogueRow, Turn, list_field, message_text, text_field, texts_field
+from jointkv.evaluate.datasets.rows import DialogueRow, Turn
+from jointkv.evaluate.jsonl import Text, validated
 
 _SPEAKERS = {"human": "User", "gpt": "Assistant"}
+
+
+class _Reply(BaseModel):
+    prompt: Text
+    response: Text
+
+
+class _Said(BaseModel):
+    content: Text
+
+
+class _Pair(BaseModel):
+    chosen: list[_Said] = Field(min_length=2)
+
+
+class _Message(BaseModel):
+    speaker: Text = Field(alias="from")
+    value: Text
+
+
+class _Talk(BaseModel):
+    conversations: list[_Message] = Field(min_length=1)
+
+
+class _Question(BaseModel):
+    turns: list[Text] = Field(min_length=1)
 
 
 class HelpSteer(Dataset):
@@ -17,14 +46,14 @@ class HelpSteer(Dataset):
     hub = Hub("nvidia/HelpSteer", split="validation")
     stand_in = Local("helpful/ultrafeedback_test150.jsonl", "UltraFeedback test_prefs, 150 rows")
 
-    def hub_row(self, record: Mapping[str, Any], where: str) -> DialogueRow:
-        """Fields `prompt` and `response`."""
-        return DialogueRow(text_field(record, "prompt", where), (text_field(record, "response", where),))
+    def hub_row(self, record: Mapping[str, Any]) -> DialogueRow:
+        found = validated(_Reply.model_validate, record)
+        return DialogueRow(found.prompt, (found.response,))
 
-    def local_row(self, record: Mapping[str, Any], where: str) -> DialogueRow:
+    def local_row(self, record: Mapping[str, Any]) -> DialogueRow:
         """A pair of UltraFeedback, of which the first message of `chosen` and the preferred reply are taken."""
-        chosen = list_field(record, "chosen", where)
-        return DialogueRow(message_text(chosen, 0, "content", where), (message_text(chosen, 1, "content", where),))
+        prompt, reply = validated(_Pair.model_validate, record).chosen[:2]
+        return DialogueRow(prompt.content, (reply.content,))
 
 
 class SyntheticTherapy(Dataset):
@@ -34,19 +63,16 @@ class SyntheticTherapy(Dataset):
     hub = Hub("jerryjalapeno/nart-100k-synthetic", split="train")
     stand_in = Local("chat/counselling_bench_question.jsonl", "counselling_bench questions, 229 without replies")
 
-    def hub_row(self, record: Mapping[str, Any], where: str) -> DialogueRow | None:
-        """Field `conversations` with messages `from` and `value`; the last reply of the therapist is the answer."""
-        messages = list_field(record, "conversations", where)
-        turns = []
-        for index in range(len(messages)):
-            speaker = message_text(messages, index, "from", where).strip()
-            turns.append(Turn(_SPEAKERS.get(speaker, speaker), message_text(messages, index, "value", where)))
+    def hub_row(self, record: Mapping[str, Any]) -> DialogueRow | None:
+        """The last reply of the therapist is the answer."""
+        messages = validated(_Talk.model_validate, record).conversations
+        turns = [Turn(_SPEAKERS.get(said.speaker.strip(), said.speaker.strip()), said.value) for said in messages]
         while turns and turns[-1].speaker != "Assistant":
             turns.pop()
         if len(turns) < 2 or turns[-2].speaker != "User":
             return None
         return DialogueRow(turns[-2].text, (turns[-1].text,), tuple(turns[:-2]))
 
-    def local_row(self, record: Mapping[str, Any], where: str) -> DialogueRow:
-        """A question to a counsellor, in `turns`; it has no reply."""
-        return DialogueRow(texts_field(record, "turns", where)[0], ())
+    def local_row(self, record: Mapping[str, Any]) -> DialogueRow:
+        """A question to a counsellor; it has no reply."""
+        return DialogueRow(validated(_Question.model_validate, record).turns[0], ())

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets.base import Dataset, Local
 from jointkv.evaluate.datasets.hub import Hub
-from jointkv.evaluate.datasets.rows import Row, text_field, texts_field
+from jointkv.evaluate.datasets.rows import Row
+from jointkv.evaluate.jsonl import Text, validated
 
 _BRIEFLY = "Only give me the answer and do not output any other words."
 _PASSAGES = f"Answer the question based on the given passages. {_BRIEFLY}"
@@ -33,6 +36,32 @@ LONGBENCH_PROMPTS: Mapping[str, str] = MappingProxyType(
 )
 
 
+Answers = Annotated[tuple[Text, ...], Field(min_length=1)]
+
+
+class _Asked(BaseModel):
+    context: Text
+    input: str
+    answers: Answers
+
+
+class _Prompted(BaseModel):
+    prompt: Text
+    answers: Answers
+
+
+class _Needle(BaseModel):
+    context: Text
+    question: Text
+    answer_prefix: Text
+    answer: Answers
+
+
+class _NeedlePrompt(BaseModel):
+    input: Text
+    outputs: Answers
+
+
 class LongBench(Dataset):
     """Bai et al., arXiv 2308.14508; `task` is a key of `LONGBENCH_PROMPTS`."""
 
@@ -44,17 +73,15 @@ class LongBench(Dataset):
         self.hub = Hub("THUDM/LongBench", archive="data.zip", archive_member=f"data/{task}.jsonl")
         self.copy = Local(f"longbench/{task}.jsonl", f"the rows of LongBench {task} that MiniLongBench keeps")
 
-    def hub_row(self, record: Mapping[str, Any], where: str) -> Row:
-        """Fields `context`, `input` (which some tasks leave empty) and `answers`."""
-        context, asked = text_field(record, "context", where), record.get("input")
-        if not isinstance(asked, str):
-            raise BadInput(f"{where}: 'input' must be a string")
-        prompt = LONGBENCH_PROMPTS[self.task].format(context=context, input=asked)
-        return Row(prompt, texts_field(record, "answers", where))
+    def hub_row(self, record: Mapping[str, Any]) -> Row:
+        """Some tasks leave `input` empty."""
+        found = validated(_Asked.model_validate, record)
+        return Row(LONGBENCH_PROMPTS[self.task].format(context=found.context, input=found.input), found.answers)
 
-    def local_row(self, record: Mapping[str, Any], where: str) -> Row:
-        """Fields `prompt`, as LongBench sends it, and `answers`."""
-        return Row(text_field(record, "prompt", where), texts_field(record, "answers", where))
+    def local_row(self, record: Mapping[str, Any]) -> Row:
+        """The prompt is as LongBench sends it."""
+        found = validated(_Prompted.model_validate, record)
+        return Row(found.prompt, found.answers)
 
 
 class RulerNeedle(Dataset):
@@ -68,11 +95,11 @@ class RulerNeedle(Dataset):
     def _is_wanted(self, record: Mapping[str, Any]) -> bool:
         return record.get("task") == self.task
 
-    def hub_row(self, record: Mapping[str, Any], where: str) -> Row:
-        """Fields `context`, `question`, `answer_prefix` and `answer`."""
-        prompt = "".join(text_field(record, field, where) for field in ("context", "question", "answer_prefix"))
-        return Row(prompt.rstrip(), texts_field(record, "answer", where))
+    def hub_row(self, record: Mapping[str, Any]) -> Row:
+        found = validated(_Needle.model_validate, record)
+        return Row((found.context + found.question + found.answer_prefix).rstrip(), found.answer)
 
-    def local_row(self, record: Mapping[str, Any], where: str) -> Row:
-        """Fields `input`, which ends where the answer begins, and `outputs`."""
-        return Row(text_field(record, "input", where), texts_field(record, "outputs", where))
+    def local_row(self, record: Mapping[str, Any]) -> Row:
+        """The input ends where the answer begins."""
+        found = validated(_NeedlePrompt.model_validate, record)
+        return Row(found.input, found.outputs)

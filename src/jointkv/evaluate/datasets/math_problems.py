@@ -3,20 +3,24 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets.base import Dataset, Local
 from jointkv.evaluate.datasets.hub import Hub
-from jointkv.evaluate.datasets.rows import QuestionRow, text_field
+from jointkv.evaluate.datasets.rows import QuestionRow
+from jointkv.evaluate.jsonl import Text, validated
 
-_GSM8K = Local("gsm8k/test.jsonl", "GSM8K test", "gsm8k_sample.jsonl", "the first 300 rows of GSM8K test")
+
+class _Problem(BaseModel):
+    question: Text
+    answer: Text
 
 
-def _gsm8k_row(record: Mapping[str, Any], where: str) -> QuestionRow:
-    answer = text_field(record, "answer", where)
-    _, mark, final = answer.rpartition("#### ")
-    if not mark:
-        raise BadInput(f"{where}: 'answer' does not end in '#### <result>'")
-    return QuestionRow(text_field(record, "question", where), (answer,), final.strip().replace(",", ""))
+class _Solution(BaseModel):
+    problem: Text
+    generated_solution: Text
+    expected_answer: Text
 
 
 class Gsm8k(Dataset):
@@ -24,11 +28,15 @@ class Gsm8k(Dataset):
 
     name = "GSM8K"
     hub = Hub("openai/gsm8k", "main")
-    copy = _GSM8K
+    copy = Local("gsm8k/test.jsonl", "GSM8K test", "gsm8k_sample.jsonl", "the first 300 rows of GSM8K test")
 
-    def hub_row(self, record: Mapping[str, Any], where: str) -> QuestionRow:
-        """Fields `question` and `answer`, the same on the hub and in the local file."""
-        return _gsm8k_row(record, where)
+    def hub_row(self, record: Mapping[str, Any]) -> QuestionRow:
+        """The same on the hub and in the local file."""
+        found = validated(_Problem.model_validate, record)
+        _, mark, final = found.answer.rpartition("#### ")
+        if not mark:
+            raise BadInput("'answer' does not end in '#### <result>'")
+        return QuestionRow(found.question, (found.answer,), final.strip().replace(",", ""))
 
 
 class OpenMathInstruct(Dataset):
@@ -36,14 +44,12 @@ class OpenMathInstruct(Dataset):
 
     name = "OpenMathInstruct-2"
     hub = Hub("nvidia/OpenMathInstruct-2", split="train_1M")
-    stand_in = _GSM8K
+    stand_in = Gsm8k.copy
 
-    def hub_row(self, record: Mapping[str, Any], where: str) -> QuestionRow:
-        """Fields `problem`, `generated_solution` and `expected_answer`."""
-        fields = ("problem", "generated_solution", "expected_answer")
-        problem, solution, final = (text_field(record, field, where) for field in fields)
-        return QuestionRow(problem, (solution,), final)
+    def hub_row(self, record: Mapping[str, Any]) -> QuestionRow:
+        found = validated(_Solution.model_validate, record)
+        return QuestionRow(found.problem, (found.generated_solution,), found.expected_answer)
 
-    def local_row(self, record: Mapping[str, Any], where: str) -> QuestionRow:
+    def local_row(self, record: Mapping[str, Any]) -> QuestionRow:
         """A row of GSM8K."""
-        return _gsm8k_row(record, where)
+        return Gsm8k().hub_row(record)

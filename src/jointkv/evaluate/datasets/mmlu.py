@@ -5,12 +5,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field
+
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets.base import Dataset, Local
 from jointkv.evaluate.datasets.hub import Hub
-from jointkv.evaluate.datasets.rows import LETTERS, ChoiceRow, list_field, text_field
+from jointkv.evaluate.datasets.rows import LETTERS, ChoiceRow
+from jointkv.evaluate.jsonl import Text, located, validated
 
 SPLITS = ("dev", "test")
+
+
+class _Question(BaseModel):
+    question: Text
+    subject: Text
+    choices: tuple[str, ...] = Field(min_length=1, max_length=len(LETTERS))
+    answer: int = Field(ge=0)
 
 
 class Mmlu(Dataset):
@@ -28,14 +38,12 @@ class Mmlu(Dataset):
         file = f"mmlu/{split}/{subject}_{split}.csv" if subject else f"mmlu/{split}"
         self.copy = Local(file, f"MMLU {split}, {subject or 'the subjects in the folder'}")
 
-    def hub_row(self, record: Mapping[str, Any], where: str) -> ChoiceRow:
-        """Fields `question`, `subject`, `choices` and `answer`, an index into the choices."""
-        choices = tuple(str(choice) for choice in list_field(record, "choices", where))
-        correct = record.get("answer")
-        if not isinstance(correct, int) or not 0 <= correct < len(choices):
-            raise BadInput(f"{where}: 'answer' must be an index into {len(choices)} choices")
-        question, subject = text_field(record, "question", where), text_field(record, "subject", where)
-        return ChoiceRow(question, (LETTERS[correct],), choices, correct, subject)
+    def hub_row(self, record: Mapping[str, Any]) -> ChoiceRow:
+        """`answer` is an index into the choices."""
+        found = validated(_Question.model_validate, record)
+        if found.answer >= len(found.choices):
+            raise BadInput(f"'answer' must be an index into {len(found.choices)} choices")
+        return ChoiceRow(found.question, (LETTERS[found.answer],), found.choices, found.answer, found.subject)
 
     def local_rows(self, path: Path) -> Iterator[ChoiceRow]:
         """Rows of CSV without header: question, four choices, letter of the right one."""
@@ -48,17 +56,19 @@ def _read_csv(path: Path, subject: str) -> Iterator[ChoiceRow]:
         with path.open(encoding="utf-8", newline="") as lines:
             reader = csv.reader(lines, strict=True)
             for fields in reader:
-                yield _row(fields, f"{path}:{reader.line_num}", subject)
+                with located(f"{path}:{reader.line_num}"):
+                    row = _row(fields, subject)
+                yield row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"{path}: cannot be read: {error}") from error
 
 
-def _row(fields: list[str], where: str, subject: str) -> ChoiceRow:
+def _row(fields: list[str], subject: str) -> ChoiceRow:
     if len(fields) != 6:
-        raise BadInput(f"{where}: six columns expected (question, A, B, C, D, answer), found {len(fields)}")
+        raise BadInput(f"six columns expected (question, A, B, C, D, answer), found {len(fields)}")
     question, *choices, letter = fields
     if not question.strip():
-        raise BadInput(f"{where}: the question is empty")
+        raise BadInput("the question is empty")
     if letter not in tuple("ABCD"):
-        raise BadInput(f"{where}: the answer must be A, B, C or D, found {letter!r}")
+        raise BadInput(f"the answer must be A, B, C or D, found {letter!r}")
     return ChoiceRow(question, (letter,), tuple(choices), LETTERS.index(letter), subject)

@@ -1,11 +1,6 @@
-"""The kinds of rows, and checked access to the fields they are made from."""
+"""The kinds of rows."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from jointkv.errors import BadInput
-from jointkv.evaluate.traffic.jsonl import check_text
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -66,35 +61,3 @@ class DialogueRow(Row):
     def text(self) -> str:
         turns = (*self.earlier, Turn("User", self.prompt))
         return "\n".join((*(f"{turn.speaker}: {turn.text}" for turn in turns), "Assistant:"))
-
-
-def text_field(record: Mapping[str, Any], field: str, where: str) -> str:
-    """The non-empty string in `record[field]`. Raises `BadInput` that starts with `where`."""
-    return check_text(_field(record, field, where), f"{where}: {field!r}")
-
-
-def list_field(record: Mapping[str, Any], field: str, where: str) -> list[Any]:
-    """The non-empty list in `record[field]`. Raises `BadInput` that starts with `where`."""
-    value = _field(record, field, where)
-    if not isinstance(value, list) or not value:
-        raise BadInput(f"{where}: {field!r} must be an array with at least one item")
-    return value
-
-
-def texts_field(record: Mapping[str, Any], field: str, where: str) -> tuple[str, ...]:
-    """The non-empty list of strings in `record[field]`. Raises `BadInput` that starts with `where`."""
-    values = list_field(record, field, where)
-    return tuple(check_text(value, f"{where}: {field!r}, item {index}") for index, value in enumerate(values))
-
-
-def message_text(messages: list[Any], index: int, field: str, where: str) -> str:
-    """The string `messages[index][field]`. Raises `BadInput` that starts with `where`."""
-    if index >= len(messages) or not isinstance(messages[index], Mapping):
-        raise BadInput(f"{where}: message {index} is missing or no object")
-    return text_field(messages[index], field, f"{where}: message {index}")
-
-
-def _field(record: Mapping[str, Any], field: str, where: str) -> object:
-    if record.get(field) is None:
-        raise BadInput(f"{where}: no {field!r}; found: {', '.join(map(repr, record)) or 'no field'}")
-    return record[field]

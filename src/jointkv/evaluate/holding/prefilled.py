@@ -1,8 +1,10 @@
-"""Prefilled batches as building blocks: join small ones, take rows, page dense ones, keep them in files."""
+"""Batches after an unfused prefill, outside any pool: made, joined, cut down to some rows, kept in files."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from jointkv.errors import UnsupportedModel
-from jointkv.evaluate.holding.held import Prefilled
 from jointkv.evaluate.traffic.base import Request
-from jointkv.hf.pool import full_attention_layers
+from jointkv.hf.cache import JointCache
+from jointkv.hf.pool import JointPool, full_attention_layers
 from jointkv.system.files import replace_tensors
 
 KINDS = {
@@ -25,7 +27,69 @@ KINDS = {
     "served": torch.bool,
     "fusable": torch.bool,
 }
-ONE_TABLE = ("table.0", "served.0")
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A batch of requests after an unfused prefill of all but their last prompt tokens; several policies start from it.
+
+    Attributes:
+        state: K, V and tables in one layer group, see `jointkv.hf.saving.State`.
+        length: tokens per row, left padding included.
+        mask: attention mask of the prompt, `[requests, length]`.
+        seconds: time of the forward pass.
+    """
+
+    requests: Sequence[Request]
+    state: dict[str, Tensor]
+    length: int
+    mask: Tensor
+    seconds: float
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per page."""
+        return self.state["key.0"].shape[1]
+
+    @property
+    def layers(self) -> int:
+        """Layers that have pages."""
+        return sum(name.startswith("key.") for name in self.state)
+
+    @property
+    def table(self) -> Tensor:
+        """The page of every block, long `[requests, blocks]`, -1 where there is none."""
+        return self.state["table.0"]
+
+    @property
+    def full_blocks(self) -> Tensor:
+        """Blocks of each request that are full, long `[requests]`."""
+        return (self.length - self.state["padding"]) // self.block_size
+
+
+@torch.inference_mode()
+def prefill(model: PreTrainedModel, requests: Sequence[Request], *, block_size: int = 16) -> Prefilled:
+    """Prefill all but the last prompt token of `requests` as one left-padded batch."""
+    cache = JointCache(JointPool(model, "off", block_size=block_size))
+    prompt, mask = left_padded([request.prompt[:-1] for request in requests], pad=model.config.pad_token_id or 0)
+    start = time.perf_counter()
+    model(
+        input_ids=prompt.to(model.device),
+        attention_mask=mask.to(model.device),
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(model.device),
+        past_key_values=cache,
+        logits_to_keep=1,
+    )
+    seconds = time.perf_counter() - start
+    return Prefilled(requests, cache.state(), cache.length, mask, seconds)
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of left-padded rows, both `[rows, longest]`."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
 
 
 def join(batches: Sequence[Prefilled]) -> Prefilled:

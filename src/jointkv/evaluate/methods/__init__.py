@@ -1,7 +1,9 @@
 """Ways of holding KV in less memory, by name: fusion and what a user might take instead."""
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.methods.base import Batch, HeldBatch, Method
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.held import HeldBatch
+from jointkv.evaluate.methods.base import Method
 from jointkv.evaluate.methods.exact_prefix import ExactPrefix
 from jointkv.evaluate.methods.expected_attention import ExpectedAttention
 from jointkv.evaluate.methods.fused import Fused, Paper

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from jointkv.evaluate.methods.base import Batch, HeldBatch, Method
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.held import HeldBatch
+from jointkv.evaluate.methods.base import Method
 from jointkv.evaluate.traffic.base import Request
 from jointkv.policy import FusionPolicy
 
@@ -27,11 +29,11 @@ class ExactPrefix(Method):
         return level == 1
 
     def compress(self, batch: Batch, level: float) -> HeldBatch:
-        from jointkv.evaluate.holding.held import FusedBatch
+        from jointkv.evaluate.holding.fused import FusedBatch
 
         prefilled = batch.prefilled
         shared = dataclasses.replace(prefilled, state=share_prefixes(prefilled.state, batch.requests, batch.block_size))
-        return FusedBatch(batch.model, shared, FusionPolicy.preset("off"), block_size=batch.block_size)
+        return FusedBatch(batch.model, shared, FusionPolicy.preset("off"))
 
 
 def share_prefixes(state: dict[str, Tensor], requests: Sequence[Request], block_size: int) -> dict[str, Tensor]:

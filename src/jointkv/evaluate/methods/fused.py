@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import math
 
-from jointkv.evaluate.methods.base import Batch, HeldBatch, Method
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.held import HeldBatch
+from jointkv.evaluate.methods.base import Method
 from jointkv.policy import FusionPolicy, Scope
 from jointkv.theory.calibrate import TOKEN_SLACK
 
@@ -65,9 +67,9 @@ class Fused(Method):
         return 0 <= level < math.inf if self._policy is None else level == self.levels[0]
 
     def compress(self, batch: Batch, level: float) -> HeldBatch:
-        from jointkv.evaluate.holding.held import FusedBatch
+        from jointkv.evaluate.holding.fused import FusedBatch
 
-        return FusedBatch(batch.model, batch.prefilled, self.policy_at(level), block_size=batch.block_size)
+        return FusedBatch(batch.model, batch.prefilled, self.policy_at(level))
 
 
 class Paper(Fused):

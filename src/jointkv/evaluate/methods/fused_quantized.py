@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.methods.base import Batch, HeldBatch, LayerStates, Method, RebuiltBatch
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.dense import LayerStates
+from jointkv.evaluate.holding.held import HeldBatch, RebuiltBatch
+from jointkv.evaluate.methods.base import Method
 from jointkv.evaluate.methods.packing import BITS, Packed, pack
 from jointkv.policy import FusionPolicy, Scope
 
@@ -56,9 +59,9 @@ class QuantizedPages(Method):
         return level in BITS
 
     def compress(self, batch: Batch, level: float) -> HeldBatch:
-        from jointkv.evaluate.holding.held import FusedBatch
+        from jointkv.evaluate.holding.fused import FusedBatch
 
-        fused = FusedBatch(batch.model, batch.prefilled, self._policy, block_size=batch.block_size)
+        fused = FusedBatch(batch.model, batch.prefilled, self._policy)
         return PackedBatch(batch, fused.cache.state(), int(level))
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jointkv.evaluate.methods.base import Batch, DenseBatch, HeldBatch, feed_each, prefill_dense
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.dense import feed_each, prefill_dense
+from jointkv.evaluate.holding.held import DenseBatch, HeldBatch
 from jointkv.evaluate.methods.pressed import Pressed
 
 

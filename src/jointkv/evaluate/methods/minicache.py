@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jointkv.evaluate.methods.base import Batch, HeldBatch, LayerStates, Method, RebuiltBatch, layer_states, nbytes_of
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.dense import LayerStates, layer_states, nbytes_of
+from jointkv.evaluate.holding.held import HeldBatch, RebuiltBatch
+from jointkv.evaluate.methods.base import Method
 
 UPPER = 0.6
 """Weight of the upper layer in the interpolation: `t` of the paper."""

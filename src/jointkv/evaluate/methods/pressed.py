@@ -5,7 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-from jointkv.evaluate.methods.base import Batch, DenseBatch, HeldBatch, Method, layer_states, nbytes_of, prefill_dense
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.dense import layer_states, nbytes_of, prefill_dense
+from jointkv.evaluate.holding.held import DenseBatch, HeldBatch
+from jointkv.evaluate.methods.base import Method
 
 
 class Pressed(Method):

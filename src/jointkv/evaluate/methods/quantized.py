@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from jointkv.evaluate.methods.base import Batch, DenseBatch, HeldBatch, Method, prefill_dense
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.dense import prefill_dense
+from jointkv.evaluate.holding.held import DenseBatch, HeldBatch
+from jointkv.evaluate.methods.base import Method
 
 BACKENDS = {8: "hqq", 4: "quanto", 2: "quanto"}
 """quanto offers this cache 4 and 2 bits only. hqq's packing of 4 and 2 bits needs groups in a multiple of 2 and 4."""

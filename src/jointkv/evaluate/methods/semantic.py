@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jointkv.evaluate.methods.base import Batch, HeldBatch, LayerStates, Method, RebuiltBatch, layer_states, nbytes_of
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.dense import LayerStates, layer_states, nbytes_of
+from jointkv.evaluate.holding.held import HeldBatch, RebuiltBatch
+from jointkv.evaluate.methods.base import Method
 
 
 class Semantic(Method):

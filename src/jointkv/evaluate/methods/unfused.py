@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from jointkv.evaluate.methods.base import Batch, DenseBatch, HeldBatch, Method, fork_cache, layer_states, nbytes_of
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.dense import fork_cache, layer_states, nbytes_of
+from jointkv.evaluate.holding.held import DenseBatch, HeldBatch
+from jointkv.evaluate.methods.base import Method
 
 
 class Unfused(Method):

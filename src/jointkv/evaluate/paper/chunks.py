@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -11,44 +10,13 @@ import torch
 
 from jointkv.errors import BadInput
 from jointkv.evaluate import datasets
-from jointkv.evaluate.compare.comparison import Outputs
-from jointkv.evaluate.holding.held import FusedBatch
-from jointkv.evaluate.paper.batch import label
-from jointkv.evaluate.paper.setup import OFF, QUESTION_TOKENS, Outcome, PaperSettings, Setup, fidelity_of, policies
+from jointkv.evaluate.holding.fused import OFF, FusedBatch
+from jointkv.evaluate.paper.result import ChunkRow
+from jointkv.evaluate.paper.setup import QUESTION_TOKENS, PaperSettings, Setup, compared, label, policies
 from jointkv.evaluate.tasks import Example, Task, get_task
 from jointkv.evaluate.tasks.base import cut_prompt
 from jointkv.evaluate.tasks.run import answer, end_tokens
 from jointkv.evaluate.traffic.base import Request, Tokenizer
-
-
-@dataclass(frozen=True)
-class ChunkRow:
-    """Documents of one data set under one policy, each fused within itself.
-
-    Attributes:
-        source, stand_in, threshold, ratio: as in `BatchRow`.
-        prompt_tokens: tokens fused per document; its last `QUESTION_TOKENS` follow them unfused.
-        scored_tokens: of those and the true answer, over all documents; see `Fidelity`.
-        metric: LongBench's own of the data set; `score` is of answers cut to `document_answer_tokens`, in the mean.
-    """
-
-    dataset: str
-    source: str
-    stand_in: bool
-    policy: str
-    threshold: float | None
-    documents: int
-    prompt_tokens: int
-    scored_tokens: int
-    ratio: float
-    ratio_fused_layers: float
-    kl: float
-    top1: float
-    nll: float
-    nll_unfused: float
-    metric: str
-    score: float
-    score_unfused: float
 
 
 @dataclass(frozen=True)
@@ -101,29 +69,25 @@ def documents(name: str, tokenizer: Tokenizer, settings: PaperSettings) -> Docum
 
 def run_chunks(setup: Setup, read: Documents) -> list[ChunkRow]:
     """The documents under all policies."""
-    loaded = read.examples[0].loaded_from
+    settings, loaded = setup.settings, read.examples[0].loaded_from
     setup.report(f"{loaded.name}: prefill of {len(read.requests)} documents of {read.fused} tokens")
     batch = setup.prefill(read.requests, 1)
     ends = end_tokens(setup.model, setup.tokenizer)
-    written: list[Sequence[str | int]] = []
 
-    def write(held: FusedBatch) -> Outputs:
+    def mean_score(held: FusedBatch) -> float:
         held.feed(torch.tensor([example.request.prompt[read.fused : -1] for example in read.examples]))
-        written.append(answer(held, read.examples, setup.tokenizer, ends))
-        return ()
+        pairs = zip(answer(held, read.examples, setup.tokenizer, ends), read.examples, strict=True)
+        return fmean(read.task.score(given, example) for given, example in pairs)
 
-    def run(name: str, policy: object) -> tuple[Outcome, float]:
-        setup.report(f"{loaded.name}: {name}")
-        found = setup.outcome(batch, policy, write)  # type: ignore[arg-type]
-        pairs = zip(written[-1], read.examples, strict=True)
-        return found, fmean(read.task.score(given, example) for given, example in pairs)
-
-    unfused, unfused_score = run("unfused", OFF)
+    setup.report(f"{loaded.name}: unfused")
+    _, reference, score_unfused = setup.outcome(batch, OFF, mean_score)
     rows = []
-    wanted = policies(setup.settings.chunk_thresholds, scope="chunk", chunk_tokens=setup.settings.chunk_tokens)
-    for name, threshold, policy in wanted:
-        found, score = run(label(name, threshold), policy)
-        fidelity = fidelity_of(found.logits, unfused.logits, read.requests)
+    for name, threshold, policy in policies(
+        settings.chunk_thresholds, scope="chunk", chunk_tokens=settings.chunk_tokens
+    ):
+        setup.report(f"{loaded.name}: {label(name, threshold)}")
+        held, logits, score = setup.outcome(batch, policy, mean_score)
+        measured, fidelity = compared(held, logits, reference, read.requests)
         rows.append(
             ChunkRow(
                 dataset=loaded.name,
@@ -134,15 +98,10 @@ def run_chunks(setup: Setup, read: Documents) -> list[ChunkRow]:
                 documents=len(read.requests),
                 prompt_tokens=read.fused,
                 scored_tokens=fidelity.positions,
-                ratio=found.pages_before / found.pages_after,
-                ratio_fused_layers=found.ratio_fused_layers,
-                kl=fidelity.kl,
-                top1=fidelity.top1,
-                nll=fidelity.nll,
-                nll_unfused=fidelity.nll_reference,
                 metric=read.task.metric,
                 score=score,
-                score_unfused=unfused_score,
+                score_unfused=score_unfused,
+                **measured,
             )
         )
     return rows

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.compare.comparison import Progress
-from jointkv.evaluate.paper.batch import BatchRow, GrowthRow, growth, run_batch
-from jointkv.evaluate.paper.chunks import ChunkRow, documents, run_chunks
-from jointkv.evaluate.paper.layers import LayerRow, run_layers
+from jointkv.evaluate.paper.batch import growth, run_batch
+from jointkv.evaluate.paper.chunks import documents, run_chunks
+from jointkv.evaluate.paper.layers import run_layers
+from jointkv.evaluate.paper.result import PaperRows
 from jointkv.evaluate.paper.setup import PaperSettings, Setup, policies, sample
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["PARTS", "BatchRow", "ChunkRow", "GrowthRow", "LayerRow", "PaperResult", "PaperSettings", "run_paper"]
-
 PARTS = ("batch", "chunk", "layers")
-
-
-@dataclass(frozen=True)
-class PaperResult:
-    """Rows of the experiments that were run; `growth` summarises `batch`."""
-
-    batch: list[BatchRow]
-    growth: list[GrowthRow]
-    chunk: list[ChunkRow]
-    layers: list[LayerRow]
 
 
 def steps(settings: PaperSettings, parts: Collection[str] = PARTS) -> int:
@@ -48,7 +34,7 @@ def run_paper(
     settings: PaperSettings,
     parts: Collection[str] = PARTS,
     progress: Progress | None = None,
-) -> PaperResult:
+) -> PaperRows:
     """Run the experiments `parts`; all data is read before the model is.
 
     Raises:
@@ -72,7 +58,7 @@ def run_paper(
         for name in sorted(settings.datasets, key=list(samples).index):
             batch += run_batch(setup, samples[name])
     chunk = [row for each in read for row in run_chunks(setup, each)]
-    return PaperResult(batch, growth(batch), chunk, layers)
+    return PaperRows(batch=batch, growth=growth(batch), chunk=chunk, layers=layers)
 
 
 def _check_parts(parts: Collection[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,8 @@ from numpy.typing import NDArray
 
 from jointkv.core.blocks import PagedKV
 from jointkv.errors import BadInput
-from jointkv.evaluate.holding import prefilled
-from jointkv.evaluate.holding.held import Prefilled
+from jointkv.evaluate.holding.prefilled import Prefilled, take
+from jointkv.evaluate.paper.result import LayerRow
 from jointkv.evaluate.paper.setup import Sample, Setup
 from jointkv.evaluate.predict.block_pairs import lines_of
 from jointkv.fusion.pairs import pair_statistics
@@ -21,41 +20,12 @@ from jointkv.theory.rarefaction import rarefaction
 from jointkv.theory.rate import match_probabilities, predict_poisson, tree_distinct
 
 
-@dataclass(frozen=True)
-class LayerRow:
-    """Ratio of one layer at one threshold, measured on one batch and predicted from another of the same size.
-
-    Attributes:
-        measured: blocks over distinct blocks after the paper's policy.
-        match_probability: share of pairs of requests whose blocks match, mean over positions.
-        poisson, poisson_low, poisson_high: online search, pairs independent (Corollary 1), 95% interval.
-        tree: the same assumption for the tree of Algorithm 1.
-        rarefaction, low, high: online search on the real pairs, 95% interval.
-        dispersion: p value of the test that matches per block are Poisson; None without any match.
-    """
-
-    dataset: str
-    layer: int
-    threshold: float
-    requests: int
-    measured: float
-    match_probability: float
-    poisson: float
-    poisson_low: float
-    poisson_high: float
-    tree: float
-    rarefaction: float
-    low: float
-    high: float
-    dispersion: float | None
-
-
 def run_layers(setup: Setup, drawn: Sample) -> list[LayerRow]:
     """Every layer that the paper's policy fuses, at every threshold, on the first requests of `drawn`."""
     count = setup.settings.layers_requests
     whole = setup.prefilled(drawn)
-    batch, other = (prefilled.take(whole, range(start, start + count)) for start in (0, count))
-    cosines = _key_cosines(other, setup.settings.block_size)
+    batch, other = (take(whole, range(start, start + count)) for start in (0, count))
+    cosines = _key_cosines(other)
     rows = []
     for threshold in setup.settings.thresholds:
         setup.report(f"{drawn.dataset}: layers at {threshold:g}")
@@ -63,19 +33,25 @@ def run_layers(setup: Setup, drawn: Sample) -> list[LayerRow]:
         for index, table in enumerate(cache.tables):
             if cache.pool.groups.fused[index]:
                 held = table.held()
-                measured = len(held) / len(held.unique())
-                predicted = _predictions(cosines[index] >= threshold, count)
-                layer = cache.pool.full_layers[index]
-                rows.append(LayerRow(drawn.dataset, layer, threshold, count, measured, **predicted))
+                rows.append(
+                    LayerRow(
+                        dataset=drawn.dataset,
+                        layer=cache.pool.full_layers[index],
+                        threshold=threshold,
+                        requests=count,
+                        measured=len(held) / len(held.unique()),
+                        **_predictions(cosines[index] >= threshold, count),
+                    )
+                )
     return rows
 
 
-def _key_cosines(batch: Prefilled, block_size: int) -> list[NDArray[np.float32]]:
+def _key_cosines(batch: Prefilled) -> list[NDArray[np.float32]]:
     """Cosines of the K blocks of all pairs of requests, `[positions, requests, requests]` per layer."""
-    pages = lines_of(batch, block_size).pages
+    pages = lines_of(batch).pages
     only_keys = FusionPolicy(similarity="key", key_threshold=-1.0, max_relative_error=None, max_token_error=None)
     found = []
-    for layer in range(sum(name.startswith("key.") for name in batch.state)):
+    for layer in range(batch.layers):
         kv = PagedKV([batch.state[f"key.{layer}"]], [batch.state[f"value.{layer}"]])
         cosine = pair_statistics(kv, pages, only_keys.rule()).key_cosine
         assert cosine is not None

@@ -5,24 +5,26 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.compare.comparison import Outputs, Progress, greedy, score
+from jointkv.evaluate.compare.comparison import Progress
 from jointkv.evaluate.datasets import get_dataset
-from jointkv.evaluate.holding import prefilled
-from jointkv.evaluate.holding.held import FusedBatch, Prefilled, prefill
-from jointkv.evaluate.methods.base import Batch, context_of
-from jointkv.evaluate.score.fidelity import Fidelity, Scorer
+from jointkv.evaluate.holding.batch import context_of
+from jointkv.evaluate.holding.fused import FusedBatch
+from jointkv.evaluate.holding.held import true_logits
+from jointkv.evaluate.holding.prefilled import Prefilled, join, prefill
+from jointkv.evaluate.score.fidelity import score
+from jointkv.evaluate.score.summary import Fidelity, summarize
 from jointkv.evaluate.traffic.base import Request, Tokenizer, begins_with_bos, encode
 from jointkv.policy import FusionPolicy
 from jointkv.theory.rarefaction import LEAST_REQUESTS
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+Written = TypeVar("Written")
 
 MOST_ROWS = 2000
 PREFILL_AT_ONCE = 16
@@ -31,8 +33,6 @@ FEWEST_BLOCKS = 2
 
 QUESTION_TOKENS = 32
 """Last tokens of a long prompt, with its question: fed after the fused chunks, never fused."""
-
-OFF = FusionPolicy.preset("off")
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,11 @@ class Sample:
     stand_in: bool
     requests: Sequence[Request]
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The fields of a row that say where its data comes from."""
+        return {"dataset": self.dataset, "source": self.source, "stand_in": self.stand_in}
+
 
 def sample(name: str, tokenizer: Tokenizer, count: int, settings: PaperSettings) -> Sample:
     """`count` requests from the data set `name`, of `prompt_tokens` tokens of K and V each.
@@ -152,22 +157,6 @@ def _runs(
     return made
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a batch holds under a policy, and what the model makes of it; see `FusedBatch`.
-
-    Attributes:
-        logits: over the true continuations, `[requests, n, vocab]`.
-        outputs: greedily written tokens.
-    """
-
-    pages_before: int
-    pages_after: int
-    ratio_fused_layers: float
-    logits: Tensor
-    outputs: Outputs
-
-
 @dataclass
 class Setup:
     """The model and the settings; keeps the last prefilled sample, because two experiments share one.
@@ -192,37 +181,42 @@ class Setup:
 
     def prefill(self, requests: Sequence[Request], at_once: int) -> Prefilled:
         """Prefill `requests`, `at_once` in one forward pass."""
-        size = self.settings.block_size
         parts = [requests[start : start + at_once] for start in range(0, len(requests), at_once)]
-        return prefilled.join([prefill(self.model, part, block_size=size) for part in parts])
+        return join([prefill(self.model, part, block_size=self.settings.block_size) for part in parts])
 
     def held(self, batch: Prefilled, policy: FusionPolicy) -> FusedBatch:
         """`batch` fused once, at the step from prefill to decode as in the paper; what is fed later is not fused."""
-        held = FusedBatch(self.model, batch, policy, block_size=self.settings.block_size)
+        held = FusedBatch(self.model, batch, policy)
         held.cache.batch.fusable = torch.zeros_like(held.cache.batch.fusable)
         return held
 
     def outcome(
-        self, batch: Prefilled, policy: FusionPolicy, write: Callable[[FusedBatch], Outputs] | None = None
-    ) -> Outcome:
-        """Hold `batch` under `policy`, write answers (by default `answer_tokens` each) and score what is true."""
+        self, batch: Prefilled, policy: FusionPolicy, write: Callable[[FusedBatch], Written]
+    ) -> tuple[FusedBatch, Tensor, Written]:
+        """`batch` under `policy`, its logits over the true continuations, and what `write` makes of a fork of it."""
         held = self.held(batch, policy)
-        whole = Batch(self.model, batch.requests, self.settings.block_size)
-        outputs = greedy(held.fork(), whole, self.settings.answer_tokens) if write is None else write(held.fork())
-        logits = score(held, whole)
+        written = write(held.fork())
+        logits = true_logits(held, batch.requests)
         held.cache.check_integrity()
-        return Outcome(held.pages_before, held.pages_after, held.ratio_fused_layers, logits, outputs)
+        return held, logits, written
 
 
-def fidelity_of(given: Tensor, expected: Tensor, requests: Sequence[Request]) -> Fidelity:
-    """Logits `[requests, n, vocab]` against the unfused ones, over the true continuations."""
-    scorer = Scorer()
-    for logits, reference, request in zip(given, expected, requests, strict=True):
-        scorer.add(logits, reference, torch.tensor(request.continuation))
-    return scorer.result()
+def compared(
+    held: FusedBatch, logits: Tensor, unfused: Tensor, requests: Sequence[Request]
+) -> tuple[dict[str, Any], Fidelity]:
+    """The fields of `FusedRow` that are measured, and the fidelity that they come from."""
+    fidelity = summarize(score(logits, unfused, [request.continuation for request in requests]))
+    ratios = {"ratio": held.ratio, "ratio_fused_layers": held.ratio_fused_layers}
+    scores = {"kl": fidelity.kl, "top1": fidelity.top1, "nll": fidelity.nll, "nll_unfused": fidelity.nll_reference}
+    return {**ratios, **scores}, fidelity
 
 
 def policies(thresholds: Sequence[float], **scope: object) -> list[tuple[str, float | None, FusionPolicy]]:
     """Name, threshold and policy: the paper's at each of `thresholds`, then `safe`. Raises `InvalidPolicy`."""
     paper = [("paper", each, FusionPolicy.preset("paper", key_threshold=each, **scope)) for each in thresholds]
     return [*paper, ("safe", None, FusionPolicy.preset("safe", **scope))]
+
+
+def label(policy: str, threshold: float | None) -> str:
+    """A policy and its threshold, for messages."""
+    return policy if threshold is None else f"{policy} {threshold:g}"

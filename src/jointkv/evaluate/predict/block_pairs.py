@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jointkv.core.blocks import LayerAggregate
 from jointkv.core.packed import PackedPages
-from jointkv.evaluate.holding.held import Prefilled
+from jointkv.evaluate.holding.prefilled import Prefilled
 from jointkv.fusion.pair_sums import pair_errors, pair_sums
 from jointkv.fusion.signature import token_hashes
 from jointkv.theory.calibrate import effective_error
@@ -44,11 +44,11 @@ class Lines:
         return self.text[:, :, None] == self.text[:, None, :]
 
 
-def lines_of(batch: Prefilled, block_size: int, chunk_tokens: int | None = None) -> Lines:
+def lines_of(batch: Prefilled, chunk_tokens: int | None = None) -> Lines:
     """The full blocks of `batch`: by position, or with `chunk_tokens` by their place in the chunks of a request."""
-    table = batch.state["table.0"]
-    full = (batch.length - batch.state["padding"]) // block_size
-    pages = torch.where(torch.arange(table.shape[1]) < full[:, None], table, -1)[:, : int(full.max())]
+    full, block_size = batch.full_blocks, batch.block_size
+    is_full = torch.arange(batch.table.shape[1]) < full[:, None]
+    pages = torch.where(is_full, batch.table, -1)[:, : int(full.max())]
     text = torch.zeros_like(pages)
     for row, request in enumerate(batch.requests):
         tokens = torch.tensor(request.prompt[: int(full[row]) * block_size])

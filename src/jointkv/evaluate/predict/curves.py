@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
+from transformers import PreTrainedModel
 
-from jointkv.evaluate.holding.held import FusedBatch, Prefilled, prefill
+from jointkv.evaluate.holding.fused import FusedBatch
+from jointkv.evaluate.holding.prefilled import Prefilled, prefill
 from jointkv.evaluate.predict.block_pairs import errors_of, lines_of, pair_error_matrices
 from jointkv.evaluate.traffic.base import Request
 from jointkv.policy import FusionPolicy
 from jointkv.theory.calibrate import TOKEN_SLACK
 from jointkv.theory.curve import RateDistortionCurve, rate_distortion
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class Steps(Protocol):
@@ -36,10 +35,9 @@ def measured_curves(
     count = len(requests) // 2
     steps.start(f"prefill of {len(requests)} requests")
     known, fresh = (prefill(model, part, block_size=block_size) for part in (requests[count:], requests[:count]))
-    layers = sum(name.startswith("key.") for name in known.state)
-    lines = lines_of(known, block_size)
+    lines = lines_of(known)
     steps.start("comparing blocks")
-    groups = [range(layers), *([layer] for layer in range(layers))]
+    groups = [range(known.layers), *([layer] for layer in range(known.layers))]
     errors = pair_error_matrices(known, lines, groups, progress=steps.part)
     found = [
         rate_distortion(error.numpy(), lines.valid.numpy(), bounds, requests=count, group=index - 1 if index else None)
@@ -48,8 +46,7 @@ def measured_curves(
     steps.start("measuring the other half")
     measured = []
     for number, bound in enumerate(bounds):
-        measured.append(_measured(model, fresh, bound, 1, block_size))
-        measured[-1] += _measured(model, fresh, bound, "per_layer", block_size)
+        measured.append(_measured(model, fresh, bound, 1) + _measured(model, fresh, bound, "per_layer"))
         steps.part((number + 1) / len(bounds))
     return [
         curve.with_measured({bound: row[index] for bound, row in zip(bounds, measured, strict=True)})
@@ -58,15 +55,15 @@ def measured_curves(
 
 
 def _measured(
-    model: PreTrainedModel, batch: Prefilled, bound: float, groups: int | Literal["per_layer"], block_size: int
+    model: PreTrainedModel, batch: Prefilled, bound: float, groups: int | Literal["per_layer"]
 ) -> list[tuple[float, float]]:
     """Ratio and distortion of every layer group of `batch` in a cache, over its full blocks."""
     policy = FusionPolicy.preset(
         "safe", max_relative_error=bound, max_token_error=TOKEN_SLACK * bound, layer_groups=groups
     )
-    cache = FusedBatch(model, batch, policy, block_size=block_size).cache
-    own = batch.state["table.0"]
-    full = torch.arange(own.shape[1]) < ((batch.length - batch.state["padding"]) // block_size)[:, None]
+    cache = FusedBatch(model, batch, policy).cache
+    own = batch.table
+    full = torch.arange(own.shape[1]) < batch.full_blocks[:, None]
     found = []
     for group, table in enumerate(cache.tables):
         # A page is a block that keeps its own place, as it was before fusion.

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from jointkv.core.blocks import PagedKV
 from jointkv.errors import LayoutError
+from jointkv.evaluate.holding.prefilled import Prefilled, join, prefill
+from jointkv.evaluate.predict.block_pairs import lines_of
+from jointkv.evaluate.traffic.base import Request
 from jointkv.fusion.pairs import pair_statistics, position_chunks
 from jointkv.policy import FusionPolicy
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Side = Literal["key", "value"]
 Relation = Literal["across", "within"]
@@ -30,21 +32,6 @@ ERROR_BOUNDS = (0.1, 0.2)
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
 # Only says which statistics are wanted, whatever their size.
 _COSINE_AND_ERROR = FusionPolicy(key_threshold=-1.0, max_relative_error=ERROR_BOUNDS[-1]).rule()
-
-
-@dataclass(frozen=True)
-class Prefilled:
-    """K and V of some requests.
-
-    Attributes:
-        kv: the pages of all full-attention layers.
-        tables: per request the pages of its full blocks, long `[blocks]`.
-        layers: numbers of these layers in the model.
-    """
-
-    kv: PagedKV
-    tables: list[Tensor]
-    layers: list[int]
 
 
 @dataclass(frozen=True)
@@ -82,119 +69,58 @@ class Similarity:
         }
 
 
-def prefill(
-    model: PreTrainedModel,
-    rows: Sequence[Sequence[int]],
-    block_size: int,
-    progress: Callable[[int], None] | None = None,
+def prefill_rows(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], block_size: int, progress: Callable[[int], None]
 ) -> Prefilled:
-    """Prefill every request (token ids) on its own, on the pages of one unfused pool.
+    """Prefill every request (token ids) whole and on its own; `progress` is called with the number of requests done.
 
-    `progress` is called with the number of requests done. Raises `UnsupportedModel`.
+    Of layers with a sliding window nothing is kept. Raises `UnsupportedModel`.
     """
-    from jointkv.hf.cache import JointCache
-    from jointkv.hf.pool import JointPool
-
-    pool = JointPool(model, "off", block_size=block_size)
-    caches = []
+    batches = []
     for done, row in enumerate(rows, start=1):
-        caches.append(JointCache(pool))
-        ids = torch.tensor([list(row)], device=model.device)
-        with torch.no_grad():
-            model(input_ids=ids, past_key_values=caches[-1], use_cache=True, logits_to_keep=1)
-        if progress is not None:
-            progress(done)
-    assert pool.blocks is not None
-    tables = [cache.tables[0].pages[0, : len(row) // block_size] for cache, row in zip(caches, rows, strict=True)]
-    # The pages stay readable after the caches are gone: nothing else allocates from this pool.
-    return Prefilled(pool.blocks.kv, tables, pool.full_layers)
+        # A prefill leaves out the last token of a prompt, so one more stands behind it.
+        batch = prefill(model, [Request((*row, row[-1]), (), "")], block_size=block_size)
+        state = {name: tensor for name, tensor in batch.state.items() if not name.startswith("sliding.")}
+        batches.append(dataclasses.replace(batch, state=state))
+        progress(done)
+    return join(batches)
 
 
 def similarities(
-    kv: PagedKV,
-    tables: Sequence[Tensor],
-    chunk_blocks: int,
+    batch: Prefilled,
+    chunk_tokens: int,
     relations: Sequence[Relation] = RELATIONS,
     *,
     layers: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Similarity]:
-    """Compare the blocks of some requests: per layer, relation and side one `Similarity`, in this order.
+    """Compare the full blocks of `batch`: per layer, relation and side one `Similarity`, in this order.
 
     Args:
-        kv: the pages of all layers to compare.
-        tables: per request the pages of its full blocks, long `[blocks]`; lengths may differ.
-        chunk_blocks: blocks per chunk, see `within_request`.
+        chunk_tokens: tokens per chunk. Within a request, blocks at equal places of its chunks are compared; all its
+            blocks, if no request is longer than a chunk.
         relations: what to compare.
-        layers: numbers of the layers of `kv` in the model; None for 0, 1, ...
+        layers: numbers of the layers of `batch` in the model; None for 0, 1, ...
         progress: called with the number of layers done, after each.
 
     Raises:
-        LayoutError: no request, or layer numbers that do not fit `kv`.
+        LayoutError: layer numbers that do not fit `batch`.
     """
-    numbers = range(kv.num_layers) if layers is None else layers
-    if not tables:
-        raise LayoutError("similarity of no request")
-    if len(numbers) != kv.num_layers:
-        raise LayoutError(f"{len(numbers)} layer numbers for {kv.num_layers} layers of pages")
-    arrange = {
-        "across": lambda: across_requests(tables),
-        "within": lambda: within_request(tables, chunk_blocks),
-    }
+    numbers = range(batch.layers) if layers is None else layers
+    if len(numbers) != batch.layers:
+        raise LayoutError(f"{len(numbers)} layer numbers for {batch.layers} layers of pages")
+    across = lines_of(batch).pages
+    single = len(across) * batch.block_size <= chunk_tokens
+    arrange = {"across": lambda: across, "within": lambda: across.T if single else lines_of(batch, chunk_tokens).pages}
     matrices = {relation: arrange[relation]() for relation in relations}
     found = []
     for index, number in enumerate(numbers):
         for relation, pages in matrices.items():
-            for side, layer in zip(SIDES, (kv.keys[index], kv.values[index]), strict=True):
-                found.append(_summary(number, side, relation, *_compare(layer, pages)))
+            for side in SIDES:
+                found.append(_summary(number, side, relation, *_compare(batch.state[f"{side}.{index}"], pages)))
         if progress is not None:
             progress(index + 1)
     return found
-
-
-def across_requests(tables: Sequence[Tensor]) -> Tensor:
-    """Pages of equal positions, one line per position and one column per request: `[P, N]`, -1 for none."""
-    return torch.nn.utils.rnn.pad_sequence([table.cpu() for table in tables], padding_value=-1)
-
-
-def within_request(tables: Sequence[Tensor], chunk_blocks: int) -> Tensor:
-    """Pages of one request on each line, `[P, N]`, -1 for none.
-
-    A line holds equal places of the chunks of `chunk_blocks` blocks of a request (the last may be shorter).
-    If no request is longer than a chunk, it holds all blocks of a request.
-    """
-    rows = across_requests(tables).T
-    chunks = -(-rows.shape[1] // chunk_blocks)
-    if chunks <= 1:
-        return rows
-    padded = torch.nn.functional.pad(rows, (0, chunks * chunk_blocks - rows.shape[1]), value=-1)
-    return padded.view(len(rows), chunks, chunk_blocks).transpose(1, 2).flatten(0, 1)
-
-
-def as_pages(keys: Sequence[Tensor], values: Sequence[Tensor], block_size: int) -> tuple[PagedKV, list[Tensor]]:
-    """Dense K and V of a batch without padding as pages, and the table of each request; copies.
-
-    Args:
-        keys, values: per layer `[B, h, S, d]`, as in a `DynamicCache`; a block that is not full is left out.
-
-    Raises:
-        LayoutError: not four dimensions, fewer tokens than a block, or layers that differ in shape.
-    """
-    paged: list[list[Tensor]] = []
-    for layers in (keys, values):
-        for states in layers:
-            if states.dim() != 4 or states.shape[2] < block_size:
-                raise LayoutError(f"[B, h, S, d] with S of at least {block_size} expected, got {list(states.shape)}")
-        paged.append([_cut(states, block_size) for states in layers])
-    kv = PagedKV(*paged)
-    requests = keys[0].shape[0]
-    return kv, list(torch.arange(kv.num_pages).view(requests, -1))
-
-
-def _cut(states: Tensor, block_size: int) -> Tensor:
-    _, heads, tokens, size = states.shape
-    full = tokens // block_size * block_size
-    return states[:, :, :full].transpose(1, 2).reshape(-1, block_size, heads, size)
 
 
 def _compare(layer: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.holding.held import left_padded
+from jointkv.evaluate.holding.prefilled import left_padded
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
 from jointkv.policy import FusionPolicy

@@ -4,53 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.compare.comparison import ByteCount
-from jointkv.evaluate.compare.comparison import end_tokens as end_tokens_of_model
-from jointkv.evaluate.methods.base import Batch, Counted, HeldBatch, Method, context_of
+from jointkv.evaluate.holding import held as holding
+from jointkv.evaluate.holding.batch import Batch, context_of
+from jointkv.evaluate.holding.held import ByteCount, Counted, HeldBatch
+from jointkv.evaluate.methods.base import Method
 from jointkv.evaluate.tasks.base import Example, Task
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """What a task gave under a method at one level.
-
-    Attributes:
-        scores, answers: per example, in the order of `Task.examples`, so two results pair up.
-        mean: mean score.
-        source: where the rows come from.
-        stand_in: whether any row stands for a data set that could not be reached.
-        nbytes, unfused_nbytes: bytes of K and V of all prompts as held, and as they are; sums over batches.
-        share, share_16bit: of these sums, see `ByteCount`.
-        counted: where `nbytes` comes from, see `HeldBatch`.
-        seconds: prefill, compression, decoding and scoring.
-    """
-
-    task: str
-    metric: str
-    method: str
-    level: float
-    scores: tuple[float, ...]
-    answers: tuple[str | int, ...]
-    mean: float
-    source: str
-    stand_in: bool
-    nbytes: int
-    unfused_nbytes: int
-    share: float
-    share_16bit: float
-    counted: Counted
-    batch_size: int
-    seconds: float
+from jointkv.evaluate.tasks.result import TaskRow
 
 
 def run_task(
@@ -65,7 +30,7 @@ def run_task(
     seed: int = 0,
     block_size: int = 16,
     max_tokens: int | None = None,
-) -> TaskResult:
+) -> TaskRow:
     """Score `count` examples of `task` in batches of `batch_size` requests that `method` may let share memory.
 
     `max_tokens` is the room for a prompt and its answer; the model's context if that is smaller or none is given.
@@ -85,7 +50,7 @@ def run_task(
         counts.append(bytes_held)
     total = sum(counts[1:], counts[0])
     scores = tuple(task.score(given, example) for given, example in zip(answers, examples, strict=True))
-    return TaskResult(
+    return TaskRow(
         task=task.name,
         metric=task.metric,
         method=method.name,
@@ -122,7 +87,7 @@ def _answer_batch(
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that end an answer: those of the model's generation config and the tokenizer's."""
-    return end_tokens_of_model(model) | ({tokenizer.eos_token_id} - {None})
+    return holding.end_tokens(model) | ({tokenizer.eos_token_id} - {None})
 
 
 @torch.inference_mode()

@@ -1,10 +1,10 @@
 """What every traffic is made of: requests as token ids, and the tokenizer they come from."""
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
+from itertools import islice
 from typing import Any, Protocol
 
 from jointkv.errors import BadInput
@@ -57,6 +57,9 @@ class Traffic(ABC):
     scope: Scope = "batch"
 
     @abstractmethod
+    def draw(self, tokenizer: Tokenizer, count: int, continuation_tokens: int, rng: random.Random) -> Iterator[Request]:
+        """Distinct requests in the order of their use, of which `count` will be taken. Raises `BadInput`."""
+
     def requests(
         self, tokenizer: Tokenizer, count: int, *, continuation_tokens: int = 48, seed: int = 0
     ) -> list[Request]:
@@ -64,27 +67,17 @@ class Traffic(ABC):
 
         Raises `BadInput` when the data and the tokenizer do not yield that many; it says how many they do.
         """
-
-
-def check_counts(count: int, continuation_tokens: int) -> None:
-    """Raises `BadInput` unless at least one request with at least one token of continuation is asked for."""
-    if count < 1:
-        raise BadInput(f"count must be at least 1, got {count}")
-    if continuation_tokens < 1:
-        raise BadInput(f"continuation_tokens must be at least 1, got {continuation_tokens}")
-
-
-def too_few(traffic: Traffic, count: int, possible: int, continuation_tokens: int) -> BadInput:
-    """The error for a traffic that can make only `possible` requests where `count` were asked for."""
-    return BadInput(
-        f"traffic {traffic.name!r} can make {possible} distinct requests with {continuation_tokens} "
-        f"continuation tokens and this tokenizer, {count} requested"
-    )
-
-
-def packaged(file: str) -> Path:
-    """A file in the package's folder of samples; `SOURCES.md` there gives origin and licence."""
-    return Path(str(resources.files("jointkv.evaluate") / "data" / file))
+        if count < 1:
+            raise BadInput(f"count must be at least 1, got {count}")
+        if continuation_tokens < 1:
+            raise BadInput(f"continuation_tokens must be at least 1, got {continuation_tokens}")
+        made = list(islice(self.draw(tokenizer, count, continuation_tokens, random.Random(seed)), count))
+        if len(made) < count:
+            raise BadInput(
+                f"traffic {self.name!r} can make {len(made)} distinct requests with {continuation_tokens} "
+                f"continuation tokens and this tokenizer, {count} requested"
+            )
+        return made
 
 
 def begins_with_bos(tokenizer: Tokenizer) -> bool:

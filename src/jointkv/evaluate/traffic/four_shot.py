@@ -2,9 +2,9 @@
 
 import random
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic, check_counts, split_request, too_few
+from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic, split_request
 from jointkv.evaluate.traffic.gsm8k import Problem, load_problems
 
 # Rows of the sample with long, correct answers: together about 700 tokens with a vocabulary of 49k.
@@ -34,23 +34,17 @@ class FourShotTraffic(Traffic):
         """The rows of one request's worked examples, in their order."""
         return EXAMPLE_ROWS
 
-    def requests(
-        self, tokenizer: Tokenizer, count: int, *, continuation_tokens: int = 48, seed: int = 0
-    ) -> list[Request]:
-        """See `Traffic.requests`; no question is used twice, and every seed has the same four examples."""
-        check_counts(count, continuation_tokens)
+    def draw(self, tokenizer: Tokenizer, count: int, continuation_tokens: int, rng: random.Random) -> Iterator[Request]:
+        """No question is used twice, and every seed has the same four examples."""
         problems = load_problems()
         questions = [problem for row, problem in enumerate(problems) if row not in EXAMPLE_ROWS]
-        rng = random.Random(seed)
         rng.shuffle(questions)
-        headers = self.headers(tokenizer, shared_text(problems), min(count, len(questions)), rng)
-        made: list[Request] = []
+        headers = iter(self.headers(tokenizer, shared_text(problems), min(count, len(questions)), rng))
+        header = next(headers)
         for problem in questions:
             shared = shared_text(problems, self.example_rows(rng))
-            prompt_text = f"{headers[len(made)]}{shared} {problem.question}\nAnswer:"
+            prompt_text = f"{header}{shared} {problem.question}\nAnswer:"
             request = split_request(tokenizer, prompt_text, f" {problem.answer}", continuation_tokens)
             if request is not None:
-                made.append(request)
-            if len(made) == count:
-                return made
-        raise too_few(self, count, len(made), continuation_tokens)
+                yield request
+                header = next(headers, header)

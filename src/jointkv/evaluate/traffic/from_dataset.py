@@ -1,12 +1,12 @@
 """Traffic from a data set by name: each row's prompt, followed by its answer."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets import ChoiceRow, Loaded, Row, get_dataset
-from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic, check_counts, cut_request, encode, too_few
+from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic, cut_request, encode
 
 PREFIX = "dataset:"
 MOST_ROWS = 2000
@@ -41,29 +41,24 @@ class DatasetTraffic(Traffic):
         """The data set, and where its rows really come from."""
         return f"{self._dataset.name}, {self.loaded.source}"
 
-    def requests(
-        self, tokenizer: Tokenizer, count: int, *, continuation_tokens: int = 48, seed: int = 0
-    ) -> list[Request]:
-        """See `Traffic.requests`.
-
-        Where the answer is missing or shorter than the continuation, the last tokens of prompt and answer are the
-        continuation, so that it is true text in any case.
-        """
-        check_counts(count, continuation_tokens)
+    def draw(self, tokenizer: Tokenizer, count: int, continuation_tokens: int, rng: random.Random) -> Iterator[Request]:
+        """Where the answer is missing or shorter than the continuation, the prompt's last tokens go with it."""
         rows, heads = _asked(self.loaded.rows)
-        made: dict[tuple[int, ...], Request] = {}
+        made: set[tuple[int, ...]] = set()
         short = 0
-        for row in random.Random(seed).sample(rows, len(rows)):
+        for row in rng.sample(rows, len(rows)):
             head = heads[row.subject] if isinstance(row, ChoiceRow) else ""
             request = self._request(tokenizer, head, row, continuation_tokens)
             if request is None:
                 short += 1
-            else:
-                made.setdefault(request.prompt, request)
-            if len(made) == count:
-                return list(made.values())
-        reason = too_few(self, count, len(made), continuation_tokens)
-        raise BadInput(f"{reason}; {short} of {len(rows)} rows leave fewer than {LEAST_TOKENS} tokens for the prompt")
+            elif request.prompt not in made:
+                made.add(request.prompt)
+                yield request
+        raise BadInput(
+            f"traffic {self.name!r} can make {len(made)} distinct requests with {continuation_tokens} continuation "
+            f"tokens and this tokenizer, {count} requested; {short} of {len(rows)} rows leave fewer than "
+            f"{LEAST_TOKENS} tokens for the prompt"
+        )
 
     def _request(self, tokenizer: Tokenizer, head: str, row: Row, continuation_tokens: int) -> Request | None:
         text = head + row.text

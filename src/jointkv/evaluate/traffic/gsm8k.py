@@ -1,9 +1,9 @@
 """The packaged sample of GSM8K test, the text behind every traffic here; licence in `data/SOURCES.md`."""
 
-import json
 from dataclasses import dataclass
 
-from jointkv.evaluate.traffic.base import packaged
+from jointkv.evaluate.jsonl import read_records
+from jointkv.evaluate.samples import packaged
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,5 @@ class Problem:
 
 def load_problems() -> tuple[Problem, ...]:
     """The sample's 300 problems, in the order of GSM8K test."""
-    with packaged("gsm8k_sample.jsonl").open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return tuple(Problem(row["question"], row["answer"]) for row in rows)
+    lines = read_records(packaged("gsm8k_sample.jsonl"))
+    return tuple(Problem(line.fields["question"], line.fields["answer"]) for line in lines)

@@ -6,19 +6,12 @@ from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from types import MappingProxyType
 
+from pydantic import BaseModel
+
 from jointkv.errors import BadInput
-from jointkv.evaluate.datasets.rows import text_field
-from jointkv.evaluate.traffic.base import (
-    Request,
-    Tokenizer,
-    Traffic,
-    check_counts,
-    cut_request,
-    disjoint_runs,
-    packaged,
-    too_few,
-)
-from jointkv.evaluate.traffic.jsonl import read_records
+from jointkv.evaluate.jsonl import Text, located, read_records, validated
+from jointkv.evaluate.samples import packaged
+from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic, cut_request, disjoint_runs
 from jointkv.system.settings import Settings
 
 # Below the data folder; prompts of LongBench in JSONL. The novel comes with jointkv.
@@ -31,6 +24,10 @@ FILES = MappingProxyType(
     }
 )
 KINDS = ("novel", *FILES)
+
+
+class _Prompt(BaseModel):
+    prompt: Text
 
 
 @dataclass(frozen=True)
@@ -54,18 +51,13 @@ class LongDocuments(Traffic):
         if self.tokens < 1:
             raise BadInput(f"tokens must be at least 1, got {self.tokens}")
 
-    def requests(
-        self, tokenizer: Tokenizer, count: int, *, continuation_tokens: int = 48, seed: int = 0
-    ) -> list[Request]:
-        """See `Traffic.requests`; a continuation is what follows in the document."""
-        check_counts(count, continuation_tokens)
-        rng = random.Random(seed)
+    def draw(self, tokenizer: Tokenizer, count: int, continuation_tokens: int, rng: random.Random) -> Iterator[Request]:
+        """A continuation is what follows in the document."""
         by_kind = [self._pieces(tokenizer, kind, continuation_tokens) for kind in self.kinds]
         shuffled = [rng.sample(pieces, len(pieces)) for pieces in by_kind]
-        taken = [piece for piece in chain.from_iterable(zip_longest(*shuffled)) if piece is not None]
-        if len(taken) < count:
-            raise too_few(self, count, len(taken), continuation_tokens)
-        return [cut_request(tokenizer, piece, self.tokens) for piece in taken[:count]]
+        for piece in chain.from_iterable(zip_longest(*shuffled)):
+            if piece is not None:
+                yield cut_request(tokenizer, piece, self.tokens)
 
     def _pieces(self, tokenizer: Tokenizer, kind: str, continuation_tokens: int) -> list[tuple[int, ...]]:
         """Disjoint stretches of the documents of one kind, each as long as a prompt with its continuation."""
@@ -88,4 +80,6 @@ def _documents(kind: str) -> Iterator[tuple[str, int | None]]:
         yield path.read_text(encoding="utf-8"), None
     elif path.exists():
         for record in read_records(path):
-            yield text_field(record.fields, "prompt", record.where), 1
+            with located(record.where):
+                text = validated(_Prompt.model_validate, record.fields).prompt
+            yield text, 1

@@ -1,18 +1,11 @@
 """vLLM's random data: prompts of token ids without meaning, the load of most throughput figures."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.traffic.base import (
-    Request,
-    Tokenizer,
-    Traffic,
-    begins_with_bos,
-    check_counts,
-    cut_request,
-    too_few,
-)
+from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic, begins_with_bos, cut_request
 
 
 @dataclass(frozen=True)
@@ -32,18 +25,13 @@ class RandomTokens(Traffic):
         if self.tokens < 2:
             raise BadInput(f"tokens must be at least 2, got {self.tokens}")
 
-    def requests(
-        self, tokenizer: Tokenizer, count: int, *, continuation_tokens: int = 48, seed: int = 0
-    ) -> list[Request]:
-        """See `Traffic.requests`; a continuation goes on counting, and starts anew at the vocabulary's end."""
-        check_counts(count, continuation_tokens)
+    def draw(self, tokenizer: Tokenizer, count: int, continuation_tokens: int, rng: random.Random) -> Iterator[Request]:
+        """A continuation goes on counting, and starts anew at the vocabulary's end."""
         special = set(tokenizer.all_special_ids)
         allowed = [token_id for token_id in range(tokenizer.vocab_size) if token_id not in special]
-        if len(allowed) < count:
-            raise too_few(self, count, len(allowed), continuation_tokens)
         bos = tokenizer.bos_token_id
         first = (bos,) if bos is not None and begins_with_bos(tokenizer) else ()
         drawn = self.tokens - len(first) + continuation_tokens
-        starts = random.Random(seed).sample(range(len(allowed)), count)
-        runs = [tuple(allowed[(start + step) % len(allowed)] for step in range(drawn)) for start in starts]
-        return [cut_request(tokenizer, first + run, self.tokens) for run in runs]
+        for start in rng.sample(range(len(allowed)), min(count, len(allowed))):
+            run = tuple(allowed[(start + step) % len(allowed)] for step in range(drawn))
+            yield cut_request(tokenizer, first + run, self.tokens)

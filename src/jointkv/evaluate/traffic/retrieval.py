@@ -2,11 +2,13 @@
 
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic, check_counts, packaged, split_request, too_few
-from jointkv.evaluate.traffic.jsonl import read_records
+from jointkv.evaluate.jsonl import read_records
+from jointkv.evaluate.samples import packaged
+from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic, split_request
 
 PASSAGE_CHARACTERS = 540
 _FEWEST, _MOST = 5, 6
@@ -55,25 +57,17 @@ class Retrieval(Traffic):
     name = "retrieval"
     description = "own question, five or six passages of a common pool in varying order, quotation as answer"
 
-    def requests(
-        self, tokenizer: Tokenizer, count: int, *, continuation_tokens: int = 48, seed: int = 0
-    ) -> list[Request]:
-        """See `Traffic.requests`; the passage asked for is another one in each request."""
-        check_counts(count, continuation_tokens)
-        rng = random.Random(seed)
+    def draw(self, tokenizer: Tokenizer, count: int, continuation_tokens: int, rng: random.Random) -> Iterator[Request]:
+        """The passage asked for is another one in each request."""
         pool = load_passages()
         # Some passages are found by many questions, most by few: Zipf's law over a random ranking.
         ranking = rng.sample(pool, len(pool))
         weights = list(accumulate(1 / rank for rank in range(1, len(ranking) + 1)))
-        made: list[Request] = []
         for wanted in rng.sample(pool, len(pool)):
             found = _find(wanted, pool, ranking, weights, rng)
             request = split_request(tokenizer, _prompt(wanted, found), f" {wanted.rest}", continuation_tokens)
             if request is not None:
-                made.append(request)
-            if len(made) == count:
-                return made
-        raise too_few(self, count, len(made), continuation_tokens)
+                yield request
 
 
 def _find(

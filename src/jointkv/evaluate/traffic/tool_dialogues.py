@@ -3,13 +3,14 @@
 import json
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic, check_counts, packaged, split_request, too_few
-from jointkv.evaluate.traffic.jsonl import read_records
+from jointkv.evaluate.jsonl import read_records
+from jointkv.evaluate.samples import packaged
+from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic, split_request
 from jointkv.evaluate.traffic.near_prefix import session_line
 
 # The dialogues come with one or two tools each; a deployed assistant offers a list, and calls one of it.
@@ -82,26 +83,18 @@ class ToolDialogues(Traffic):
     name = "tool_dialogues"
     description = "system text of own session line and one of four tool lists, then the turns of an own dialogue"
 
-    def requests(
-        self, tokenizer: Tokenizer, count: int, *, continuation_tokens: int = 48, seed: int = 0
-    ) -> list[Request]:
-        """See `Traffic.requests`; each dialogue is used once, cut as late as it can be.
+    def draw(self, tokenizer: Tokenizer, count: int, continuation_tokens: int, rng: random.Random) -> Iterator[Request]:
+        """Each dialogue is used once, cut as late as it can be.
 
         The continuation is the assistant's next message or tool call; one that is too short goes on with the turns
         behind it.
         """
-        check_counts(count, continuation_tokens)
-        rng = random.Random(seed)
-        made: list[Request] = []
         for dialogue in _by_turns(rng, load_dialogues()):
             session = rng.randrange(10**8)
             header = f"System: {session_line(session, rng)} User {rng.randrange(10**5):05d}."
             request = _request(tokenizer, header, dialogue, continuation_tokens)
             if request is not None:
-                made.append(request)
-            if len(made) == count:
-                return made
-        raise too_few(self, count, len(made), continuation_tokens)
+                yield request
 
 
 def _by_turns(rng: random.Random, dialogues: Sequence[Dialogue]) -> list[Dialogue]:

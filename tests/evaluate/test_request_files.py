@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.traffic.jsonl import UserRequest, read_requests
+from jointkv.evaluate.request_files import UserRequest, read_requests
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi", "name": "Bo"}]
 
@@ -75,19 +75,19 @@ def test_byte_order_mark_windows_line_ends_and_blank_lines(path: Path) -> None:
         (b"{}", "none of the fields 'prompt', 'text', 'question', 'messages'; found: no field"),
         (b'{"promt": "a", "id": 1}', "none of the fields .*; found: 'promt', 'id'"),
         (b'{"prompt": null}', "none of the fields .*; found: 'prompt'"),
-        (b'{"prompt": ["a"]}', "'prompt' must be a string, found array"),
-        (b'{"text": 3}', "'text' must be a string, found number"),
-        (b'{"prompt": " \\n "}', "'prompt' is empty"),
-        (b'{"question": ""}', "'question' is empty"),
-        (b'{"prompt": "ab\\ud800"}', "'prompt' has half a surrogate pair at character 3"),
-        (b'{"prompt": "a", "answer": "b\\ud800"}', "'answer' has half a surrogate pair at character 2"),
-        (b'{"messages": "a"}', "'messages' must be an array, found string"),
-        (b'{"messages": []}', "'messages' is empty"),
-        (b'{"messages": ["a"]}', "message 0 must be an object, found string"),
-        (b'{"messages": [{"content": "a"}]}', "message 0 has no 'role'"),
-        (b'{"messages": [{"role": "user"}]}', "message 0 has no 'content'"),
-        (b'{"messages": [{"role": 1, "content": "a"}]}', "message 0: 'role' must be a string, found number"),
-        (b'{"messages": [{"role": "user", "content": ""}]}', "message 0: 'content' is empty"),
+        (b'{"prompt": ["a"]}', "prompt: Input should be a valid string"),
+        (b'{"text": 3}', "text: Input should be a valid string"),
+        (b'{"prompt": " \\n "}', "prompt: is empty"),
+        (b'{"question": ""}', "question: is empty"),
+        (b'{"prompt": "ab\\ud800"}', "prompt: has half a surrogate pair at character 3"),
+        (b'{"prompt": "a", "answer": "b\\ud800"}', "answer: has half a surrogate pair at character 2"),
+        (b'{"messages": "a"}', "messages: Input should be a valid tuple"),
+        (b'{"messages": []}', "none of the fields .*; found: 'messages'"),
+        (b'{"messages": ["a"]}', "messages.0: Input should be a valid dictionary"),
+        (b'{"messages": [{"content": "a"}]}', "messages.0.role: Field required"),
+        (b'{"messages": [{"role": "user"}]}', "messages.0.content: Field required"),
+        (b'{"messages": [{"role": 1, "content": "a"}]}', "messages.0.role: Input should be a valid string"),
+        (b'{"messages": [{"role": "user", "content": ""}]}', "messages.0.content: is empty"),
     ],
 )
 def test_faults_are_named_by_file_and_line(path: Path, line: bytes, reason: str) -> None:
