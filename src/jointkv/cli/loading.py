@@ -14,9 +14,9 @@ def locate(name: str) -> str:
     Raises `BadInput`, `FetchError`, `ChecksumError`.
     """
     with stages(f"looking for {name}") as show:
-        from jointkv.hf.models import KNOWN_MODELS, fetch_model, locate_model
+        from jointkv.hf.models import locate_model
 
-        return str(fetch_model(name, progress=show)) if name in KNOWN_MODELS else locate_model(name)
+        return locate_model(name, fetch=True, progress=show)
 
 
 def load(

@@ -65,10 +65,7 @@ def fetch_model(
 
 
 def load_model(
-    name_or_path: str,
-    dtype: str = "bfloat16",
-    attn_implementation: str | None = None,
-    progress: Progress | None = None,
+    name_or_path: str, dtype: str = "bfloat16", attn_implementation: str | None = None
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a causal language model in eval mode and its tokenizer (left padding, pad token set).
 
@@ -81,7 +78,7 @@ def load_model(
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise BadInput(f"unknown dtype {dtype!r}; use bfloat16, float16, float32 or auto")
-    locate_model(name_or_path, fetch=True, progress=progress)
+    locate_model(name_or_path, fetch=True)
     config = load_config(name_or_path)
     tokenizer = load_tokenizer(name_or_path)
     with _loading(name_or_path) as location:
