@@ -17,9 +17,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from engines import BLOCK_SIZE, build, prepare_environment, scheduler_of
+from jointkv.system.machine import fast_dtype
 from timing import write
 
-MODEL, BLOCK_SIZE = "smollm2", 32
 SHARED, OWN, OUT = 640, 32, 64
 FUSION = {"min_pool_usage": 0.0, "max_relative_error": 0.9, "max_token_error": 2.0}
 CHECKS = {
@@ -39,11 +40,13 @@ def main() -> None:
     parser.add_argument("--dtype", help="of the model and its KV cache; default: what is fast here")
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     arguments = parser.parse_args()
-    prepare_environment()
-    from jointkv.system.machine import fast_dtype
+    prepare_environment(4 * 2**30)
+    from jointkv.vllm_plugin import engine_args
 
     dtype = arguments.dtype or fast_dtype()
-    engine = build(dtype, arguments.running)
+    blocks = arguments.running * (-(-(SHARED + OWN + OUT) // BLOCK_SIZE) + 1) + 8
+    # Statistics are on, as in production: the plugin's metrics come with them.
+    engine = build(dtype, arguments.running, blocks, disable_log_stats=False, **engine_args(**FUSION))
     clock = Clock()
     attach(engine, clock)
     serve(engine, arguments.running, seed=0)  # warms up
@@ -99,41 +102,13 @@ class Clock:
         return found
 
 
-def prepare_environment() -> None:
-    from jointkv.bench.launch import engine_environment
-    from jointkv.system.machine import allowed_cores
-
-    os.environ.update(engine_environment(os.environ, allowed_cores(), 4 * 2**30, local_model=True))
-
-
-def build(dtype: str, running: int) -> Any:
-    from vllm import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    from jointkv.hf.models import fetch_model
-    from jointkv.vllm_plugin import engine_args
-
-    return LLMEngine.from_engine_args(
-        EngineArgs(
-            model=str(fetch_model(MODEL)),
-            dtype=dtype,
-            max_model_len=2048,
-            max_num_seqs=running,
-            block_size=BLOCK_SIZE,
-            num_gpu_blocks_override=running * (-(-(SHARED + OWN + OUT) // BLOCK_SIZE) + 1) + 8,
-            enforce_eager=True,
-            **engine_args(**FUSION),
-        )
-    )
-
-
 def attach(engine: Any, clock: Clock) -> None:
     """Time every check where it stands."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     from jointkv.vllm_plugin.messages import Verdict
 
-    side, worker = engine.engine_core.engine_core.scheduler.connector.scheduler, get_kv_transfer_group().worker
+    side, worker = scheduler_of(engine).connector.scheduler, get_kv_transfer_group().worker
     apply = worker.apply
     places = (
         ("may_replace", side.tables, "may_replace"),
@@ -166,7 +141,7 @@ def serve(engine: Any, running: int, seed: int) -> int:
 
 
 def measure(engine: Any, clock: Clock, running: int, seed: int) -> dict[str, Any]:
-    side = engine.engine_core.engine_core.scheduler.connector.scheduler
+    side = scheduler_of(engine).connector.scheduler
     clock.take()
     before, start = side.totals(), time.perf_counter()
     steps = serve(engine, running, seed)

@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engine_step import BLOCK_SIZE, MAX_MODEL_LEN, MODEL, build, prepare_environment
+from engines import BLOCK_SIZE, MAX_MODEL_LEN, MODEL, build, prepare_environment, scheduler_of
+from jointkv.system.machine import fast_dtype
 from timing import median_ratio, write
 
 OUTPUT_TOKENS, WARM_UP = 256, 4
@@ -39,10 +40,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="pairs of decode steps")
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     arguments = parser.parse_args()
-    prepare_environment()
+    prepare_environment(6 * 2**30)
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    from jointkv.system.machine import fast_dtype
     from jointkv.vllm_plugin import engine_args
 
     dtype, most = fast_dtype(), max(arguments.running)
@@ -76,8 +76,8 @@ def measure(engine: Any, chosen: Chosen, traffic: str, running: int, repeats: in
         engine.add_request(f"{traffic}-{running}-{number}", {"prompt_token_ids": list(request.prompt)}, sampling)
         for number, request in enumerate(requests)
     ]
-    core = engine.engine_core.engine_core
-    while any(request.num_output_tokens == 0 for request in core.scheduler.requests.values()):
+    scheduler = scheduler_of(engine)
+    while any(request.num_output_tokens == 0 for request in scheduler.requests.values()):
         engine.step()
     for _ in range(WARM_UP):
         engine.step()
@@ -89,7 +89,7 @@ def measure(engine: Any, chosen: Chosen, traffic: str, running: int, repeats: in
             engine.step()
             seconds[shared].append(time.perf_counter() - start)
     chosen.shared = True
-    tables = core.scheduler.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks
+    tables = scheduler.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks
     pages = [block.block_id for name in tables for block in tables[name]]
     engine.abort_request(names, internal=True)
     engine.step()

@@ -16,9 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from timing import timed, write
+import torch
 
-MODEL, BLOCK_SIZE, MAX_MODEL_LEN = "smollm2", 32, 2048
+from engines import BLOCK_SIZE, build, prepare_environment, scheduler_of
+from jointkv.system.machine import fast_dtype
+from timing import machine_speed, timed, write
+
 WARM_UP, PROFILED = 2, 3
 KINDS = {"attention": "cpu_attention_with_kv_cache", "matrix products": "onednn_mm"}
 
@@ -31,14 +34,12 @@ def main() -> None:
     parser.add_argument("--dtype", help="of the model and its KV cache; default: what is fast here")
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     arguments = parser.parse_args()
-    prepare_environment()
-    from jointkv.system.machine import fast_dtype
-
+    prepare_environment(6 * 2**30)
     dtype = arguments.dtype or fast_dtype()
     most = max(arguments.running)
     blocks = most * (-(-(arguments.context + 64) // BLOCK_SIZE)) + 8
     engine = build(dtype, most, blocks, enable_prefix_caching=False)
-    speed = machine_speed(dtype)
+    speed = machine_speed(getattr(torch, dtype))
     rows = [measure(engine, running, arguments.context, arguments.repeats) for running in arguments.running]
     model = shape(engine)
     for row in rows:
@@ -58,36 +59,6 @@ def main() -> None:
     os._exit(0)  # the engine's threads need not be waited for
 
 
-def prepare_environment() -> None:
-    from jointkv.bench.launch import engine_environment
-    from jointkv.system.machine import allowed_cores
-
-    os.environ.update(engine_environment(os.environ, allowed_cores(), 6 * 2**30, local_model=True))
-
-
-def build(dtype: str, most: int, blocks: int, **options: Any) -> Any:
-    """An engine of this process for `most` requests at once."""
-    from vllm import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    from jointkv.hf.models import fetch_model
-
-    return LLMEngine.from_engine_args(
-        EngineArgs(
-            model=str(fetch_model(MODEL)),
-            dtype=dtype,
-            max_model_len=MAX_MODEL_LEN,
-            max_num_seqs=most,
-            max_num_batched_tokens=MAX_MODEL_LEN,
-            block_size=BLOCK_SIZE,
-            num_gpu_blocks_override=blocks,
-            enforce_eager=True,
-            disable_log_stats=True,
-            **options,
-        )
-    )
-
-
 def measure(engine: Any, running: int, context: int, repeats: int) -> dict[str, Any]:
     """`running` requests of `context` random tokens: the prefill, then `repeats` timed decode steps, then a profile."""
     from torch.profiler import ProfilerActivity, profile
@@ -101,7 +72,7 @@ def measure(engine: Any, running: int, context: int, repeats: int) -> dict[str, 
         )
         for number in range(running)
     ]
-    scheduler = engine.engine_core.engine_core.scheduler
+    scheduler = scheduler_of(engine)
     start = time.perf_counter()
     while any(request.num_output_tokens == 0 for request in scheduler.requests.values()):
         engine.step()
@@ -132,21 +103,8 @@ def shares(operations: Any) -> dict[str, float]:
     return {**found, "the rest": 1 - sum(found.values())}
 
 
-def machine_speed(dtype: str) -> dict[str, float]:
-    """Bytes per second of a large copy (read and written bytes), operations per second of a large matrix product."""
-    import torch
-
-    large = torch.ones(64 * 2**20, dtype=torch.float32)
-    target = torch.empty_like(large)
-    matrix = torch.randn(2048, 2048).to(getattr(torch, dtype))
-    copy = min(timed(lambda: target.copy_(large), 5))
-    product = min(timed(lambda: matrix @ matrix, 5))
-    return {"copy_bytes_per_s": 2 * large.nbytes / copy, "operations_per_s": 2 * 2048**3 / product}
-
-
 def shape(engine: Any) -> dict[str, int]:
     """Bytes of the weights, bytes of K and V per token, weights that multiply, and numbers of a query per layer."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     config = engine.vllm_config.model_config.hf_text_config

@@ -18,7 +18,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from engines import corpus
+from influence_attack import DRIFTS, Target, Victim, search
+from jointkv.hf.models import load_model
+from jointkv.policy import FusionPolicy
 from jointkv.system.files import replace_text
+from jointkv.system.machine import machine, versions
+from jointkv.theory.calibrate import TOKEN_SLACK
 
 FORMAT = "jointkv.influence/1"
 BOUNDS = (0.05, 0.1, 0.2, 0.5, 0.9)
@@ -47,23 +53,19 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Every victim under every bound; the file is written after each victim."""
-    from jointkv.hf.models import load_model
-
     model, tokenizer = load_model(arguments.model, dtype="float32")
-    corpus = corpus_of(tokenizer)
+    text = corpus(tokenizer)
     special = set(tokenizer.all_special_ids)
     vocabulary = [token for token in range(model.config.vocab_size) if token not in special]
     rows: list[dict[str, Any]] = []
     load = os.getloadavg()[0]
     for number in range(arguments.victims):
-        rows += attack(model, number, windows(corpus, arguments.seed + number), vocabulary, arguments)
+        rows += attack(model, number, windows(text, arguments.seed + number), vocabulary, arguments)
         replace_text(arguments.output, json.dumps(result(arguments, rows, load), indent=1) + "\n")
 
 
 def result(arguments: argparse.Namespace, rows: list[dict[str, Any]], load: float) -> dict[str, Any]:
     """What is written; `load` is the machine's load average at the start."""
-    from jointkv.system.machine import machine, versions
-
     return {
         "format": FORMAT,
         "model": arguments.model,
@@ -76,32 +78,18 @@ def result(arguments: argparse.Namespace, rows: list[dict[str, Any]], load: floa
     }
 
 
-def corpus_of(tokenizer: Any) -> tuple[int, ...]:
-    """The novel and the reports that the package carries."""
-    from jointkv.evaluate.jsonl import read_records
-    from jointkv.evaluate.samples import packaged
-    from jointkv.evaluate.traffic.base import encode
-
-    reports = [record.fields["text"] for record in read_records(packaged("gov_report_sample.jsonl"))]
-    return encode(tokenizer, "\n".join([packaged("novel_sample.txt").read_text(), *reports]))
-
-
-def windows(corpus: Sequence[int], seed: int) -> Iterator[tuple[int, ...]]:
+def windows(text: Sequence[int], seed: int) -> Iterator[tuple[int, ...]]:
     """Stretches of 1024 tokens from random places."""
     rng = random.Random(seed)
     while True:
-        start = rng.randrange(len(corpus) - 1024)
-        yield tuple(corpus[start : start + 1024])
+        start = rng.randrange(len(text) - 1024)
+        yield tuple(text[start : start + 1024])
 
 
 def attack(
     model: Any, number: int, texts: Iterator[tuple[int, ...]], vocabulary: Sequence[int], arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """One victim under every bound: attackers drawn at random, then the search from the best of them."""
-    from influence_attack import Target, Victim
-    from jointkv.policy import FusionPolicy
-    from jointkv.theory.calibrate import TOKEN_SLACK
-
     start, length = time.monotonic(), arguments.prefix_tokens
     shared = next(texts)[: arguments.shared_tokens + arguments.tail_tokens]
     victim = Victim(next(texts)[:length], shared[: arguments.shared_tokens], shared[arguments.shared_tokens :])
@@ -148,7 +136,6 @@ def searched(
     rng: random.Random,
 ) -> dict[str, Any]:
     """The worst attacker that the search finds, and what theory says about the attention rows that read its pages."""
-    from influence_attack import search
 
     def score(prefixes: list[tuple[int, ...]]) -> list[float]:
         return [target.serve(state, bound).mean_kl for state in target.states(prefixes)]
@@ -177,8 +164,6 @@ def describe(outcomes: Sequence[Any]) -> dict[str, Any]:
 
 def theory(layers: Sequence[Any]) -> dict[str, dict[str, Any]]:
     """Bound and what happened in the row with the largest of each, over all layers, heads and tail tokens."""
-    from influence_attack import DRIFTS
-
     found = {}
     for name in DRIFTS:
         parts = [getattr(layer, name) for layer in layers]

@@ -19,7 +19,6 @@ from jointkv.evaluate.holding.prefilled import prefill, take
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
-from jointkv.hf.saving import unpack
 from jointkv.policy import FusionPolicy
 from jointkv.theory.drift import AttentionDrift, attention_drift
 
@@ -130,7 +129,7 @@ class Target:
 
     def _cache(self, pool: JointPool, state: State) -> JointCache:
         cache = JointCache(pool, "one tenant")
-        unpack(cache, len(self.victim.prefix) + len(self.victim.shared), state)
+        cache.restore(len(self.victim.prefix) + len(self.victim.shared), state)
         return cache
 
     @torch.inference_mode()

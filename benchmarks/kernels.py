@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +22,11 @@ import torch
 from torch import Tensor
 
 import kernels_gpu
-from jointkv.attention.cpu import paged_attention
 from jointkv.attention.grouping import group_pages
 from jointkv.attention.layouts import LayerPages
+from jointkv.attention.paged import paged_attention
 from jointkv.attention.work import WorkList
-from timing import median_ratio, write
+from timing import CLOCKS, machine_speed, median_ratio, on_threads, paired, write
 
 SEQUENCES, BLOCK_SIZE = 32, 32
 CONTEXTS = (1024, 2048)
@@ -175,41 +173,6 @@ def _rewritten(layer: Layer, isa: str, block_size: int) -> Tensor:
     return cache
 
 
-@contextmanager
-def on_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def machine_speed(clock: Callable[[], float]) -> dict[str, float]:
-    """Bytes per second of a large copy (read and written bytes), operations per second of a large matrix product."""
-    large = torch.ones(64 * 2**20)
-    target, matrix = torch.empty_like(large), torch.randn(2048, 2048)
-    copies, products = in_turns([lambda: target.copy_(large), lambda: matrix @ matrix], 5, clock)
-    copy, product = min(copies), min(products)
-    return {"copy_bytes_per_s": 2 * large.nbytes / copy, "operations_per_s": 2 * 2048**3 / product}
-
-
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-"""Processor time leaves out what others on the machine take away, but tells nothing about several cores."""
-
-
-def in_turns(works: Sequence[Callable[[], Any]], repeats: int, clock: Callable[[], float]) -> list[list[float]]:
-    """Seconds of several works, in turns so that a drift of the machine meets all alike; the first is not counted."""
-    samples: list[list[float]] = [[] for _ in works]
-    for turn in range(repeats + 1):
-        for work, seconds in zip(works, samples, strict=True):
-            start = clock()
-            work()
-            if turn:
-                seconds.append(clock() - start)
-    return samples
-
-
 def arms(layer: Layer, tables: Tensor, paths: dict[str, int]) -> dict[str, tuple[Callable[[], Tensor], bool]]:
     """What is timed, and whether it applies scales."""
     works = {}
@@ -229,12 +192,12 @@ def measure(
     tables = layer.tables(sharing)
     works = arms(layer, tables, paths)
     errors = {name: layer.check(run(), tables, scaled, name) for name, (run, scaled) in works.items()}
-    samples = dict(zip(works, in_turns([run for run, _ in works.values()], repeats, CLOCKS[clock]), strict=True))
+    samples = dict(zip(works, paired([run for run, _ in works.values()], repeats, clock=clock), strict=True))
     best = min((name for name in works if name.startswith("stock")), key=lambda n: median(samples[n]), default=None)
     ratios = {}
     if best is not None:
         ratios = {name: median_ratio(samples[name], samples[best]) for name in works if not name.startswith("stock")}
-    grouping = in_turns([lambda: layer.work(tables, True)], 5, CLOCKS[clock])[0]
+    grouping = paired([lambda: layer.work(tables, True)], clock=clock)[0]
     floor = layer.floor(len(tables.unique()), speed)
     return {
         "heads": layer.heads.name,
@@ -268,7 +231,7 @@ def measure_cpu(repeats: int, options: argparse.Namespace) -> dict[str, Any]:
     paths, rows, speeds = stock_paths(), [], {}
     for threads in options.cores:
         with on_threads(threads):
-            speeds[str(threads)] = machine_speed(CLOCKS[options.clock])
+            speeds[str(threads)] = machine_speed(clock=options.clock)
     for heads in (shape for shape in SHAPES if shape.name in options.heads):
         for dtype in options.dtypes:
             for context in options.contexts:

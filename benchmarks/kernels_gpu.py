@@ -19,6 +19,7 @@ from torch import Tensor
 from jointkv.attention import gpu
 from jointkv.attention.grouping import group_pages
 from jointkv.attention.layouts import LayerPages
+from jointkv.attention.paged import paged_attention
 from jointkv.attention.work import WorkList
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -128,7 +129,7 @@ def decode(layer: Layer, sharing: int, bandwidth: float, repeats: int) -> dict[s
         key, value = layer.scales if scaled else (None, None)
 
         def attend(work: WorkList = work, key: Tensor | None = key, value: Tensor | None = value) -> Tensor:
-            return gpu.paged_attention(layer.query, layer.pages, work, k_scale=key, v_scale=value)[0]
+            return paged_attention(layer.query, layer.pages, work, k_scale=key, v_scale=value, kernel=gpu.attend)[0]
 
         errors[name] = layer.check(attend(), tables, scaled)
         samples[name] = seconds(attend, layer.device, repeats)
@@ -149,7 +150,7 @@ def prefill(layer: Layer, repeats: int) -> dict[str, Any]:
     query = layer.query.view(layer.sequences, layer.queries, *layer.query.shape[1:]).transpose(1, 2).contiguous()
 
     def attend() -> Tensor:
-        return gpu.paged_attention(layer.query, layer.pages, work)[0]
+        return paged_attention(layer.query, layer.pages, work, kernel=gpu.attend)[0]
 
     def stock() -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=True)

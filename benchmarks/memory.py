@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from statistics import median
 
+import psutil
+
 from timing import write
 
 REQUESTS, AT_A_TIME = 64, 4
@@ -58,7 +60,7 @@ def hold(policy: str) -> dict[str, int]:
 
 
 def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return psutil.Process().memory_info().rss
 
 
 def run(output: Path, repeats: int = 5) -> None:

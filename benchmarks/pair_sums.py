@@ -19,7 +19,7 @@ from jointkv.core.blocks import served_errors
 from jointkv.core.packed import PackedPages
 from jointkv.fusion.pair_sums import pair_cosines, pair_errors, pair_sums, pair_sums_reference
 from jointkv.system import native
-from timing import median_ratio, paired, write
+from timing import median_ratio, on_threads, paired, write
 
 LAYERS, TOKENS, HEADS, HEAD_SIZE, PAGES, PAIRS = 30, 32, 3, 64, 256, 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -136,13 +136,9 @@ def measure(layout: str, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
 
 
 def run(output: Path, repeats: int = 5) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with on_threads(1):
         rows = [measure("tiled", dtype, repeats) for dtype in DTYPES]
         rows.append(measure("row-major", torch.bfloat16, repeats))
-    finally:
-        torch.set_num_threads(threads)
     headline = {
         f"{row['layout']}, {row['dtype']}, {row['bytes_read_per_pair'] / 1e6:.2f} MB": {
             **{f"ms_{name}": round(1e3 * median(taken), 3) for name, taken in row["seconds_per_pair"].items()},

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from jointkv.core.blocks import PagedKV
+from jointkv.core.plan import FusionPlan
 from jointkv.fusion.pairs import pair_statistics
-from jointkv.fusion.tree import plan_batch
+from jointkv.fusion.tree import plan_matrix
 from jointkv.policy import FusionPolicy
 from timing import median_ratio, paired, timed, write
 
@@ -38,8 +39,10 @@ def make_pages(requests: int, dtype: torch.dtype, shared: float) -> PagedKV:
     return PagedKV(*layers)
 
 
-def tables(requests: int) -> dict[int, torch.Tensor]:
-    return {request: torch.arange(BLOCKS) + request * BLOCKS for request in range(requests)}
+def plan_batch(kv: PagedKV, requests: int, policy: FusionPolicy) -> FusionPlan:
+    """Blocks of all requests at equal positions."""
+    pages = torch.arange(requests * BLOCKS).view(requests, BLOCKS).T
+    return plan_matrix(kv, pages, pages // BLOCKS, pages % BLOCKS, policy)
 
 
 def level_products(blocks: torch.Tensor) -> None:
@@ -54,8 +57,8 @@ def level_products(blocks: torch.Tensor) -> None:
 
 def measure(requests: int, dtype: torch.dtype, shared: float, name: str, repeats: int) -> dict[str, Any]:
     policy = POLICIES[name]
-    kv, held = make_pages(requests, dtype, shared), tables(requests)
-    pages = torch.stack(list(held.values()), 1)
+    kv = make_pages(requests, dtype, shared)
+    pages = torch.arange(requests * BLOCKS).view(requests, BLOCKS).T
     sides = 1 if policy.similarity == "key" else 2
     gathered = kv.keys[0].flatten(1)[pages].float()
 
@@ -67,8 +70,8 @@ def measure(requests: int, dtype: torch.dtype, shared: float, name: str, repeats
         rule = policy.rule()
         rule.group(pair_statistics(kv, pages, rule))
 
-    floor, decided, planned = paired([products, decide, lambda: plan_batch(kv, held, policy)], repeats, warmup=3)
-    plan = plan_batch(kv, held, policy)
+    floor, decided, planned = paired([products, decide, lambda: plan_batch(kv, requests, policy)], repeats, warmup=3)
+    plan = plan_batch(kv, requests, policy)
     return {
         "policy": name,
         "requests": requests,
@@ -86,8 +89,8 @@ def measure(requests: int, dtype: torch.dtype, shared: float, name: str, repeats
 def growth(repeats: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for requests in (8, 16, 32, 64, 128):
-        kv, held = make_pages(requests, torch.bfloat16, 0.6), tables(requests)
-        seconds = timed(lambda kv=kv, held=held: plan_batch(kv, held, POLICIES["keys and values"]), repeats)
+        kv = make_pages(requests, torch.bfloat16, 0.6)
+        seconds = timed(lambda kv=kv, requests=requests: plan_batch(kv, requests, POLICIES["keys and values"]), repeats)
         rows.append({"requests": requests, "seconds_plan": seconds})
     first = rows[0]
     for row in rows:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from jointkv.attention.cpu import paged_attention
 from jointkv.attention.grouping import group_pages
 from jointkv.attention.layouts import LayerPages
-from kernels import BLOCK_SIZE, CLOCKS, SHAPES, TOLERANCE, Heads, in_turns, on_threads, stock_paths
-from timing import median_ratio, write
+from jointkv.attention.paged import paged_attention
+from kernels import BLOCK_SIZE, SHAPES, TOLERANCE, Heads, stock_paths
+from timing import CLOCKS, median_ratio, on_threads, paired, write
 
 CASES = ((512, 512), (256, 2048), (2048, 2048))
 """Queries and context."""
@@ -100,7 +100,7 @@ def measure(prompt: Prompt, repeats: int, clock: str) -> dict[str, Any]:
         errors[name] = float(apart.max())
         if name == "pages" and not errors[name] < TOLERANCE[dtype]:
             raise SystemExit(f"{name} is off by {errors[name]}")
-    samples = dict(zip(works, in_turns(list(works.values()), repeats, CLOCKS[clock]), strict=True))
+    samples = dict(zip(works, paired(list(works.values()), repeats, clock=clock), strict=True))
     row = {
         "heads": prompt.heads.name,
         "dtype": dtype,

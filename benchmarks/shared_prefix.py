@@ -21,19 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import (
-    BLOCK_SIZE,
-    CLOCKS,
-    CONTEXTS,
-    SEQUENCES,
-    SHAPES,
-    Layer,
-    in_turns,
-    on_threads,
-    stock,
-    stock_paths,
-)
-from timing import median_ratio, write
+from kernels import BLOCK_SIZE, CONTEXTS, SEQUENCES, SHAPES, Layer, stock, stock_paths
+from timing import CLOCKS, median_ratio, on_threads, paired, write
 
 OWN_BLOCKS = 2
 """Blocks at the end of each sequence that are its own."""
@@ -99,7 +88,7 @@ def measure(layer: Layer, repeats: int, clock: str) -> dict[str, Any]:
     tables, dtype = prefix_tables(layer), str(layer.dtype).removeprefix("torch.")
     arms = works(layer, tables)
     errors = {name: layer.check(run(), tables, False, name) for name, run in arms.items()}
-    samples = dict(zip(arms, in_turns(list(arms.values()), repeats, CLOCKS[clock]), strict=True))
+    samples = dict(zip(arms, paired(list(arms.values()), repeats, clock=clock), strict=True))
     best = min((name for name in arms if name.startswith("decomposed")), key=lambda name: median(samples[name]))
     row = {
         "heads": layer.heads.name,

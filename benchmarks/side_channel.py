@@ -24,8 +24,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from engines import corpus, prepare_environment
 from jointkv.errors import BadInput
 from jointkv.system.files import replace_text
+from jointkv.system.machine import allowed_cores, machine, versions
+from side_channel_statistics import LEVEL, separation, smallest_detectable_auc
 from side_channel_trials import ANSWER, BLOCK, FIRST_LINE, Attack, Case, Sizes, Texts, schedule
 
 FORMAT = "jointkv.side_channel/1"
@@ -70,22 +73,13 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes, salted = Sizes(), [SALTS[name] for name in arguments.salts or SALTS]
     arms = list(dict.fromkeys(arguments.arm or ARMS))
-    prepare_environment(arguments.cores)
+    prepare_environment(2**30, sorted(allowed_cores())[-arguments.cores :])
+    os.environ.update({"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_CI_ENV": "1"})
     with tempfile.TemporaryDirectory(prefix="jointkv-side-channel-") as work:
         model = prepare_model(arguments.model, Path(work))
         for arm in arms:
             found = run_arm(model, arm, sizes, arguments.trials, salted, arguments.seed)
             write(arguments.output, result(arguments, sizes, kept(arguments, arm), arm, found))
-
-
-def prepare_environment(cores: int) -> None:
-    """What vLLM shall find when it is imported."""
-    from jointkv.bench.launch import engine_environment
-    from jointkv.system.machine import allowed_cores
-
-    chosen = sorted(allowed_cores())[-cores:]
-    os.environ.update(engine_environment(os.environ, chosen, 2**30, local_model=True))
-    os.environ.update({"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_CI_ENV": "1"})
 
 
 def prepare_model(name: str, work: Path) -> str:
@@ -127,10 +121,10 @@ def run_arm(model: str, arm: str, sizes: Sizes, rounds: int, salted: Sequence[bo
     seen = measure(attack, schedule(rounds, salted, seed))
     if attack.faults():
         raise RuntimeError(f"{arm}: the plugin switched itself off during the trials")
-    machine = {"seconds": time.monotonic() - start, "load_average": [load[0], os.getloadavg()[0]]}
-    print(f"{arm}: {machine}", flush=True)
+    meanwhile = {"seconds": time.monotonic() - start, "load_average": [load[0], os.getloadavg()[0]]}
+    print(f"{arm}: {meanwhile}", flush=True)
     stop_engine(engine)
-    return {"machine": machine, "seen": seen}
+    return {"machine": meanwhile, "seen": seen}
 
 
 def measure(attack: Attack, cases: Sequence[Case]) -> dict[tuple[str, str, bool], dict[str, dict[bool, list[float]]]]:
@@ -166,16 +160,12 @@ def build(model: str, fusion: dict[str, Any] | None, prefix_caching: bool, sizes
 
 def texts(vocabulary: int, seed: int) -> Texts:
     """Windows of the novel and the reports that the package carries, in ids below `vocabulary`."""
-    from jointkv.evaluate.jsonl import read_records
-    from jointkv.evaluate.samples import packaged
     from jointkv.evaluate.traffic.base import encode
     from jointkv.evaluate.traffic.near_prefix import session_line
     from jointkv.hf.models import fetch_model, load_tokenizer
 
     fetch_model("smollm2")
     tokenizer = load_tokenizer("smollm2")
-    reports = [record.fields["text"] for record in read_records(packaged("gov_report_sample.jsonl"))]
-    corpus = encode(tokenizer, "\n".join([packaged("novel_sample.txt").read_text(), *reports]))
     draw = random.Random(seed)
 
     def lines() -> Iterator[list[int]]:
@@ -186,7 +176,7 @@ def texts(vocabulary: int, seed: int) -> Texts:
                 used.add(session)
                 yield [token % vocabulary for token in encode(tokenizer, session_line(session, draw))[:FIRST_LINE]]
 
-    return Texts([token % vocabulary for token in corpus], lines(), seed)
+    return Texts([token % vocabulary for token in corpus(tokenizer)], lines(), seed)
 
 
 def kept(arguments: argparse.Namespace, arm: str) -> dict[str, Any]:
@@ -204,9 +194,6 @@ def result(
     arguments: argparse.Namespace, sizes: Sizes, before: dict[str, Any], arm: str, found: dict[str, Any]
 ) -> dict[str, Any]:
     """What is written: every case and observable with its samples; `before` holds the other arms."""
-    from jointkv.evaluate.side_channel import LEVEL, smallest_detectable_auc
-    from jointkv.system.machine import machine, versions
-
     fusion, prefix_caching = ARMS[arm]
     settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "arm", "model")}
     run = {"fusion": fusion, "prefix_caching": prefix_caching, **settings, **found["machine"]}
@@ -234,8 +221,6 @@ def result(
 
 def summarize(arm: str, seen: dict[tuple[str, str, bool], dict[str, dict[bool, list[float]]]]) -> list[dict[str, Any]]:
     """One row per case and observable."""
-    from jointkv.evaluate.side_channel import separation
-
     rows = []
     for (scenario, guess, salted), observable in itertools.product(sorted(seen), OBSERVABLES):
         samples = seen[scenario, guess, salted].get(observable)

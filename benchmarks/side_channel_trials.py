@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from engines import scheduler_of
+
 SCENARIOS = ("idle", "busy")
 GUESSES = ("exact", "near")
 FIRST_LINE = 24
@@ -158,12 +160,12 @@ class Attack:
 
     def merged(self) -> int:
         """Blocks merged since the start, as the engine's `/metrics` page says."""
-        connector = self.engine.engine_core.engine_core.scheduler.connector
+        connector = scheduler_of(self.engine).connector
         return 0 if connector is None else connector.scheduler.totals()["blocks_merged"]
 
     def faults(self) -> int:
         """Errors inside the plugin since the start; after the first it merges nothing more."""
-        connector = self.engine.engine_core.engine_core.scheduler.connector
+        connector = scheduler_of(self.engine).connector
         return 0 if connector is None else connector.scheduler.totals()["faults"]
 
     def _text(self) -> list[int]:

@@ -17,7 +17,6 @@ import json
 import os
 import random
 import re
-import socket
 import sys
 import tempfile
 from collections import Counter
@@ -28,8 +27,10 @@ from typing import Any
 import aiohttp
 import psutil
 
-from jointkv.bench.server import Server, get, server_command, server_environment
+from jointkv.bench.environment import server_environment
+from jointkv.bench.server import Server, free_port, get, server_command
 from jointkv.bench.watch import read
+from jointkv.system.files import replace_text
 from jointkv.system.machine import allowed_cores, machine, versions
 from soak_server import WITNESS
 from soak_traffic import Client, Request, Tally, Traffic, load
@@ -75,8 +76,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = soak(arm, 60 * arguments.minutes, arguments.seed, Path(folder), arguments.model, progress)
         result["arms"][arm] = found
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        replace_text(arguments.output, json.dumps(result, indent=1) + "\n")
         print(f"\n{arm}: {json.dumps(found['counts'])}\n  violations: {found['violations']}", flush=True)
     sys.exit(any(sum(found["violations"].values()) for found in result["arms"].values()))
 
@@ -117,18 +117,15 @@ def soak(
 ) -> dict[str, Any]:
     """One arm for `seconds` of load: settings, counts, violations and the timeline."""
     model = model or write_model(folder / "model")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = server_command(model, ARMS[arm], engine_flags(arm), "cpu")
     module = command.index("-m")
     command[module : module + 2] = [str(Path(__file__).with_name("soak_server.py"))]
     environment = server_environment(os.environ, {max(allowed_cores())}, 2**30, local_model=True)
     environment |= {WITNESS: str(folder), "VLLM_CPU_CI_ENV": "1", "OMP_NUM_THREADS": "1"}
-    with Server(command, environment, port, folder / "server.log") as server:
+    with Server(command, environment, free_port(), folder / "server.log") as server:
         server.start()
         found = asyncio.run(Soak(server, arm, model, seconds, seed, folder, say).run())
-        running = [psutil.Process(pid) for pid in server.pids()]
+        running = server.processes()
         server.stop()
         _, left = psutil.wait_procs(running, timeout=10)
     found["violations"]["processes_left"] = sum(process.status() != psutil.STATUS_ZOMBIE for process in left)

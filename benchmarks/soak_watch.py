@@ -29,9 +29,8 @@ def processes(server: Server) -> dict[str, Any]:
     `own_mib` is without pages of files, which PSS and USS count by how many others on the machine have them mapped.
     """
     found = {"processes": 0, "rss_mib": 0.0, "own_mib": 0.0, "files": 0, "threads": 0}
-    for pid in server.pids():
+    for process in server.processes():
         with suppress(psutil.Error):
-            process = psutil.Process(pid)
             memory = process.memory_info()
             found["processes"] += 1
             found["rss_mib"] += memory.rss / MIB

@@ -11,8 +11,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from jointkv.attention import gpu, paged_triton
+from jointkv.attention.paged import paged_attention
+from jointkv.core.blocks import SUPPORTED_DTYPES, PagedKV
 from jointkv.core.packed import PACKED_DTYPES, PackedPages
-from jointkv.fusion import pair_sums_triton, signature_triton
+from jointkv.fusion.kernels import gpu as planning
 from tests.attention.paged_cases import small_case, turn
 
 
@@ -46,26 +48,28 @@ def compile_planning() -> None:
     for dtype in PACKED_DTYPES:
         place = torch.arange(64)
         pages = PackedPages([torch.zeros(2, 64).to(dtype)], place % 16, place >= 32)
-        pair_sums_triton.pair_sums(pages, torch.tensor([0]), torch.tensor([1]))
-        signature_triton.TritonSignatures(pages, [torch.zeros(32, 64)] * 2)(pages, torch.tensor([0]))
+        planning.Kernels().pair_sums(pages, torch.tensor([0]), torch.tensor([1]))
+    for dtype in SUPPORTED_DTYPES:
+        kv = PagedKV(*([torch.zeros(2, 16, 1, 2).to(dtype)] for _ in range(2)))
+        planning.Kernels().signatures(dtype, [torch.zeros(32, 64)] * 2)(kv, torch.tensor([0]))
 
 
 def main() -> None:
-    pair_sums_triton.add_up = Compiled(pair_sums_triton.add_up)
-    signature_triton.project = Compiled(signature_triton.project)
+    planning.add_up, planning.project = Compiled(planning.add_up), Compiled(planning.project)
     kernels = {name: Compiled(getattr(paged_triton, name)) for name in ("attend", "merge")}
     gpu._kernels = lambda: SimpleNamespace(INTERPRETED=triton.language.constexpr(True), **kernels)
     triton.runtime.driver.set_active(no_gpu(90))
     batch, pages = small_case(dtype=torch.bfloat16)
     batch.query_lengths = torch.tensor([20, 20])
-    gpu.paged_attention(torch.zeros(40, 4, 16).bfloat16(), pages, batch.group(heads_per_kv_head=2, share=False))
+    work = batch.group(heads_per_kv_head=2, share=False)
+    paged_attention(torch.zeros(40, 4, 16).bfloat16(), pages, work, kernel=gpu.attend)
     compile_planning()
     triton.runtime.driver.set_active(no_gpu(80))
     compile_planning()
     batch, pages = small_case(dtype=torch.float16)
     batch.shift = torch.tensor([[0, 3, 0], [0, 3, 0]])
-    query, scales = torch.zeros(2, 4, 16).half(), torch.ones(2, 3)
-    gpu.paged_attention(query, pages, batch.group(heads_per_kv_head=2), k_scale=scales, turn=turn)
+    query, scales, work = torch.zeros(2, 4, 16).half(), torch.ones(2, 3), batch.group(heads_per_kv_head=2)
+    paged_attention(query, pages, work, k_scale=scales, turn=turn, kernel=gpu.attend)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
+from jointkv.attention import cpu
+
 
 @contextmanager
 def told() -> Iterator[None]:
@@ -26,3 +28,12 @@ def interpreter() -> Iterator[None]:
     """Triton imports some of itself only when a kernel runs."""
     with told():
         yield
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """No kernel has been built or asked for yet."""
+    monkeypatch.setenv("JOINTKV_CACHE_DIR", str(tmp_path))
+    cpu.compiled.cache_clear()
+    yield
+    cpu.compiled.cache_clear()

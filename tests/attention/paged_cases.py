@@ -12,9 +12,9 @@ from torch import Tensor
 from jointkv.attention.grouping import group_pages
 from jointkv.attention.layouts import PAIRS, LayerPages, Order
 from jointkv.attention.reference import paged_attention as by_definition
-from jointkv.attention.rotary import rotary_turn
 from jointkv.attention.work import WorkList
 from jointkv.core.plan import BlockRef
+from tests.attention.rotary import rotary_turn
 
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """Relative error against float64. Logits here reach 100: rounded to float32 that is 1e-5 in a probability."""

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jointkv.attention import cpu
-from jointkv.attention.cpu import paged_attention
-from jointkv.attention.grouping import group_pages
-from jointkv.attention.layouts import ENGINE_ORDERS, LayerPages
-from jointkv.errors import LayoutError
+from jointkv.attention.paged import paged_attention
 from jointkv.system import native
 from tests.attention.paged_cases import (
-    REFUSED,
-    SCALES,
     TOLERANCE,
     batches,
     compare,
@@ -27,21 +20,10 @@ from tests.attention.paged_cases import (
     long_batch,
     relative_error,
     repeating_batch,
-    small_case,
-    stored,
     turn,
 )
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-
-
-@pytest.fixture
-def fresh(tmp_path, monkeypatch):
-    """No kernel has been built or asked for yet."""
-    monkeypatch.setenv("JOINTKV_CACHE_DIR", str(tmp_path))
-    cpu._kernel.cache_clear()
-    yield
-    cpu._kernel.cache_clear()
 
 
 def attend(batch, pages, query, threads=1, share=True, scale=None):
@@ -175,127 +157,6 @@ def test_a_plain_processor_will_do(flags, fresh, monkeypatch, tmp_path):
         for order in ("rows", "columns"):
             pages = fill(batch, num_pages, 2, (64, 64), dtype, order, 0)
             compare(*attend(batch, pages, torch.randn(3, 6, 64).to(dtype)), dtype)
-
-
-def test_without_a_compiler_the_definition_does_it_and_says_so_once(fresh, monkeypatch):
-    monkeypatch.setenv("CC", "/nowhere/cc")
-    batch, pages = small_case()
-    batch.k_scale, batch.v_scale = torch.rand(2, 2, 3) + 0.5
-    batch.shift = torch.tensor([[0, 3, 0], [0, 0, -2]])
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            compare(*attend(batch, pages, torch.randn(2, 4, 16)), torch.float32)
-    assert [str(warning.message).count("install gcc") for warning in said] == [1]
-
-
-@pytest.mark.parametrize("changes", REFUSED.values(), ids=REFUSED)
-def test_what_does_not_fit_is_refused(changes):
-    batch, pages = small_case()
-    fitting = {"query": torch.zeros(2, 4, 16), "k_scale": SCALES, "v_scale": SCALES}
-    query = fitting.pop("query")
-    paged_attention(query, pages, batch.group(heads_per_kv_head=2), **fitting)
-    arguments = {"query": query, **fitting, **changes}
-    with pytest.raises(LayoutError):
-        paged_attention(arguments.pop("query"), pages, batch.group(heads_per_kv_head=2), **arguments)
-
-
-def test_tables_and_pages_that_do_not_fit_are_refused():
-    batch, pages = small_case()
-    query = torch.zeros(2, 4, 16)
-    fewer = LayerPages.of_pool(pages.keys[:4], pages.values[:4])
-    with pytest.raises(LayoutError, match="5 pages"):
-        paged_attention(query, fewer, batch.group(heads_per_kv_head=2))
-    halves = group_pages(batch.tables, torch.tensor([20, 24]), 8, heads_per_kv_head=2)
-    with pytest.raises(LayoutError, match="of 8 tokens"):
-        paged_attention(query, pages, halves)
-    batch.shift = torch.tensor([[0, 3, 0], [0, 0, 0]])
-    with pytest.raises(LayoutError, match="rotary"):
-        paged_attention(query, pages, batch.group(heads_per_kv_head=2))
-
-
-def test_a_turn_that_loses_queries_is_refused():
-    batch, pages = small_case()
-    batch.shift = torch.tensor([[0, 3, 0], [0, 3, 0]])
-    with pytest.raises(LayoutError, match="turning"):
-        work = batch.group(heads_per_kv_head=2)
-        paged_attention(torch.zeros(2, 4, 16), pages, work, turn=lambda query, positions: query[:1])
-
-
-def pool(tokens=16, heads=2, size=64, value_size=None, dtype=torch.float32):
-    return torch.zeros(4, tokens, heads, size, dtype=dtype), torch.zeros(
-        4, tokens, heads, value_size or size, dtype=dtype
-    )
-
-
-BAD_PAGES = {
-    "float64": pool(dtype=torch.float64),
-    "integers": pool(dtype=torch.int8),
-    "K and V of different dtypes": (pool()[0], pool(dtype=torch.float16)[1]),
-    "a head size that is no multiple of 16": pool(size=40),
-    "a head size of V that is no multiple of 16": pool(value_size=40),
-    "a head size beyond 512": pool(size=528),
-    "pages beyond 256 tokens": pool(tokens=257),
-    "other heads": (pool(heads=2)[0], pool(heads=1)[1]),
-    "three dimensions": (pool()[0][0], pool()[1][0]),
-    "K with gaps in every direction": (torch.zeros(4, 16, 2, 128)[..., ::2], pool()[1]),
-    "V by columns": (pool()[0], torch.zeros(4, 2, 64, 16).permute(0, 3, 1, 2)),
-}
-
-
-@pytest.mark.parametrize("pages", BAD_PAGES.values(), ids=BAD_PAGES)
-def test_pages_it_was_not_written_for_are_refused(pages):
-    with pytest.raises(LayoutError):
-        LayerPages.of_pool(*pages)
-
-
-@pytest.mark.parametrize("isa", ["neon", "rvv", "vxe", "vsx", "", "VEC"])
-def test_an_engine_layout_never_seen_is_refused_by_name(isa):
-    with pytest.raises(LayoutError, match=f"{isa!r} was never seen"):
-        LayerPages.of_engine(torch.zeros(4, 2, 32, 128), isa)
-
-
-@pytest.mark.parametrize(
-    ("cache", "isa"),
-    [
-        (torch.zeros(4, 2, 32, 128), "amx"),
-        (torch.zeros(4, 2, 16, 128, dtype=torch.bfloat16), "amx"),
-        (torch.zeros(4, 2, 32, 96, dtype=torch.bfloat16), "amx"),
-        (torch.zeros(4, 2, 32, 128, dtype=torch.uint8), "vec"),
-        (torch.zeros(4, 2, 128, 32).transpose(2, 3), "vec"),
-        (torch.zeros(2, 32, 128), "vec"),
-    ],
-)
-def test_a_cache_that_is_not_in_its_order_is_refused(cache, isa):
-    with pytest.raises(LayoutError):
-        LayerPages.of_engine(cache, isa)
-
-
-@pytest.mark.parametrize("isa", ENGINE_ORDERS)
-def test_an_order_is_confirmed_by_writing(isa):
-    """What the engine writes must be found where its order says; a page written in another order is refused."""
-    dtype = torch.bfloat16 if isa == "amx" else torch.float32
-    cache = torch.zeros(4, 2, 32, 128, dtype=dtype)
-    pages = LayerPages.of_engine(cache, isa)
-
-    def write_as(order):
-        def write(key, value, slots):
-            assert slots.tolist() == list(range(32, 64))
-            sides = [stored(part[None], order)[side] for side, part in enumerate((key, value))]
-            if order == "columns":
-                sides = [sides[0].permute(0, 2, 3, 1), sides[1].transpose(1, 2)]
-            elif order == "rows":
-                sides = [side.transpose(1, 2) for side in sides]
-            cache.view(4, 2, 2, -1)[1] = torch.stack([side[0].flatten(1) for side in sides], 1)
-
-        return write
-
-    own = ENGINE_ORDERS[isa]
-    pages.confirm(write_as(own), 1)
-    assert not cache.any(), "the page must be as it was"
-    for other in {"rows", "columns", "pairs"} - {own}:
-        with pytest.raises(LayoutError, match="never seen"):
-            pages.confirm(write_as(other), 1)
 
 
 @needs_compiler

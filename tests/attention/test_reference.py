@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jointkv.attention.reference import paged_attention
-from jointkv.attention.rotary import rotary_turn
 from jointkv.core.plan import BlockRef
 from jointkv.errors import LayoutError
+from tests.attention.rotary import rotary_turn
 
 PAGES = 6
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}

@@ -5,6 +5,7 @@ The interpreter takes what the compiler refuses, so without a GPU the kernels ar
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -35,10 +36,11 @@ from tests.attention.paged_cases import (
 
 pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
 
-from jointkv.attention import cpu, paged_triton
-from jointkv.attention.gpu import paged_attention
+from jointkv.attention import gpu, paged, paged_triton
 from jointkv.attention.layouts import LayerPages
 from jointkv.errors import LayoutError, NativeUnavailable
+
+paged_attention = functools.partial(paged.paged_attention, kernel=gpu.attend)
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -228,17 +230,6 @@ def test_pages_they_were_not_written_for_are_refused(monkeypatch):
     monkeypatch.setattr(paged_triton, "INTERPRETED", paged_triton.tl.constexpr(False))
     with pytest.raises(LayoutError, match="on cpu are not supported"):
         paged_attention(query, pages, work)
-
-
-def test_pages_elsewhere_lie_by_rows_and_are_not_for_the_processor():
-    batch, pages = small_case()
-    elsewhere = LayerPages.of_pool(pages.keys.to("meta"), pages.values.to("meta"))
-    with pytest.raises(LayoutError, match="on meta"):
-        cpu.paged_attention(torch.zeros(2, 4, 16, device="meta"), elsewhere, batch.group(heads_per_kv_head=2))
-    with pytest.raises(LayoutError, match="by columns on meta"):
-        LayerPages(elsewhere.keys, elsewhere.values, "columns")
-    with pytest.raises(LayoutError):
-        LayerPages(elsewhere.keys, pages.values, "rows")
 
 
 def test_without_triton_it_says_what_to_install(monkeypatch):

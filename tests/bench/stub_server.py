@@ -1,8 +1,9 @@
 """Stands in for vLLM's server: the endpoints the benchmark uses, a child process that will not end by itself.
 
-    python stub_server.py MODE --host HOST --port PORT
+    python stub_server.py MODE [FLAGS] --host HOST --port PORT
 
-MODE: `serve`; `die`: fail like a server in start-up; `mute`: never answer; `refuse`: never empty the cache.
+MODE: `serve`; `fuse`: with the plugin's metrics; `die`: fail like a server in start-up; `mute`: never answer;
+`refuse`: never empty the cache.
 """
 
 import json
@@ -31,13 +32,18 @@ vllm:time_to_first_token_seconds_bucket{{engine="0",le="+Inf",model_name="m"}} {
 vllm:time_to_first_token_seconds_count{{engine="0",model_name="m"}} {done}.0
 vllm:time_to_first_token_seconds_sum{{engine="0",model_name="m"}} 1.0
 """
+PLUGIN = "".join(
+    f"# TYPE jointkv_{name} counter\njointkv_{name}_total {{done}}.0\n"
+    for name in ("pages_freed", "compare_seconds", "schedule_seconds", "apply_seconds")
+)
 served = {"done": 0, "prompt": 0, "generated": 0}
 resets = 0
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.answer(METRICS.format(**served).encode() if self.path == "/metrics" else b"")
+        page = METRICS + PLUGIN * (MODE == "fuse")
+        self.answer(page.format(**served).encode() if self.path == "/metrics" else b"")
 
     def do_POST(self):
         global resets

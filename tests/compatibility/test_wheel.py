@@ -58,8 +58,8 @@ import torch
 
 import jointkv
 from jointkv.evaluate.traffic.gsm8k import load_problems
-from jointkv.fusion import pair_sums
 from jointkv.fusion.fuser import Fuser, NewBlocks
+from jointkv.fusion.kernels import kernels_for
 from jointkv.policy import FusionPolicy
 from jointkv.core.pool import BlockPool
 from jointkv.report.serving.page import write_page
@@ -75,7 +75,7 @@ both = torch.tensor([0, 1])
 plan = Fuser(pool, FusionPolicy()).fuse(table, NewBlocks(both, 0 * both, ["tenant"], 0 * both))
 assert plan.pages_released == 1 and pool.num_used == 1
 assert len(load_problems()) == 300
-assert pair_sums._kernel() is not None, "the packaged C source was not compiled"
+assert kernels_for("cpu") is not None, "the packaged C source was not compiled"
 write_page([Path(sys.argv[1])], Path(sys.argv[2]))
 """
 

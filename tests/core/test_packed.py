@@ -9,7 +9,6 @@ from jointkv.core import blocks
 from jointkv.core.blocks import served_errors
 from jointkv.core.packed import LANES, PACKED_DTYPES, PackedPages, lane_order
 from jointkv.errors import LayoutError
-from jointkv.fusion.signature import BlockSignature
 from tests.core.packings import pack, row_major, shuffled
 
 ELEMENTS = 24
@@ -120,19 +119,6 @@ def test_batches_cover_every_block_once_whatever_their_size(monkeypatch):
     for bytes_at_a_time in (1, 200, 1 << 20):
         monkeypatch.setattr(blocks, "VECTORS_BYTES", bytes_at_a_time)
         assert [i for part in pages.batches(7) for i in range(7)[part]] == list(range(7))
-
-
-def test_signatures_estimate_distances_in_any_order():
-    generator = torch.Generator().manual_seed(0)
-    keys, values = ([torch.randn(6, 16, 2, 32, generator=generator) for _ in range(8)] for _ in range(2))
-    plain, pages = pack(keys, values, torch.float32, shuffled(row_major(16, 64, 64), generator))
-    signature = BlockSignature(pages)
-    first, second = torch.combinations(torch.arange(6)).T
-    signatures = signature(pages, torch.arange(6))
-    estimate = (signatures[first] - signatures[second]).square().sum(1)
-    unit = [torch.nn.functional.normalize(side, dim=-1) for side in plain.vectors(torch.arange(6))]
-    truth = sum((side[:, first] - side[:, second]).square().sum(-1).mean(0) for side in unit) / 2
-    assert (estimate / truth - 1).abs().max() < 6 * (2 / signature.size) ** 0.5
 
 
 def test_pages_out_of_range_are_an_error():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from jointkv.core.plan import FORMAT, BlockRef, FusionPlan
+from jointkv.core.plan import FORMAT, FusionPlan
 from jointkv.errors import BadInput, LayoutError
 
 PAGE_SHAPE = (2, 1, 3)
@@ -123,16 +123,3 @@ def test_released_pages_are_those_left_for_another():
     plan = dataclasses.replace(plan_of(3), old_page=torch.tensor([4, 5, 6]), page=torch.tensor([4, 4, 7]))
     assert plan.pages_released == 2
     assert FusionPlan.empty().pages_released == 0
-
-
-def test_members_as_block_references_carry_their_layers_scales():
-    plan = dataclasses.replace(
-        plan_of(2),
-        page=torch.tensor([7, 9]),
-        k_scale=torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
-        v_scale=torch.tensor([[0.5, 0.25], [0.75, 0.125]]),
-    )
-    assert plan.to_refs(8, layer=1) == [BlockRef(7, 3.0, 0.75, count=8), BlockRef(9, 4.0, 0.125, count=8)]
-    unscaled = dataclasses.replace(plan, k_scale=None, v_scale=None)
-    assert unscaled.to_refs(8) == [BlockRef(7, count=8), BlockRef(9, count=8)]
-    assert BlockRef(1) == BlockRef(1, 1.0, 1.0, 0, 0, 16)

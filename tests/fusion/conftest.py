@@ -7,4 +7,4 @@ from contextlib import suppress
 from tests.attention.conftest import interpreter, told  # noqa: F401
 
 with told(), suppress(ImportError):
-    import jointkv.fusion.signature_triton  # noqa: F401
+    import jointkv.fusion.kernels.gpu  # noqa: F401

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from jointkv.core.blocks import PagedKV
 from jointkv.core.plan import FusionPlan
 from jointkv.core.pool import BlockPool
 from jointkv.core.table import BlockTable
-from jointkv.fusion.tree import plan_batch, plan_chunks
+from jointkv.fusion.tree import plan_matrix
 from jointkv.policy import FusionPolicy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,17 +49,18 @@ class Case:
     def entries(self) -> list[tuple[int, int]]:
         return [(row, slot) for row, length in enumerate(self.lengths) for slot in range(length)]
 
-    def tables(self) -> dict[str, torch.Tensor]:
-        """Pages per request, under names that sort in the order of the rows."""
-        return {f"r{row:02d}": self.table.pages[row, :length] for row, length in enumerate(self.lengths)}
-
     def plans(self) -> list[FusionPlan]:
         """The plans of the policy's scope: one, or one per request."""
-        kv = self.pool.kv
+        width = -(-max(self.lengths) // PER_CHUNK) * PER_CHUNK
+        pages = torch.full((len(self.lengths), width), -1)
+        for row, length in enumerate(self.lengths):
+            pages[row, :length] = self.table.pages[row, :length]
+        rows = torch.arange(len(pages))[:, None].expand_as(pages)
+        blocks = (pages, rows, torch.arange(width).expand_as(pages))
         if self.policy.scope == "batch":
-            return [plan_batch(kv, self.tables(), self.policy)]
-        pages = self.tables().values()
-        return [plan_chunks(kv, own, self.policy, row=row) for row, own in enumerate(pages)]
+            return [plan_matrix(self.pool.kv, *(part.T for part in blocks), self.policy)]
+        by_row = zip(*blocks, strict=True)
+        return [plan_matrix(self.pool.kv, *(part.view(-1, PER_CHUNK).T for part in one), self.policy) for one in by_row]
 
     def apply(self) -> list[FusionPlan]:
         plans = self.plans()
@@ -74,6 +76,11 @@ class Case:
 
     def page(self, row: int, slot: int) -> int:
         return int(self.table.pages[row, slot])
+
+
+def plan_position(kv: PagedKV, pages: torch.Tensor, policy: FusionPolicy) -> FusionPlan:
+    """The plan for blocks `pages [n]` of one position, a row each."""
+    return plan_matrix(kv, pages[None], torch.arange(len(pages))[None], torch.zeros(1, len(pages)).long(), policy)
 
 
 def read_block(table: BlockTable, row: int, slot: int) -> Block:

@@ -19,12 +19,11 @@ from jointkv.core.table import BlockTable
 from jointkv.errors import LayoutError
 from jointkv.fusion.fuser import Fuser, NewBlocks
 from jointkv.fusion.pair_sums import pair_errors, pair_sums, pair_sums_reference
-from jointkv.fusion.tree import plan_batch
 from jointkv.policy import FusionPolicy
 from jointkv.policy.rule import NOT_ASKED
 from tests.core.packings import pack, row_major, vnni
 from tests.core.shadow import naive_error, naive_token_error
-from tests.fusion.strategies import DIRECTION, RESIDENT, Texture, make_case, write_block
+from tests.fusion.strategies import DIRECTION, RESIDENT, Texture, make_case, plan_position, write_block
 from tests.fusion.streams import digest_of_a_stream
 
 ROUNDING = 1e-5
@@ -147,7 +146,7 @@ def test_blocks_that_differ_in_numbers_too_small_to_square_are_not_called_equal(
     keys = torch.ones(2, 2, 1, 16)
     keys[1, 1, 0, 3], keys[0, 1, 0, 3] = small, 3 * small
     kv = PagedKV([keys], [torch.ones(2, 2, 1, 16)])
-    assert not len(plan_batch(kv, {"a": torch.tensor([0]), "b": torch.tensor([1])}, EXACT))
+    assert not len(plan_position(kv, torch.tensor([0, 1]), EXACT))
     errors = [served_errors(kv, torch.tensor([0]), torch.tensor([1]), "rms")]
     slots = row_major(2, 16, 16)
     pages = PackedPages([torch.cat((keys.flatten(1), torch.ones(2, 32)), 1)], slots % 2, slots >= 2)
@@ -248,10 +247,9 @@ def test_a_sink_hides_no_other_token(dtype, alike):
         if alike:
             layer[table.pages[1, 0]] = layer[table.pages[0, 0]]
         layer[table.pages[:, 0], 0] = 1000 * torch.ones(2, 8).to(dtype)
-    tables = {"a": table.pages[0], "b": table.pages[1]}
     errors = served_errors(pool.kv, table.pages[1], table.pages[0], "rms")
     assert errors.key.item() < 0.01, "the sink makes the blocks look alike"
-    assert len(plan_batch(pool.kv, tables, FusionPolicy())) == alike
+    assert len(plan_position(pool.kv, table.pages[:, 0], FusionPolicy())) == alike
     plan = Fuser(pool, FusionPolicy()).fuse(
         table, NewBlocks(torch.arange(2), torch.zeros(2).long(), ["one"], torch.zeros(2).long())
     )
@@ -262,7 +260,7 @@ def test_a_sink_hides_no_other_token(dtype, alike):
         slots % 16,
         slots >= 16,
     )
-    sums = pair_sums(packed, *tables.values())
+    sums = pair_sums(packed, table.pages[0], table.pages[1])
     assert FusionPolicy().rule().allows(pair_errors(sums, "rms"), NOT_ASKED).item() == alike
 
 

@@ -1,10 +1,7 @@
 """The kernel, its reference and `served_errors` agree on every dtype and order; without a compiler it still works."""
 
 import shutil
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +10,16 @@ from hypothesis import strategies as st
 
 from jointkv.core.blocks import served_errors
 from jointkv.core.packed import PACKED_DTYPES, PackedPages
-from jointkv.errors import LayoutError, NativeUnavailable
-from jointkv.fusion import pair_sums as module
+from jointkv.errors import LayoutError
+from jointkv.fusion.kernels import cpu, kernels_for
 from jointkv.fusion.pair_sums import pair_cosines, pair_errors, pair_sums, pair_sums_reference, with_own_norms
 from jointkv.policy.rule import NOT_ASKED
-from jointkv.system import native
 from tests.core.packings import pack, row_major, shuffled, vnni
 from tests.fusion.strategies import RESIDENT
 
 ROUNDING = 1e-5
 PAGES = 5
+SOURCE = cpu.FOLDER / "pair_sums.c"
 SCALES = torch.tensor([0.0, 1e-25, 1e-12, 1.0, 1.0, 1.0, 30.0])
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -32,15 +29,15 @@ needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C com
 def fresh(tmp_path, monkeypatch):
     """No kernel has been built or asked for yet."""
     monkeypatch.setenv("JOINTKV_CACHE_DIR", str(tmp_path))
-    module._kernel.cache_clear()
+    kernels_for.cache_clear()
     yield tmp_path / "native"
-    module._kernel.cache_clear()
+    kernels_for.cache_clear()
 
 
 def native_sums(pages, own, other):
-    kernel = module._kernel()
-    assert kernel is not None
-    return module._pair_sums_native(kernel, pages, own, other)
+    kernels = kernels_for("cpu")
+    assert isinstance(kernels, cpu.Kernels)
+    return kernels.pair_sums(pages, own, other)
 
 
 @st.composite
@@ -248,63 +245,3 @@ def test_without_a_compiler_it_is_slower_and_says_so_once(fresh, monkeypatch):
         for _ in range(3):
             assert torch.equal(pair_sums(*small_cache()), pair_sums_reference(*small_cache()))
     assert [str(warning.message).count("install gcc") for warning in said] == [1]
-
-
-def compiler(folder: Path, script: str) -> str:
-    """A compiler that tells its version and otherwise does as `script` says."""
-    path = folder / "fake-cc"
-    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit\n{script}\n')
-    path.chmod(0o755)
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    "script",
-    ["echo broken >&2; exit 1", 'while [ "$1" != -o ]; do shift; done; echo no library > "$2"', "exit 0"],
-    ids=["fails", "garbage", "nothing"],
-)
-def test_a_compiler_that_fails_is_named(fresh, monkeypatch, tmp_path, script):
-    monkeypatch.setenv("CC", compiler(tmp_path, script))
-    with pytest.raises(NativeUnavailable):
-        native.load(module.SOURCE)
-
-
-def test_a_cache_folder_that_cannot_be_written_is_named(fresh):
-    fresh.write_text("a file in its place")
-    with pytest.raises(NativeUnavailable):
-        native.load(module.SOURCE)
-
-
-@needs_compiler
-def test_a_compiler_without_openmp_will_do(fresh, monkeypatch, tmp_path):
-    script = 'case " $* " in *" -fopenmp "*) exit 1;; esac; exec cc "$@"'
-    monkeypatch.setenv("CC", compiler(tmp_path, script))
-    assert torch.equal(native_sums(*small_cache()), native_sums(*small_cache()))
-    torch.testing.assert_close(native_sums(*small_cache()), pair_sums_reference(*small_cache()))
-
-
-def building():
-    """A process that builds and loads the kernel."""
-    code = f"from pathlib import Path; from jointkv.system import native; native.load(Path({str(module.SOURCE)!r}))"
-    return subprocess.Popen([sys.executable, "-c", code])
-
-
-@needs_compiler
-def test_a_library_is_built_once_and_again_where_it_is_damaged(fresh):
-    assert building().wait(120) == 0
-    (library,) = fresh.iterdir()
-    built = library.stat()
-    assert building().wait(120) == 0
-    assert library.stat().st_mtime_ns == built.st_mtime_ns
-    library.write_bytes(b"cut off")
-    torch.testing.assert_close(native_sums(*small_cache()), pair_sums_reference(*small_cache()))
-    assert library.stat().st_size == built.st_size
-    assert list(fresh.iterdir()) == [library]
-
-
-@needs_compiler
-def test_processes_may_build_at_once(fresh):
-    running = [building() for _ in range(3)]
-    assert [process.wait(120) for process in running] == [0, 0, 0]
-    assert len(list(fresh.iterdir())) == 1
-    torch.testing.assert_close(native_sums(*small_cache()), pair_sums_reference(*small_cache()))

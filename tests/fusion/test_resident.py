@@ -158,7 +158,6 @@ def test_look_ups_in_an_empty_index_find_nothing():
     pages, _ = index.near(["a"], long([0, 0]), torch.zeros(2, SIZE), 1.0, 4)
     assert not (pages != NO_PAGE).any() and len(pages) == 2
     assert not (index.same_tokens(["a"], long([0]), long([7]), 4) != NO_PAGE).any()
-    assert 3 not in index
     index.remove(long([3]))
     index.check_integrity()
 
@@ -175,7 +174,7 @@ def test_a_page_named_twice_is_removed_once():
     index.add(["a"], long([0, 0]), long([3, 4]), torch.zeros(2, SIZE))
     index.remove(long([3, 3]))
     index.check_integrity()
-    assert 3 not in index and 4 in index
+    assert index.contains(long([3, 4])).tolist() == [False, True]
 
 
 def test_a_page_cannot_be_added_twice_in_one_call():

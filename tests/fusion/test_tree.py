@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jointkv.errors import InvalidPolicy, JointKVError, LayoutError
+from jointkv.errors import JointKVError, LayoutError
 from jointkv.fusion import pairs
-from jointkv.fusion.tree import plan_batch, plan_chunks, plan_matrix
+from jointkv.fusion.tree import plan_matrix
 from jointkv.policy import FusionPolicy
 from tests.core.shadow import naive_error, naive_token_error
 from tests.fusion.strategies import (
@@ -137,25 +137,11 @@ def test_directions_are_the_normalised_mean_of_unit_vectors_times_own_norms(case
                         assert np.linalg.norm(read) == pytest.approx(np.linalg.norm(block), rel=1e-5 + eps)
 
 
-@settings(deadline=None, max_examples=150)
-@given(cases(), st.randoms(use_true_random=False))
-def test_plans_depend_on_nothing_but_the_blocks(case, random):
-    first, second = case.plans(), case.plans()
-    for one, other in zip(first, second, strict=True):
+@settings(deadline=None, max_examples=50)
+@given(cases())
+def test_plans_depend_on_nothing_but_the_blocks(case):
+    for one, other in zip(case.plans(), case.plans(), strict=True):
         assert_same_plan(one, other)
-    if case.policy.scope == "batch":
-        names = list(case.tables())
-        random.shuffle(names)
-        shuffled = {name: case.tables()[name] for name in names}
-        assert_same_plan(first[0], plan_batch(case.pool.kv, shuffled, case.policy))
-
-
-def test_the_order_of_requests_named_by_numbers_and_text_plays_no_part():
-    case = make_case(0, RESIDENT, [1, 1, 1], Texture(clusters=1))
-    pages = case.table.pages[:, :1]
-    names = {1: pages[0], "1": pages[1], "2": pages[2]}
-    backward = dict(reversed(names.items()))
-    assert_same_plan(plan_batch(case.pool.kv, names, RESIDENT), plan_batch(case.pool.kv, backward, RESIDENT))
 
 
 @settings(deadline=None, max_examples=60)
@@ -242,17 +228,14 @@ def test_blocks_that_already_read_scaled_directions_keep_the_promise_or_are_refu
 def test_a_policy_that_is_off_and_requests_that_are_empty_give_empty_plans():
     off = FusionPolicy.preset("off")
     assert not len(make_case(0, off, [2, 2], Texture(clusters=1)).plans()[0])
-    empty = make_case(0, RESIDENT, [0, 0], Texture())
-    assert not len(empty.plans()[0]) and not len(plan_batch(empty.pool.kv, {}, RESIDENT))
-    none = torch.zeros(0, dtype=torch.long)
-    assert not len(plan_chunks(empty.pool.kv, none, FusionPolicy(scope="chunk")))
+    for scope in ("batch", "chunk"):
+        empty = make_case(0, FusionPolicy(scope=scope), [0, 0], Texture())
+        assert not any(map(len, empty.plans()))
 
 
-def test_shapes_and_chunks_that_do_not_fit_are_refused():
+def test_shapes_that_do_not_fit_are_refused():
     case = make_case(0, RESIDENT, [2, 2], Texture())
     pages = torch.zeros(2, 2, dtype=torch.long)
     for wrong in (pages[:1], pages[0]):
         with pytest.raises(LayoutError, match="one shape"):
             plan_matrix(case.pool.kv, pages, wrong, pages, RESIDENT)
-    with pytest.raises(InvalidPolicy, match=r"^chunk_tokens: 3 is no multiple of the block size 2"):
-        plan_chunks(case.pool.kv, pages[0], FusionPolicy(scope="chunk", chunk_tokens=3))

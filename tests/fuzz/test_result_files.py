@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from jointkv.bench.result import Load, ServingResult
-from jointkv.bench.state import RunFolder
+from jointkv.bench.run_folder import RunFolder
 from jointkv.errors import BadInput
 from jointkv.evaluate.calibrate.store import MEASURED
 from jointkv.evaluate.compare.comparison import not_run

@@ -9,6 +9,7 @@ import torch
 from jointkv.errors import IntegrityError, PoolFull
 from jointkv.fusion.fuser import Fuser
 from jointkv.hf.cache import JointCache
+from jointkv.hf.step import Step
 from jointkv.policy import FusionPolicy
 from tests.hf.tiny_models import (
     BLOCK,
@@ -208,3 +209,42 @@ def test_statistics_describe_what_is_held():
     assert (stats["pages_used"], stats["references"], stats["bytes_used"]) == (10, 18, 10 * page)
     assert stats["blocks_considered"] == 16 and stats["blocks_fused"] == stats["pages_freed"] == 8
     assert stats["seconds_fusing"] > 0 and stats["fusion"] == "on"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_forward_pass_that_broke_off_between_layers_is_undone(monkeypatch, name):
+    """Later layers would have read pages that the broken pass had taken but never written."""
+    stock = build_model(name)
+    model, pool = joint(name, "safe")
+    ids, mask = prompts(18, 18)
+    theirs, ours = stock_cache(stock), JointCache(pool)
+    for cache, runner in ((theirs, stock), (ours, model)):
+        step(runner, cache, ids[:, :10], mask[:, :10])
+    write, calls = Step.write, []
+
+    def break_off(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("broken")
+        return write(self, *arguments)
+
+    monkeypatch.setattr(Step, "write", break_off)
+    with pytest.raises(RuntimeError, match="broken"):
+        step(model, ours, ids[:, 10:], mask)
+    monkeypatch.setattr(Step, "write", write)
+    expected, actual = step(stock, theirs, ids[:, 10:], mask), step(model, ours, ids[:, 10:], mask)
+    torch.testing.assert_close(actual, expected)
+    ours.check_integrity()
+
+
+def test_fusion_that_switched_itself_off_lets_go_of_the_pool():
+    """Its index kept following freed pages, and an error there would have kept them from the free list."""
+    model, pool = joint("llama", "safe")
+    cache = JointCache(pool)
+    generate(model, duplicates(2, 16), cache)
+    broken = pool.fusers["batch"]
+    pool.disable_fusion(RuntimeError("broken"))
+    assert len(broken.index) == 0
+    del cache
+    assert pool.stats()["pages_used"] == 0
+    pool.check_integrity()

@@ -174,12 +174,13 @@ def test_rows_may_have_their_own_isolation_keys():
 def test_keys_of_rows_are_those_of_the_user_after_a_reset():
     _, pool = joint("llama", "safe")
     cache = JointCache(pool, ["a", "b"])
-    states = torch.randn(2, 2, 5, 8)
-    for layer in cache.layers:
-        layer.update(states, states)
+    states = torch.randn(2, 3, 2, 2, 5, 8)
+    feed(cache, *states)
     cache.batch_select_indices(torch.tensor([1, 1]))
+    assert cache.batch.tenants == ["b", "b"]
     cache.reset()
-    assert list(cache.isolation_key) == ["a", "b"]
+    feed(cache, *states)
+    assert cache.batch.tenants == ["a", "b"]
 
 
 def test_a_wrong_number_of_isolation_keys_is_refused():

@@ -135,7 +135,7 @@ def test_prompts_given_as_embeddings():
         do_sample=False,
     )
     assert torch.equal(expected.sequences[:, ids.shape[1] :], actual)
-    assert cache.tokens is None and cache.pages < cache.references
+    assert cache.batch.tokens is None and cache.pages < cache.references
 
 
 def test_masks_given_per_layer_type():

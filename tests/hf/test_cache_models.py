@@ -3,19 +3,15 @@
 import pytest
 import torch
 
-from jointkv.errors import InvalidPolicy, JointKVError, LayoutError, UnsupportedModel
+from jointkv.errors import UnsupportedModel
 from jointkv.hf.attention import ATTENTION_NAME
-from jointkv.hf.cache import JointCache, PagedCacheLayer
-from jointkv.hf.pool import JointPool, model_fingerprint
-from jointkv.policy import FusionPolicy
+from jointkv.hf.cache import JointCache
+from jointkv.hf.layer import PagedCacheLayer
 from tests.effort import every_pair
 from tests.hf.tiny_models import (
     EXACT,
     assert_same_output,
-    build_mamba,
     build_model,
-    build_rwkv,
-    build_t5,
     duplicates,
     generate,
     joint,
@@ -128,70 +124,9 @@ def test_sliding_layers_keep_their_own_cache():
     assert cache.pages < cache.references
 
 
-@pytest.mark.parametrize(
-    ("build", "reason"),
-    [
-        (build_t5, "T5ForConditionalGeneration is an encoder-decoder"),
-        (build_mamba, r"MambaForCausalLM (has no KV cache|.*LinearAttentionLayer)"),
-        (build_rwkv, "RwkvForCausalLM has no KV cache"),
-        (lambda: build_model("mistral_sliding"), "MistralForCausalLM has sliding-window layers only"),
-    ],
-    ids=["t5", "mamba", "rwkv", "sliding"],
-)
-def test_unsupported_models_are_refused_by_name(build, reason):
-    model = build()
-    before = model.config._attn_implementation
-    with pytest.raises(UnsupportedModel, match=reason):
-        JointPool(model)
-    assert model.config._attn_implementation == before
-
-
 def test_a_saved_use_cache_false_does_not_make_a_model_unsupported():
     """Checkpoints trained with gradient checkpointing carry `use_cache: false`."""
     model, pool = joint("llama", use_cache=False)
     stock = build_model("llama", use_cache=False)
     expected = generate(stock, PROMPTS["batch"], stock_cache(stock), use_cache=True)
     assert_same_output(expected, generate(model, PROMPTS["batch"], JointCache(pool), use_cache=True))
-
-
-def test_pools_refuse_settings_that_do_not_fit_the_model():
-    model = build_model("llama")
-    with pytest.raises(InvalidPolicy, match="block_size"):
-        JointPool(model, block_size=0)
-    with pytest.raises(InvalidPolicy, match="chunk_tokens"):
-        JointPool(model, FusionPolicy(scope="chunk", chunk_tokens=30), block_size=16)
-    with pytest.raises(InvalidPolicy, match="layer_groups"):
-        JointPool(model, FusionPolicy(layer_groups=2))
-    with pytest.raises(JointKVError, match="preset"):
-        JointPool(model, "fast")
-
-
-def test_states_of_another_shape_or_type_are_refused():
-    _, pool = joint("llama")
-    cache = JointCache(pool)
-    states = torch.randn(1, 2, 5, 8)
-    cache.layers[0].update(states, states)
-    other = JointCache(pool)
-    with pytest.raises(LayoutError, match="do not fit pages"):
-        other.layers[0].update(states.bfloat16(), states.bfloat16())
-    with pytest.raises(LayoutError, match="do not fit pages"):
-        other.layers[0].update(states[:, :1], states[:, :1])
-    assert other.pages == 0
-    pool.check_integrity()
-
-
-def test_fingerprints_tell_weights_and_shapes_apart():
-    first = model_fingerprint(build_model("llama"))
-    assert first == model_fingerprint(build_model("llama"))
-    others = [build_model("llama", seed=1), build_model("qwen2"), build_model("llama", num_hidden_layers=2)]
-    assert first not in [model_fingerprint(model) for model in others]
-
-
-def test_a_second_pool_of_one_model_is_independent():
-    model, first = joint("llama", "safe")
-    second = JointPool(model, "off", block_size=8)
-    kept = JointCache(first)
-    generate(model, PROMPTS["duplicates"], kept)
-    generate(model, PROMPTS["duplicates"], JointCache(second))
-    assert second.stats()["pages_used"] == 0 and kept.pages < kept.references
-    assert len(model.model._forward_hooks) == 1

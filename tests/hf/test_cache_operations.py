@@ -15,7 +15,6 @@ from tests.hf.tiny_models import (
     EXACT,
     build_model,
     duplicates,
-    feed,
     generate,
     joint,
     prompts,
@@ -262,23 +261,6 @@ def test_blocks_that_fill_again_after_a_crop_are_fused_again():
         twins.apply(lambda cache, cut=cut: cache.crop(-cut))
         twins.forward(duplicates(2, cut, seed=cut)[0])
         assert twins.ours.pages == 4 and twins.ours.references == 8
-
-
-def test_what_is_known_about_rows_follows_them():
-    """Padding, holes and how far a row has been considered."""
-    _, pool = joint("llama", EXACT)
-    cache = JointCache(pool)
-    mask = torch.ones(3, 3 * BLOCK, dtype=torch.long)
-    mask[0, : 2 * BLOCK], mask[1, 6] = 0, 0
-    states = torch.randn(2, 3, 1, 2, 3 * BLOCK, 8).expand(-1, -1, 3, -1, -1, -1)
-    cache.begin_step(mask, None)
-    feed(cache, *states)
-    assert cache.fusable.tolist() == [True, False, True]
-    assert pool.stats()["blocks_considered"] == 1 + 3
-    cache.reorder_cache(torch.tensor([1, 2, 0]))
-    assert cache.padding.tolist() == [0, 0, 2 * BLOCK] and cache.fusable.tolist() == [False, True, True]
-    feed(cache, *states)
-    assert pool.stats()["blocks_considered"] == 4 + 3 + 3
 
 
 def test_a_step_with_another_number_of_rows_is_refused():

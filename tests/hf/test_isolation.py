@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
 from jointkv.policy import FusionPolicy
-from tests.hf.tiny_models import BLOCK, VOCABULARY, duplicates, joint, prompts, step
+from tests.hf.tiny_models import BLOCK, VOCABULARY, duplicates, generate, joint, prompts, step
 
 POLICIES = {
     "resident": FusionPolicy(max_relative_error=0.9, max_token_error=None),
@@ -195,3 +195,14 @@ def test_what_a_neighbour_in_the_batch_says_changes_nothing() -> None:
             step(served.model, cache, torch.tensor([[5], [6]]))
             found.setdefault(key, []).append(step(served.model, cache, torch.tensor([[7], [7]]))[1])
     assert torch.equal(*found["blue"]) and not torch.equal(*found["red"])
+
+
+def test_a_tuple_is_one_isolation_key() -> None:
+    """Two tuples were read as one key per row, and their second halves met."""
+    model, pool = joint("llama", "safe")
+    caches = [JointCache(pool, ("organisation", name)) for name in ("alice", "bob")]
+    for cache in caches:
+        generate(model, duplicates(2, 16), cache)
+    held = [set(table.held().tolist()) for cache in caches for table in cache.tables]
+    assert not held[0] & held[1]
+    assert all(cache.pages < cache.references for cache in caches)

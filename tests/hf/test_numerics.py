@@ -142,7 +142,7 @@ def read(cache, side):
     """What attention gets for all rows: `[layers, rows, h, tokens, d]`."""
     kv, (table,) = cache.pool.blocks.kv, cache.tables
     slots = token_slots(table.pages, BLOCK, cache.padding, cache.length)
-    layers = [PagedLayer(kv.keys[i], kv.values[i], slots, *cache._scales(0, i)) for i in range(kv.num_layers)]
+    layers = [PagedLayer(kv.keys[i], kv.values[i], slots, *cache.batch.scales(0, i)) for i in range(kv.num_layers)]
     return torch.stack([layer.read()[side] for layer in layers])
 
 

@@ -8,7 +8,7 @@ from jointkv.errors import BadInput, ModelMismatch, PoolFull
 from jointkv.hf import JointCache, JointPool
 from jointkv.hf.saving import FORMAT
 from jointkv.policy import FusionPolicy
-from tests.hf.tiny_models import duplicates, generate, joint, prompts, step
+from tests.hf.tiny_models import duplicates, feed, generate, joint, prompts, step
 
 DIRECTION = FusionPolicy.preset("paper", key_threshold=0.2, skip_first_layers=1, skip_last_layers=0)
 PROMPT = prompts(21, 9, 14)
@@ -119,3 +119,37 @@ def test_files_that_are_no_saved_cache(tmp_path):
             JointCache.load(tmp_path / name, pool)
     with pytest.raises(BadInput, match="empty"):
         JointCache(pool).save(tmp_path / "cache")
+
+
+def test_a_served_block_is_not_fused_again_after_loading(tmp_path):
+    """Its error against what it once was would have been the sum of two."""
+    model, pool = joint("llama", FusionPolicy.preset("safe", max_token_error=None))
+    size, layers = pool.block_size, 3
+    torch.manual_seed(0)
+    base = torch.randn(2, layers, 1, 2, size, 8)
+    noise = torch.randn_like(base)
+    near, far = base + 0.13 * noise, base - 0.03 * noise
+    caches = [JointCache(pool), JointCache(pool)]
+    feed(caches[0], *base)
+    feed(caches[1], *near)
+    assert caches[1].tables[0].served.all()
+    caches[1].save(tmp_path / "cache")
+    other = JointPool(model, pool.policy, block_size=size)
+    resident = JointCache(other)
+    feed(resident, *far)
+    loaded = JointCache.load(tmp_path / "cache", other)
+    assert other.stats()["pages_used"] == 2 and loaded.tables[0].served.all()
+    loaded.check_integrity()
+
+
+def test_saved_text_does_not_disturb_a_pool_that_ignores_it(tmp_path):
+    """Token ids were restored where nobody keeps them up to date, and the next block's hash ran off their end."""
+    model, pool = joint("llama", FusionPolicy.preset("safe", candidates="tokens"))
+    cache = JointCache(pool)
+    generate(model, prompts(12, 12), cache)
+    cache.save(tmp_path / "cache")
+    other = JointPool(model, "safe", block_size=pool.block_size)
+    loaded = JointCache.load(tmp_path / "cache", other)
+    for _ in range(2 * pool.block_size):
+        step(model, loaded, torch.full((2, 1), 3))
+    assert other.faults == 0 and other.stats()["fusion"] == "on"

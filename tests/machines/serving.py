@@ -13,6 +13,7 @@ from torch import Tensor
 from jointkv.core.pool import BlockPool
 from jointkv.errors import PoolFull
 from jointkv.fusion.token_index import TokenIndex
+from jointkv.hf.batch import Batch as Held
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
 from tests.core.shadow import Content
@@ -133,10 +134,10 @@ class Server:
         if not pages:
             return
         length = len(pages) * BLOCK
-        cache._start(1)
+        cache.batch = Held(self.pool, [tenant])
         for table, row in zip(cache.tables, torch.tensor(pages).T, strict=True):
             table.adopt(row[None], torch.zeros(1, len(row), dtype=torch.bool), None, None)
-        cache.length = length
+        cache.batch.length = length
         for layer in cache.paged_layers:
             layer.length, layer.is_initialized = length, True
         batch.texts, batch.waiting, batch.mask = [text[:length]], [text[length:]], [[1] * length]

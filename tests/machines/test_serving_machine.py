@@ -23,7 +23,6 @@ from hypothesis.stateful import (
 from jointkv.errors import PoolFull
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
-from jointkv.hf.saving import pack, unpack
 from jointkv.policy import FusionPolicy
 from tests.core.shadow import Content, read_block, same
 from tests.effort import machine_settings
@@ -187,7 +186,7 @@ class ServingMachine(RuleBasedStateMachine):
         self.server.running.remove(batch)
         tally["preemptions"] += 1
         if swap:
-            self.server.swapped.append((batch, pack(batch.cache), self.served_blocks(batch.cache)))
+            self.server.swapped.append((batch, batch.cache.state(), self.served_blocks(batch.cache)))
             batch.cache = None
         elif not any(batch.waiting):
             self.server.admit(batch.tenants, batch.texts, hit=True)
@@ -206,7 +205,7 @@ class ServingMachine(RuleBasedStateMachine):
         batch, tensors, served = self.server.swapped[0]
         cache = JointCache(self.server.pool, list(batch.tenants))
         try:
-            unpack(cache, len(batch.mask[0]), tensors)
+            cache.restore(len(batch.mask[0]), tensors)
         except PoolFull:
             tally["pool_full"] += 1
             return
@@ -282,7 +281,7 @@ def test_a_cache_that_was_cropped_to_nothing_comes_back():
     batch.crop(3)
     batch.cache.crop(-3)
     again = JointCache(pool, ["alice"])
-    unpack(again, 0, pack(batch.cache))
+    again.restore(0, batch.cache.state())
     batch.cache = again
     check_counts(server)
     assert server.feed(batch, [[1, 2, 3]])

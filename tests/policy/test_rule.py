@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 
 from jointkv.core.blocks import ServedErrors
 from jointkv.errors import InvalidPolicy
-from jointkv.fusion.tree import plan_batch
 from jointkv.policy import FusionPolicy, base
 from jointkv.policy.base import METHODS
 from jointkv.policy.rule import NOT_ASKED, PairStatistics
 from jointkv.policy.safe import Safe
-from tests.fusion.strategies import RESIDENT, Texture, make_case, members_of
+from tests.fusion.strategies import Texture, make_case, members_of
 
 numbers = st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.25, 0.5, math.inf, math.nan])
 cosines = st.floats(-1, 1, width=32) | st.sampled_from([0.5, math.nan])
@@ -104,7 +103,7 @@ def test_a_new_method_is_a_class_and_a_registration(monkeypatch):
     assert FusionPolicy.from_json(policy.to_json()) == policy and isinstance(policy.rule(), Exact)
     with pytest.raises(InvalidPolicy, match=r"^max_relative_error: copies have none"):
         FusionPolicy.preset("exact", max_relative_error=0.1)
-    case = make_case(0, RESIDENT, [1, 1, 1], Texture(clusters=1, noise=0.01))
+    case = make_case(0, policy, [1, 1, 1], Texture(clusters=1, noise=0.01))
     for layer in (*case.pool.kv.keys, *case.pool.kv.values):
         layer[case.page(2, 0)] = layer[case.page(0, 0)]
-    assert members_of(plan_batch(case.pool.kv, case.tables(), policy)) == [(2, 0)]
+    assert members_of(case.plans()[0]) == [(2, 0)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jointkv.errors import BadInput
-from jointkv.theory.curve import SEARCH_DRAWS, curves, rate_distortion
+from jointkv.theory.curve import SEARCH_DRAWS, rate_distortion
 
 POSITIONS, REQUESTS = 6, 16
 
@@ -72,11 +72,11 @@ def test_missing_blocks_are_left_out() -> None:
     assert short.distortion == pytest.approx(cut.distortion) and short.rate == cut.rate
 
 
-def test_one_curve_per_layer_and_larger_batches() -> None:
-    found = curves({3: drawn_errors(3), 1: drawn_errors(1)}, None, [0.1, 0.3], requests=32)
-    assert [curve.group for curve in found] == [1, 3]
-    assert all(point.rate.requests == 32 and point.rate.method == "extrapolation" for point in found[0].points)
-    assert found[0].points[1].rate.ratio > rate_distortion(drawn_errors(1), None, [0.3]).points[0].rate.ratio
+def test_larger_batches_than_the_sample_are_extrapolated() -> None:
+    found = rate_distortion(drawn_errors(1), None, [0.1, 0.3], requests=32, group=1)
+    assert found.group == 1
+    assert all(point.rate.requests == 32 and point.rate.method == "extrapolation" for point in found.points)
+    assert found.points[1].rate.ratio > rate_distortion(drawn_errors(1), None, [0.3]).points[0].rate.ratio
 
 
 def test_measured_points_stand_beside() -> None:

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from jointkv.errors import BadInput
 from jointkv.theory.rate import (
-    continuous_distinct,
     expected_distinct,
-    expected_ratio,
     left_out_probabilities,
     match_probabilities,
     pair_matrix,
@@ -20,6 +18,11 @@ from jointkv.theory.rate import (
 )
 
 PROBABILITY = st.floats(0, 1)
+
+
+def continuous_distinct(q: np.ndarray | float, blocks: float) -> np.ndarray:
+    """The continuous limit of `expected_distinct`."""
+    return np.where(np.greater(q, 0), np.log1p(np.multiply(q, blocks)) / np.maximum(q, 1e-300), blocks)
 
 
 def simulate_online(q: float, blocks: int, runs: int, rng: np.random.Generator) -> float:
@@ -52,7 +55,7 @@ def test_tree_equals_simulation(q: float) -> None:
 
 
 def test_known_values() -> None:
-    assert expected_distinct(0.0, 7) == 7 == tree_distinct(0.0, 7) == continuous_distinct(0.0, 7)
+    assert expected_distinct(0.0, 7) == 7 == tree_distinct(0.0, 7)
     assert expected_distinct(1.0, 7) == 1 == tree_distinct(1.0, 7)
     assert expected_distinct(0.25, 2) == tree_distinct(0.25, 2) == 1.75
     # D after two blocks is 1 or 2; the third is new with probability (1-q)^D.
@@ -83,14 +86,9 @@ def test_monotone_and_within_limits(q: float, other: float, blocks: int) -> None
     assert float(tree_distinct(q, blocks)) <= float(expected_distinct(q, blocks)) + 1e-6
 
 
-def test_mixture_counts_all_blocks() -> None:
-    q, counts = np.array([1.0, 0.0, 0.0]), np.array([10, 10, 4])
-    assert expected_ratio(q, counts) == pytest.approx(24 / 15)
-    assert expected_ratio(0.3, 0) == 1.0
-
-
 def growth(q: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    return np.array([expected_ratio(q, float(size)) for size in sizes])
+    """Ratio of a mixture of `q` at each batch size: all blocks over all expected distinct ones."""
+    return np.array([size * len(q) / expected_distinct(q, float(size)).sum() for size in sizes])
 
 
 def straightness(x: np.ndarray, y: np.ndarray) -> float:

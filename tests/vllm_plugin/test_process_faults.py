@@ -10,10 +10,11 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytest.importorskip("vllm")
@@ -68,13 +69,10 @@ class Running:
     def named(self, part: str) -> list[int]:
         """Its processes whose command line, which vLLM sets, has `part`."""
         found = []
-        for number in living(self.process.pid):
-            try:
-                line = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if part in line:
-                found.append(number)
+        for process in living(self.process.pid):
+            with suppress(psutil.Error):
+                if part in " ".join(process.cmdline()):
+                    found.append(process.pid)
         return found
 
     def assert_ends(self, seconds: float) -> int:
@@ -100,8 +98,8 @@ def started(command: list[str], log: Path, environment: dict[str, str]) -> Itera
     try:
         yield Running(process, log)
     finally:
-        for number in living(process.pid):
-            os.kill(number, signal.SIGKILL)
+        for left in living(process.pid):
+            left.kill()
         process.wait()
 
 

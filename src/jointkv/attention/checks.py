@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from jointkv.attention.layouts import PAGE_DTYPES, LayerPages
-from jointkv.attention.reference import Turn
-from jointkv.attention.work import WorkList
+from jointkv.attention.work import Turn, WorkList
 from jointkv.errors import LayoutError
 
 
-def check(query: Tensor, pages: LayerPages, work: WorkList, turn: Turn | None) -> None:
-    """Raise `LayoutError` unless queries, pages and work list fit together; see `cpu.paged_attention`."""
+class Attention(NamedTuple):
+    """What a kernel is asked for; see `paged.paged_attention`. `scales` are on K and on V, if there are any."""
+
+    query: Tensor
+    pages: LayerPages
+    work: WorkList
+    scales: tuple[Tensor, Tensor] | None
+    scale: float
+    turn: Turn | None
+
+
+def check(asked: Attention) -> None:
+    """Raise `LayoutError` unless queries, pages and work list fit together."""
+    query, pages, work = asked.query, asked.pages, asked.work
     if query.dim() != 3 or query.dtype not in PAGE_DTYPES:
         raise LayoutError(f"queries must be [n, heads, d] of a known dtype, got {query.dtype} {list(query.shape)}")
     if query.device != pages.device:
@@ -29,8 +42,11 @@ def check(query: Tensor, pages: LayerPages, work: WorkList, turn: Turn | None) -
             f"the tables name {work.num_pages} pages of {work.block_size} tokens, "
             f"there are {pages.num_pages} of {pages.block_size}"
         )
-    if work.turned and turn is None:
+    if work.turned and asked.turn is None:
         raise LayoutError("a block reference has a position shift and no rotary embedding was given")
+    if pages.device.type == "cpu":  # elsewhere a kernel does it, once for each table, because looking at one waits
+        for table in asked.scales or ():
+            check_scale(table, work)
 
 
 def check_scale(table: Tensor, work: WorkList) -> None:
@@ -40,20 +56,3 @@ def check_scale(table: Tensor, work: WorkList) -> None:
     least, most = torch.aminmax(table)
     if not (least > 0 and most < torch.inf):
         raise LayoutError("scales must be positive and finite")
-
-
-def with_turned(rows: Tensor, work: WorkList, turn: Turn | None) -> Tensor:
-    """Queries `rows [n, heads, d]`, float32, followed by those that `work.turned` asks for, turned back.
-
-    Raises:
-        LayoutError: `turn` changes the shape.
-    """
-    if not work.turned or turn is None:
-        return rows
-    found = [rows]
-    for shift, which in work.turned:
-        asked = rows[torch.from_numpy(which).to(rows.device)]
-        found.append(turn(asked, -shift).float())
-        if found[-1].shape != asked.shape:
-            raise LayoutError(f"turning queries {list(asked.shape)} gave {list(found[-1].shape)}")
-    return torch.cat(found)

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jointkv.attention.checks import check, check_scale, with_turned
+from jointkv.attention.checks import Attention, check_scale
 from jointkv.attention.grouping import ITEMS_PER_THREAD
 from jointkv.attention.layouts import LayerPages
-from jointkv.attention.reference import Turn
-from jointkv.attention.work import Items, WorkList, within
+from jointkv.attention.work import Items, Turn, WorkList, within
 from jointkv.errors import LayoutError, NativeUnavailable
 from jointkv.system import native
 
@@ -64,45 +63,13 @@ def threads(device: torch.device, num_heads: int) -> int:
     return -(-processors * PROGRAMS_PER_PROCESSOR // (ITEMS_PER_THREAD * num_heads))
 
 
-def paged_attention(
-    query: Tensor,
-    pages: LayerPages,
-    work: WorkList,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    scale: float | None = None,
-    turn: Turn | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Causal attention of a ragged batch over pages; what `reference.paged_attention` defines.
-
-    Products are taken in the pages' dtype and summed in float32.
-
-    Args:
-        query: `[work.num_queries, h * work.heads_per_kv_head, d]`, of the pages' dtype and on their device.
-        pages: of one layer, by rows.
-        work: from `group_pages`, for the block tables as they stand. Copies of it on the device are kept with it.
-        k_scale, v_scale: factors on the K and V that each sequence reads, `[rows, slots]` like the block tables, all
-            positive and finite; None for 1. A table on the GPU is waited for when it is first seen or has changed.
-        scale: factor on the logits; `d ** -0.5` when None.
-        turn: `turn(query, -shift)`; needed when a shift is not 0.
-
-    Returns:
-        Output `[work.num_queries, query heads, dv]` in the query's dtype, and the log-sum-exp of the scaled logits,
-        float32 `[work.num_queries, query heads]`.
-
-    Raises:
-        LayoutError: shapes, dtypes, devices or scales that do not fit, or a shift without `turn`.
-        NativeUnavailable: Triton is not installed.
-    """
+def attend(asked: Attention) -> tuple[Tensor, Tensor]:
+    """See `paged.paged_attention`."""
+    query, pages, work, tables, scale, turn = asked
     kernels = _kernels()
     _check(query, pages, kernels.INTERPRETED.value)
-    check(query, pages, work, turn)
     lists = _Lists.of(work, pages.device)
-    scales = None
-    if k_scale is not None or v_scale is not None:
-        scales = Scales(*(lists.scale(table, work) for table in (k_scale, v_scale)))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scales = None if tables is None else Scales(*(lists.scale(table, work) for table in tables))
     rows, rest = _rows(query, work, turn)
     heads, size = query.shape[1], pages.value_size
     output = query.new_empty(len(query), heads, size)
@@ -142,7 +109,7 @@ def _rows(query: Tensor, work: WorkList, turn: Turn | None) -> tuple[Tensor, Ten
     """Queries and turned ones, and what rounding took from them: rounding a query once more would cost precision."""
     if not work.turned:
         return query.contiguous(), None
-    exact = with_turned(query.float(), work, turn)
+    exact = work.with_turned(query.float(), turn)
     rounded = exact.to(query.dtype)
     return rounded, (exact - rounded).to(query.dtype)
 
@@ -190,10 +157,8 @@ class _Lists:
             lists.pages, lists.tokens = _moved(work.pages, device), tokens
         return lists
 
-    def scale(self, table: Tensor | None, work: WorkList) -> Tensor:
+    def scale(self, table: Tensor, work: WorkList) -> Tensor:
         """By entry. A table on the device is checked once for each of its versions, since checking waits for it."""
-        if table is None:
-            return torch.ones(len(self.number), device=self.device)
         kept, version, scales = self.known.get(id(table), (None, 0, table))
         known = table.device == self.device and not table.is_inference()
         if kept is not table or not known or version != table._version:

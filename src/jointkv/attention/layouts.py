@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -48,7 +49,7 @@ class LayerPages:
             raise LayoutError(f"pages by {self.order} on {keys.device} were never seen")
         if self.order == "pairs" and keys.dtype != torch.bfloat16:
             raise LayoutError(f"pages by pairs are bfloat16, got {keys.dtype}")
-        if (values.shape[0], self.num_heads, self.block_size) != (keys.shape[0], *self._value_shape[:2]):
+        if len(values) != len(keys) or self._sizes[0][:2] != self._sizes[1][:2]:
             raise LayoutError(f"K {list(keys.shape)} and V {list(values.shape)} do not fit")
         if not 1 <= self.block_size <= MOST_TOKENS:
             raise LayoutError(f"pages of {self.block_size} tokens are not supported: 1 to {MOST_TOKENS}")
@@ -104,32 +105,32 @@ class LayerPages:
     def dtype(self) -> torch.dtype:
         return self.keys.dtype
 
-    @property
-    def num_heads(self) -> int:
-        return self.keys.shape[1 if self.order == "pairs" else 2]
+    @cached_property
+    def _sizes(self) -> tuple[torch.Size, torch.Size]:
+        """Of a page's K and V: tokens, heads, head size."""
+        keys, values = self.read(slice(0))
+        return keys.shape[1:], values.shape[1:]
 
     @property
     def block_size(self) -> int:
         """Tokens per page."""
-        return self.keys.shape[2] * PAIRS if self.order == "pairs" else self.keys.shape[1]
+        return self._sizes[0][0]
+
+    @property
+    def num_heads(self) -> int:
+        return self._sizes[0][1]
 
     @property
     def key_size(self) -> int:
-        return self.keys.shape[3] * (2 if self.order == "pairs" else 1)
+        return self._sizes[0][2]
 
     @property
     def value_size(self) -> int:
-        return self.values.shape[2] * PAIRS if self.order == "pairs" else self.values.shape[3]
+        return self._sizes[1][2]
 
-    @property
-    def _value_shape(self) -> tuple[int, int, int]:
-        """Heads, tokens and size, as V has them."""
-        shape = self.values.shape
-        return (shape[1], shape[3] * 2, shape[2] * PAIRS) if self.order == "pairs" else (shape[2], shape[1], shape[3])
-
-    def read(self, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def read(self, chosen: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
         """K `[pages, t, h, d]` and V `[pages, t, h, dv]`: views where possible, or copies of the pages `chosen`."""
-        keys, values = (part if chosen is None else part[chosen] for part in (self.keys, self.values))
+        keys, values = (part[chosen] for part in (self.keys, self.values))
         if self.order != "pairs":
             return keys, values
         keys = keys.permute(0, 2, 4, 1, 3, 5).flatten(4, 5).flatten(1, 2)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from jointkv.attention.checks import Attention
+from jointkv.attention.work import Turn
 from jointkv.core.plan import BlockRef
 from jointkv.errors import LayoutError
 
-Turn = Callable[[Tensor, int], Tensor]
-"""Turns queries `[n, heads, d]` by a number of positions, as the model's rotary embedding would."""
+
+def attend(asked: Attention) -> tuple[Tensor, Tensor]:
+    """The kernel for machines that have no other: `paged_attention` over the block references of a work list."""
+    query, pages, work, scales, scale, turn = asked
+    tables: list[dict[int, BlockRef]] = [{} for _ in work.lengths]
+    for row, slot, ref in work.references():
+        key, value = (float(table[row, slot]) for table in scales) if scales else (1.0, 1.0)
+        tables[row][slot] = dataclasses.replace(ref, k_scale=key, v_scale=value)
+    ordered = [[table[slot] for slot in sorted(table)] for table in tables]
+    return paged_attention(query, work.query_lengths.tolist(), *pages.read(), ordered, scale=scale, turn=turn)
 
 
 def paged_attention(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,6 +17,9 @@ from jointkv.core.plan import BlockRef
 from jointkv.errors import IntegrityError, LayoutError
 
 Ints = npt.NDArray[np.integer]
+
+Turn = Callable[[Tensor, int], Tensor]
+"""Turns queries `[n, heads, d]` by a number of positions, as the model's rotary embedding would."""
 
 SEEN_BY_ALL = -(2**30)
 """Offset of a page that lies before every query of its sequence."""
@@ -172,6 +175,22 @@ class WorkList:
         self.pages.held[self.last_page] += by
         self.pages.offset[self.last_page] -= by
         self.lengths[:] = longer
+
+    def with_turned(self, rows: Tensor, turn: Turn | None) -> Tensor:
+        """Queries `rows [n, heads, d]`, float32, followed by those that `turned` asks for, turned back.
+
+        Raises:
+            LayoutError: `turn` changes the shape.
+        """
+        if not self.turned or turn is None:
+            return rows
+        found = [rows]
+        for shift, which in self.turned:
+            asked = rows[torch.from_numpy(which).to(rows.device)]
+            found.append(turn(asked, -shift).float())
+            if found[-1].shape != asked.shape:
+                raise LayoutError(f"turning queries {list(asked.shape)} gave {list(found[-1].shape)}")
+        return torch.cat(found)
 
     def references(self) -> Iterator[tuple[int, int, BlockRef]]:
         """Row, slot and what it reads, without scales, in any order."""

@@ -1,1 +1,1 @@
-"""A/B of a served engine: the same requests with and without fusion, each run in a process of its own."""
+"""A/B of a served engine: the same requests by real servers with and without fusion, in turns."""

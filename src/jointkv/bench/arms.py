@@ -142,7 +142,8 @@ def _arm(text: str, pool: PoolSize, fusion: Mapping[str, Any], common_flags: Seq
     if base.fused:
         options = {**fusion, **dict(map(_option, pairs))}
         if base.in_layer_groups and _groups(options) == 1:
-            options["layer_groups"] = _fewest_groups(pool.layers)
+            fewest = (groups for groups in range(2, pool.layers + 1) if pool.layers % groups == 0)
+            options["layer_groups"] = next(fewest, 2)  # which a model with one layer is refused for
         PluginSettings.parse(options)
     flags = [*base.flags, *own_flags]
     size = pool.block_bytes((*common_flags, *flags), _groups(options))
@@ -186,13 +187,6 @@ def _option(pair: str) -> tuple[str, Any]:
 
 def _groups(options: Mapping[str, Any] | None) -> int:
     return 1 if options is None else PluginSettings.parse(dict(options)).layer_groups
-
-
-def _fewest_groups(layers: int) -> int:
-    for groups in range(2, layers + 1):
-        if layers % groups == 0:
-            return groups
-    raise BadInput("layer_groups: a model with one layer has no groups")
 
 
 def _cache_dtype(flags: Sequence[str]) -> str:

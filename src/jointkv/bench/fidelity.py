@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, takewhile
 from statistics import fmean
 
 from jointkv.bench.arms import LARGE_POOL
-from jointkv.bench.result import Arm, Fidelity, Load
+from jointkv.bench.result import Arm, Fidelity, Key, Load
 
-Outputs = Mapping[tuple[str, str, int], Sequence[str]]
-"""Texts in request order, by arm, load and round. The requests are the same in all of them."""
+Outputs = Mapping[Key, Sequence[str]]
+"""Texts in request order. The requests are the same in all of them."""
 
 
 def compare_outputs(outputs: Outputs, arms: Sequence[Arm], loads: Sequence[Load]) -> list[Fidelity]:
@@ -23,43 +23,29 @@ def compare_outputs(outputs: Outputs, arms: Sequence[Arm], loads: Sequence[Load]
     found = []
     for load in loads:
         rounds = sorted({number for _, label, number in outputs if label == load.label})
-        for name in names:
-            if name != reference:
-                equal_rounds = [((name, load.label, number), (reference, load.label, number)) for number in rounds]
-                found += _fidelity(outputs, name, reference, load.label, equal_rounds)
-        for name in names:
-            other_rounds = [
-                ((name, load.label, one), (name, load.label, other)) for one, other in combinations(rounds, 2)
-            ]
-            found += _fidelity(outputs, name, name, load.label, other_rounds)
+        wanted = [(name, reference, [(number, number) for number in rounds]) for name in names if name != reference]
+        wanted += [(name, name, list(combinations(rounds, 2))) for name in names]
+        for arm, against, pairs in wanted:
+            keys = [((arm, load.label, one), (against, load.label, other)) for one, other in pairs]
+            both = [(outputs[one], outputs[other]) for one, other in keys if one in outputs and other in outputs]
+            texts = [text for run in both for text in zip(*run, strict=True)]
+            if texts:
+                found.append(_fidelity(arm, against, load, texts))
     return found
 
 
 def common_prefix(one: str, other: str) -> float:
     """Characters that both texts begin with, over those of the longer one; two empty texts are the same."""
-    shorter, longer = sorted((len(one), len(other)))
-    same = next((place for place in range(shorter) if one[place] != other[place]), shorter)
-    return same / longer if longer else 1.0
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    return same / max(len(one), len(other)) if one or other else 1.0
 
 
-def _fidelity(
-    outputs: Outputs, arm: str, against: str, load: str, keys: Sequence[tuple[tuple[str, str, int], ...]]
-) -> list[Fidelity]:
-    texts = [
-        pair
-        for one, other in keys
-        if one in outputs and other in outputs
-        for pair in zip(outputs[one], outputs[other], strict=True)
-    ]
-    if not texts:
-        return []
-    return [
-        Fidelity(
-            arm=arm,
-            against=against,
-            load=load,
-            equal=fmean(one == other for one, other in texts),
-            common_prefix=fmean(common_prefix(one, other) for one, other in texts),
-            pairs=len(texts),
-        )
-    ]
+def _fidelity(arm: str, against: str, load: Load, texts: Sequence[tuple[str, str]]) -> Fidelity:
+    return Fidelity(
+        arm=arm,
+        against=against,
+        load=load.label,
+        equal=fmean(one == other for one, other in texts),
+        common_prefix=fmean(common_prefix(one, other) for one, other in texts),
+        pairs=len(texts),
+    )

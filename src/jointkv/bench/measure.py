@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,18 +11,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from jointkv.bench.load_generator import Answer, LoadFailed, LoadOutcome, drive
+from jointkv.bench.load_generator import LoadFailed, drive, spec_of
+from jointkv.bench.load_process import Answer, LoadOutcome
+from jointkv.bench.plan import Plan
 from jointkv.bench.requests import ServingRequest
 from jointkv.bench.result import Arm, Latency, Load, RequestSample, Run, Timeline
 from jointkv.bench.server import Server, ServerFailed, Step, get
-from jointkv.bench.watch import (
-    COMPUTED_PROMPT,
-    DISABLED,
-    DRAFTS,
-    FIRST_TOKENS,
-    GENERATED,
-    Watch,
-)
+from jointkv.bench.watch import COMPUTED_PROMPT, DISABLED, DRAFTS, FIRST_TOKENS, GENERATED, Watch
 from jointkv.system.machine import allowed_cores, foreign_seconds
 
 WARM_UP_REQUESTS = 4
@@ -39,18 +35,16 @@ def warm_up(server: Server, model: str, requests: Sequence[ServingRequest]) -> N
     """
     source = [token for request in requests for token in reversed(request.prompt)]
     length = min(WARM_UP_PROMPT_TOKENS, max(len(request.prompt) for request in requests))
-    bodies = []
-    for number in range(WARM_UP_REQUESTS):
+
+    def send(number: int) -> None:
         offset = (number * length) % max(1, len(source) - length)
         prompt = source[offset : offset + length]
-        bodies.append({"model": model, "prompt": prompt, "max_tokens": WARM_UP_OUTPUT_TOKENS, "ignore_eos": True})
-
-    def send(body: dict[str, object]) -> None:
+        body = {"model": model, "prompt": prompt, "max_tokens": WARM_UP_OUTPUT_TOKENS, "ignore_eos": True}
         get(f"{server.url}/v1/completions", timeout=WARM_UP_SECONDS, body=body)
 
     try:
         with ThreadPoolExecutor(WARM_UP_REQUESTS) as pool:
-            list(pool.map(send, bodies))
+            list(pool.map(send, range(WARM_UP_REQUESTS)))
     except OSError as error:
         server.require_alive("in its warm-up")
         raise ServerFailed(f"the server did not answer the warm-up: {error}") from None
@@ -58,58 +52,52 @@ def warm_up(server: Server, model: str, requests: Sequence[ServingRequest]) -> N
 
 
 def measure(
+    plan: Plan,
     server: Server,
     arm: Arm,
     load: Load,
-    requests: Sequence[ServingRequest],
-    *,
-    model: str,
-    tokenizer: str,
-    round: int,
-    position: int,
-    block_bytes: int,
-    seed: int,
+    number: int,
     progress: Callable[[int], None],
     client_cores: Collection[int] | None = None,
 ) -> tuple[Run, list[str]]:
-    """Send `requests` to the running `server`; returns the run, and the texts in the order of the requests.
+    """Send the requests of `plan` to the running `server` of `arm` in round `number`.
 
     Args:
-        model: the name it is served under.
-        block_bytes: bytes of one block of this arm's pool.
         progress: called with the number of requests that have ended.
         client_cores: where the load generator runs; anywhere unless given.
 
+    Returns:
+        The run, and the texts in the order of the requests.
+
     Raises:
-        BadInput: no requests, or a replay of requests without timestamps.
         LoadFailed: no result, or no request was answered.
         ServerFailed: the server ended, or jointkv is not attached to it or has switched itself off.
     """
-    window = _Window(server, allowed_cores())
+    window = _Window(server)
+    spec = spec_of(server.url, plan.model, plan.location, load, plan.requests, plan.seed + number - 1)
     try:
-        outcome = drive(server.url, model, tokenizer, load, requests, seed, progress, during=window, cores=client_cores)
+        outcome = drive(spec, progress, window, client_cores)
     except LoadFailed:
         server.require_alive(f"under load ({load.label})")
         raise
     server.require_alive(f"under load ({load.label})")
-    watch = window.watch
-    fusion = watch.plugin_counters()
+    fusion = window.plugin_counters()
     if arm.fusion is not None and fusion is None:
         raise ServerFailed(f"{arm.name}: the server runs without jointkv, so nothing would be fused")
-    if watch.readings[-1].metrics.get(DISABLED):
+    if window.readings[-1].metrics.get(DISABLED):
         raise ServerFailed(f"{arm.name}: jointkv switched itself off; {server.log_file} says why")
-    timeline = watch.timeline(outcome.began)
-    inside = _inside(timeline, outcome.totals["duration"])
-    done = [answer for answer in outcome.answers if answer.error is None]
+    timeline = window.timeline(outcome.began)
+    inside = _inside(timeline, outcome.seconds)
+    pool_bytes = (arm.pool_blocks - 1) * plan.block_bytes[arm.name]
     run = Run(
         arm=arm.name,
         load=load.label,
-        round=round,
-        position=position,
-        **_answered(outcome, done),
-        **_seen(timeline, inside, window.steps, outcome.totals["duration"]),
+        round=number,
+        position=plan.position(number, arm, load),
+        **_answered(outcome),
+        **_seen(timeline, inside, window.steps, outcome.seconds),
         recomputed_tokens=window.recomputed_tokens(),
-        kv_bytes_per_running_token=_bytes_per_token(timeline, inside, done, (arm.pool_blocks - 1) * block_bytes),
+        kv_bytes_per_running_token=_bytes_per_token(timeline, inside, outcome.complete, pool_bytes),
         plugin_seconds=None if fusion is None else sum(fusion[name] for name in PLUGIN_SECONDS),
         server_cpu_seconds=window.server_seconds,
         foreign_cpu=window.foreign_cpu(outcome.cpu_seconds),
@@ -119,38 +107,35 @@ def measure(
     return run, [answer.text for answer in outcome.answers]
 
 
-class _Window:
+class _Window(Watch):
     """What the machine and the server did from entering to leaving, which is while the load ran."""
 
-    def __init__(self, server: Server, cores: Collection[int]) -> None:
-        self.server, self.cores = server, cores
-        self.watch = Watch(server.url)
-        self.seconds = self.server_seconds = 0.0
-        self.foreign: float | None = None
+    def __init__(self, server: Server) -> None:
+        super().__init__(server.url)
+        self.server, self.cores = server, allowed_cores()
         self.steps: list[Step] = []
 
     def __enter__(self) -> Self:
-        self.watch.__enter__()
+        super().__enter__()
         self._steps_before = len(self.server.steps())
-        self._started = time.perf_counter()
-        self._server_before, self._foreign_before = self.server.cpu_seconds(), foreign_seconds(self.cores)
+        self._before = self._clocks()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.server_seconds = self.server.cpu_seconds() - self._server_before
-        after = foreign_seconds(self.cores)
-        if after is not None and self._foreign_before is not None:
-            self.foreign = after - self._foreign_before
-        self.seconds = time.perf_counter() - self._started
-        self.watch.__exit__(*exception)
+        spent = [after - before for before, after in zip(self._before, self._clocks(), strict=True)]
+        self.seconds, self.server_seconds, self._foreign_seconds = spent
+        super().__exit__(*exception)
         self.steps = self.server.steps()[self._steps_before :]
+
+    def _clocks(self) -> tuple[float, float, float]:
+        """The time, the server's CPU time, and that of the cores without this process; not a number where unknown."""
+        foreign = foreign_seconds(self.cores)
+        return time.perf_counter(), self.server.cpu_seconds(), math.nan if foreign is None else foreign
 
     def foreign_cpu(self, load_seconds: float) -> float | None:
         """Part of the cores' time that went to none of: this process, the server, the load generator."""
-        if self.foreign is None:
-            return None
-        spent = self.foreign - self.server_seconds - load_seconds
-        return max(0.0, spent / (self.seconds * len(self.cores)))
+        spent = self._foreign_seconds - self.server_seconds - load_seconds
+        return None if math.isnan(spent) else max(0.0, spent / (self.seconds * len(self.cores)))
 
     def recomputed_tokens(self) -> int | None:
         """Tokens computed beyond one time each: all that steps computed, less prompts and answers.
@@ -158,31 +143,32 @@ class _Window:
         The token that a request's last step yields is never computed itself, nor is it known to the engine how many
         of a draft's tokens are wasted, so with speculative decoding there is no such number.
         """
-        grown = self.watch.grown()
+        grown = self.grown()
         if not self.steps or grown.get(DRAFTS):
             return None
         needed = grown[COMPUTED_PROMPT] + grown[GENERATED] - grown[FIRST_TOKENS]
         return max(0, sum(step.tokens for step in self.steps) - round(needed))
 
 
-def _answered(outcome: LoadOutcome, done: Sequence[Answer]) -> dict[str, Any]:
-    """The fields of a `Run` that the client saw. Rates are vLLM's own."""
+def _answered(outcome: LoadOutcome) -> dict[str, Any]:
+    """The fields of a `Run` that the client saw."""
+    done = outcome.complete
     tpot = [(answer.e2el - answer.ttft) / (answer.output_tokens - 1) for answer in done if answer.output_tokens > 1]
     itl = list(itertools.chain.from_iterable(answer.itls for answer in done))
     return {
-        "seconds": outcome.totals["duration"],
+        "seconds": outcome.seconds,
         "completed": len(done),
         "failed": len(outcome.answers) - len(done),
         "prompt_tokens": sum(answer.prompt_tokens for answer in done),
         "output_tokens": sum(answer.output_tokens for answer in done),
-        "output_tokens_per_s": outcome.totals["output_throughput"],
-        "total_tokens_per_s": outcome.totals["total_token_throughput"],
-        "requests_per_s": outcome.totals["request_throughput"],
+        "output_tokens_per_s": outcome.output_tokens_per_s,
+        "total_tokens_per_s": outcome.total_tokens_per_s,
+        "requests_per_s": outcome.requests_per_s,
         "ttft": _latency([answer.ttft for answer in done]),
         "tpot": _latency(tpot) if tpot else None,
         "itl": _latency(itl) if itl else None,
         "e2el": _latency([answer.e2el for answer in done]),
-        "requests": [_sample(answer) for answer in done],
+        "requests": [answer.model_dump(include=set(RequestSample.model_fields)) for answer in done],
     }
 
 
@@ -246,14 +232,3 @@ def _tokens_at(answer: Answer, now: float) -> float:
 def _latency(values: Sequence[float]) -> Latency:
     p50, p95, p99 = (float(value) for value in np.percentile(values, (50, 95, 99)))
     return Latency(mean=float(np.mean(values)), p50=p50, p95=p95, p99=p99)
-
-
-def _sample(answer: Answer) -> RequestSample:
-    return RequestSample(
-        start=answer.start,
-        prompt_tokens=answer.prompt_tokens,
-        output_tokens=answer.output_tokens,
-        ttft=answer.ttft,
-        itl=float(np.mean(answer.itls)) if answer.itls else None,
-        e2el=answer.e2el,
-    )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -12,16 +11,21 @@ from typing import Any
 
 from jointkv.bench.arms import PoolSize, block_bytes, make_arms
 from jointkv.bench.loads import make_loads
+from jointkv.bench.plan import Plan
 from jointkv.bench.request_files import from_file
-from jointkv.bench.requests import Limits, ServingRequest, Workload, from_traffic
-from jointkv.bench.run import Plan
+from jointkv.bench.requests import Limits, Workload, from_traffic
 from jointkv.errors import BadInput
-from jointkv.system.machine import allowed_cores, core_list, machine, versions
+from jointkv.policy.profile import Profile
+from jointkv.system.machine import allowed_cores, core_list, fast_dtype, machine, versions
 
+BLOCK_SIZE = 32
 BLOCK_MULTIPLE = 16
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEFAULT_REQUESTS = 32
 DEFAULT_OUTPUT_TOKENS = 96
 FEWEST_CORES_TO_SHARE_OUT = 4
+QUICK = {"requests": 12, "output_tokens": 64, "pool_blocks": 100, "repeats": 1, "output": Path("out/quick")}
+"""What a first look takes for what was not given: with near-prefix requests stock runs three at once, fusion more."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,22 @@ def make_plan(options: Options, model: Model, command: str) -> Plan:
         requests=len(work.requests),
         max_running=options.max_running,
     )
+    facts = {
+        "command": command,
+        "model": options.model,
+        "traffic": work.name,
+        "traffic_description": work.description,
+        "requests": len(work.requests),
+        "output_tokens": round(fmean(request.output_tokens for request in work.requests)),
+        "block_size": options.block_size,
+        "block_bytes": pool.block_bytes(options.flags),
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "common_flags": _common_flags(options, work),
+        "cores": {"server": core_list(server_cores(options)), "load_generator": core_list(client_cores(options))},
+        "machine": machine(),
+        "versions": versions(),
+    }
     return Plan(
         arms=tuple(arms),
         loads=tuple(loads),
@@ -111,37 +131,42 @@ def make_plan(options: Options, model: Model, command: str) -> Plan:
         model=options.model,
         location=model.location,
         seed=options.seed,
-        facts={
-            "command": command,
-            "model": options.model,
-            "traffic": work.name,
-            "traffic_description": work.description,
-            "requests": len(work.requests),
-            "output_tokens": round(fmean(request.output_tokens for request in work.requests)),
-            "block_size": options.block_size,
-            "block_bytes": pool.block_bytes(options.flags),
-            "dtype": options.dtype,
-            "seed": options.seed,
-            "common_flags": _common_flags(options, work),
-            "cores": {
-                "server": core_list(server_cores(options)),
-                "load_generator": core_list(client_cores(options)),
-            },
-            "machine": machine(),
-            "versions": versions(),
-        },
+        facts=facts,
     )
 
 
-def settings_of(plan: Plan) -> dict[str, Any]:
-    """What runs must have in common to be compared, as JSON: all of `plan` but the number of rounds."""
-    return {
-        **{name: value for name, value in plan.facts.items() if name not in ("command", "traffic_description")},
-        "arms": [arm.model_dump() for arm in plan.arms],
-        "profiles": {arm.name: _digest(arm.fusion) for arm in plan.arms},
-        "loads": [load.label for load in plan.loads],
-        "requests_sha256": _requests_digest(plan.requests),
-    }
+def workload(options: Options, model: Model) -> Workload:
+    """The requests, from a log, a file or a traffic. Raises `BadInput`."""
+    limits = Limits(model.max_tokens, options.pool_blocks, options.block_size)
+    if options.data is not None and options.replay is not None:
+        raise BadInput("--data and --replay exclude each other: a log brings its requests")
+    file = options.replay or options.data
+    if file is None:
+        output_tokens = options.output_tokens or DEFAULT_OUTPUT_TOKENS
+        count = options.requests or DEFAULT_REQUESTS
+        return from_traffic(options.traffic, model.tokenizer, count, output_tokens, options.seed, limits)
+    timed = options.replay is not None
+    return from_file(
+        file,
+        model.tokenizer,
+        options.requests if timed else options.requests or DEFAULT_REQUESTS,
+        options.output_tokens,
+        DEFAULT_OUTPUT_TOKENS,
+        limits,
+        timed=timed,
+    )
+
+
+def engine_dtype(name: str) -> str:
+    """`name`, or for `auto` bfloat16 where that is fast. Raises `BadInput` for what is not in `DTYPES`."""
+    if name not in DTYPES:
+        raise BadInput(f"unknown dtype {name!r}; use {', '.join(DTYPES)}")
+    return fast_dtype() if name == "auto" else name
+
+
+def default_block_size(profile: Path | None) -> int:
+    """Tokens per block: those of `profile`, or `BLOCK_SIZE`. Raises `BadInput` for what is no profile."""
+    return BLOCK_SIZE if profile is None else Profile.load(profile).block_size
 
 
 def server_cores(options: Options) -> set[int]:
@@ -174,33 +199,6 @@ def _cores(name: str, text: str) -> set[int]:
     return cores
 
 
-def workload(options: Options, model: Model) -> Workload:
-    """The requests, from a log, a file or a traffic. Raises `BadInput`."""
-    limits = Limits(model.max_tokens, options.pool_blocks, options.block_size)
-    if options.data is not None and options.replay is not None:
-        raise BadInput("--data and --replay exclude each other: a log brings its requests")
-    file = options.replay or options.data
-    if file is None:
-        output_tokens = options.output_tokens or DEFAULT_OUTPUT_TOKENS
-        count = options.requests or DEFAULT_REQUESTS
-        return from_traffic(options.traffic, model.tokenizer, count, output_tokens, options.seed, limits)
-    timed = options.replay is not None
-    return from_file(
-        file,
-        model.tokenizer,
-        options.requests if timed else options.requests or DEFAULT_REQUESTS,
-        options.output_tokens,
-        DEFAULT_OUTPUT_TOKENS,
-        limits,
-        timed=timed,
-    )
-
-
-def pool_bytes(plan: Plan) -> int:
-    """Bytes of the largest pool of all arms."""
-    return max(arm.pool_blocks * plan.block_bytes[arm.name] for arm in plan.arms)
-
-
 def _common_flags(options: Options, work: Workload) -> list[str]:
     numbers = {
         "--block-size": options.block_size,
@@ -214,17 +212,3 @@ def _common_flags(options: Options, work: Workload) -> list[str]:
     for name, value in numbers.items():
         flags += [name, str(value)]
     return [*flags, "--enable-prefix-caching", *(["--enforce-eager"] if options.eager else []), *options.flags]
-
-
-def _digest(fusion: Mapping[str, Any] | None) -> str | None:
-    """Of the profile: another one may come to stand under the same name."""
-    if fusion is None or fusion.get("profile") is None:
-        return None
-    return hashlib.sha256(Path(fusion["profile"]).read_bytes()).hexdigest()
-
-
-def _requests_digest(requests: Collection[ServingRequest]) -> str:
-    digest = hashlib.sha256()
-    for request in requests:
-        digest.update(repr((request.prompt, request.output_tokens, request.timestamp)).encode())
-    return digest.hexdigest()

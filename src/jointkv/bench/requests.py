@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,8 @@ class ServingRequest:
     Attributes:
         prompt: token ids.
         output_tokens: how many are generated, whatever end tokens come up.
-        timestamp: seconds after the start of the log it was taken from; None where arrival is the load's business.
+        timestamp: seconds after the first request of the log it was taken from, whose requests stand in the order of
+            time; None where arrival is the load's business.
     """
 
     prompt: tuple[int, ...]
@@ -106,8 +106,6 @@ def from_traffic(
 
 def _vllm_prompts(name: str, tokenizer: Any, count: int, seed: int) -> Sequence[tuple[int, ...]]:
     """Prompts as `vllm bench serve --dataset-name` sends them: as text, which the server makes tokens of."""
-    if importlib.util.find_spec("vllm") is None:
-        raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
     from vllm.benchmarks import datasets
 
     # The same number of requests for every prefix, so possibly too many; they come shuffled.

@@ -6,6 +6,7 @@ Times are seconds, rates per second, memory bytes, unless a name says otherwise.
 from __future__ import annotations
 
 from pathlib import Path
+from string import Formatter
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,12 +15,16 @@ from pydantic_core import PydanticCustomError
 from jointkv.errors import BadInput
 
 LoadKind = Literal["closed", "poisson", "bursty", "replay"]
-NEEDED: dict[LoadKind, tuple[str, ...]] = {
-    "closed": ("concurrency",),
-    "poisson": ("rate",),
-    "bursty": ("rate", "burstiness"),
-    "replay": ("speed",),
+LABELS: dict[LoadKind, str] = {
+    "closed": "closed {concurrency}",
+    "poisson": "poisson {rate:g}/s",
+    "bursty": "bursty {rate:g}/s x{burstiness:g}",
+    "replay": "replay x{speed:g}",
 }
+"""Of each kind, with the fields that it needs."""
+
+Key = tuple[str, str, int]
+"""Arm, label of the load, round: what there is one run of."""
 
 
 class Record(BaseModel):
@@ -45,23 +50,15 @@ class Load(Record):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        for name in NEEDED[self.kind]:
-            if getattr(self, name) is None:
+        for _, name, _, _ in Formatter().parse(LABELS[self.kind]):
+            if name and getattr(self, name) is None:
                 raise PydanticCustomError("incomplete", "{kind} without {name}", {"kind": self.kind, "name": name})
         return self
 
     @property
     def label(self) -> str:
         """Short and unique: `closed 16`, `poisson 0.5/s`, `bursty 0.5/s x0.3`, `replay x2`."""
-        match self.kind:
-            case "closed":
-                return f"closed {self.concurrency}"
-            case "poisson":
-                return f"poisson {self.rate:g}/s"
-            case "bursty":
-                return f"bursty {self.rate:g}/s x{self.burstiness:g}"
-            case "replay":
-                return f"replay x{self.speed:g}"
+        return LABELS[self.kind].format_map(vars(self))
 
 
 class Arm(Record):
@@ -167,6 +164,11 @@ class Run(Record):
     timeline: Timeline
     requests: list[RequestSample]
     outputs_file: str | None = None
+
+    @property
+    def key(self) -> Key:
+        """See `Key`."""
+        return self.arm, self.load, self.round
 
 
 class Fidelity(Record):

@@ -1,75 +1,47 @@
-"""The schedule of a serving benchmark: rounds, in each the arms in turns, for each a server, in it all loads."""
+"""Runs a plan: rounds, in each the arms in turns, for each a server, in it all loads."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, Protocol
 
 from jointkv.bench.fidelity import compare_outputs
 from jointkv.bench.load_generator import LoadFailed
 from jointkv.bench.measure import warm_up
-from jointkv.bench.quick import QUIET
-from jointkv.bench.requests import ServingRequest
-from jointkv.bench.result import Arm, Load, Run, ServingResult
-from jointkv.bench.schedule import Watcher, about, round_order, seconds_left
+from jointkv.bench.plan import Plan
+from jointkv.bench.result import Arm, Run, ServingResult
+from jointkv.bench.run_folder import RunFolder
 from jointkv.bench.server import Server, ServerFailed, server_command
-from jointkv.bench.state import RunFolder
 from jointkv.bench.statistics import compare
 from jointkv.system.machine import on_cores
 
 START = "starting the server"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is run.
-
-    Attributes:
-        block_bytes: bytes of a block of the pool, by arm.
-        model: the name it is served under.
-        location: its folder or hub name.
-        seed: of the arrivals in the first round; every later round takes the next one, the same in all arms.
-        facts: the fields of `ServingResult` that are known beforehand.
-    """
-
-    arms: tuple[Arm, ...]
-    loads: tuple[Load, ...]
-    rounds: int
-    requests: tuple[ServingRequest, ...]
-    block_bytes: Mapping[str, int]
-    model: str
-    location: str
-    seed: int
-    facts: Mapping[str, Any]
-
-    def schedule(self) -> list[tuple[int, Arm]]:
-        """Rounds, from 1, and arms: one server each, in the order of execution."""
-        return [(number + 1, arm) for number in range(self.rounds) for arm in round_order(self.arms, number)]
-
-    def position(self, number: int, arm: Arm, load: Load) -> int:
-        """Place of a run in the order of execution, from 0; more rounds do not change it."""
-        return self.schedule().index((number, arm)) * len(self.loads) + self.loads.index(load)
-
-    def open_loads(self, folder: RunFolder, number: int, arm: Arm) -> list[Load]:
-        """The loads that were not run yet in this round with this arm."""
-        return [load for load in self.loads if (arm.name, load.label, number) not in folder.runs]
-
-    def steps(self, folder: RunFolder) -> int:
-        """How many server starts and runs are left."""
-        open_loads = [len(self.open_loads(folder, number, arm)) for number, arm in self.schedule()]
-        return sum(loads + 1 for loads in open_loads if loads)
-
+QUIET = 0.05
+"""Above this part of the cores' time in other processes a run is reported as disturbed."""
 
 Serve = Callable[[Arm, int], AbstractContextManager[Any]]
 """Starts and warms up the server of an arm in a round; it ends with the context."""
 
-
 Measure = Callable[..., tuple[Run, list[str]]]
 """See `jointkv.bench.measure.measure`."""
+
+
+class Watcher(Protocol):
+    """Where progress goes."""
+
+    def start(self, description: str) -> None:
+        """The next step begins."""
+
+    def part(self, fraction: float) -> None:
+        """Of the present step `fraction` is done."""
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
 
 
 def run_plan(plan: Plan, folder: RunFolder, serve: Serve, measure: Measure, watcher: Watcher) -> ServingResult:
@@ -79,10 +51,7 @@ def run_plan(plan: Plan, folder: RunFolder, serve: Serve, measure: Measure, watc
         ServerFailed, LoadFailed: with arm and round; everything up to then is kept.
     """
     clock = _Clock(plan, folder, watcher)
-    for number, arm in plan.schedule():
-        loads = plan.open_loads(folder, number, arm)
-        if not loads:
-            continue
+    for number, arm, loads in plan.left(folder.runs):
         try:
             clock.next()
             with serve(arm, number) as server:
@@ -90,17 +59,7 @@ def run_plan(plan: Plan, folder: RunFolder, serve: Serve, measure: Measure, watc
                     title = clock.next()
                     server.reset_prefix_cache()
                     run, texts = measure(
-                        server,
-                        arm,
-                        load,
-                        plan.requests,
-                        model=plan.model,
-                        tokenizer=plan.location,
-                        round=number,
-                        position=plan.position(number, arm, load),
-                        block_bytes=plan.block_bytes[arm.name],
-                        seed=plan.seed + number - 1,
-                        progress=lambda done: watcher.part(done / len(plan.requests)),
+                        plan, server, arm, load, number, lambda done: watcher.part(done / len(plan.requests))
                     )
                     folder.save(run, texts)
                     folder.write_result(make_result(plan, folder, complete=False))
@@ -112,12 +71,20 @@ def run_plan(plan: Plan, folder: RunFolder, serve: Serve, measure: Measure, watc
     return result
 
 
+def steps_left(plan: Plan, folder: RunFolder) -> list[tuple[str, str]]:
+    """Titles and kinds of the server starts and runs that `folder` does not have yet, in the order of execution."""
+    return [
+        (f"round {number} of {plan.rounds}, {arm.name}, {kind}", kind)
+        for number, arm, loads in plan.left(folder.runs)
+        for kind in (START, *(load.label for load in loads))
+    ]
+
+
 def make_result(plan: Plan, folder: RunFolder, complete: bool) -> ServingResult:
     """What the runs of the plan that are in `folder` say."""
-    wanted = {
-        (arm.name, load.label, number) for number, arm in plan.schedule() for load in plan.loads
-    } & folder.runs.keys()
-    runs = sorted((folder.runs[key] for key in wanted), key=lambda run: run.position)
+    wanted = {(arm.name, load.label, number) for number, arm in plan.schedule() for load in plan.loads}
+    runs = sorted((run for key, run in folder.runs.items() if key in wanted), key=lambda run: run.position)
+    outputs = {key: texts for key, texts in folder.outputs.items() if key in wanted}
     return ServingResult(
         **plan.facts,
         complete=complete,
@@ -125,7 +92,7 @@ def make_result(plan: Plan, folder: RunFolder, complete: bool) -> ServingResult:
         arms=list(plan.arms),
         loads=list(plan.loads),
         runs=runs,
-        fidelity=compare_outputs({key: folder.outputs[key] for key in wanted}, plan.arms, plan.loads),
+        fidelity=compare_outputs(outputs, plan.arms, plan.loads),
         comparisons=compare(runs, plan.arms, plan.loads),
     )
 
@@ -153,41 +120,27 @@ def server_starter(
 
 
 class _Clock:
-    """The steps of a plan that are still to be made, and how long those made took, by kind and arm."""
+    """Announces the steps that are left, with an estimate of the time they take: the mean of their kind so far."""
 
     def __init__(self, plan: Plan, folder: RunFolder, watcher: Watcher) -> None:
-        self._watcher, self._started = watcher, 0.0
-        self._steps: list[tuple[str, str, str]] = []
-        for number, arm in plan.schedule():
-            loads = plan.open_loads(folder, number, arm)
-            for kind in [START] * bool(loads) + [load.label for load in loads]:
-                self._steps.append((f"round {number} of {plan.rounds}, {arm.name}, {kind}", kind, arm.name))
-        self._next = 0
-        self._spent: dict[str, dict[str, list[float]]] = {}
+        self._watcher, self._steps, self._next, self._started = watcher, steps_left(plan, folder), 0, 0.0
+        self._spent: dict[str, list[float]] = defaultdict(list)
         for run in folder.runs.values():
-            self._spent.setdefault(run.load, {}).setdefault(run.arm, []).append(run.seconds)
+            self._spent[run.load].append(run.seconds)
 
     def next(self) -> str:
         """The step before is done; announces the next one and returns its title."""
         now = time.monotonic()
         if self._next:
-            _, kind, arm = self._steps[self._next - 1]
-            self._spent.setdefault(kind, {}).setdefault(arm, []).append(now - self._started)
-        left = self._left(self._steps[self._next :])
-        title = self._steps[self._next][0]
-        self._watcher.start(title + ("" if left is None else f"; {about(left)} left"))
+            self._spent[self._steps[self._next - 1][1]].append(now - self._started)
+        kinds = [kind for _, kind in self._steps[self._next :]]
+        title, left = self._steps[self._next][0], ""
+        if self._spent.keys() >= set(kinds):
+            seconds = sum(fmean(self._spent[kind]) for kind in kinds)
+            left = f"; about {seconds / 60:.0f} min left" if seconds >= 90 else f"; about {seconds:.0f} s left"
+        self._watcher.start(title + left)
         self._next, self._started = self._next + 1, now
         return title
-
-    def _left(self, steps: Sequence[tuple[str, str, str]]) -> float | None:
-        """None until every kind of step was made once."""
-        total = 0.0
-        for wanted in {kind for _, kind, _ in steps}:
-            seconds = seconds_left(self._spent.get(wanted, {}), [arm for _, kind, arm in steps if kind == wanted])
-            if seconds is None:
-                return None
-            total += seconds
-        return total
 
 
 def _say(watcher: Watcher, title: str, run: Run) -> None:

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import psutil
+
 from jointkv.bench import guard
-from jointkv.bench.guard import living, processes
-from jointkv.bench.launch import engine_environment
-from jointkv.errors import BadInput, JointKVError
-from jointkv.system.machine import core_list
+from jointkv.errors import JointKVError
 from jointkv.vllm_plugin import PluginSettings
 from jointkv.vllm_plugin.server import Device, Launch
 
 HOST = "127.0.0.1"
-GUARD = Path(guard.__file__)
 GRACE_SECONDS = 10.0
 KILL_SECONDS = 10.0
 RESET_SECONDS = 30.0
@@ -90,33 +86,11 @@ def server_command(
     return [sys.executable, "-P", "-m", "jointkv.vllm_plugin.server", launch, model, *COMMON_FLAGS, *flags]
 
 
-def server_environment(
-    inherited: Mapping[str, str],
-    cores: Collection[int],
-    kv_bytes: int,
-    local_model: bool,
-    server_cores: Collection[int] | None = None,
-) -> dict[str, str]:
-    """The environment of every server: as `engine_environment`, with the engine in a process of its own.
-
-    Args:
-        cores: the cores of this benchmark.
-        kv_bytes: size of the largest pool of all arms.
-        server_cores: those of them on which the engine computes; all unless given.
-
-    Raises:
-        BadInput: `server_cores` is empty or names others than `cores`.
-    """
-    chosen = set(cores if server_cores is None else server_cores)
-    if not chosen or not chosen <= set(cores):
-        raise BadInput(f"the server's cores ({core_list(chosen) or 'none'}) must be some of {core_list(cores)}")
-    return {
-        **engine_environment(inherited, chosen, kv_bytes, local_model),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_SERVER_DEV_MODE": "1",  # where /reset_prefix_cache is
-        "VLLM_LOGGING_LEVEL": "INFO",
-        "VLLM_LOGGING_COLOR": "0",
-    }
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
 
 
 class Server:
@@ -132,7 +106,7 @@ class Server:
         self.environment, self.port, self.log_file = dict(environment), port, log_file
         self.url = f"http://{HOST}:{port}"
         self._guard: subprocess.Popen[bytes] | None = None
-        self._pid: int | None = None
+        self._session: int | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -140,12 +114,8 @@ class Server:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def start(self, timeout: float = 600.0, say: Callable[[str], None] | None = None) -> None:
-        """Start, and wait until `/health` answers.
-
-        Args:
-            timeout: seconds.
-            say: called with the last line of the log whenever there is a new one.
+    def start(self, timeout: float = 600.0) -> None:
+        """Start, and wait for at most `timeout` seconds until `/health` answers.
 
         Raises:
             ServerFailed: the port is in use (nothing was started), the server ended, or the time is over.
@@ -153,16 +123,13 @@ class Server:
         self._require_free_port()
         try:
             self._launch()
-            deadline, said = time.monotonic() + timeout, list[str]()
+            deadline = time.monotonic() + timeout
             while not self._healthy():
                 self.require_alive("in start-up")
                 if time.monotonic() > deadline:
                     raise ServerFailed(
                         f"the server did not answer within {timeout:.0f} s, its log ends: {self._last_words()}"
                     )
-                if say is not None and (lines := self._log_lines()[-1:]) != said:
-                    say(lines[0])
-                    said = lines
                 time.sleep(POLL_SECONDS)
             # Between the look at the port and now another server may have taken it and answered.
             self.require_alive("in start-up")
@@ -196,15 +163,18 @@ class Server:
         if not self.alive():
             raise ServerFailed(f"the server ended {when}: {self._last_words()}")
 
-    def pids(self) -> list[int]:
+    def processes(self) -> list[psutil.Process]:
         """All its processes that run: those of its session."""
-        return [] if self._pid is None else living(self._pid)
+        return [] if self._session is None else guard.living(self._session)
 
     def cpu_seconds(self) -> float:
         """CPU time of its processes so far, with that of children they have waited for. Differences count."""
-        found = [] if self._pid is None else processes(self._pid)
-        ticks = sum(sum(map(int, fields[13:17])) for fields in found)
-        return ticks / os.sysconf("SC_CLK_TCK")
+        seconds = 0.0
+        for process in self.processes():
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                seconds += times.user + times.system + times.children_user + times.children_system
+        return seconds
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes and the plugin's resident pages.
@@ -238,12 +208,12 @@ class Server:
     def _kill_the_rest(self) -> None:
         """For a guard that was itself killed. A killed process takes a moment to end."""
         deadline = time.monotonic() + KILL_SECONDS
-        while (left := self.pids()) and time.monotonic() < deadline:
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        while (left := self.processes()) and time.monotonic() < deadline:
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             time.sleep(POLL_SECONDS)
-        self._pid = None
+        self._session = None
 
     def _require_free_port(self) -> None:
         with socket.socket() as probe:
@@ -256,7 +226,7 @@ class Server:
 
     def _launch(self) -> None:
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        prefix = [sys.executable, "-I", "-S", str(GUARD), str(GRACE_SECONDS)]
+        prefix = [sys.executable, "-P", guard.__file__, str(GRACE_SECONDS)]
         with self.log_file.open("wb") as log:
             self._guard = subprocess.Popen(
                 [*prefix, *self.command],
@@ -271,14 +241,13 @@ class Server:
         if not line:
             self._guard.wait()
             raise ServerFailed(f"the server could not be started: {self._last_words()}")
-        self._pid = int(line)
+        self._session = int(line)
 
     def _healthy(self) -> bool:
-        try:
+        with suppress(OSError):
             get(f"{self.url}/health", timeout=5.0)
-        except OSError:
-            return False
-        return True
+            return True
+        return False
 
     def _log_lines(self) -> list[str]:
         text = self.log_file.read_text(encoding="utf-8", errors="replace") if self.log_file.exists() else ""
@@ -289,7 +258,6 @@ class Server:
         lines = self._log_lines()
         reasons = dict.fromkeys(match[1] for line in lines if (match := REASON.search(line)))
         # Errors that follow from the first one often only point at it.
-        words = (
-            [*list(reasons)[:1], *list(reasons)[1:][-LOG_LINES + 1 :]] or lines[-LOG_LINES:] or ["nothing was logged"]
-        )
+        first, *others = reasons or [None]
+        words = [first, *others[1 - LOG_LINES :]] if first else lines[-LOG_LINES:] or ["nothing was logged"]
         return f"{' | '.join(words)} (log: {self.log_file})"

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 import numpy as np
 from scipy.stats import permutation_test
 
 from jointkv.bench.arms import LARGE_POOL
-from jointkv.bench.result import Arm, Comparison, Latency, Load, Run
+from jointkv.bench.result import Arm, Comparison, Load, Run
 
-MOST_ROUNDS = 16
-"""The test looks at two to the power of this many exchanges."""
-
-
-def _latency(which: Callable[[Run], Latency | None], percentile: str) -> Callable[[Run], float | None]:
-    def read(run: Run) -> float | None:
-        latency = which(run)
-        return None if latency is None else getattr(latency, percentile)
-
-    return read
-
-
-METRICS: dict[str, Callable[[Run], float | None]] = {
-    "output_tokens_per_s": lambda run: run.output_tokens_per_s,
-    "total_tokens_per_s": lambda run: run.total_tokens_per_s,
-    "requests_per_s": lambda run: run.requests_per_s,
-    "ttft_p50": _latency(lambda run: run.ttft, "p50"),
-    "ttft_p95": _latency(lambda run: run.ttft, "p95"),
-    "ttft_p99": _latency(lambda run: run.ttft, "p99"),
-    "itl_p50": _latency(lambda run: run.itl, "p50"),
-    "itl_p95": _latency(lambda run: run.itl, "p95"),
-    "e2el_p50": _latency(lambda run: run.e2el, "p50"),
-    "e2el_p95": _latency(lambda run: run.e2el, "p95"),
-    "running_peak": lambda run: run.running_peak,
-    "running_mean": lambda run: run.running_mean,
-    "preemptions": lambda run: run.preemptions,
-}
+METRICS = (
+    *("output_tokens_per_s", "total_tokens_per_s", "requests_per_s", "ttft.p50", "ttft.p95", "ttft.p99"),
+    *("itl.p50", "itl.p95", "e2el.p50", "e2el.p95", "running_peak", "running_mean", "preemptions"),
+)
+"""Fields of `Run`, and of the latencies in it."""
 
 
 def pairs(arms: Sequence[Arm]) -> list[tuple[str, str]]:
@@ -54,22 +33,26 @@ def compare(runs: Sequence[Run], arms: Sequence[Arm], loads: Sequence[Load]) -> 
 
     A metric that is zero or was not measured in one of these rounds has no ratio, and is left out.
     """
-    by_key = {(run.arm, run.load, run.round): run for run in runs}
+    by_key = {run.key: run for run in runs}
     rounds = sorted({run.round for run in runs})
     found = []
     for load in loads:
         for upper, lower in pairs(arms):
-            both = [
-                (by_key[upper, load.label, number], by_key[lower, load.label, number])
-                for number in rounds
-                if (upper, load.label, number) in by_key and (lower, load.label, number) in by_key
-            ]
-            for metric, read in METRICS.items():
-                values = [(read(above), read(below)) for above, below in both]
+            keys = [((upper, load.label, number), (lower, load.label, number)) for number in rounds]
+            both = [(by_key[above], by_key[below]) for above, below in keys if above in by_key and below in by_key]
+            for metric in METRICS:
+                values = [(_value(above, metric), _value(below, metric)) for above, below in both]
                 ratios = [above / below for above, below in values if above and below]
                 if ratios and len(ratios) == len(values):
-                    found.append(_comparison(upper, lower, load.label, metric, ratios))
+                    found.append(_comparison(upper, lower, load.label, metric.replace(".", "_"), ratios))
     return found
+
+
+def _value(run: Run, metric: str) -> float | None:
+    value: Any = run
+    for name in metric.split("."):
+        value = None if value is None else getattr(value, name)
+    return None if value is None else float(value)
 
 
 def sign_flip_p(ratios: Sequence[float]) -> float:

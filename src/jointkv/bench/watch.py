@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from jointkv.bench.result import Timeline
 from jointkv.bench.server import ServerFailed, get
@@ -45,8 +44,7 @@ def read(url: str) -> dict[str, float]:
     return parse(get(f"{url}/metrics").decode())
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """All metrics at one time of `time.perf_counter`."""
 
     time: float

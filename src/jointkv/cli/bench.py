@@ -1,209 +1,248 @@
-"""`jointkv bench`: the same requests through a serving engine with and without fusion."""
+"""`jointkv bench`: the same requests through real servers with and without fusion, paired and repeated."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.text import Text
 
-from jointkv.cli.bench_serve import serve
 from jointkv.cli.console import named_errors, progress, require, stages, stderr_console, write_json
-from jointkv.cli.engine_options import INTERRUPTED, engine_block_size, engine_dtype
 from jointkv.cli.fusion_options import fusion_options
-from jointkv.system.files import make_folder, replace_text
+from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
-    from jointkv.bench.engine_run import EngineRun, Measured
-    from jointkv.bench.quick import ArmSummary, QuickSettings, Sample
+    from jointkv.bench.options import Model, Options
+    from jointkv.bench.result import ServingResult
+
+FAILED, INTERRUPTED = 1, 130
+KEPT = "finished runs are kept in {}; the same command goes on with them"
+SHOWN = ("output_tokens_per_s", "ttft_p50", "ttft_p95", "itl_p50", "e2el_p95", "running_peak")
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb `bench` to `app`."""
     group = typer.Typer(no_args_is_help=True, help="Compare a serving engine with and without fusion.")
     group.callback()(lambda: None)
-    group.command()(quick)
     group.command()(serve)
     app.add_typer(group, name="bench")
 
 
-def quick(
+def serve(
+    context: typer.Context,
+    quick: bool = typer.Option(
+        False, "--quick", help="A first look within minutes: few requests, a small pool, one round, unless given."
+    ),
     model: str = typer.Option("smollm2", help="Known name, local folder or hub name."),
-    traffic: str = typer.Option("near_prefix", help="Kind of requests: near_prefix, names or unrelated."),
-    requests: int = typer.Option(48, min=1, help="Requests, all submitted at once."),
-    output_tokens: int = typer.Option(96, min=1, help="Tokens generated for every request."),
-    pool_blocks: int = typer.Option(200, min=2, help="Blocks in the KV pool; stock_large_pool has 8 times as many."),
+    traffic: str = typer.Option(
+        "near_prefix", help="Kind of requests: one of jointkv's, dataset:NAME, or vLLM's random and prefix_repetition."
+    ),
+    data: Path | None = typer.Option(
+        None, help="Requests from this file instead: JSONL with prompt or messages, or JSON in ShareGPT's format."
+    ),
+    replay: Path | None = typer.Option(None, help="The requests of a JSONL log, at the times of its timestamp field."),
+    speed: str | None = typer.Option(None, metavar="X[,X...]", help="Replay this many times as fast. Default 1."),
+    concurrency: str | None = typer.Option(
+        None, metavar="N[,N...]", help="Closed loop: requests under way at once. Default: all that may run."
+    ),
+    rate: str | None = typer.Option(None, metavar="X[,X...]", help="Open loop: requests per second, Poisson."),
+    burstiness: str | None = typer.Option(
+        None, metavar="X[,X...]", help="Shape of the gaps at each rate: 1 is Poisson, below it they come in bursts."
+    ),
+    arm: list[str] | None = typer.Option(
+        None,
+        metavar="NAME | NAME=ARM [KEY=VALUE...] [--FLAG...]",
+        help="stock, fused, large_pool, no_prefix_caching, fp8, fp8_fused, layer_groups, or one of these with options "
+        "of the plugin and flags of vLLM: 'tight=fused max_relative_error=0.1'. May be repeated. "
+        "(default: stock and fused)",
+    ),
+    flags: str | None = typer.Option(None, help="Further flags of vLLM for all arms, in one string."),
+    requests: int | None = typer.Option(None, min=1, help="Default 32; of a log all."),
+    output_tokens: int | None = typer.Option(
+        None, min=1, help="Tokens generated for every request. Default 96, or what a file says."
+    ),
+    pool_blocks: int = typer.Option(200, min=2, help="Blocks in the KV pool; large_pool has 8 times as many."),
     block_size: int | None = typer.Option(None, min=1, help="Tokens per KV block. Default 32, or the profile's."),
-    repeats: int = typer.Option(3, min=1, help="Rounds; each has requests of its own, the same for every arm."),
-    arm: list[str] | None = typer.Option(None, help="Run this arm only; may be repeated. (default: all)"),
-    max_relative_error: float | None = typer.Option(None, help="Error bound of the fused arm."),
-    min_pool_usage: float | None = typer.Option(None, help="Pool usage from which the fused arm merges."),
-    profile: Path | None = typer.Option(None, help="What `jointkv calibrate` wrote, for the fused arm."),
+    repeats: int = typer.Option(3, min=1, max=16, help="Rounds; each runs every arm, with the same requests."),
+    max_running: int = typer.Option(64, min=1, help="Requests the engine may run at once."),
+    max_batched_tokens: int = typer.Option(2048, min=1, help="Tokens the engine may compute in one step."),
+    eager: bool = typer.Option(True, "--eager/--compile", help="Whether vLLM runs the model as it is, or compiled."),
+    max_relative_error: float | None = typer.Option(None, help="Error bound of the arms that fuse."),
+    min_pool_usage: float | None = typer.Option(None, help="Pool usage from which they merge."),
+    profile: Path | None = typer.Option(None, help="What `jointkv calibrate` wrote, for the arms that fuse."),
     option: list[str] | None = typer.Option(
-        None, "--set", metavar="KEY=VALUE", help="Any option of the plugin, for the fused arm; may be repeated."
+        None, "--set", metavar="KEY=VALUE", help="Any option of the plugin, for the arms that fuse; may be repeated."
     ),
     dtype: str = typer.Option("auto", help="bfloat16, float16, float32; auto is bfloat16 where that is fast."),
-    seed: int = typer.Option(0, help="Seed of the first round's requests."),
-    output: Path = typer.Option(Path("out/bench"), help="Folder for quick.json, quick.md and logs of failed runs."),
+    seed: int = typer.Option(0, help="Seed of the requests, and of the arrivals of the first round."),
+    server_cores: str | None = typer.Option(
+        None, metavar="0-2,4", help="Cores of the server. Default: all but the last of four and more, else all."
+    ),
+    client_cores: str | None = typer.Option(
+        None, metavar="3", help="Cores of the load generator. Default: those the server leaves, else all."
+    ),
+    port: int = typer.Option(0, min=0, max=65535, help="Port of the server. Default: one that is free."),
+    start_timeout: float = typer.Option(600.0, min=1.0, help="Seconds that the start of a server may take."),
+    fresh: bool = typer.Option(False, "--fresh", help="Start anew: remove the runs that are in the output folder."),
+    output: Path = typer.Option(Path("out/serving"), help="Folder for serving.json, runs and logs."),
     json: Path | None = typer.Option(None, help="Write the JSON here as well ('-' for stdout)."),
 ) -> None:
-    """Serve the same requests with stock vLLM, with fusion, and with stock vLLM and a large KV pool.
+    """Serve the same requests by real vLLM servers, with and without fusion, and compare.
 
-    Every run has a process of its own. The arms take turns, in another order each round, on the same cores, with
-    prefix caching on. Numbers are medians over rounds; ratios are taken within a round first.
+    Arms take turns, in another order each round; every arm of a round has a server of its own, the same memory, cores
+    and seeds, and all loads.
+    A benchmark that was interrupted goes on where it stopped when the same command is given again.
     """
+    given = dict(locals())
     with named_errors():
-        from jointkv.bench.quick import QuickSettings, choose_arms
+        from jointkv.bench.options import QUICK
 
-        given = {
-            "max_relative_error": max_relative_error,
-            "min_pool_usage": min_pool_usage,
-            "profile": None if profile is None else str(profile.expanduser().absolute()),
+        if quick:
+            source = context.get_parameter_source
+            given |= {name: value for name, value in QUICK.items() if getattr(source(name), "name", "") == "DEFAULT"}
+        output = given["output"]
+        result = _run(_options(given), output, port, start_timeout, fresh)
+        if json is not None:
+            write_json(json, result.model_dump())
+    if str(json) != "-":
+        _print(result)
+    file = output / "serving.json"
+    _say(f"wrote {file}; the report: jointkv report html {shlex.quote(str(file))}")
+
+
+def _options(given: dict[str, Any]) -> Options:
+    """Raises `BadInput` for what can be told without the model."""
+    from jointkv.bench.arms import DEFAULT_ARMS
+    from jointkv.bench.options import Options, default_block_size, engine_dtype
+
+    fusion = {name: given[name] for name in ("max_relative_error", "min_pool_usage")}
+    fusion["profile"] = None if given["profile"] is None else str(given["profile"])
+    return Options(
+        **{field.name: given[field.name] for field in fields(Options) if field.name in given}
+        | {
+            "arms": tuple(given["arm"] or DEFAULT_ARMS),
+            "flags": tuple(_split(given["flags"])),
+            "block_size": given["block_size"] or default_block_size(given["profile"]),
+            "fusion": fusion_options(given["option"] or [], fusion, "--set"),
+            "dtype": engine_dtype(given["dtype"]),
         }
-        settings = QuickSettings(
-            model=model,
-            traffic=traffic,
-            requests=requests,
-            output_tokens=output_tokens,
-            pool_blocks=pool_blocks,
-            block_size=engine_block_size(block_size, profile),
-            repeats=repeats,
-            arms=tuple(chosen.name for chosen in choose_arms(arm or QuickSettings.arms)),
-            dtype=engine_dtype(dtype),
-            seed=seed,
-            fusion=fusion_options(option or [], given, "--set"),
-        )
+    )
+
+
+def _run(options: Options, output: Path, port: int, start_timeout: float, fresh: bool) -> ServingResult:
+    """Raises `typer.Exit` when a server or a load fails, and on Ctrl-C; the runs before that are kept."""
+    require("vllm")
+    from jointkv.bench import options as options_
+    from jointkv.bench.environment import server_environment
+    from jointkv.bench.load_generator import LoadFailed
+    from jointkv.bench.measure import measure
+    from jointkv.bench.run import run_plan, server_starter, steps_left
+    from jointkv.bench.run_folder import RunFolder
+    from jointkv.bench.server import ServerFailed, free_port
+
+    cores, client = options_.server_cores(options), options_.client_cores(options)
+    with _interruptible(output):
+        with stages(f"preparing {options.model}"):
+            model = _model(options)
+            plan = options_.make_plan(options, model, shlex.join(["jointkv", *sys.argv[1:]]))
+        folder = RunFolder(output, plan.settings(), fresh)
+        if folder.runs:
+            _say(f"{output} has {len(folder.runs)} finished runs, which are not repeated")
+        environment = server_environment(os.environ, cores, plan.pool_bytes(), Path(model.location).is_dir())
+        serve = server_starter(plan, environment, cores, port or free_port(), start_timeout, output / "logs")
         try:
-            summaries, ratios = _run(settings, output, json)
-        except KeyboardInterrupt:
-            stderr_console().print("interrupted; the running engine was ended")
-            raise typer.Exit(code=INTERRUPTED) from None
-    if json is None or str(json) != "-":
-        _print_table(summaries, ratios, settings)
-    stderr_console().print(f"wrote quick.json and quick.md to {output}")
+            with progress(len(steps_left(plan, folder))) as steps:
+                return run_plan(plan, folder, serve, partial(measure, client_cores=client), steps)
+        except (ServerFailed, LoadFailed) as error:
+            _say(f"error: {error}", style="red")
+            _say(KEPT.format(output), style="red")
+            raise typer.Exit(code=FAILED) from None
 
 
-def _run(
-    settings: QuickSettings, output: Path, json: Path | None
-) -> tuple[list[ArmSummary], dict[str, dict[str, float | None]]]:
-    from jointkv.bench import quick as bench
-    from jointkv.report.quick_table import markdown
-
-    make_folder(output)
-    location, rounds, kv_bytes_per_token = _prepare(settings)
-    with progress(len(rounds) * len(settings.arms)) as steps:
-        launch = _launcher(settings, location, kv_bytes_per_token, output)
-        samples = bench.run_quick(settings, location, rounds, launch, steps)
-    summaries, ratios = bench.summarise(settings, samples), bench.ratios(samples)
-    document = _document(settings, rounds, samples, summaries, ratios)
-    write_json(output / "quick.json", document)
-    if json is not None:
-        write_json(json, document)
-    replace_text(output / "quick.md", markdown(summaries, ratios))
-    return summaries, ratios
-
-
-def _prepare(settings: QuickSettings) -> tuple[str, list[list[list[int]]], int]:
-    """The model's folder or hub name, the prompts of every round, and what a token's KV costs."""
+def _model(options: Options) -> Model:
+    """Fetch the model if need be, and read what a plan needs of it."""
     import torch
 
-    from jointkv.bench.quick import check_fit
+    from jointkv.bench.options import Model
     from jointkv.cli.model import describe
-    from jointkv.evaluate.traffic import get_traffic
-
-    traffic = get_traffic(settings.traffic)
-    require("vllm")
     from jointkv.hf.models import KNOWN_MODELS, fetch_model, load_config, load_tokenizer, locate_model
 
-    with stages(f"preparing {settings.model}") as show:
-        if settings.model in KNOWN_MODELS:
-            fetch_model(settings.model, progress=show)
-        info = describe(settings.model, load_config(settings.model))
-        tokenizer = load_tokenizer(settings.model)
-        seeds = range(settings.seed, settings.seed + settings.repeats)
-        rounds = [
-            [
-                list(request.prompt)
-                for request in traffic.requests(tokenizer, settings.requests, continuation_tokens=1, seed=seed)
-            ]
-            for seed in seeds
-        ]
-    for prompts in rounds:
-        check_fit(settings, prompts, info.max_tokens)
-    bytes_per_number = getattr(torch, settings.dtype).itemsize
-    numbers_per_token = info.kv_bytes_per_token // getattr(torch, info.dtype).itemsize
-    return locate_model(settings.model), rounds, numbers_per_token * bytes_per_number
+    if options.model in KNOWN_MODELS:
+        fetch_model(options.model)
+    info = describe(options.model, load_config(options.model))
+    return Model(
+        location=locate_model(options.model),
+        tokenizer=load_tokenizer(options.model),
+        max_tokens=info.max_tokens,
+        numbers_per_token=info.kv_bytes_per_token // getattr(torch, info.dtype).itemsize,
+        layers=info.kv_layers,
+    )
 
 
-def _launcher(
-    settings: QuickSettings, location: str, kv_bytes_per_token: int, output: Path
-) -> Callable[[str, EngineRun, Callable[[int], None]], Measured]:
-    from jointkv.bench.launch import engine_environment, launch
-    from jointkv.bench.quick import choose_arms
-    from jointkv.system.machine import allowed_cores
+@contextmanager
+def _interruptible(output: Path) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP end what runs inside in order, once; then exit code 130."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    largest = max(arm.pool_factor for arm in choose_arms(settings.arms))
-    kv_bytes = largest * settings.pool_blocks * settings.block_size * kv_bytes_per_token
-    environment = engine_environment(os.environ, allowed_cores(), kv_bytes, Path(location).is_dir())
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        # Impatience must not cut short the stopping of the server.
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        _say("interrupted; stopping the server")
+        raise KeyboardInterrupt
 
-    def run(name: str, engine_run: EngineRun, finished: Callable[[int], None]) -> Measured:
-        return launch(engine_run, environment, finished, output / f"quick-{name}.log")
-
-    return run
-
-
-def _document(
-    settings: QuickSettings,
-    rounds: list[list[list[int]]],
-    samples: list[Sample],
-    summaries: list[ArmSummary],
-    ratios: dict[str, dict[str, float | None]],
-) -> dict[str, Any]:
-    import dataclasses
-
-    from jointkv.bench.quick import FORMAT
-    from jointkv.system.machine import machine, versions
-    from jointkv.vllm_plugin.settings import PluginSettings
-
-    lengths = [len(prompt) for prompts in rounds for prompt in prompts]
-    return {
-        "format": FORMAT,
-        "settings": settings,
-        "fusion_settings": PluginSettings.parse(dict(settings.fusion)).model_dump(),
-        "prompt_tokens": {"min": min(lengths), "mean": sum(lengths) / len(lengths), "max": max(lengths)},
-        "versions": versions(),
-        "machine": machine(),
-        "samples": [
-            {
-                **{name: value for name, value in vars(sample).items() if name != "measured"},
-                **dataclasses.asdict(sample.measured),
-            }
-            for sample in samples
-        ],
-        "summary": summaries,
-        "ratios": ratios,
-    }
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say(KEPT.format(output))
+        raise typer.Exit(code=INTERRUPTED) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _print_table(
-    summaries: list[ArmSummary], ratios: dict[str, dict[str, float | None]], settings: QuickSettings
-) -> None:
+def _say(line: str, style: str = "") -> None:
+    stderr_console().print(Text(line, style=style), soft_wrap=True)
+
+
+def _split(flags: str | None) -> list[str]:
+    try:
+        return shlex.split(flags or "")
+    except ValueError as error:
+        raise BadInput(f"--flags {flags!r}: {error}") from None
+
+
+def _print(result: ServingResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from jointkv.report.quick_table import HEADINGS, cells, ratio_lines
-
     table = Table(
-        title=f"{settings.requests} {settings.traffic} requests, {settings.output_tokens} tokens out, "
-        f"{settings.dtype}, medians of {settings.repeats} round(s)"
+        title=f"{result.requests} requests of {result.traffic}, {result.output_tokens} tokens out, {result.dtype}: "
+        f"median ratio of {result.rounds} round(s), and p"
     )
-    for number, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    for summary in summaries:
-        table.add_row(*cells(summary))
+    table.add_column("load", no_wrap=True)
+    table.add_column("arms", no_wrap=True)
+    for metric in SHOWN:
+        table.add_column(metric, justify="right", no_wrap=True)
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in result.comparisons:
+        cell = f"{row.median_ratio:.2f} ({row.p:.2g})"
+        cells.setdefault((row.load, f"{row.upper}/{row.lower}"), {})[row.metric] = cell
+    for (load, arms), row_cells in cells.items():
+        table.add_row(load, arms, *(row_cells.get(metric, "-") for metric in SHOWN))
     console = Console(width=None if Console().is_terminal else 140)
-    console.print(table)
-    for line in ratio_lines(ratios):
-        console.print(line, highlight=False, soft_wrap=True)
+    if cells:
+        console.print(table)
+        smallest = max(row.smallest_p for row in result.comparisons)
+        console.print(f"with so many rounds p is {smallest:.2g} at best", highlight=False)

@@ -14,17 +14,16 @@ def locate(name: str) -> str:
     Raises `BadInput`, `FetchError`, `ChecksumError`.
     """
     with stages(f"looking for {name}") as show:
-        from jointkv.hf.models import KNOWN_MODELS, fetch_model, locate_model
+        from jointkv.hf.models import locate_model
 
-        return str(fetch_model(name, progress=show)) if name in KNOWN_MODELS else locate_model(name)
+        return locate_model(name, fetch=True, progress=show)
 
 
 def load(
     name: str, dtype: str = "bfloat16", attn_implementation: str | None = None
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a model and its tokenizer, see `locate`. Raises `UnsupportedModel` too."""
-    locate(name)
-    with stages(f"loading {name}"):
+    with stages(f"loading {name}") as show:
         from jointkv.hf.models import load_model
 
-        return load_model(name, dtype=dtype, attn_implementation=attn_implementation)
+        return load_model(name, dtype, attn_implementation, progress=show)

@@ -21,13 +21,7 @@ LayerAggregate = Literal["rms", "max"]
 
 
 class KVPages(Protocol):
-    """Pages of the layers of one layer group, in whatever layout: `PagedKV` here, `PackedPages` in packed.py.
-
-    `vectors` gives float32 K and V blocks `[layers, n, r]`, tokens in order; `batches` cuts `n` to fit the cache.
-    """
-
-    @property
-    def num_layers(self) -> int: ...
+    """Pages of the layers of one layer group, in whatever layout: `PagedKV` here, `PackedPages` in packed.py."""
 
     @property
     def num_pages(self) -> int: ...
@@ -36,17 +30,13 @@ class KVPages(Protocol):
     def block_size(self) -> int: ...
 
     @property
-    def device(self) -> torch.device: ...
-
-    @property
     def dtype(self) -> torch.dtype: ...
 
-    @property
-    def page_nbytes(self) -> int: ...
+    def vectors(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """The float32 K and V blocks `[layers, n, r]` of `pages [n]`, tokens in order."""
 
-    def vectors(self, pages: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def batches(self, count: int) -> Iterator[slice]: ...
+    def batches(self, count: int) -> Iterator[slice]:
+        """Cut `count` blocks so that the K vectors of a part stay in the cache."""
 
 
 def cut_batches(count: int, numbers: int) -> Iterator[slice]:
@@ -54,6 +44,23 @@ def cut_batches(count: int, numbers: int) -> Iterator[slice]:
     step = max(1, VECTORS_BYTES // (4 * numbers))
     for start in range(0, count, step):
         yield slice(start, start + step)
+
+
+def checked_pages(pages: KVPages, index: Tensor) -> Tensor:
+    """The page numbers `index [n]` as contiguous int64 on the CPU.
+
+    Raises:
+        IndexError: a page number is out of range.
+        LayoutError: not a vector of integers.
+    """
+    if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        raise LayoutError(f"page numbers must be integers [n], got {index.dtype} {list(index.shape)}")
+    index = index.to("cpu", torch.long).contiguous()
+    if len(index):
+        least, most = (int(end) for end in index.aminmax())
+        if least < 0 or most >= pages.num_pages:
+            raise IndexError(f"pages {least} to {most} asked of {pages.num_pages}")
+    return index
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,6 @@ class PagedKV:
         return sum(layer[0].nbytes for layer in (*self.keys, *self.values))
 
     def vectors(self, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """The float32 K and V blocks `[layers, n, r]` of `pages [n]`; see `batches` for how many to take."""
         index = pages.to(self.device)
         keys, values = (
             torch.stack([layer.flatten(1).index_select(0, index) for layer in layers]).float()
@@ -120,7 +126,6 @@ class PagedKV:
         return keys, values
 
     def batches(self, count: int) -> Iterator[slice]:
-        """Cut `count` blocks so that the K vectors of a part stay in the cache."""
         return cut_batches(count, self.num_layers * self.keys[0][0].numel())
 
 

@@ -115,21 +115,13 @@ class PackedPages:
         return self.token_of.cpu() + self.is_value.cpu() * self.block_size
 
     @cached_property
-    def layout(self) -> bytes:
-        """Equal for pages whose elements belong to the same slots."""
-        return self.slots.numpy().tobytes()
-
-    @cached_property
     def order(self) -> tuple[Tensor, Tensor]:
         """The elements of K and those of V, token by token."""
         order, num_keys = self.slots.argsort(stable=True).to(self.device), int((~self.is_value).sum())
         return order[:num_keys], order[num_keys:]
 
     def vectors(self, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """The float32 K and V blocks `[layers, n, r]` of `pages [n]`, token by token; see `batches`.
-
-        The order inside a token is that of the page.
-        """
+        """See `KVPages`. The order inside a token is that of the page."""
         index, dtype = pages.to(self.device), self.layers[0].dtype
         bits = BITS[dtype.itemsize]
         held = torch.stack([layer.view(bits).index_select(0, index) for layer in self.layers])
@@ -137,7 +129,6 @@ class PackedPages:
         return keys, values
 
     def batches(self, count: int) -> Iterator[slice]:
-        """Cut `count` blocks so that the K vectors of a part stay in the cache."""
         return cut_batches(count, self.num_layers * len(self.order[0]))
 
     @cached_property

@@ -96,12 +96,6 @@ class FusionPlan:
         """References that leave a page for another one (predicted; the pool says what was really freed)."""
         return int((self.old_page != self.page).sum())
 
-    def to_refs(self, block_size: int, layer: int = 0) -> list[BlockRef]:
-        """The members as `BlockRef`s, for layer `layer` of the group."""
-        k = [1.0] * len(self) if self.k_scale is None else self.k_scale[layer].tolist()
-        v = [1.0] * len(self) if self.v_scale is None else self.v_scale[layer].tolist()
-        return [BlockRef(page, k[i], v[i], count=block_size) for i, page in enumerate(self.page.tolist())]
-
     def save(self, path: Path | str) -> None:
         """Write the plan as a safetensors file; `load` reads it back. Raises `BadInput`."""
         tensors = {

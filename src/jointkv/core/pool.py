@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,17 +14,21 @@ from jointkv.core.blocks import PagedKV
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.errors import IntegrityError, PoolFull
 
-if TYPE_CHECKING:
-    from jointkv.core.table import BlockTable
-
 NULL_PAGE = 0
 """Always zero, never handed out: padding may read it, nothing writes it."""
 
 FIRST_PAGES = 64
 
 
+class Holder(Protocol):
+    """What holds references to pages, such as a block table."""
+
+    def held(self) -> Tensor:
+        """The page of every reference, `[n]`."""
+
+
 class BlockPool:
-    """Allocates, shares and frees pages, and counts the references that the registered tables hold.
+    """Allocates, shares and frees pages, and counts the references that registered holders have.
 
     The tensors grow by doubling, one layer after the other, up to `max_pages`; pages that were never written cost
     no physical memory on the CPU. Freed pages are handed out again first, so the touched memory stays small.
@@ -60,8 +64,8 @@ class BlockPool:
         self.references = torch.zeros(first + 1, dtype=torch.long)
         self._free = torch.arange(first, 0, -1)
         self._free_count = first
-        # The tables hold the pool; the pool must not keep them alive.
-        self._tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
+        # Holders know the pool; the pool must not keep them alive.
+        self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
         self._on_free: list[Callable[[Tensor], None]] = []
         self._dropped: deque[Tensor] = deque()
         self.peak_used = 0
@@ -90,9 +94,9 @@ class BlockPool:
         """Bytes of the pages in use."""
         return self.num_used * self.kv.page_nbytes
 
-    def register(self, table: BlockTable) -> None:
-        """Count `table`'s entries as the references that `check_integrity` expects."""
-        self._tables.add(table)
+    def register(self, holder: Holder) -> None:
+        """Count what `holder` holds as the references that `check_integrity` expects."""
+        self._holders.add(holder)
 
     def on_free(self, callback: Callable[[Tensor], None]) -> None:
         """Call `callback(pages)` when pages become free, before any of them can be handed out again."""
@@ -156,23 +160,23 @@ class BlockPool:
         return len(released)
 
     @bookkeeping
-    def copy_pages(self, source: Tensor, target: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
-        """Write pages `source` into `target`, times the scales `[layers, n]` where given."""
+    def copy_pages(self, source: Tensor, target: Tensor, scales: Tensor | None = None) -> None:
+        """Write pages `source` into `target`, times the scales `[2, layers, n]` of K and V where given."""
         device = self.kv.device
         source, target = source.to(device), target.to(device)
-        for layers, scale in ((self.kv.keys, k_scale), (self.kv.values, v_scale)):
+        for side, layers in enumerate((self.kv.keys, self.kv.values)):
             for index, layer in enumerate(layers):
                 content = layer[source]
-                if scale is not None:
-                    content = (content.float() * scale[index].to(device).view(-1, 1, 1, 1)).to(layer.dtype)
+                if scales is not None:
+                    content = (content.float() * scales[side, index].to(device).view(-1, 1, 1, 1)).to(layer.dtype)
                 layer[target] = content
 
     def check_integrity(self) -> None:
-        """Compare the counts with the registered tables.
+        """Compare the counts with what the registered holders hold.
 
         Raises:
             IntegrityError: `free + used != total`, a free page is referenced, or a count differs from the number of
-                (table row, slot) entries that name the page.
+                references held.
         """
         self._collect_dropped()
         free = self._free[: self._free_count]
@@ -183,8 +187,8 @@ class BlockPool:
         if self.references[free].any() or self.references[NULL_PAGE]:
             raise IntegrityError("a free page, or the null page, is referenced")
         expected = torch.zeros_like(self.references)
-        for table in self._tables:
-            held = table.held()
+        for holder in self._holders:
+            held = holder.held()
             expected.index_add_(0, held, torch.ones_like(held))
         if not torch.equal(expected, self.references):
             page = int((expected != self.references).nonzero()[0])

@@ -22,7 +22,7 @@ class BlockTable:
         pages: long `[rows, slots]`, on the CPU; -1 where there is no block.
         served: bool `[rows, slots]`: the block is read from another one's content. It is never fused again, because
             a second error would come on top of the first.
-        k_scale, v_scale: float32 `[layers, rows, slots]`, or None while every scale is 1.
+        scales: of K and of V, float32 `[2, layers, rows, slots]`, or None while every scale is 1.
         version: changes whenever an entry changes, so that what was derived from the table can be kept until then.
     """
 
@@ -31,8 +31,7 @@ class BlockTable:
         self.pool = pool
         self.pages = torch.full((rows, 0), NO_PAGE, dtype=torch.long)
         self.served = torch.zeros(rows, 0, dtype=torch.bool)
-        self.k_scale: Tensor | None = None
-        self.v_scale: Tensor | None = None
+        self.scales: Tensor | None = None
         self.version = 0
         pool.register(self)
 
@@ -43,6 +42,16 @@ class BlockTable:
     @property
     def num_rows(self) -> int:
         return self.pages.shape[0]
+
+    @property
+    def k_scale(self) -> Tensor | None:
+        """`scales` of K, `[layers, rows, slots]`."""
+        return None if self.scales is None else self.scales[0]
+
+    @property
+    def v_scale(self) -> Tensor | None:
+        """`scales` of V, `[layers, rows, slots]`."""
+        return None if self.scales is None else self.scales[1]
 
     def num_blocks(self) -> Tensor:
         """Blocks per row, `[rows]`."""
@@ -85,7 +94,7 @@ class BlockTable:
         """Free every block and keep the rows."""
         self._free_entries(self.pages >= 0)
         self.pages, self.served = self.pages[:, :0], self.served[:, :0]
-        self.k_scale = self.v_scale = None
+        self.scales = None
 
     @bookkeeping
     def select(self, rows: Tensor) -> None:
@@ -93,8 +102,8 @@ class BlockTable:
         old, self.pages, self.served = self.pages, self.pages[rows], self.served[rows]
         self.pool.share(self.pages[self.pages >= 0])
         self.pool.free(old[old >= 0])
-        if self.k_scale is not None and self.v_scale is not None:
-            self.k_scale, self.v_scale = self.k_scale[:, rows], self.v_scale[:, rows]
+        if self.scales is not None:
+            self.scales = self.scales[:, :, rows]
         self.version += 1
 
     @bookkeeping
@@ -102,14 +111,13 @@ class BlockTable:
         """Make copies of `pages` (-1: none), flags and scales the content of this empty table; adds the references."""
         self.pool.share(pages[pages >= 0])
         self.pages, self.served = pages.clone(), served.clone()
-        self.k_scale, self.v_scale = (None if scale is None else scale.clone() for scale in (k_scale, v_scale))
+        self.scales = _both(k_scale, v_scale)
         self.version += 1
 
     def scaled(self, rows: Tensor, slots: Tensor) -> Tensor:
         """Which of the named blocks read their page with a scale other than 1, bool `[n]`."""
-        if self.k_scale is None or self.v_scale is None:
-            return torch.zeros(len(rows), dtype=torch.bool)
-        return (torch.cat((self.k_scale, self.v_scale))[:, rows, slots] != 1).any(0)
+        scales = self._scales_at(rows, slots)
+        return torch.zeros(len(rows), dtype=torch.bool) if scales is None else (scales != 1).flatten(0, 1).any(0)
 
     def adopt_copy(self, other: BlockTable) -> None:
         """Make this empty table read what `other` reads."""
@@ -131,7 +139,7 @@ class BlockTable:
         if copy.any():
             rows, slots, source = rows[copy], slots[copy], pages[copy]
             target = self.pool.allocate(len(source))
-            self.pool.copy_pages(source, target, *self._scales_at(rows, slots))
+            self.pool.copy_pages(source, target, self._scales_at(rows, slots))
             self._replace(rows, slots, target)
             self.pool.free(source)
             pages = pages.masked_scatter(copy, target)
@@ -161,26 +169,23 @@ class BlockTable:
         self._write_directions(plan)
         moved = plan.page != plan.old_page
         self.pool.share(plan.page[moved])
-        self._replace(plan.row, plan.slot, plan.page, plan.k_scale, plan.v_scale)
+        self._replace(plan.row, plan.slot, plan.page, _both(plan.k_scale, plan.v_scale))
         self.served[plan.row, plan.slot] = (plan.key_error > 0) | (plan.value_error > 0) | (plan.token_error > 0)
         return self.pool.free(plan.old_page[moved])
 
     def ref(self, row: int, slot: int, layer: int = 0) -> BlockRef:
         """What one logical block reads, for layer `layer` of the group."""
-        k = 1.0 if self.k_scale is None else float(self.k_scale[layer, row, slot])
-        v = 1.0 if self.v_scale is None else float(self.v_scale[layer, row, slot])
-        return BlockRef(int(self.pages[row, slot]), k, v, count=self.pool.block_size)
+        key, value = (1.0, 1.0) if self.scales is None else self.scales[:, layer, row, slot].tolist()
+        return BlockRef(int(self.pages[row, slot]), key, value, count=self.pool.block_size)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when a row has a hole, or the scales' shape differs from the table's."""
         present = self.pages >= 0
         if (present[:, 1:] & ~present[:, :-1]).any():
             raise IntegrityError("a block table row has a hole")
-        if (self.k_scale is None) != (self.v_scale is None):
-            raise IntegrityError("K scales without V scales")
         if self.served.shape != self.pages.shape or (self.served & ~present).any():
             raise IntegrityError("flags and block table differ")
-        if self.k_scale is not None and self.k_scale.shape[1:] != self.pages.shape:
+        if self.scales is not None and self.scales.shape[2:] != self.pages.shape:
             raise IntegrityError("scales and block table differ in shape")
 
     def _write_directions(self, plan: FusionPlan) -> None:
@@ -194,29 +199,19 @@ class BlockTable:
             kv.keys[index][pages] = plan.key_direction[index].to(kv.device)
             kv.values[index][pages] = plan.value_direction[index].to(kv.device)
 
-    def _replace(
-        self,
-        rows: Tensor,
-        slots: Tensor,
-        pages: Tensor,
-        k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None,
-    ) -> None:
+    def _replace(self, rows: Tensor, slots: Tensor, pages: Tensor, scales: Tensor | None = None) -> None:
         self.pages[rows, slots] = pages
-        if k_scale is not None and v_scale is not None and self.k_scale is None:
-            self.k_scale, self.v_scale = (torch.ones(self.pool.kv.num_layers, *self.pages.shape) for _ in range(2))
-        if self.k_scale is not None and self.v_scale is not None:
-            self.k_scale[:, rows, slots] = 1.0 if k_scale is None else k_scale
-            self.v_scale[:, rows, slots] = 1.0 if v_scale is None else v_scale
+        if scales is not None and self.scales is None:
+            self.scales = torch.ones(2, self.pool.kv.num_layers, *self.pages.shape)
+        if self.scales is not None:
+            self.scales[:, :, rows, slots] = 1.0 if scales is None else scales
         self.version += 1
 
     def _needs_copy(self, rows: Tensor, slots: Tensor) -> Tensor:
         return (self.pool.references[self.pages[rows, slots]] > 1) | self.scaled(rows, slots)
 
-    def _scales_at(self, rows: Tensor, slots: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if self.k_scale is None or self.v_scale is None:
-            return None, None
-        return self.k_scale[:, rows, slots], self.v_scale[:, rows, slots]
+    def _scales_at(self, rows: Tensor, slots: Tensor) -> Tensor | None:
+        return None if self.scales is None else self.scales[:, :, rows, slots]
 
     def _free_entries(self, entries: Tensor) -> None:
         if not entries.any():
@@ -224,9 +219,8 @@ class BlockTable:
         freed = self.pages[entries]
         self.pages = self.pages.masked_fill(entries, NO_PAGE)
         self.served = self.served & ~entries
-        if self.k_scale is not None and self.v_scale is not None:
-            self.k_scale = self.k_scale.masked_fill(entries, 1.0)
-            self.v_scale = self.v_scale.masked_fill(entries, 1.0)
+        if self.scales is not None:
+            self.scales = self.scales.masked_fill(entries, 1.0)
         self.pool.free(freed)
         self.version += 1
 
@@ -236,8 +230,11 @@ class BlockTable:
             return
         # Room for as much again: a decoding sequence would otherwise copy its table at every new block.
         extra = max(extra, self.pages.shape[1])
-        self.pages = torch.nn.functional.pad(self.pages, (0, extra), value=NO_PAGE)
-        self.served = torch.nn.functional.pad(self.served, (0, extra))
-        if self.k_scale is not None and self.v_scale is not None:
-            self.k_scale = torch.nn.functional.pad(self.k_scale, (0, extra), value=1.0)
-            self.v_scale = torch.nn.functional.pad(self.v_scale, (0, extra), value=1.0)
+        pad = torch.nn.functional.pad
+        self.pages, self.served = pad(self.pages, (0, extra), value=NO_PAGE), pad(self.served, (0, extra))
+        if self.scales is not None:
+            self.scales = pad(self.scales, (0, extra), value=1.0)
+
+
+def _both(k_scale: Tensor | None, v_scale: Tensor | None) -> Tensor | None:
+    return None if k_scale is None or v_scale is None else torch.stack((k_scale, v_scale))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from jointkv.fusion.resident import ResidentIndex
 from jointkv.fusion.signature import BlockSignature
 from jointkv.fusion.tree import plan_matrix
 from jointkv.policy import FusionPolicy
-from jointkv.policy.rule import Rule
+from jointkv.policy.rule import NOT_ASKED, Rule
 
 SIGNATURE_SLACK = 1.5
 """A signature's squared distance may exceed the true one by this factor and still be looked at: four
@@ -100,7 +100,7 @@ class Fuser:
         freed += table.apply(merged)
         self._make_resident(table, movable, found, merged)
         self._make_resident(table, *self._take(blocks, signatures, usable & ~own), FusionPlan.empty())
-        self.counters["blocks_fused"] += len(resident) + int((merged.page != merged.old_page).sum())
+        self.counters["blocks_fused"] += len(resident) + merged.pages_released
         self.counters["pages_freed"] += freed
         return FusionPlan.join([dataclasses.replace(plan, **_NO_SCALES) for plan in (resident, merged)])
 
@@ -112,38 +112,21 @@ class Fuser:
             return FusionPlan.empty()
         own = table.pages[blocks.row, blocks.slot]
         member, place = (candidates >= 0).nonzero(as_tuple=True)
-        served_by = candidates[member, place]
-        scales = self._own_norm_scales(own[member], served_by) if rule.shares_directions else (None, None)
-        errors = served_errors(self.pool.kv, own[member], served_by, rule.across_layers, *scales)
-        thresholds = (rule.key_threshold, rule.value_threshold)
-        key, value = (
-            None if threshold is None else self._mean_cosine(own[member], served_by, side)
-            for side, threshold in enumerate(thresholds)
-        )
-        accepted = rule.allows(errors, (key, value))
-        tried = torch.zeros(len(blocks), dtype=torch.bool)
-        tried[member] = True
-        cost = torch.maximum(errors.key, errors.value).masked_fill(~accepted, torch.inf)
-        table_of_costs = torch.full(candidates.shape, torch.inf)
-        table_of_costs[member, place] = cost
-        best, choice = table_of_costs.min(1)
+        pair = (own[member], candidates[member, place])
+        scales = self._by_side(_norm_ratio, *pair) if rule.shares_directions else (None, None)
+        errors = served_errors(self.pool.kv, *pair, rule.across_layers, *scales)
+        cosines = self._by_side(_mean_cosine, *pair) if rule.compares_cosines else NOT_ASKED
+        accepted = rule.allows(errors, cosines)
+        cost, number = torch.full(candidates.shape, torch.inf), torch.zeros_like(candidates)
+        cost[member, place] = torch.maximum(errors.key, errors.value).masked_fill(~accepted, torch.inf)
+        number[member, place] = torch.arange(len(member))
+        best, choice = cost.min(1)
         hit = best < torch.inf
-        self.counters["rejected_by_bound"] += int((tried & ~hit).sum())
-        pair = torch.full(candidates.shape, 0)
-        pair[member, place] = torch.arange(len(member))
-        chosen = pair[hit].gather(1, choice[hit][:, None]).squeeze(1)
-        k_scale, v_scale = (None if scale is None else scale[:, chosen] for scale in scales)
-        key_error, value_error, token_error = errors.take(chosen)
+        self.counters["rejected_by_bound"] += int(((candidates >= 0).any(1) & ~hit).sum())
+        chosen, members = number[hit, choice[hit]], blocks.take(hit)
         return FusionPlan(
-            row=blocks.row[hit],
-            slot=blocks.slot[hit],
-            old_page=own[hit],
-            page=served_by[chosen],
-            key_error=key_error,
-            value_error=value_error,
-            token_error=token_error,
-            k_scale=k_scale,
-            v_scale=v_scale,
+            *(members.row, members.slot, own[hit], pair[1][chosen], *errors.take(chosen)),
+            *(None if scale is None else scale[:, chosen] for scale in scales),
         )
 
     def plan_new(self, table: BlockTable, blocks: NewBlocks, group: int = 0) -> FusionPlan:
@@ -208,22 +191,17 @@ class Fuser:
             candidates = candidates.masked_fill(repeated, -1)
         return candidates
 
-    def _own_norm_scales(self, pages: Tensor, served_by: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors `[L, n]` on K and on V of the page read with which a member keeps its own norms."""
-        scales: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for part in self.pool.kv.batches(len(pages)):
-            vectors = zip(self.pool.kv.vectors(pages[part]), self.pool.kv.vectors(served_by[part]), strict=True)
-            for side, (blocks, served) in enumerate(vectors):
-                own, held = (torch.linalg.vector_norm(x, dim=-1) for x in (blocks, served))
-                scales[side].append((own / held).cpu())
-        return torch.cat(scales[0], 1), torch.cat(scales[1], 1)
-
-    def _mean_cosine(self, pages: Tensor, served_by: Tensor, side: int) -> Tensor:
-        cosines = []
-        for part in self.pool.kv.batches(len(pages)):
-            blocks, served = (self.pool.kv.vectors(x[part])[side] for x in (pages, served_by))
-            cosines.append(torch.nn.functional.cosine_similarity(blocks, served, dim=-1).mean(0).cpu())
-        return torch.cat(cosines)
+    def _by_side(
+        self, compare: Callable[[Tensor, Tensor], Tensor], pages: Tensor, served_by: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`compare` of float32 blocks `[L, n, r]` and those read for them, `[..., n]` on the CPU: of K and of V."""
+        kv = self.pool.kv
+        parts = [
+            [compare(*sides).cpu() for sides in zip(kv.vectors(pages[part]), kv.vectors(served_by[part]), strict=True)]
+            for part in kv.batches(len(pages))
+        ]
+        key, value = (torch.cat(side, -1) for side in zip(*parts, strict=True))
+        return key, value
 
     def _make_resident(self, table: BlockTable, blocks: NewBlocks, signatures: Tensor, merged: FusionPlan) -> None:
         """Index the pages that new blocks hold now: their own, or the shared one, each once."""
@@ -235,6 +213,15 @@ class Fuser:
             if rewritten.any():
                 signatures[rewritten.to(signatures.device)] = self.signature(self.pool.kv, pages[rewritten])
         self.index.add(blocks.keys, blocks.which, pages, signatures, blocks.tokens)
+
+
+def _norm_ratio(blocks: Tensor, read: Tensor) -> Tensor:
+    """The factor per layer with which a member keeps its own norm."""
+    return torch.linalg.vector_norm(blocks, dim=-1) / torch.linalg.vector_norm(read, dim=-1)
+
+
+def _mean_cosine(blocks: Tensor, read: Tensor) -> Tensor:
+    return torch.nn.functional.cosine_similarity(blocks, read, dim=-1).mean(0)
 
 
 def _among(blocks: NewBlocks, plan: FusionPlan, selected: Tensor | None = None) -> Tensor:

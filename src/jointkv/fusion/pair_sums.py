@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import warnings
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from jointkv.core.blocks import RESOLUTION, TINY, KVPages, LayerAggregate, ServedErrors, aggregate_errors, lift_lost
-from jointkv.core.packed import PACKED_DTYPES, PackedPages, RowPatterns
-from jointkv.errors import LayoutError, NativeUnavailable
-from jointkv.system import native
-
-SOURCE = Path(__file__).with_suffix(".c")
+from jointkv.core.blocks import (
+    RESOLUTION,
+    TINY,
+    LayerAggregate,
+    ServedErrors,
+    aggregate_errors,
+    checked_pages,
+    lift_lost,
+)
+from jointkv.core.packed import PackedPages
+from jointkv.errors import LayoutError
+from jointkv.fusion.kernels import kernels_for
 
 UNLIKE_NORMS = 1e4
 MOST_FACTOR = 8.0
@@ -24,7 +24,7 @@ MOST_FACTOR = 8.0
 
 
 def pair_sums(pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
-    """Squared norms of `own - other`, `own` and `other`, by a kernel where one can be had: in C, or in Triton on a GPU.
+    """Squared norms of `own - other`, `own` and `other`, by a kernel where one can be had.
 
     Args:
         own, other: page numbers, `[n]`.
@@ -40,11 +40,8 @@ def pair_sums(pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
     own, other = (checked_pages(pages, index) for index in (own, other))
     if own.shape != other.shape:
         raise LayoutError(f"pairs of {len(own)} and {len(other)} pages")
-    if pages.device.type == "cpu" and (kernel := _kernel()):
-        return _pair_sums_native(kernel, pages, own, other)
-    if pages.device.type == "cuda" and (triton := native.triton_kernels("jointkv.fusion.pair_sums_triton")):
-        return triton.pair_sums(pages, own, other)
-    return pair_sums_reference(pages, own, other)
+    kernels = kernels_for(pages.device.type)
+    return (kernels.pair_sums if kernels else pair_sums_reference)(pages, own, other)
 
 
 def pair_sums_reference(pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
@@ -110,69 +107,3 @@ def _scaled(sums: Tensor, factor: Tensor) -> Tensor:
     # Rounding must not make it 0, which stands for equal tokens.
     least = (RESOLUTION * own).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.stack((torch.maximum(apart, least), own, factor.square() * other), -1)
-
-
-def checked_pages(pages: KVPages, index: Tensor) -> Tensor:
-    """The page numbers `index [n]` as contiguous int64 on the CPU.
-
-    Raises:
-        IndexError: a page number is out of range.
-        LayoutError: not a vector of integers.
-    """
-    if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
-        raise LayoutError(f"page numbers must be integers [n], got {index.dtype} {list(index.shape)}")
-    index = index.to("cpu", torch.long).contiguous()
-    if len(index):
-        least, most = (int(end) for end in index.aminmax())
-        if least < 0 or most >= pages.num_pages:
-            raise IndexError(f"pages {least} to {most} asked of {pages.num_pages}")
-    return index
-
-
-class _RowPatterns(ctypes.Structure):
-    """`row_patterns` of pair_sums.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("elements", "slots", "patterns")),
-        *((name, ctypes.c_void_p) for name in RowPatterns._fields),
-    )
-
-
-Kernel = Callable[..., None]
-
-
-@functools.cache
-def _kernel() -> Kernel | None:
-    """The compiled kernel; None, said once, where there is none."""
-    try:
-        kernel = native.load(SOURCE).jointkv_pair_sums
-    except NativeUnavailable as error:
-        warnings.warn(
-            "comparing KV pages runs some fifty times slower without a C compiler: "
-            f"install gcc or clang, or name one in CC ({error})",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return None
-    address, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    kernel.argtypes = [
-        *(ctypes.POINTER(_RowPatterns), address, int64, int64, int32),
-        *(address, address, int64, ctypes.c_float, address, int32),
-    ]
-    kernel.restype = None
-    return kernel
-
-
-def _pair_sums_native(kernel: Kernel, pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
-    first = pages.layers[0]
-    sums = torch.empty(len(own), pages.num_layers, 2, pages.block_size, 3)
-    patterns = pages.row_patterns
-    rows = _RowPatterns(
-        *(first.shape[1], 2 * pages.block_size, len(patterns.fold)), *(table.data_ptr() for table in patterns)
-    )
-    layers = (ctypes.c_void_p * pages.num_layers)(*(layer.data_ptr() for layer in pages.layers))
-    kernel(
-        *(rows, layers, pages.num_layers, first.stride(0) * first.itemsize, PACKED_DTYPES.index(first.dtype)),
-        *(own.data_ptr(), other.data_ptr(), len(own), RESOLUTION, sums.data_ptr(), torch.get_num_threads()),
-    )
-    return sums

@@ -20,7 +20,7 @@ class ResidentIndex:
     entries, oldest first; a look-up costs one matrix product per bucket asked for.
 
     Args:
-        signature_size: length of the signatures; 0 for an index of token hashes alone.
+        signature_size: length of the signatures.
         device: where signatures live (the pages' device); everything else is on the CPU.
     """
 
@@ -39,9 +39,6 @@ class ResidentIndex:
     def __len__(self) -> int:
         return len(self._page) - self._free_count
 
-    def __contains__(self, page: int) -> bool:
-        return bool(self.contains(torch.tensor([page]))[0])
-
     def contains(self, pages: Tensor) -> Tensor:
         """Which of `pages [n]` are in the index, bool `[n]`."""
         known = pages < len(self._entry_of_page)
@@ -54,7 +51,7 @@ class ResidentIndex:
         keys: Sequence[Hashable],
         which: Tensor,
         pages: Tensor,
-        signatures: Tensor | None = None,
+        signatures: Tensor,
         tokens: Tensor | None = None,
     ) -> None:
         """Add blocks held by `pages [n]` to buckets.
@@ -69,19 +66,16 @@ class ResidentIndex:
         """
         if self.contains(pages).any() or len(pages.unique()) < len(pages):
             raise IntegrityError("a page is added to the index twice")
-        if signatures is not None:
-            finite = signatures.isfinite().all(1).cpu()
-            if not finite.all():
-                tokens = None if tokens is None else tokens[finite]
-                return self.add(keys, which[finite], pages[finite], signatures[finite.to(signatures.device)], tokens)
+        finite = signatures.isfinite().all(1)
+        signatures, kept = signatures[finite], finite.cpu()
+        which, pages = which[kept], pages[kept]
         if not len(pages):
-            return None
+            return
         entries = self._take(len(pages))
         self._page[entries] = pages
-        if signatures is not None:
-            place = entries.to(self._signature.device)
-            self._signature[place], self._square[place] = signatures, signatures.square().sum(1)
-        self._tokens[entries] = torch.zeros_like(pages) if tokens is None else tokens
+        place = entries.to(self._signature.device)
+        self._signature[place], self._square[place] = signatures, signatures.square().sum(1)
+        self._tokens[entries] = 0 if tokens is None else tokens[kept]
         self._grow_page_map(pages)
         self._entry_of_page[pages] = entries
         for key, members in _by_bucket(keys, which):
@@ -89,7 +83,6 @@ class ResidentIndex:
             self._buckets[key] = torch.cat((self._buckets[key], new)) if key in self._buckets else new
             for entry in new.tolist():
                 self._bucket_of[entry] = key
-        return None
 
     @bookkeeping
     def remove(self, pages: Tensor) -> None:

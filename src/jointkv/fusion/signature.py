@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from jointkv.core.blocks import KVPages, PagedKV
-from jointkv.core.packed import PackedPages
-from jointkv.fusion import signature_native
-from jointkv.fusion.pair_sums import checked_pages
-from jointkv.fusion.signature_pages import is_uniform, layout_of
-from jointkv.system import native
-
-TRITON_KERNELS = "jointkv.fusion.signature_triton"
+from jointkv.core.blocks import PagedKV, checked_pages
+from jointkv.errors import LayoutError
+from jointkv.fusion.kernels import kernels_for
 
 LEAST_PROJECTIONS, PROJECTIONS_OF_A_GROUP = 4, 64
 """Random projections per layer and side: 64 shared out over the layers of a group, 4 at the least. The squared distance
 of two signatures of `s` numbers has a relative standard deviation of about `sqrt(2 / s)` (Johnson and Lindenstrauss):
 13% for one layer, 9% for thirty."""
-
-
-Kernel = Callable[[Any, Tensor], Tensor]
-"""Signatures of the blocks of pages, given as page numbers."""
 
 
 class BlockSignature:
@@ -34,11 +24,11 @@ class BlockSignature:
     unit vectors, which is at most about the larger of the two squared relative errors.
 
     Args:
-        kv: decides the sizes of K and V blocks; later calls may pass other pages of the same layout.
+        kv: decides the sizes of K and V blocks; later calls may pass other pages with blocks of these sizes.
         seed: of the projections; the same seed gives the same signatures in every process.
     """
 
-    def __init__(self, kv: KVPages, seed: int = 0) -> None:
+    def __init__(self, kv: PagedKV, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         sizes = [blocks.shape[-1] for blocks in kv.vectors(torch.zeros(0, dtype=torch.long))]
         count = max(LEAST_PROJECTIONS, PROJECTIONS_OF_A_GROUP // kv.num_layers)
@@ -46,28 +36,31 @@ class BlockSignature:
         self._projections = [
             torch.randn(size, count, generator=generator).to(kv.device) * self.size**-0.5 for size in sizes
         ]
-        self._kept: tuple[Hashable, Kernel] | None = None
+        self._kept: tuple[tuple[torch.dtype, torch.device], Callable[[PagedKV, Tensor], Tensor] | None] | None = None
 
-    def __call__(self, kv: KVPages, pages: Tensor) -> Tensor:
+    def __call__(self, kv: PagedKV, pages: Tensor) -> Tensor:
         """Signatures of the blocks `pages [n]`: float32 `[n, size]` on the pages' device.
 
         A block with NaN or infinity gets a signature that is not finite. By a kernel that reads each page once where
-        one can be had: in C, or in Triton on a GPU.
+        one can be had.
 
         Raises:
             IndexError: a page number is out of range.
-            LayoutError: `pages` is not a vector of integers.
+            LayoutError: `pages` is not a vector of integers, or the blocks have another size.
         """
         index = checked_pages(kv, pages)
+        sizes, known = [layers[0][0].numel() for layers in (kv.keys, kv.values)], [*map(len, self._projections)]
+        if sizes != known:
+            raise LayoutError(f"blocks of {sizes} numbers, and projections of {known}")
         kernel = self._kernel(kv) if len(index) else None
         return self.reference(kv, index) if kernel is None else kernel(kv, index)
 
-    def reference(self, kv: KVPages, pages: Tensor) -> Tensor:
+    def reference(self, kv: PagedKV, pages: Tensor) -> Tensor:
         """What a call returns, in plain torch."""
         parts = [self._signatures(kv, pages[part]) for part in kv.batches(len(pages))]
         return torch.cat(parts) if parts else torch.zeros(0, self.size, device=kv.device)
 
-    def _signatures(self, kv: KVPages, pages: Tensor) -> Tensor:
+    def _signatures(self, kv: PagedKV, pages: Tensor) -> Tensor:
         columns = []
         for blocks, projection in zip(kv.vectors(pages), self._projections, strict=True):
             norm = torch.linalg.vector_norm(blocks, dim=-1, keepdim=True)
@@ -75,22 +68,16 @@ class BlockSignature:
             columns.append(torch.where(norm == 0, torch.zeros_like(projected), projected / norm))
         return torch.stack(columns).permute(2, 0, 1, 3).flatten(1)
 
-    def _kernel(self, kv: KVPages) -> Kernel | None:
-        """That for the layout of `kv`, kept for the next call."""
-        if not isinstance(kv, PagedKV | PackedPages) or not is_uniform(kv):
+    def _kernel(self, kv: PagedKV) -> Callable[[PagedKV, Tensor], Tensor] | None:
+        """That for pages like those of `kv`, kept for the next call."""
+        layers = (*kv.keys, *kv.values)
+        if not all(layer.is_contiguous() and layer.device == kv.device for layer in layers):
             return None
-        layout = layout_of(kv)
-        if self._kept is not None and self._kept[0] == layout:
-            return self._kept[1]
-        kernel: Kernel
-        if kv.device.type == "cpu" and (compiled := signature_native.kernel()):
-            kernel = signature_native.NativeSignatures(compiled, kv, self._projections)
-        elif kv.device.type == "cuda" and (triton := native.triton_kernels(TRITON_KERNELS)):
-            kernel = triton.TritonSignatures(kv, self._projections)
-        else:
-            return None
-        self._kept = (layout, kernel)
-        return kernel
+        if self._kept is None or self._kept[0] != (kv.dtype, kv.device):
+            kernels = kernels_for(kv.device.type)
+            kernel = kernels.signatures(kv.dtype, self._projections) if kernels else None
+            self._kept = ((kv.dtype, kv.device), kernel)
+        return self._kept[1]
 
 
 def token_hashes(tokens: Tensor, block_size: int) -> Tensor:

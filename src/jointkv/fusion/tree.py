@@ -1,15 +1,13 @@
-"""Tree Fast-Fusion (paper, Algorithm 1) over a batch or over the chunks of one request, with a bound per member."""
+"""Tree Fast-Fusion (paper, Algorithm 1) over blocks that may be compared, with a bound per member."""
 
 from __future__ import annotations
-
-from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor
 
 from jointkv.core.blocks import PagedKV, served_errors
 from jointkv.core.plan import FusionPlan
-from jointkv.errors import InvalidPolicy, LayoutError
+from jointkv.errors import LayoutError
 from jointkv.fusion.direction import shared_directions
 from jointkv.fusion.pairs import pair_statistics, position_chunks
 from jointkv.policy import FusionPolicy
@@ -17,52 +15,6 @@ from jointkv.policy.rule import NOT_ASKED, Rule
 
 ROUNDS = 4
 """Blocks that fail the exact check of one round are grouped again among themselves, this often at the most."""
-
-
-def plan_batch(kv: PagedKV, tables: Mapping[Hashable, Tensor], policy: FusionPolicy, group: int = 0) -> FusionPlan:
-    """Fuse the full blocks of several requests at equal positions (batch scope, BFF).
-
-    Args:
-        kv: the pages.
-        tables: per request the pages of its full blocks, `[blocks]`; lengths may differ.
-        policy: what may be fused; `group` selects its thresholds.
-
-    Returns:
-        A plan whose rows number the requests in the order of their names (`name_order`): the order of the mapping
-        plays no part. Slots are positions in the request's own table.
-    """
-    names = sorted(tables, key=name_order)
-    longest = max((len(tables[name]) for name in names), default=0)
-    pages = torch.full((longest, len(names)), -1, dtype=torch.long)
-    for column, name in enumerate(names):
-        pages[: len(tables[name]), column] = tables[name].cpu()
-    rows = torch.arange(len(names)).expand_as(pages)
-    slots = torch.arange(longest)[:, None].expand_as(pages)
-    return plan_matrix(kv, pages, rows, slots, policy, group)
-
-
-def name_order(name: Hashable) -> tuple[str, float, str]:
-    """Sorts names of any type: by type, then numbers by value and all others by text."""
-    return type(name).__name__, name if isinstance(name, int | float) else 0, str(name)
-
-
-def plan_chunks(kv: PagedKV, pages: Tensor, policy: FusionPolicy, group: int = 0, *, row: int = 0) -> FusionPlan:
-    """Fuse the full blocks of one request's chunks at equal places in the chunk (chunk scope, CFF).
-
-    Args:
-        pages: the pages of the request's full blocks, `[blocks]`; the last chunk may be shorter.
-
-    Raises:
-        InvalidPolicy: `policy.chunk_tokens` is no multiple of the block size.
-    """
-    per_chunk, remainder = divmod(policy.chunk_tokens, kv.block_size)
-    if remainder:
-        raise InvalidPolicy(f"chunk_tokens: {policy.chunk_tokens} is no multiple of the block size {kv.block_size}")
-    chunks = -(-len(pages) // per_chunk)
-    padded = torch.nn.functional.pad(pages.cpu(), (0, chunks * per_chunk - len(pages)), value=-1)
-    slots = torch.arange(chunks * per_chunk).view(chunks, per_chunk).T
-    rows = torch.full_like(slots, row)
-    return plan_matrix(kv, padded.view(chunks, per_chunk).T, rows, slots, policy, group)
 
 
 def plan_matrix(
@@ -105,19 +57,10 @@ def _plan_resident(kv: PagedKV, pages: Tensor, rows: Tensor, slots: Tensor, rule
     old, new = pages[follows], pages.gather(1, leader)[follows]
     errors = served_errors(kv, old, new, rule.across_layers)
     keep = rule.allows(errors, NOT_ASKED)
-    key_error, value_error, token_error = errors.take(keep)
     left = torch.full_like(pages, -1)
     left[follows] = old.masked_fill(keep, -1)
-    plan = FusionPlan(
-        row=rows[follows][keep],
-        slot=slots[follows][keep],
-        old_page=old[keep],
-        page=new[keep],
-        key_error=key_error,
-        value_error=value_error,
-        token_error=token_error,
-    )
-    return plan, left
+    row, slot = rows[follows], slots[follows]
+    return FusionPlan(row[keep], slot[keep], old[keep], new[keep], *errors.take(keep)), left
 
 
 def _plan_directions(kv: PagedKV, pages: Tensor, rows: Tensor, slots: Tensor, rule: Rule) -> FusionPlan:
@@ -137,15 +80,8 @@ def _plan_directions(kv: PagedKV, pages: Tensor, rows: Tensor, slots: Tensor, ru
     order = torch.arange(int(keep.sum()))
     first = torch.full((len(kept_groups),), len(order)).scatter_reduce(0, new_id, order, "amin")
     direction_page = old[keep][first]
-    key_error, value_error, token_error = found.errors.take(keep)
     return FusionPlan(
-        row=row[keep],
-        slot=slot[keep],
-        old_page=old[keep],
-        page=direction_page[new_id],
-        key_error=key_error,
-        value_error=value_error,
-        token_error=token_error,
+        *(row[keep], slot[keep], old[keep], direction_page[new_id], *found.errors.take(keep)),
         k_scale=found.k_scale[:, keep],
         v_scale=found.v_scale[:, keep],
         direction_page=direction_page,

@@ -8,29 +8,24 @@ from collections.abc import Iterable
 from jointkv.errors import UnsupportedTransformers
 from jointkv.system.interfaces import Use, differences
 
-LAYER = ("update", "lazy_initialization", "get_seq_length", "get_mask_sizes")
-OPERATIONS = ("reset", "reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop")
+LAYER = "update lazy_initialization get_seq_length get_mask_sizes"
+OPERATIONS = "reset reorder_cache batch_select_indices batch_repeat_interleave crop"
 USES = (
-    Use("transformers", ("DynamicCache(config)", "AutoModelForCausalLM", "AutoTokenizer", "AutoConfig")),
-    Use("transformers.cache_utils:Cache", ("layers", "__init__(layers)", "update(_, _, _)", "get_seq_length()")),
-    Use("transformers.cache_utils:CacheLayerMixin", ("is_initialized",)),
-    Use("transformers.cache_utils:DynamicLayer", ("keys", "values", "is_initialized", "is_sliding")),
+    Use("transformers", "DynamicCache(config) AutoModelForCausalLM AutoTokenizer AutoConfig"),
+    Use("transformers.cache_utils:Cache", "layers __init__(layers) update(_,_,_) get_seq_length()"),
+    Use("transformers.cache_utils:CacheLayerMixin", "is_initialized"),
+    Use("transformers.cache_utils:DynamicLayer", "keys values is_initialized is_sliding"),
     Use(
         "transformers.cache_utils:DynamicSlidingWindowLayer",
-        (
-            *("keys", "values", "cumulative_length", "lazy_initialization(_, _)", "crop(_)", "reset()"),
-            *("reorder_cache(_)", "batch_select_indices(_)", "batch_repeat_interleave(_)"),
-        ),
+        "keys values cumulative_length lazy_initialization(_,_) crop(_) reset() reorder_cache(_) "
+        "batch_select_indices(_) batch_repeat_interleave(_)",
     ),
-    Use("transformers:AttentionInterface", ("register(_, _)",)),
-    Use("transformers:AttentionMaskInterface", ("register(_, _)",)),
-    Use(
-        "transformers.integrations.sdpa_attention",
-        ("sdpa_attention_forward(_, _, _, _, _, dropout, scaling)",),
-    ),
-    Use("transformers.masking_utils", ("sdpa_mask",)),
-    Use("transformers:PreTrainedModel", ("set_attn_implementation(_)", "get_decoder()", "base_model", "config")),
-    Use("transformers:PreTrainedConfig", ("get_text_config(decoder)", "to_dict()", "_attn_implementation")),
+    Use("transformers:AttentionInterface", "register(_,_)"),
+    Use("transformers:AttentionMaskInterface", "register(_,_)"),
+    Use("transformers.integrations.sdpa_attention", "sdpa_attention_forward(_,_,_,_,_,dropout,scaling)"),
+    Use("transformers.masking_utils", "sdpa_mask"),
+    Use("transformers:PreTrainedModel", "set_attn_implementation(_) get_decoder() base_model config"),
+    Use("transformers:PreTrainedConfig", "get_text_config(decoder) to_dict() _attn_implementation"),
 )
 
 
@@ -41,12 +36,13 @@ def check_transformers() -> None:
 
 def check_overrides() -> None:
     """The same for the methods of transformers that jointkv's classes replace, once those are made."""
-    from jointkv.hf.cache import JointCache, PagedCacheLayer
+    from jointkv.hf.cache import JointCache
+    from jointkv.hf.layer import PagedCacheLayer
 
     _refuse(
         (
-            Use("transformers.cache_utils:CacheLayerMixin", (), LAYER, by=PagedCacheLayer),
-            Use("transformers.cache_utils:Cache", (), OPERATIONS, by=JointCache),
+            Use("transformers.cache_utils:CacheLayerMixin", "", LAYER, by=PagedCacheLayer),
+            Use("transformers.cache_utils:Cache", "", OPERATIONS, by=JointCache),
         )
     )
 

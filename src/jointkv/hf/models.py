@@ -65,32 +65,30 @@ def fetch_model(
 
 
 def load_model(
-    name_or_path: str, dtype: str = "bfloat16", attn_implementation: str | None = None
+    name_or_path: str,
+    dtype: str = "bfloat16",
+    attn_implementation: str | None = None,
+    progress: Progress | None = None,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a causal language model in eval mode and its tokenizer (left padding, pad token set).
 
-    A known name (`smollm2`) is fetched when missing; anything else is a local folder or `OWNER/NAME` on the
-    hub. `dtype` is a torch dtype name or `auto`. Raises `BadInput` when nothing loadable is there,
+    A known name (`smollm2`) is fetched when missing, see `fetch_model`; anything else is a local folder or
+    `OWNER/NAME` on the hub. `dtype` is a torch dtype name or `auto`. Raises `BadInput` when nothing loadable is there,
     `UnsupportedModel` when the model has no KV cache.
     """
     _require_transformers()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise BadInput(f"unknown dtype {dtype!r}; use bfloat16, float16, float32 or auto")
-    if name_or_path in KNOWN_MODELS:
-        fetch_model(name_or_path)
+    locate_model(name_or_path, fetch=True, progress=progress)
     config = load_config(name_or_path)
-    location = locate_model(name_or_path)
-    with _loading(name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    tokenizer = load_tokenizer(name_or_path)
+    with _loading(name_or_path) as location:
+        from transformers import AutoModelForCausalLM
+
         model = AutoModelForCausalLM.from_pretrained(
-            location,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=False,
+            location, config=config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
         )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
@@ -100,11 +98,9 @@ def load_model(
 
 def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
     """Load a model's tokenizer, without its weights; a known model must have been fetched. Raises `BadInput`."""
-    _require_transformers()
-    from transformers import AutoTokenizer
+    with _loading(name_or_path) as location:
+        from transformers import AutoTokenizer
 
-    location = locate_model(name_or_path)
-    with _loading(name_or_path):
         return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
 
 
@@ -113,11 +109,9 @@ def load_config(name_or_path: str) -> "PreTrainedConfig":
 
     Raises `BadInput` when there is none, `UnsupportedModel` when such a model has no KV cache.
     """
-    _require_transformers()
-    from transformers import AutoConfig
+    with _loading(name_or_path) as location:
+        from transformers import AutoConfig
 
-    location = locate_model(name_or_path)
-    with _loading(name_or_path):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     _require_kv_cache(config, name_or_path)
     return config
@@ -139,11 +133,14 @@ def _cache_folder(name: str) -> Path:
     return Settings.from_environment().models_dir / KNOWN_MODELS[name].folder
 
 
-def locate_model(name_or_path: str) -> str:
+def locate_model(name_or_path: str, *, fetch: bool = False, progress: Progress | None = None) -> str:
     """The folder or hub name to hand to transformers, which takes a mistyped path for a hub name.
 
-    Raises `BadInput` when a known model has not been fetched, or nothing can be there.
+    With `fetch` a known model is fetched when it is missing, see `fetch_model`; without, `BadInput` is raised, and in
+    any case where nothing can be.
     """
+    if name_or_path in KNOWN_MODELS and fetch:
+        return str(fetch_model(name_or_path, progress=progress))
     if name_or_path in KNOWN_MODELS:
         folder = _cache_folder(name_or_path)
         if not _is_complete(folder, name_or_path, verify=False):
@@ -179,11 +176,13 @@ def _require_kv_cache(config: "PreTrainedConfig", name: str) -> None:
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Silence transformers, and turn what it raises about a bad folder or name into `BadInput`."""
+def _loading(name: str) -> Iterator[str]:
+    """Gives the location; silences transformers, and turns what it raises about a folder or name into `BadInput`."""
+    _require_transformers()
+    location = locate_model(name)
     try:
         with quiet():
-            yield
+            yield location
     except Exception as error:  # it checks little of what it reads, so a damaged folder shows as any error
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise BadInput(f"cannot load the model {name}: {reason.strip()}") from error

@@ -107,6 +107,11 @@ class JointPool:
         """Whether the model's attention reads pages; otherwise each layer is handed a dense copy."""
         return bool(self.config._attn_implementation == ATTENTION_NAME)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether blocks with equal tokens are looked for, so that caches keep their text."""
+        return self.policy.enabled and self.policy.candidates != "signature"
+
     def prepare(self, key_states: Tensor, value_states: Tensor) -> BlockPool:
         """The block pool for states `[rows, h, n, d]`; made on first use.
 

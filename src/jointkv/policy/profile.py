@@ -7,8 +7,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from jointkv.core.blocks import LayerAggregate
 from jointkv.errors import BadInput
-from jointkv.policy import FusionPolicy, LayerAggregate, Scope
+from jointkv.policy.base import FusionPolicy, Scope
 from jointkv.policy.identity import ModelIdentity
 from jointkv.system.files import replace_text
 

@@ -85,8 +85,13 @@ class Rule(ABC):
         """
 
     @property
+    def compares_cosines(self) -> bool:
+        """Whether cosines of K or of V are asked for: those of a side that has a threshold."""
+        return self.key_threshold is not None or self.value_threshold is not None
+
+    @property
     def compares_errors(self) -> bool:
-        """Whether grouping asks for the errors of pairs; it asks for the cosines of a side that has a threshold."""
+        """Whether grouping asks for the errors of pairs."""
         return self.max_relative_error is not None and not self.shares_directions
 
     @property

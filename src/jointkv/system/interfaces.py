@@ -19,15 +19,15 @@ class Use:
 
     Attributes:
         owner: `module:Class`, or `module`.
-        members: names of attributes, fields and properties; or calls such as `pop(_, _, strict)`, with `_` for an
-            argument given by its place and a name for one given by its name.
-        overridden: methods and properties that a subclass in jointkv replaces, and that the package calls.
+        members: names of attributes, fields and properties; or calls such as `pop(_,_,strict)`, with `_` for an
+            argument given by its place and a name for one given by its name. Apart by spaces, of which calls have none.
+        overridden: methods and properties that a subclass in jointkv replaces, and that the package calls, likewise.
         by: that subclass.
     """
 
     owner: str
-    members: tuple[str, ...] = ()
-    overridden: tuple[str, ...] = ()
+    members: str = ""
+    overridden: str = ""
     by: type | None = None
 
     @property
@@ -52,9 +52,10 @@ def _of_use(use: Use) -> Iterator[str]:
         yield f"{module} has no {class_name}"
         return
     owner = getattr(owner, class_name) if class_name else owner
-    missing = [name for member in use.members if not hasattr(owner, name := member.partition("(")[0])]
+    members = use.members.split()
+    missing = [name for member in members if not hasattr(owner, name := member.partition("(")[0])]
     missing = sorted(set(missing) - _of_objects(owner)) if missing else []
-    for member in use.members:
+    for member in members:
         name, called, arguments = member.rstrip(")").partition("(")
         if name in missing:
             yield f"{use.name} has no {name}"
@@ -92,7 +93,7 @@ def _refusal(owner: Any, name: str, arguments: str) -> str | None:
 
 
 def _of_overrides(use: Use, theirs: Any, ours: type) -> Iterator[str]:
-    for name in use.overridden:
+    for name in use.overridden.split():
         if not hasattr(theirs, name):
             yield f"{use.name} has no {name}, so nothing would call jointkv's"
         elif problem := _unlike(getattr(theirs, name), getattr(ours, name)):

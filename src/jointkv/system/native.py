@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
-import platform
 import shlex
 import subprocess
 import tempfile
@@ -38,7 +37,8 @@ def load(source: Path) -> ctypes.CDLL:
     compiler = shlex.split(settings.cc)
     headers = sorted(header for folder in (COMMON, source.parent) for header in folder.glob("*.h"))
     texts = [file.read_text() for file in (source, *headers)]
-    identity = (*texts, _run([*compiler, "--version"]), _processor())
+    # What the compiler says of itself and of this processor: a name of the latter would not tell what it can do.
+    identity = (*texts, _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c", "/dev/null"]))
     try:
         return _load(source, compiler, (*FLAGS, *OPENMP), identity, settings.native_dir)
     except NativeUnavailable:
@@ -79,12 +79,3 @@ def _run(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeUnavailable(f"{shlex.join(command)} did not run: {error}") from error
     return done.stdout
-
-
-def _processor() -> str:
-    """Model and instruction set: virtual machines give one model name to processors of different abilities."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    told = {name.strip(): value for name, _, value in (line.partition(":") for line in reversed(lines))}
-    named = [told[name] for name in ("model name", "flags", "CPU part", "Features") if name in told]
-    return "\n".join((platform.machine(), *(named or [platform.processor()])))

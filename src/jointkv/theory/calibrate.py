@@ -13,29 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-BOUNDS = (
-    0.0,
-    0.02,
-    0.05,
-    0.075,
-    0.1,
-    0.125,
-    0.15,
-    0.175,
-    0.2,
-    0.225,
-    0.25,
-    0.275,
-    0.3,
-    0.35,
-    0.4,
-    0.45,
-    0.5,
-    0.6,
-    0.7,
-    0.85,
-    1.0,
-)
+BOUNDS = (0.0, 0.02, 0.05, *(number / 40 for number in range(3, 13)), 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85, 1.0)
 """Bounds that are considered; between two of them the number of shared blocks hardly changes."""
 
 TOKEN_SLACK = 1.5

@@ -103,22 +103,6 @@ def rate_distortion(
     return RateDistortionCurve(group, tuple(points))
 
 
-def curves(
-    errors: Mapping[int, ArrayLike],
-    valid: ArrayLike | None,
-    bounds: Sequence[float],
-    *,
-    requests: int | None = None,
-    draws: int = 200,
-    seed: int = 0,
-) -> list[RateDistortionCurve]:
-    """One curve per layer group from its errors `[P, N, N]`, see `rate_distortion`."""
-    return [
-        rate_distortion(error, valid, bounds, requests=requests, group=group, draws=draws, seed=seed)
-        for group, error in sorted(errors.items())
-    ]
-
-
 def _distortion(error: Numbers, present: NDArray[np.bool_], size: int, seed: int) -> float:
     """Mean squared error of all blocks when each is served by the closest resident that may serve it."""
     sampled = error.shape[1]

@@ -3,8 +3,8 @@
 One row: query `q [d]`, keys `k_i`, values `v_i`, read instead as `k^_i`, `v^_i`. Probabilities are
 `p = softmax(a)` with `a_i = scale q.k_i`, and `p^ = softmax(a + delta)`. Paper: Lemma 1 bounds the drift of `p`; the
 statements here are derived in the docstrings and hold for whatever stands in for a block, since both kinds of
-representative come down to the norm of an error: `relative_error * |k_i|`, see `pair_error`. All sizes are
-vectorised over leading dimensions; computation is in float64, so that a bound is not broken by rounding.
+representative come down to the norm of an error: `relative_error * |k_i|`. All sizes are vectorised over leading
+dimensions; computation is in float64, so that a bound is not broken by rounding.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ def rarefaction(
     sizes: Sequence[int],
     *,
     draws: int = 200,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> list[RatePrediction]:
     """Predict the ratio of fresh batches of `sizes` requests from a sample of N requests of the same population.
@@ -50,7 +49,7 @@ def rarefaction(
     3. The prediction is an average over a finite sample and has a variance of its own, n/N times that of a batch
        (first-order part of a U-statistic of degree n). The error of predicting one fresh batch has both: `1 + n/N`.
 
-    The interval is `R exp(±t sd(e) / D)`, t of Student with N - 1 degrees of freedom. It knows only what the sample
+    The 95% interval is `R exp(±t sd(e) / D)`, t of Student with N - 1 degrees of freedom. It knows only what the sample
     shows: a kind of request that is rarer than about 3 / N may be missing from it (rule of three), and where all
     requests are alike the interval has no width.
 
@@ -66,7 +65,7 @@ def rarefaction(
     rng = np.random.default_rng(seed)
     order = rng.permuted(np.tile(np.arange(sampled), (draws, 1)), axis=1)
     distinct, total = (steps.cumsum(1) for steps in arrivals(pairs, present, order))
-    quantile = stats.t.ppf((1 + confidence) / 2, sampled - 1)
+    quantile = stats.t.ppf(0.975, sampled - 1)
     return [_predict(distinct, total, size, quantile) for size in sizes]
 
 

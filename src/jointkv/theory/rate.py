@@ -3,6 +3,9 @@
 One population: any two blocks match with probability q, pairs independent of one another. What does not fit this
 model (clusters of requests, transitive matches) is what `rarefaction.py` is for.
 
+**Continuous limit.** From `dD/dN = e^(-qD)`: `e^(qD) dD = dN`, so `(e^(qD) - 1) / q = N` with D(0) = 0, that is
+`D = ln(1 + qN) / q`, good for small q and qN well above q. With `(1-q)^D` in place of `e^(-qD)`, q becomes `-ln(1-q)`.
+
 **Growth of the ratio.** The paper observes that the ratio grows logarithmically with the batch. In the model it is the
 number of *distinct blocks* of one population that does, `D ~ ln(1 + qN) / q`, so the ratio `N / D = qN / ln(1 + qN)` is
 nearly linear in N once qN is large, and 1 + qN/2 before that. Mixtures differ. If a share w of the blocks is never
@@ -23,7 +26,6 @@ from scipy import stats
 
 from jointkv.errors import BadInput
 
-Search = Literal["online", "tree"]
 Method = Literal["poisson", "rarefaction", "extrapolation"]
 Numbers = NDArray[np.float64]
 
@@ -66,7 +68,7 @@ def expected_distinct(match_probability: ArrayLike, blocks: ArrayLike) -> Number
     Raises:
         BadInput: a probability outside [0, 1] or a negative number of blocks.
     """
-    q, count = np.broadcast_arrays(_probabilities(match_probability), _counts(blocks))
+    q, count = _checked(match_probability, blocks)
     shape, q, count = q.shape, q.ravel(), count.ravel()
     steps = int(np.ceil(count.max(initial=0)))
     miss = (1 - q[:, None]) ** np.arange(steps + 1)
@@ -84,16 +86,6 @@ def expected_distinct(match_probability: ArrayLike, blocks: ArrayLike) -> Number
     return (low + (count - whole) * (high - low)).reshape(shape)
 
 
-def continuous_distinct(match_probability: ArrayLike, blocks: ArrayLike) -> Numbers:
-    """The continuous limit `ln(1 + qN) / q` of `expected_distinct`.
-
-    From `dD/dN = e^(-qD)`: `e^(qD) dD = dN`, so `(e^(qD) - 1) / q = N` with D(0) = 0. Good for small q and qN well
-    above q; for q = 0 the limit is N. With `(1-q)^D` in place of `e^(-qD)`, q becomes `-ln(1-q)`.
-    """
-    q, count = np.broadcast_arrays(_probabilities(match_probability), _counts(blocks))
-    return np.where(q > 0, np.log1p(q * count) / np.where(q > 0, q, 1), count)
-
-
 def tree_distinct(match_probability: ArrayLike, blocks: ArrayLike) -> Numbers:
     """Expected distinct blocks after tree Fast-Fusion (paper, Algorithm 1).
 
@@ -108,7 +100,7 @@ def tree_distinct(match_probability: ArrayLike, blocks: ArrayLike) -> Numbers:
     merges more because members follow their representative unasked. With a bound per member (resident
     representatives) they do not, and online search is the better model.
     """
-    q, count = np.broadcast_arrays(_probabilities(match_probability), _counts(blocks))
+    q, count = _checked(match_probability, blocks)
     return _tree(q, count)
 
 
@@ -120,18 +112,6 @@ def _tree(q: Numbers, count: Numbers) -> Numbers:
     left = _tree(q, np.minimum(count, left_size))
     right = _tree(q, np.clip(count - left_size, 0, None))
     return left + right * (1 - q) ** left
-
-
-def expected_ratio(match_probability: ArrayLike, blocks: ArrayLike, *, search: Search = "online") -> float:
-    """Ratio of a mixture: all blocks over all expected distinct blocks, `sum n / sum D(q, n)` (paper, Corollary 1).
-
-    Args:
-        match_probability, blocks: one entry per part that is searched on its own (position, layer group, kind of
-            traffic), broadcast against each other.
-    """
-    q, count = np.broadcast_arrays(_probabilities(match_probability), _counts(blocks))
-    distinct = (expected_distinct if search == "online" else tree_distinct)(q, count).sum()
-    return float(count.sum() / distinct) if distinct else 1.0
 
 
 def match_probabilities(accepted: ArrayLike, valid: ArrayLike | None = None) -> Numbers:
@@ -146,14 +126,12 @@ def match_probabilities(accepted: ArrayLike, valid: ArrayLike | None = None) -> 
     return matched.sum(1) / np.maximum(possible.sum(1), 1)
 
 
-def predict_poisson(
-    accepted: ArrayLike, valid: ArrayLike | None, requests: int, *, confidence: float = 0.95
-) -> RatePrediction:
+def predict_poisson(accepted: ArrayLike, valid: ArrayLike | None, requests: int) -> RatePrediction:
     """Ratio of online search over `requests` requests if pairs matched independently, from each position's own q.
 
-    The interval adds two variances: of one batch about its mean (the chain's variance, about (1 - ratio^-1) D, an upper
-    bound for a sum of births that inhibit one another) and of the estimated q (jackknife over requests, Efron & Stein
-    1981). It knows nothing of how wrong independence may be: compare `rarefaction` and `dispersion_test`.
+    The 95% interval adds two variances: of one batch about its mean (the chain's variance, about (1 - ratio^-1) D, an
+    upper bound for a sum of births that inhibit one another) and of the estimated q (jackknife over requests, Efron &
+    Stein 1981). It knows nothing of how wrong independence may be: compare `rarefaction` and `dispersion_test`.
 
     Raises:
         BadInput: fewer than 3 requests, or shapes that do not fit.
@@ -173,7 +151,7 @@ def predict_poisson(
     total = blocks.sum()
     batch = (1 - distinct / total) / distinct if distinct else 0.0
     ratio = float(total / distinct) if distinct else 1.0
-    spread = np.exp(stats.t.ppf((1 + confidence) / 2, sampled - 1) * np.sqrt(jackknife + max(batch, 0.0)))
+    spread = np.exp(stats.t.ppf(0.975, sampled - 1) * np.sqrt(jackknife + max(batch, 0.0)))
     return RatePrediction(requests, ratio, max(1.0, float(ratio / spread)), float(ratio * spread), distinct, "poisson")
 
 
@@ -220,15 +198,12 @@ def _pair_counts(pairs: NDArray[np.bool_], present: NDArray[np.bool_]) -> tuple[
     return (pairs.sum(2) - own).astype(float), present * (present.sum(1, keepdims=True) - 1.0)
 
 
-def _probabilities(values: ArrayLike) -> Numbers:
-    q = np.asarray(values, dtype=float)
+def _checked(match_probability: ArrayLike, blocks: ArrayLike) -> tuple[Numbers, Numbers]:
+    """Both, broadcast against each other. Raises `BadInput`, see `expected_distinct`."""
+    q, count = np.asarray(match_probability, dtype=float), np.asarray(blocks, dtype=float)
     if not ((q >= 0) & (q <= 1)).all():
         raise BadInput("match probabilities must lie in [0, 1]")
-    return q
-
-
-def _counts(values: ArrayLike) -> Numbers:
-    count = np.asarray(values, dtype=float)
     if not ((count >= 0) & np.isfinite(count)).all():
         raise BadInput("numbers of blocks must be finite and not negative")
-    return count
+    q, count = np.broadcast_arrays(q, count)
+    return q, count

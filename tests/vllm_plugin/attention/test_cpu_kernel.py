@@ -11,9 +11,9 @@ pytest.importorskip("vllm")
 
 from torch import Tensor
 
-from jointkv.attention.cpu import paged_attention
 from jointkv.attention.grouping import group_pages
 from jointkv.attention.layouts import ENGINE_ORDERS, LayerPages
+from jointkv.attention.paged import paged_attention
 from jointkv.errors import LayoutError
 
 PATHS = [("vec", 32), ("vec", 64), ("vec16", 16), ("vec16", 48)]

@@ -38,7 +38,7 @@ def test_the_installed_version_is_accepted_in_a_moment(record_property: pytest.R
     check_interfaces(PARTS)
     seconds = time.process_time() - start
     uses = [*always(), *(use for part in used().OVERRIDDEN.values() for use in part)]
-    record_property("interfaces looked at", sum(len(use.members) + len(use.overridden) for use in uses))
+    record_property("interfaces looked at", sum(len(f"{use.members} {use.overridden}".split()) for use in uses))
     assert seconds < 0.2
 
 

@@ -12,7 +12,6 @@ from jointkv.evaluate.holding.held import HeldBatch, true_logits
 from jointkv.evaluate.holding.prefilled import Prefilled
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
-from jointkv.hf.saving import unpack
 from jointkv.policy import FusionPolicy
 
 OFF = FusionPolicy.preset("off")
@@ -38,7 +37,7 @@ class FusedBatch(HeldBatch):
         self.cache = JointCache(JointPool(model, policy, block_size=batch.block_size))
         self._mask = batch.mask
         with torch.inference_mode():
-            unpack(self.cache, batch.length, regroup(batch.state, self.cache.pool.groups.layers))
+            self.cache.restore(batch.length, regroup(batch.state, self.cache.pool.groups.layers))
         stats = self.cache.pool.stats()
         self.pages_before, self.pages_after = stats["pages_peak"], stats["pages_used"]
         self.seconds_fuse = stats["seconds_fusing"]

@@ -18,7 +18,6 @@ from jointkv.errors import UnsupportedModel
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool, full_attention_layers
-from jointkv.hf.saving import pack
 from jointkv.system.files import replace_tensors
 
 KINDS = {
@@ -35,7 +34,7 @@ class Prefilled:
     """A batch of requests after an unfused prefill of all but their last prompt tokens; several policies start from it.
 
     Attributes:
-        state: K, V and tables in one layer group, see `jointkv.hf.saving.pack`.
+        state: K, V and tables in one layer group, see `jointkv.hf.saving.State`.
         length: tokens per row, left padding included.
         mask: attention mask of the prompt, `[requests, length]`.
         seconds: time of the forward pass.
@@ -82,7 +81,7 @@ def prefill(model: PreTrainedModel, requests: Sequence[Request], *, block_size: 
         logits_to_keep=1,
     )
     seconds = time.perf_counter() - start
-    return Prefilled(requests, pack(cache), cache.length, mask, seconds)
+    return Prefilled(requests, cache.state(), cache.length, mask, seconds)
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ class ExactPrefix(Method):
 
 
 def share_prefixes(state: dict[str, Tensor], requests: Sequence[Request], block_size: int) -> dict[str, Tensor]:
-    """`state` of `jointkv.hf.saving.pack` in one layer group, with one page for each distinct prefix of full blocks."""
+    """`state` of a `JointCache` in one layer group, with one page for each distinct prefix of full blocks."""
     table = state["table.0"].clone()
     first: dict[tuple[int, ...], int] = {}
     for row, request in enumerate(requests):

@@ -60,10 +60,9 @@ class QuantizedPages(Method):
 
     def compress(self, batch: Batch, level: float) -> HeldBatch:
         from jointkv.evaluate.holding.fused import FusedBatch
-        from jointkv.hf import saving
 
         fused = FusedBatch(batch.model, batch.prefilled, self._policy)
-        return PackedBatch(batch, saving.pack(fused.cache), int(level))
+        return PackedBatch(batch, fused.cache.state(), int(level))
 
 
 class FusedQuantized(QuantizedPages):

@@ -15,9 +15,9 @@ from jointkv.evaluate.paper.setup import Sample, Setup
 from jointkv.evaluate.predict.block_pairs import lines_of
 from jointkv.fusion.pairs import pair_statistics
 from jointkv.policy import FusionPolicy
-from jointkv.theory.exceedance import dispersion_test
+from jointkv.theory.dispersion import dispersion_test
 from jointkv.theory.rarefaction import rarefaction
-from jointkv.theory.rate import expected_ratio, match_probabilities, predict_poisson
+from jointkv.theory.rate import match_probabilities, predict_poisson, tree_distinct
 
 
 def run_layers(setup: Setup, drawn: Sample) -> list[LayerRow]:
@@ -73,7 +73,7 @@ def _predictions(accepted: NDArray[np.bool_], requests: int) -> dict[str, Any]:
         "poisson": poisson.ratio,
         "poisson_low": poisson.low,
         "poisson_high": poisson.high,
-        "tree": expected_ratio(chance, requests, search="tree"),
+        "tree": float(requests * len(chance) / tree_distinct(chance, requests).sum()),
         "rarefaction": online.ratio,
         "low": online.low,
         "high": online.high,

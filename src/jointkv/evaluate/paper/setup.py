@@ -187,7 +187,7 @@ class Setup:
     def held(self, batch: Prefilled, policy: FusionPolicy) -> FusedBatch:
         """`batch` fused once, at the step from prefill to decode as in the paper; what is fed later is not fused."""
         held = FusedBatch(self.model, batch, policy)
-        held.cache.fusable = torch.zeros_like(held.cache.fusable)
+        held.cache.batch.fusable = torch.zeros_like(held.cache.batch.fusable)
         return held
 
     def outcome(

@@ -21,8 +21,9 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from jointkv.attention.cpu import SOURCE, paged_attention
+from jointkv.attention.cpu import SOURCE
 from jointkv.attention.layouts import LayerPages
+from jointkv.attention.paged import paged_attention
 from jointkv.attention.switch import Switch, measure
 from jointkv.attention.work import WorkList
 from jointkv.system import native

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpecKind
 
 from jointkv.attention import gpu
-from jointkv.attention.gpu import paged_attention
 from jointkv.attention.grouping import group_pages
 from jointkv.attention.layouts import LayerPages
+from jointkv.attention.paged import paged_attention
 from jointkv.attention.switch import Switch
 from jointkv.errors import LayoutError
 from jointkv.vllm_plugin.attention.backend import JointAttention, JointBuilder, JointMetadata
@@ -78,7 +79,7 @@ class JointGPUBuilder(JointBuilder, TritonAttentionMetadataBuilder):
 class JointGPUAttention(JointAttention, TritonAttentionImpl):
     """vLLM's, and the Triton kernels of `jointkv.attention.gpu`."""
 
-    kernel = staticmethod(paged_attention)
+    kernel = staticmethod(partial(paged_attention, kernel=gpu.attend))
 
     def layout(self, layer: Any) -> LayerPages:
         """K and V of a token beside one another, `[pages, h, t, 2d]` with any strides."""

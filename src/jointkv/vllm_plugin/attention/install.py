@@ -42,7 +42,7 @@ def changed(device: str) -> list[str]:
     """What vLLM lacks of what is used on `device`, or calls otherwise of what is mixed into it; see `differences`."""
     mixed = {"forward": JointAttention, "build": JointBuilder}
     return differences(
-        replace(use, by=mixed[use.overridden[0]]) if use.overridden else use for use in used().ATTENTION[device]
+        replace(use, by=mixed[use.overridden]) if use.overridden else use for use in used().ATTENTION[device]
     )
 
 

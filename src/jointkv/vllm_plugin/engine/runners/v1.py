@@ -18,12 +18,12 @@ class V1Tables(WorkerTables):
     """Tables of requests, and rows of the batch that is kept from step to step."""
 
     USES = (
-        Use(f"{WORKER}.gpu_model_runner:GPUModelRunner", ("requests", "input_batch", "synchronize_input_prep()")),
-        Use(f"{WORKER}.gpu_input_batch:CachedRequestState", ("block_ids",)),
-        Use(f"{WORKER}.gpu_input_batch:InputBatch", ("req_ids", "req_id_to_index", "block_table")),
-        Use(f"{WORKER}.block_table:MultiGroupBlockTable", ("__getitem__(_)",)),
-        Use(f"{WORKER}.block_table:BlockTable", ("block_table", "block_size")),
-        Use("vllm.v1.utils:CpuGpuBuffer", ("np",)),
+        Use(f"{WORKER}.gpu_model_runner:GPUModelRunner", "requests input_batch synchronize_input_prep()"),
+        Use(f"{WORKER}.gpu_input_batch:CachedRequestState", "block_ids"),
+        Use(f"{WORKER}.gpu_input_batch:InputBatch", "req_ids req_id_to_index block_table"),
+        Use(f"{WORKER}.block_table:MultiGroupBlockTable", "__getitem__(_)"),
+        Use(f"{WORKER}.block_table:BlockTable", "block_table block_size"),
+        Use("vllm.v1.utils:CpuGpuBuffer", "np"),
     )
 
     def between_steps(self) -> AbstractContextManager[Any]:

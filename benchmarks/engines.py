@@ -1,0 +1,53 @@
+"""vLLM's engine in this process, as several benchmarks build it, and the real text that they send."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from typing import Any
+
+from jointkv.bench.environment import engine_environment
+from jointkv.system.machine import allowed_cores
+
+MODEL, BLOCK_SIZE, MAX_MODEL_LEN = "smollm2", 32, 2048
+
+
+def prepare_environment(kv_bytes: int, cores: Collection[int] | None = None) -> None:
+    """What vLLM shall find when it is imported; all cores unless some are given."""
+    os.environ.update(engine_environment(os.environ, cores or allowed_cores(), kv_bytes, local_model=True))
+
+
+def build(dtype: str, running: int, blocks: int, **options: Any) -> Any:
+    """An engine for `running` requests at once with a pool of `blocks`; `options` are those of `vllm.EngineArgs`."""
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from jointkv.hf.models import fetch_model
+
+    common = {
+        "model": str(fetch_model(MODEL)),
+        "dtype": dtype,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": running,
+        "max_num_batched_tokens": MAX_MODEL_LEN,
+        "block_size": BLOCK_SIZE,
+        "num_gpu_blocks_override": blocks,
+        "enforce_eager": True,
+        "disable_log_stats": True,
+    }
+    return LLMEngine.from_engine_args(EngineArgs(**common | options))
+
+
+def scheduler_of(engine: Any) -> Any:
+    """The scheduler of an engine in this process."""
+    return engine.engine_core.engine_core.scheduler
+
+
+def corpus(tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of the novel and the reports that the package carries."""
+    from jointkv.evaluate.jsonl import read_records
+    from jointkv.evaluate.samples import packaged
+    from jointkv.evaluate.traffic.base import encode
+
+    reports = [record.fields["text"] for record in read_records(packaged("gov_report_sample.jsonl"))]
+    return encode(tokenizer, "\n".join([packaged("novel_sample.txt").read_text(), *reports]))

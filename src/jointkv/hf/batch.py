@@ -1,0 +1,173 @@
+"""The sequences of one cache: their block tables, and what is known of each row besides."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from jointkv.attention.tokens import token_scales
+from jointkv.core.bookkeeping import bookkeeping
+from jointkv.core.table import BlockTable
+from jointkv.errors import PoolFull
+from jointkv.hf import saving
+from jointkv.hf.pool import JointPool
+
+
+class Batch:
+    """Rows of equal length with their pages in `pool`.
+
+    Args:
+        tenants: the isolation key of each row; None before there are rows.
+
+    Attributes:
+        tables: the block table of each layer group.
+        sequence: a number for each row, unique in the pool.
+        length: tokens of each row, left padding included.
+        padding: tokens of left padding, `[rows]`.
+        considered: blocks that fusion has seen, `[rows]`.
+        fusable: whether it may see more, `[rows]`; rows with masked tokens after their start are never fused.
+        tokens: ids `[rows, length]`; None where they are not known, or nobody asks for them.
+    """
+
+    def __init__(self, pool: JointPool, tenants: Sequence[Hashable] | None = None) -> None:
+        self.pool, self.tenants = pool, tenants or ()
+        rows = len(self.tenants)
+        self.sequence = pool.new_sequences(rows)
+        self.length = 0
+        self.padding = torch.zeros(rows, dtype=torch.long)
+        self.considered = torch.zeros(rows, dtype=torch.long)
+        self.fusable = torch.ones(rows, dtype=torch.bool)
+        self.tokens: Tensor | None = None
+        self.tables: list[BlockTable] = []
+        if tenants is not None:
+            assert pool.blocks is not None
+            self.tables = [BlockTable(pool.blocks, rows) for _ in range(pool.groups.count)]
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+    def extend(self, new: int, mask: Tensor | None, input_ids: Tensor | None) -> None:
+        """Give each row the pages for `new` more tokens, and note their padding and holes, and their text.
+
+        Args:
+            mask: attention mask of all tokens, `[rows, length + new]`, where it is known.
+            input_ids: `[rows, new]`; the text is kept while it is known without a gap.
+
+        Raises:
+            PoolFull: nothing was changed.
+        """
+        padding = self._extended_padding(new, mask)
+        self._make_room(new, padding)
+        self.padding = padding
+        if mask is not None and mask.shape[1] >= new:
+            seen = mask[:, -new:].cpu().bool()
+            begun = torch.arange(self.length, self.length + new) >= padding[:, None]
+            self.fusable = self.fusable & (seen | ~begun).all(1)
+        if self.pool.reads_text:
+            past = self.tokens if self.length else torch.zeros(len(self), 0, dtype=torch.long)
+            if past is None or input_ids is None or input_ids.shape != (len(self), new):
+                self.tokens = None
+            else:
+                self.tokens = torch.cat((past, input_ids.cpu()), 1)
+        self.length += new
+
+    def _extended_padding(self, new: int, mask: Tensor | None) -> Tensor:
+        """A row that has no token yet may go on with padding."""
+        if mask is None or mask.shape != (len(self), self.length + new):
+            return self.padding
+        leading = (mask[:, self.length :].cpu().long().cumsum(1) == 0).sum(1)
+        return self.padding + leading * (self.padding == self.length)
+
+    def _make_room(self, new: int, padding: Tensor) -> None:
+        """Pages for `new` more tokens, and one of its own for the block that a row goes on in."""
+        blocks, size = self.pool.blocks, self.pool.block_size
+        assert blocks is not None
+        tail = self.length - self.padding
+        partial = (tail % size > 0).nonzero().squeeze(1)
+        slot = tail[partial] // size
+        needed = -(-(self.length + new - padding) // size)
+        count = sum(table.missing_blocks(needed) + table.count_shared(partial, slot) for table in self.tables)
+        missing = blocks.missing(count)
+        if missing:
+            raise PoolFull(missing, count, blocks.max_pages or 0)
+        for table in self.tables:
+            if len(partial):
+                pages = table.make_writable(partial, slot)
+                for fuser in self.pool.fusers.values():
+                    fuser.forget(pages)
+            table.extend(needed)
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        size = self.pool.block_size
+        self.length = length
+        self.padding = self.padding.clamp(max=length)
+        left = length - self.padding
+        for table in self.tables:
+            table.truncate(-(-left // size))
+        self.considered = torch.minimum(self.considered, left // size)
+        self.tokens = None if self.tokens is None else self.tokens[:, :length]
+
+    def select(self, rows: Tensor) -> None:
+        """Make row `i` what row `rows[i]` was, under a new number."""
+        for table in self.tables:
+            table.select(rows)
+        self._know(self, rows)
+
+    @bookkeeping
+    def copy(self) -> Batch:
+        """A batch that reads the same pages, under new numbers; either one copies a page before it writes to it."""
+        twin = Batch(self.pool)
+        for table in self.tables:
+            twin.tables.append(BlockTable(table.pool, table.num_rows))
+            twin.tables[-1].adopt_copy(table)
+        twin._know(self, torch.arange(len(self)))
+        return twin
+
+    def _know(self, other: Batch, rows: Tensor) -> None:
+        """Take over what is known of `rows` of another batch, or of this one."""
+        self.tenants = [other.tenants[row] for row in rows.tolist()]
+        self.sequence = self.pool.new_sequences(len(rows))
+        self.length = other.length
+        self.padding, self.considered = other.padding[rows], other.considered[rows]
+        self.fusable = other.fusable[rows]
+        self.tokens = None if other.tokens is None else other.tokens[rows]
+
+    def newly_full(self) -> tuple[Tensor, Tensor]:
+        """Row and slot of the blocks that may be fused and were not full before; from now on they were."""
+        full = (self.length - self.padding) // self.pool.block_size
+        first, self.considered = self.considered, full
+        if not (full > first).any():  # as in most steps of decoding
+            return full[:0], full[:0]
+        slots = torch.arange(int(full.max()))
+        filled = (slots >= first[:, None]) & (slots < full[:, None]) & self.fusable[:, None]
+        row, slot = filled.nonzero(as_tuple=True)
+        return row, slot
+
+    def scales(self, group: int, member: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Factors on K and V of one layer by token, `[rows, length]` on the pages' device, where blocks have any."""
+        table = self.tables[group]
+        if table.k_scale is None or table.v_scale is None:
+            return None, None
+        k, v = (
+            token_scales(scale[member], self.pool.block_size, self.padding, self.length).to(table.pool.kv.device)
+            for scale in (table.k_scale, table.v_scale)
+        )
+        return k, v
+
+    def state(self) -> saving.State:
+        """Pages, tables and what is known of the rows, for `restore`; see `saving.pack`."""
+        known = {} if self.tokens is None else {"tokens": self.tokens}
+        return {**saving.pack(self.tables), "padding": self.padding, "fusable": self.fusable, **known}
+
+    def restore(self, length: int, state: saving.State) -> None:
+        """Make `state`, of as many rows with `length` tokens each, the content of this batch without tokens.
+
+        Raises:
+            PoolFull: too few pages are free; nothing was changed.
+        """
+        saving.unpack(self.tables, state)
+        self.length, self.padding, self.fusable = length, state["padding"], state["fusable"]
+        self.tokens = state.get("tokens") if self.pool.reads_text else None

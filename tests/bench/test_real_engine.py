@@ -1,0 +1,122 @@
+"""The serving benchmark's engine-facing half with vLLM: its load generator against a stub, and a real fused server."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from jointkv.bench.environment import server_environment
+from jointkv.bench.load_generator import spec_of
+from jointkv.bench.load_process import generate
+from jointkv.bench.measure import measure, warm_up
+from jointkv.bench.requests import ServingRequest
+from jointkv.bench.result import Load
+from jointkv.bench.server import Server, free_port, server_command
+from tests.bench.plans import arm, plan
+from tests.bench.test_server import STUB, pids, runs
+from tests.vllm_plugin.conftest import _vllm_environment  # noqa: F401
+
+pytest.importorskip("vllm")
+
+MODEL = "smollm2"
+BLOCK, POOL = 32, 200
+BLOCK_BYTES = BLOCK * 30 * 3 * 64 * 2 * 4  # tokens, layers, heads, head size, K and V, float32
+SHARED = """You answer questions of customers of a small bookshop, politely and in one sentence.
+Question: Do you have the new atlas of the Alps? Answer: Yes, it lies on the table beside the door.
+Question: When do you open on Saturday? Answer: We open at nine and close at one.
+Question: Can I bring a book back? Answer: Within two weeks, if it looks like new.
+Question: Do you wrap presents? Answer: Gladly, and we charge nothing for it.
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> str:
+    from jointkv.hf.models import fetch_model
+
+    return str(fetch_model(MODEL))
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("stub") / "log"
+    with Server([sys.executable, str(STUB), "serve"], os.environ, free_port(), log) as server:
+        server.start(30.0)
+        yield server.url
+
+
+def starts(url: str, tokenizer: str, load: Load, requests: list[ServingRequest], seed: int = 0) -> list[float]:
+    """When requests were sent, sorted; vLLM's load generator runs in this process."""
+    said: list[Any] = []
+    found = generate(spec_of(url, MODEL, tokenizer, load, requests, seed), said.append, lambda: None)
+    assert said == [{"ready": True}, *({"finished": number + 1} for number in range(len(requests)))]
+    for answer, request in zip(found.answers, requests, strict=True):
+        assert (answer.error, answer.text, answer.output_tokens) == (None, " 0 1 2 3 4", 5)
+        assert len(answer.itls) == 4 and answer.e2el == pytest.approx(answer.ttft + sum(answer.itls))
+        assert answer.prompt_tokens == len(request.prompt)
+    assert found.output_tokens_per_s == pytest.approx(5 * len(requests) / found.seconds)
+    return sorted(answer.start for answer in found.answers)
+
+
+def test_arrivals_of_every_kind(stub: str, tokenizer: str) -> None:
+    few = [ServingRequest((1, 2, 3), 5, at) for at in (0.0, 0.4, 1.0)]
+    some = few * 3
+    closed = starts(stub, tokenizer, Load(kind="closed", concurrency=1), few)
+    assert all(0.04 < later - first < 1.0 for first, later in itertools.pairwise(closed))
+    assert starts(stub, tokenizer, Load(kind="replay", speed=2.0), few) == pytest.approx([0.0, 0.2, 0.5], abs=0.1)
+    poisson = [starts(stub, tokenizer, Load(kind="poisson", rate=9.0), some, seed) for seed in (0, 0, 1)]
+    assert poisson[0] == pytest.approx(poisson[1], abs=0.1) and poisson[0] != pytest.approx(poisson[2], abs=0.1)
+    bursty = starts(stub, tokenizer, Load(kind="bursty", rate=9.0, burstiness=0.1), some)
+    gaps, even = ([b - a for a, b in itertools.pairwise(times)] for times in (bursty, poisson[0]))
+    assert sorted(gaps)[4] < sorted(even)[4]
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    flags = f"--served-model-name {MODEL} --dtype float32 --block-size {BLOCK} --num-gpu-blocks-override {POOL}"
+    flags += " --max-num-seqs 16 --max-model-len 1100 --enforce-eager"
+    command = server_command(tokenizer, {"min_pool_usage": 0.0}, flags.split())
+    environment = server_environment(os.environ, {0}, POOL * BLOCK_BYTES, local_model=True)
+    log = tmp_path_factory.mktemp("serving") / "server.log"
+    with Server(command, environment, free_port(), log) as started:
+        started.start(280.0)
+        yield started
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(400)
+def test_a_fused_run(server: Server, tokenizer: str) -> None:
+    from transformers import AutoTokenizer
+
+    encode = AutoTokenizer.from_pretrained(tokenizer)
+    prompts = [f"Conversation {number * 7919}.\n{SHARED}Question: Do you sell maps? Answer:" for number in range(6)]
+    requests = tuple(ServingRequest(tuple(encode(prompt).input_ids), 8) for prompt in prompts)
+    fused = arm("fused", POOL, fusion={"min_pool_usage": 0.0})
+    load = Load(kind="closed", concurrency=6)
+    made = replace(plan(loads=(load,)), arms=(fused,), requests=requests, model=MODEL, location=tokenizer)
+    made = replace(made, block_bytes={"fused": BLOCK_BYTES})
+
+    warm_up(server, MODEL, requests)
+    run, texts = measure(made, server, fused, load, 1, lambda done: None)
+    assert (run.completed, run.failed, run.output_tokens) == (6, 0, 48) and len(texts) == 6 and all(texts)
+    assert run.prompt_tokens == sum(len(request.prompt) for request in requests)
+    assert run.output_tokens_per_s == pytest.approx(48 / run.seconds)
+    assert 0 < run.ttft.p50 <= run.e2el.p50 <= run.seconds
+    # Prefills of several requests, each computed once, and 7 more steps.
+    assert run.recomputed_tokens == 0 and run.preemptions == 0
+    assert run.fusion is not None and run.pages_freed == run.fusion["blocks_merged"] > 0
+    assert run.fusion["blocks_considered"] >= run.fusion["blocks_merged"]
+    assert run.plugin_seconds is not None and 0 < run.plugin_seconds < run.seconds
+    # One core computes; a little more for the API server.
+    assert run.server_cpu_seconds is not None and 0.3 * run.seconds < run.server_cpu_seconds < 2 * run.seconds
+    assert run.foreign_cpu is not None and 0 <= run.foreign_cpu <= 1
+    assert 0 < run.pool_usage_peak < 1 and run.running_peak == 6 and 1 < run.running_mean <= 6
+    started = pids(server)
+    assert len(started) > 2
+    server.stop()
+    assert not any(map(runs, started))

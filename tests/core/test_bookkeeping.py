@@ -1,0 +1,19 @@
+"""What outlives a forward pass can be changed after it, and holds no graph."""
+
+import torch
+
+from jointkv.core.bookkeeping import bookkeeping
+
+
+def test_tensors_made_in_inference_mode_can_be_changed_outside_and_hold_no_graph():
+    @bookkeeping
+    def make(weight):
+        """Its name and text stay."""
+        return weight * 2
+
+    weight = torch.ones(2, requires_grad=True)
+    with torch.inference_mode():
+        made = make(weight)
+    made += 1
+    assert not made.is_inference() and not made.requires_grad
+    assert make.__name__ == "make" and make.__doc__ == "Its name and text stay."

@@ -1,0 +1,60 @@
+"""Where a forward pass writes, and what each layer hands to attention."""
+
+import pytest
+import torch
+
+from jointkv.errors import PoolFull
+from jointkv.hf.batch import Batch
+from jointkv.hf.step import Step
+from tests.hf.tiny_models import BLOCK, joint
+
+HEADS, SIZE = 2, 8
+
+
+def begun(tenants=("a", "b"), max_pages=None):
+    """A pool whose model reads pages, and a batch on it without tokens."""
+    _, pool = joint("llama", max_pages=max_pages)
+    pool.prepare(*states(1, 0))
+    return pool, Batch(pool, tenants)
+
+
+def states(rows, tokens, seed=0):
+    return torch.randn(2, rows, HEADS, tokens, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def test_padding_is_not_written():
+    pool, batch = begun()
+    mask = torch.tensor([[1, 1, 1], [0, 0, 1]])
+    step = Step(mask)
+    step.advance(batch, 3, pool.device)
+    assert step.fresh and step.prompt and step.written.tolist() == [0, 1, 2, 5]
+    step.write(batch, 1, *states(2, 3))
+    keys = pool.blocks.kv.keys[1]
+    assert not keys[0].any(), "the null page"
+    first, second = (int(pages[0]) for pages in batch.tables[0].pages)
+    torch.testing.assert_close(keys[first, :3].transpose(0, 1), states(2, 3)[0, 0])
+    torch.testing.assert_close(keys[second, 0], states(2, 3)[0, 1, :, 2])
+
+
+def test_a_layer_that_hands_its_states_on_is_given_pages_from_then_on():
+    pool, batch = begun()
+    step = Step()
+    step.advance(batch, BLOCK, pool.device)
+    whole = states(2, BLOCK)
+    key, _ = step.write(batch, 0, *whole)
+    assert torch.equal(key, whole[0]) and not hasattr(key, "jointkv_pages")
+    later = Step()
+    later.advance(batch, 1, pool.device)
+    dense, _ = later.write(batch, 0, *states(2, 1, seed=1))
+    assert torch.equal(dense, torch.cat((whole[0], states(2, 1, seed=1)[0]), 2))
+    key.jointkv_arrived()
+    paged, _ = later.write(batch, 0, *states(2, 1, seed=1))
+    assert paged.shape[2] == 1 and torch.equal(paged.jointkv_pages.read()[0], dense)
+
+
+def test_a_full_pool_leaves_the_step_as_it_was():
+    pool, batch = begun(max_pages=1)
+    step = Step()
+    with pytest.raises(PoolFull):
+        step.advance(batch, 1, pool.device)
+    assert batch.length == 0 and step.slots == [] and not step.fresh
