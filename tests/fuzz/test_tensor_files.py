@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jointkv.core.plan import FusionPlan
 from jointkv.errors import BadInput
 from jointkv.evaluate.holding import prefilled
 from jointkv.evaluate.holding.prefilled import prefill
@@ -26,7 +25,6 @@ from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
 from jointkv.policy import FusionPolicy
 from jointkv.policy.identity import checkpoint_fingerprint
-from tests.effort import fuzz_settings
 from tests.fuzz.damage import PROMISE, damaged_bytes, documents, promise, slower, unreadable
 from tests.hf.tiny_models import VOCABULARY, generate, joint, prompts
 
@@ -211,39 +209,6 @@ def test_caches_that_are_no_files(folder: Path) -> None:
     for path in unreadable(folder):
         with pytest.raises(BadInput):
             JointCache.load(path, pool)
-
-
-def plan() -> FusionPlan:
-    rows = [torch.tensor([0, 1]) for _ in range(4)]
-    errors = [torch.tensor([0.1, 0.2]) for _ in range(3)]
-    scales, directions = torch.ones(2, 3, 2), torch.ones(2, 3, 2, 4, 2, 8)
-    return FusionPlan(*rows, *errors, *scales.clone(), torch.tensor([0, 1]), *directions.clone())
-
-
-@pytest.mark.hazard("Parsers", "a damaged or hostile fusion plan", PROMISE)
-@fuzz_settings()
-@given(data=st.data())
-def test_plans(folder: Path, data: st.DataObject) -> None:
-    path = folder / "plan"
-    if not path.exists():
-        plan().save(path)
-    if data.draw(st.booleans()):
-        (folder / "damaged").write_bytes(data.draw(damaged_file(path.read_bytes())))
-    else:
-        tensors, metadata = opened(path)
-        save_file(changed(tensors, data.draw(CHANGES)), folder / "damaged", metadata=metadata)
-    with promise():
-        read = FusionPlan.load(folder / "damaged")
-        assert all((pages >= 0).all() for pages in (read.row, read.slot, read.old_page, read.page))
-
-
-def test_a_plan_that_counts_pages_from_the_end(tmp_path: Path) -> None:
-    """A page of -1 passed every check of `apply` and stood for the last page of the pool."""
-    made = plan()
-    made.page[0] = -1
-    made.save(tmp_path / "plan")
-    with pytest.raises(BadInput, match="page is no list of whole numbers from 0"):
-        FusionPlan.load(tmp_path / "plan")
 
 
 @pytest.mark.hazard("Parsers", "a damaged prefill or checkpoint", "ignored, as if it were not there")

@@ -132,6 +132,14 @@ def check_flags(flags: Sequence[str], refused: Sequence[str], where: str) -> Non
                 raise BadInput(f"{where}: {flag}{spelling} {reason}")
 
 
+def split_words(text: str, where: str) -> list[str]:
+    """The words of a command line. Raises `BadInput` for an open quotation; `where` is for the message."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise BadInput(f"{where}: {error}") from None
+
+
 def _arm(text: str, pool: PoolSize, fusion: Mapping[str, Any], common_flags: Sequence[str]) -> Arm:
     name, base_name, pairs, own_flags = _read(text)
     base = BUILT_IN[base_name]
@@ -158,10 +166,7 @@ def _arm(text: str, pool: PoolSize, fusion: Mapping[str, Any], common_flags: Seq
 def _read(text: str) -> tuple[str, str, list[str], list[str]]:
     """Name, built-in arm, pairs and flags of an arm as written."""
     name, separator, rest = text.partition("=")
-    try:
-        words = shlex.split(rest) if separator else [name]
-    except ValueError as error:
-        raise BadInput(f"arm {text!r}: {error}") from None
+    words = split_words(rest, f"arm {text!r}") if separator else [name]
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise BadInput(f"arm {text!r}: expected a name, or NAME=ARM KEY=VALUE... --FLAG...")
     if not words or words[0] not in BUILT_IN:

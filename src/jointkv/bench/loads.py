@@ -50,9 +50,7 @@ def make_loads(
 def _open(rate: float, burstiness: float) -> Load:
     if burstiness > 1:
         raise BadInput(f"--burstiness: 1 is Poisson, below it arrivals come in bursts; got {burstiness:g}")
-    if burstiness == 1:
-        return Load(kind="poisson", rate=rate)
-    return Load(kind="bursty", rate=rate, burstiness=burstiness)
+    return Load(kind="poisson", rate=rate) if burstiness == 1 else Load(kind="bursty", rate=rate, burstiness=burstiness)
 
 
 def _counts(text: str | None, requests: int) -> list[int]:

@@ -44,7 +44,7 @@ def compare(runs: Sequence[Run], arms: Sequence[Arm], loads: Sequence[Load]) -> 
                 values = [(_value(above, metric), _value(below, metric)) for above, below in both]
                 ratios = [above / below for above, below in values if above and below]
                 if ratios and len(ratios) == len(values):
-                    found.append(_comparison(upper, lower, load.label, metric.replace(".", "_"), ratios))
+                    found.append(_comparison(upper, lower, load, metric, ratios))
     return found
 
 
@@ -78,12 +78,12 @@ def smallest_p(rounds: int) -> float:
     return 2 / 2**rounds
 
 
-def _comparison(upper: str, lower: str, load: str, metric: str, ratios: list[float]) -> Comparison:
+def _comparison(upper: str, lower: str, load: Load, metric: str, ratios: list[float]) -> Comparison:
     return Comparison(
         upper=upper,
         lower=lower,
-        load=load,
-        metric=metric,
+        load=load.label,
+        metric=metric.replace(".", "_"),
         ratios=ratios,
         median_ratio=median(ratios),
         p=sign_flip_p(ratios),

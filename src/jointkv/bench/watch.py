@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
+from contextlib import suppress
 from typing import NamedTuple, Self
 
 from jointkv.bench.result import Timeline
@@ -134,11 +135,9 @@ class Watch:
             self._read()
 
     def _read(self) -> bool:
-        try:
+        self._answers = False
+        with suppress(OSError):
             metrics = read(self.url)
-        except OSError:
-            self._answers = False
-            return False
-        self._answers = True
-        self.readings.append(Reading(time.perf_counter(), metrics))
-        return True
+            self.readings.append(Reading(time.perf_counter(), metrics))
+            self._answers = True
+        return self._answers

@@ -19,7 +19,6 @@ from rich.text import Text
 
 from jointkv.cli.console import named_errors, progress, require, stages, stderr_console, write_json
 from jointkv.cli.fusion_options import fusion_options
-from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
     from jointkv.bench.options import Model, Options
@@ -103,13 +102,12 @@ def serve(
     and seeds, and all loads.
     A benchmark that was interrupted goes on where it stopped when the same command is given again.
     """
-    given = dict(locals())
+    given = dict(locals())  # most of them go on to `Options` under their own names
     with named_errors():
         from jointkv.bench.options import QUICK
 
         if quick:
-            source = context.get_parameter_source
-            given |= {name: value for name, value in QUICK.items() if getattr(source(name), "name", "") == "DEFAULT"}
+            given |= {name: value for name, value in QUICK.items() if not _was_given(context, name)}
         output = given["output"]
         result = _run(_options(given), output, port, start_timeout, fresh)
         if json is not None:
@@ -120,18 +118,24 @@ def serve(
     _say(f"wrote {file}; the report: jointkv report html {shlex.quote(str(file))}")
 
 
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
 def _options(given: dict[str, Any]) -> Options:
     """Raises `BadInput` for what can be told without the model."""
-    from jointkv.bench.arms import DEFAULT_ARMS
+    from jointkv.bench.arms import DEFAULT_ARMS, split_words
     from jointkv.bench.options import Options, default_block_size, engine_dtype
 
     fusion = {name: given[name] for name in ("max_relative_error", "min_pool_usage")}
+    flags = given["flags"] or ""
     fusion["profile"] = None if given["profile"] is None else str(given["profile"])
     return Options(
         **{field.name: given[field.name] for field in fields(Options) if field.name in given}
         | {
             "arms": tuple(given["arm"] or DEFAULT_ARMS),
-            "flags": tuple(_split(given["flags"])),
+            "flags": tuple(split_words(flags, f"--flags {flags!r}")),
             "block_size": given["block_size"] or default_block_size(given["profile"]),
             "fusion": fusion_options(given["option"] or [], fusion, "--set"),
             "dtype": engine_dtype(given["dtype"]),
@@ -214,13 +218,6 @@ def _interruptible(output: Path) -> Iterator[None]:
 
 def _say(line: str, style: str = "") -> None:
     stderr_console().print(Text(line, style=style), soft_wrap=True)
-
-
-def _split(flags: str | None) -> list[str]:
-    try:
-        return shlex.split(flags or "")
-    except ValueError as error:
-        raise BadInput(f"--flags {flags!r}: {error}") from None
 
 
 def _print(result: ServingResult) -> None:

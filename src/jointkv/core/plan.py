@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from jointkv.errors import BadInput, LayoutError
-from jointkv.system.files import replace_tensors
+from jointkv.errors import LayoutError
 
-FORMAT = "jointkv.plan/1"
 MEMBER_FIELDS = ("row", "slot", "old_page", "page", "key_error", "value_error", "token_error")
 
 
@@ -95,55 +90,3 @@ class FusionPlan:
     def pages_released(self) -> int:
         """References that leave a page for another one (predicted; the pool says what was really freed)."""
         return int((self.old_page != self.page).sum())
-
-    def save(self, path: Path | str) -> None:
-        """Write the plan as a safetensors file; `load` reads it back. Raises `BadInput`."""
-        tensors = {
-            field.name: getattr(self, field.name).contiguous()
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) is not None
-        }
-        replace_tensors(path, tensors, {"format": FORMAT})
-
-    @classmethod
-    def load(cls, path: Path | str) -> FusionPlan:
-        """Read a plan written by `save`.
-
-        Raises:
-            BadInput: no safetensors file, another format, or fields that are missing or malformed.
-        """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                if (file.metadata() or {}).get("format") != FORMAT:
-                    raise BadInput(f"{path}: not a fusion plan ({FORMAT})")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return _checked(cls(**tensors))
-        except (SafetensorError, OSError, TypeError, LayoutError) as error:
-            raise BadInput(f"{path}: not a fusion plan: {error}") from None
-
-
-def _checked(plan: FusionPlan) -> FusionPlan:
-    """`plan`. Raises LayoutError for fields that no plan has: a page below 0 would be counted from the end."""
-    for name in ("row", "slot", "old_page", "page", "direction_page"):
-        numbers = getattr(plan, name)
-        if numbers is not None and (numbers.dtype != torch.long or numbers.dim() != 1 or (numbers < 0).any()):
-            raise LayoutError(f"{name} is no list of whole numbers from 0")
-    for name in ("key_error", "value_error", "token_error"):
-        if not getattr(plan, name).is_floating_point():
-            raise LayoutError(f"{name} is no list of numbers")
-    scales = (plan.k_scale, plan.v_scale)
-    directions = (plan.direction_page, plan.key_direction, plan.value_direction)
-    if any(scale is not None for scale in scales):
-        _check_layers("scales", scales, len(plan), 2)
-    if any(part is not None for part in directions):
-        pages = 0 if plan.direction_page is None else len(plan.direction_page)
-        _check_layers("directions", directions[1:], pages, 5)
-    return plan
-
-
-def _check_layers(name: str, tensors: Sequence[Tensor | None], count: int, dimensions: int) -> None:
-    """Raises LayoutError unless all are there, of floats, and agree on layers and on `count`."""
-    shapes = {None if tensor is None else tensor.shape[:2] for tensor in tensors}
-    agree = len(shapes) == 1 and all(shape is not None and shape[1:] == (count,) for shape in shapes)
-    if not agree or any(each is None or each.dim() != dimensions or not each.is_floating_point() for each in tensors):
-        raise LayoutError(f"{name} are missing or differ in shape")

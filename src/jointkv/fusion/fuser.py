@@ -112,10 +112,11 @@ class Fuser:
             return FusionPlan.empty()
         own = table.pages[blocks.row, blocks.slot]
         member, place = (candidates >= 0).nonzero(as_tuple=True)
-        pair = (own[member], candidates[member, place])
-        scales = self._by_side(_norm_ratio, *pair) if rule.shares_directions else (None, None)
-        errors = served_errors(self.pool.kv, *pair, rule.across_layers, *scales)
-        cosines = self._by_side(_mean_cosine, *pair) if rule.compares_cosines else NOT_ASKED
+        served_by = candidates[member, place]
+        pairs = (own[member], served_by)
+        scales = self._by_side(_norm_ratio, *pairs) if rule.shares_directions else (None, None)
+        errors = served_errors(self.pool.kv, *pairs, rule.across_layers, *scales)
+        cosines = self._by_side(_mean_cosine, *pairs) if rule.compares_cosines else NOT_ASKED
         accepted = rule.allows(errors, cosines)
         cost, number = torch.full(candidates.shape, torch.inf), torch.zeros_like(candidates)
         cost[member, place] = torch.maximum(errors.key, errors.value).masked_fill(~accepted, torch.inf)
@@ -125,7 +126,7 @@ class Fuser:
         self.counters["rejected_by_bound"] += int(((candidates >= 0).any(1) & ~hit).sum())
         chosen, members = number[hit, choice[hit]], blocks.take(hit)
         return FusionPlan(
-            *(members.row, members.slot, own[hit], pair[1][chosen], *errors.take(chosen)),
+            *(members.row, members.slot, own[hit], served_by[chosen], *errors.take(chosen)),
             *(None if scale is None else scale[:, chosen] for scale in scales),
         )
 

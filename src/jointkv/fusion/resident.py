@@ -39,6 +39,9 @@ class ResidentIndex:
     def __len__(self) -> int:
         return len(self._page) - self._free_count
 
+    def __contains__(self, page: int) -> bool:
+        return bool(self.contains(torch.tensor([page]))[0])
+
     def contains(self, pages: Tensor) -> Tensor:
         """Which of `pages [n]` are in the index, bool `[n]`."""
         known = pages < len(self._entry_of_page)

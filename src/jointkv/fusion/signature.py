@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from jointkv.core.blocks import PagedKV, checked_pages
 from jointkv.errors import LayoutError
-from jointkv.fusion.kernels import kernels_for
+from jointkv.fusion.kernels import SignatureKernel, kernels_for
 
 LEAST_PROJECTIONS, PROJECTIONS_OF_A_GROUP = 4, 64
 """Random projections per layer and side: 64 shared out over the layers of a group, 4 at the least. The squared distance
@@ -30,13 +28,13 @@ class BlockSignature:
 
     def __init__(self, kv: PagedKV, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
-        sizes = [blocks.shape[-1] for blocks in kv.vectors(torch.zeros(0, dtype=torch.long))]
+        sizes = [layers[0][0].numel() for layers in (kv.keys, kv.values)]
         count = max(LEAST_PROJECTIONS, PROJECTIONS_OF_A_GROUP // kv.num_layers)
         self.size = 2 * count * kv.num_layers
         self._projections = [
             torch.randn(size, count, generator=generator).to(kv.device) * self.size**-0.5 for size in sizes
         ]
-        self._kept: tuple[tuple[torch.dtype, torch.device], Callable[[PagedKV, Tensor], Tensor] | None] | None = None
+        self._kept: tuple[tuple[torch.dtype, torch.device], SignatureKernel | None] | None = None
 
     def __call__(self, kv: PagedKV, pages: Tensor) -> Tensor:
         """Signatures of the blocks `pages [n]`: float32 `[n, size]` on the pages' device.
@@ -49,7 +47,8 @@ class BlockSignature:
             LayoutError: `pages` is not a vector of integers, or the blocks have another size.
         """
         index = checked_pages(kv, pages)
-        sizes, known = [layers[0][0].numel() for layers in (kv.keys, kv.values)], [*map(len, self._projections)]
+        sizes = [layers[0][0].numel() for layers in (kv.keys, kv.values)]
+        known = [len(projection) for projection in self._projections]
         if sizes != known:
             raise LayoutError(f"blocks of {sizes} numbers, and projections of {known}")
         kernel = self._kernel(kv) if len(index) else None
@@ -68,7 +67,7 @@ class BlockSignature:
             columns.append(torch.where(norm == 0, torch.zeros_like(projected), projected / norm))
         return torch.stack(columns).permute(2, 0, 1, 3).flatten(1)
 
-    def _kernel(self, kv: PagedKV) -> Callable[[PagedKV, Tensor], Tensor] | None:
+    def _kernel(self, kv: PagedKV) -> SignatureKernel | None:
         """That for pages like those of `kv`, kept for the next call."""
         layers = (*kv.keys, *kv.values)
         if not all(layer.is_contiguous() and layer.device == kv.device for layer in layers):

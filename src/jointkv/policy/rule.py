@@ -129,19 +129,18 @@ class Rule(ABC):
             math.inf if bound is None else bound for bound in (self.max_relative_error, self.max_token_error)
         )
         allowed = (key < math.inf) & (value < math.inf) & (token <= token_bound)
-        allowed &= (key <= block_bound) & (value <= block_bound)
+        return self._with_cosines(allowed & (key <= block_bound) & (value <= block_bound), cosines)
+
+    def _with_cosines(self, allowed: Array, cosines: tuple[Array | None, Array | None]) -> Array:
         for cosine, threshold in zip(cosines, (self.key_threshold, self.value_threshold), strict=True):
             if cosine is not None and threshold is not None:
-                allowed &= cosine >= threshold
+                allowed = allowed & (cosine >= threshold)
         return allowed
 
     def _alike(self, pairs: PairStatistics) -> Tensor:
         """Which pairs pass every test so far: `[P, N, N]` bool; entry `[i, j]`: block `j` may serve block `i`."""
-        alike = pairs.valid[:, :, None] & pairs.valid[:, None, :]
-        sides = ((pairs.key_cosine, self.key_threshold), (pairs.value_cosine, self.value_threshold))
-        for cosine, threshold in sides:
-            if cosine is not None and threshold is not None:
-                alike &= cosine >= threshold
+        valid = pairs.valid[:, :, None] & pairs.valid[:, None, :]
+        alike = self._with_cosines(valid, (pairs.key_cosine, pairs.value_cosine))
         if pairs.error is not None and self.max_relative_error is not None:
-            alike &= pairs.error <= self.max_relative_error**2 + GRAM_SLACK
+            alike = alike & (pairs.error <= self.max_relative_error**2 + GRAM_SLACK)
         return alike

@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any
 
 ANY = "_"
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,12 @@ def _unlike(theirs: Any, ours: Any) -> str | None:
     wanted, taken = inspect.signature(theirs).parameters, inspect.signature(ours).parameters
     takes_more = {parameter.kind for parameter in taken.values()}
     for name, parameter in wanted.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        if parameter.kind in VARIABLE:
             continue
         spare = parameter.VAR_KEYWORD if parameter.kind == parameter.KEYWORD_ONLY else parameter.VAR_POSITIONAL
         if name not in taken and spare not in takes_more:
             return f"passes {name}, which jointkv's does not take"
     for name, parameter in taken.items():
-        required = parameter.default is parameter.empty and parameter.kind in (
-            parameter.POSITIONAL_OR_KEYWORD,
-            parameter.KEYWORD_ONLY,
-        )
-        if required and name not in wanted:
+        if parameter.kind not in VARIABLE and parameter.default is parameter.empty and name not in wanted:
             return f"does not pass {name}, which jointkv's needs"
     return None

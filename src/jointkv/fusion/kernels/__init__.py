@@ -19,14 +19,18 @@ MODULES = {"cpu": "cpu", "cuda": "gpu"}
 """The module of this package whose `Kernels` take pages on a device. A new one is a file, and a line here."""
 
 
+SignatureKernel = Callable[[PagedKV, Tensor], Tensor]
+"""Signatures of blocks in contiguous pages, given as page numbers, int64 on the CPU."""
+
+
 class Kernels(Protocol):
     """What the module of a device has. Making one raises NativeUnavailable where it cannot be built."""
 
     def pair_sums(self, pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
         """What `jointkv.fusion.pair_sums.pair_sums` returns; `own` and `other` are known to be right."""
 
-    def signatures(self, dtype: torch.dtype, projections: Sequence[Tensor]) -> Callable[[PagedKV, Tensor], Tensor]:
-        """What returns signatures of blocks in contiguous pages of `dtype`, given as page numbers, int64 on the CPU.
+    def signatures(self, dtype: torch.dtype, projections: Sequence[Tensor]) -> SignatureKernel:
+        """The kernel for pages of `dtype`.
 
         Args:
             projections: for K and for V, float32 `[r, columns]` on the pages' device.

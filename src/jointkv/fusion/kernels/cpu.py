@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jointkv.core.blocks import RESOLUTION, PagedKV
 from jointkv.core.packed import LANES, PACKED_DTYPES, PackedPages, RowPatterns, lane_order
+from jointkv.fusion.kernels import SignatureKernel
 from jointkv.system import native
 
 FOLDER = Path(__file__).parent
@@ -63,7 +64,7 @@ class Kernels:
         )
         return sums
 
-    def signatures(self, dtype: torch.dtype, projections: Sequence[Tensor]) -> Callable[[PagedKV, Tensor], Tensor]:
+    def signatures(self, dtype: torch.dtype, projections: Sequence[Tensor]) -> SignatureKernel:
         by_row = [_by_row(projection, dtype) for projection in projections]
         columns = projections[0].shape[1]
 

@@ -4,7 +4,7 @@ A program of `add_up` takes some tokens of K, or of V, of one layer of one pair;
 lie. One of `project` takes some blocks of a layer, K or V, and some columns of their projection.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jointkv.core.blocks import RESOLUTION, SMALLEST, PagedKV
 from jointkv.core.packed import BITS, PackedPages
+from jointkv.fusion.kernels import SignatureKernel
 
 TOKENS, NUMBERS = 16, 64
 """Of a tile. The numbers of a token are added up in so many places before these are."""
@@ -131,7 +132,7 @@ class Kernels:
             )
         return sums.cpu()
 
-    def signatures(self, dtype: torch.dtype, projections: Sequence[Tensor]) -> Callable[[PagedKV, Tensor], Tensor]:
+    def signatures(self, dtype: torch.dtype, projections: Sequence[Tensor]) -> SignatureKernel:
         columns = projections[0].shape[1]
 
         def take(kv: PagedKV, pages: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ A new version is one more file and a line in `VERSIONS`. Imports vllm only insid
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
 
 from jointkv.errors import UnsupportedEngine
 from jointkv.system.interfaces import Use, differences
+from jointkv.system.machine import version_of
 from jointkv.vllm_plugin.engine.runners import RUNNERS
 from jointkv.vllm_plugin.engine.uses import v0_32
 
@@ -22,12 +22,7 @@ VERSIONS: dict[str, ModuleType] = {"0.32.": v0_32}
 
 def vllm_version() -> str:
     """The installed version, whatever the wheel is called."""
-    for name in DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "unknown"
+    return version_of(*DISTRIBUTIONS) or "unknown"
 
 
 def is_tested(version: str) -> bool:
