@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jointkv.policy.profile import FrontierPoint, Measurement, Prediction, Profile
 
 UNMET = 1
-STEPS = 6
+STEPS = 5
 AT_ONCE = 8
 PROFILE_HEADINGS = ("", "requests", "ratio", "KL", "KL worst request", "top-1", "NLL (unfused)")
 FRONTIER_HEADINGS = ("max_relative_error", "predicted ratio", "measured ratio", "KL", "KL worst request")
@@ -87,9 +87,8 @@ def calibrate(
         seed=seed,
     )
     kind, rows = _sample(data, traffic, requests, settings)
+    loaded, tokenizer = load(model, dtype)
     with progress(STEPS) as steps:
-        steps.start(f"loading {model}")
-        loaded, tokenizer = load(model, dtype)
         if kind is None:
             made = _scored_requests(loaded, tokenizer, rows, tokens, block_size)
         else:

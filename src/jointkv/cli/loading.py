@@ -23,8 +23,7 @@ def load(
     name: str, dtype: str = "bfloat16", attn_implementation: str | None = None
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a model and its tokenizer, see `locate`. Raises `UnsupportedModel` too."""
-    locate(name)
-    with stages(f"loading {name}"):
+    with stages(f"loading {name}") as show:
         from jointkv.hf.models import load_model
 
-        return load_model(name, dtype=dtype, attn_implementation=attn_implementation)
+        return load_model(name, dtype, attn_implementation, progress=show)
