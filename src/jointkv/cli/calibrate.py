@@ -120,11 +120,10 @@ def _prepare(
 ) -> tuple[Calibration, str]:
     """A calibration ready to run, and what its data is called. Raises `BadInput` before anything takes long."""
     from jointkv.evaluate.calibrate.run import MIN_HALF, Calibration, too_few
-    from jointkv.evaluate.calibrate.settings import policy_of as check_policy
     from jointkv.evaluate.request_files import prompts_of, read_requests
     from jointkv.evaluate.traffic import get_traffic
 
-    check_policy((0.0,) * settings.layer_groups, settings)
+    settings.policy((0.0,) * settings.layer_groups)
     rows = read_requests(data) if data is not None else []
     if len(rows) > count:
         chosen = random.Random(settings.seed).sample(range(len(rows)), count)
