@@ -34,7 +34,7 @@ JOB = {
     "block_size": 16,
     "traffic": "t",
     "generate": 0,
-    "requests": [{"prompt": [1, 2], "continuation": [3]}],
+    "requests": [[[1, 2], [3]]],
     "methods": [["no such method", 0.5]],
 }
 LAUNCH = {"options": {"max_relative_error": 0.1, "scope": "chunk", "chunk_tokens": 64}, "device": "cpu"}

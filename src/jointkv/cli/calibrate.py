@@ -122,11 +122,10 @@ def _sample(
 ) -> tuple[Traffic | None, list[UserRequest]]:
     """The traffic, or the rows of the file that are used. Raises `BadInput` before anything takes long."""
     from jointkv.evaluate.calibrate.run import MIN_HALF, too_few
-    from jointkv.evaluate.calibrate.settings import policy_of
     from jointkv.evaluate.request_files import read_requests
     from jointkv.evaluate.traffic import get_traffic
 
-    policy_of((0.0,) * settings.layer_groups, settings)
+    settings.policy((0.0,) * settings.layer_groups)
     kind = get_traffic(traffic) if data is None else None
     rows = [] if data is None else read_requests(data)
     if len(rows) > count:

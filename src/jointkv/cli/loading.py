@@ -23,7 +23,8 @@ def load(
     name: str, dtype: str = "bfloat16", attn_implementation: str | None = None
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a model and its tokenizer, see `locate`. Raises `UnsupportedModel` too."""
-    with stages(f"loading {name}") as show:
+    locate(name)
+    with stages(f"loading {name}"):
         from jointkv.hf.models import load_model
 
-        return load_model(name, dtype, attn_implementation, progress=show)
+        return load_model(name, dtype=dtype, attn_implementation=attn_implementation)

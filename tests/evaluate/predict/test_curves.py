@@ -3,7 +3,7 @@
 import pytest
 
 from jointkv.evaluate.predict.curves import measured_curves
-from tests.evaluate.calibrate.test_calibration import BLOCK, model, requests  # noqa: F401
+from tests.evaluate.sharing_requests import BLOCK, requests
 
 
 class Steps:
@@ -17,7 +17,7 @@ class Steps:
         self.fractions.append(fraction)
 
 
-def test_curves_are_measured_on_other_requests(model):  # noqa: F811
+def test_curves_are_measured_on_other_requests(model):
     steps, bounds = Steps(), (0.1, 0.3, 0.6)
     whole, *layers = measured_curves(model, requests(32), bounds, BLOCK, steps)
     assert whole.group is None and [curve.group for curve in layers] == [0, 1, 2, 3]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from jointkv.evaluate.calibrate.settings import CalibrationSettings, policy_of
+from jointkv.evaluate.calibrate.settings import CalibrationSettings
+from jointkv.evaluate.calibrate.store import Store
 from jointkv.evaluate.holding.fused import OFF, fused_logits
 from jointkv.evaluate.holding.prefilled import Prefilled
 from jointkv.evaluate.score.fidelity import score
@@ -19,13 +20,24 @@ from jointkv.theory.calibrate import Setting, upper_mean
 
 @dataclass
 class Half:
-    """Some of the requests: their unfused distributions, and the measurements made so far."""
+    """Some of the requests: their unfused distributions, and the measurements made so far, now or by an earlier run.
 
+    Attributes:
+        name: under which `store` keeps the measurements.
+        further: requests that the mean of these is to say something about.
+    """
+
+    name: str
     model: PreTrainedModel
     batch: Prefilled
     settings: CalibrationSettings
     further: int
-    measured: dict[Setting, Measurement] = field(default_factory=dict)
+    store: Store
+
+    @cached_property
+    def measured(self) -> dict[Setting, Measurement]:
+        """Measurements by setting."""
+        return self.store.measured(self.name)
 
     @cached_property
     def unfused(self) -> Tensor:
@@ -33,9 +45,9 @@ class Half:
         return fused_logits(self.model, self.batch, OFF)[1]
 
     def measure(self, setting: Setting) -> Measurement:
-        """Fuse under `setting` and score."""
+        """Fuse under `setting` and score. Raises `BadInput` when the result cannot be kept."""
         if setting not in self.measured:
-            held, logits = fused_logits(self.model, self.batch, policy_of(setting, self.settings))
+            held, logits = fused_logits(self.model, self.batch, self.settings.policy(setting))
             sums = score(logits, self.unfused, [request.continuation for request in self.batch.requests])
             fidelity = summarize(sums)
             self.measured[setting] = Measurement(
@@ -48,4 +60,5 @@ class Half:
                 nll=fidelity.nll,
                 nll_unfused=fidelity.nll_reference,
             )
+            self.store.keep(self.name, self.measured)
         return self.measured[setting]

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 from jointkv.errors import BadInput, JointKVError, UnsupportedModel
 from jointkv.evaluate.calibrate.half import Half
-from jointkv.evaluate.calibrate.settings import CalibrationSettings, policy_of
+from jointkv.evaluate.calibrate.settings import CalibrationSettings
 from jointkv.evaluate.calibrate.store import Store, digest
 from jointkv.evaluate.holding.batch import context_of
 from jointkv.evaluate.holding.prefilled import Prefilled, join, prefill, take
 from jointkv.evaluate.predict.block_pairs import Lines, lines_of, pair_error_matrices
 from jointkv.evaluate.predict.prediction import predict_batch, predict_chunks
+from jointkv.evaluate.progress import Progress, Silent
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.pool import full_attention_layers
 from jointkv.policy import LayerGroups
@@ -38,16 +39,6 @@ class TargetUnmet(JointKVError, RuntimeError):
     def __init__(self, message: str, frontier: tuple[FrontierPoint, ...]) -> None:
         super().__init__(message)
         self.frontier = frontier
-
-
-class Progress:
-    """Where progress goes; does nothing by itself."""
-
-    def start(self, description: str) -> None:
-        """The next step begins."""
-
-    def part(self, fraction: float) -> None:
-        """Of the present step `fraction` is done."""
 
 
 class Calibration:
@@ -76,21 +67,27 @@ class Calibration:
         if settings.scope == "both":
             raise BadInput("scope: calibrate batch and chunk one at a time")
         self.model, self.requests, self.settings = model, requests, settings
-        self.progress = progress or Progress()
+        self.progress = progress or Silent()
         count = len(requests) // 2
         order = random.Random(settings.seed).sample(range(len(requests)), len(requests))
         self._rows = (sorted(order[:count]), sorted(order[count:]))
         layers = len(full_attention_layers(model))
         if layers < model.config.get_text_config(decoder=True).num_hidden_layers:
             raise UnsupportedModel("models with sliding-window layers cannot be calibrated yet; set the bounds by hand")
-        groups = LayerGroups.of(policy_of((REFERENCE_BOUND,) * settings.layer_groups, settings), layers)
+        groups = LayerGroups.of(settings.policy((REFERENCE_BOUND,) * settings.layer_groups), layers)
         self.layers = [range(group * groups.layers, (group + 1) * groups.layers) for group in range(groups.count)]
         self._store = Store(work, model, requests, settings)
 
     @cached_property
     def whole(self) -> Prefilled:
         """All requests, prefilled."""
-        return self._prefill()
+        batches = []
+        for start in range(0, len(self.requests), PREFILL_ROWS):
+            part = self.requests[start : start + PREFILL_ROWS]
+            make = partial(prefill, self.model, part, block_size=self.settings.block_size)
+            batches.append(self._store.prefilled(part, make))
+            self.progress.part((start + len(part)) / len(self.requests))
+        return join(batches)
 
     @cached_property
     def halves(self) -> tuple[Half, Half]:
@@ -98,8 +95,8 @@ class Calibration:
         first, second = (take(self.whole, rows) for rows in self._rows)
         del self.whole  # the halves are copies
         return (
-            Half(self.model, first, self.settings, len(second.requests), self._store.measured("calibrated")),
-            Half(self.model, second, self.settings, len(first.requests), self._store.measured("held_out")),
+            Half("calibrated", self.model, first, self.settings, len(second.requests), self._store),
+            Half("held_out", self.model, second, self.settings, len(first.requests), self._store),
         )
 
     @cached_property
@@ -134,7 +131,7 @@ class Calibration:
         chosen = self._choose(candidates)
         predicted, equal_text = (self.predict(chosen, equal_text=only) for only in (False, True))
         self.progress.start("checking on the held-out half")
-        calibrated, held_out = (self._measured(half, chosen) for half in self.halves)
+        calibrated, held_out = (half.measure(chosen) for half in self.halves)
         return Profile(
             model=model,
             block_size=self.settings.block_size,
@@ -167,16 +164,6 @@ class Calibration:
             self.progress.start(description)
             getattr(self, part)
 
-    def _prefill(self) -> Prefilled:
-        batches = []
-        for start in range(0, len(self.requests), PREFILL_ROWS):
-            part = self.requests[start : start + PREFILL_ROWS]
-            batches.append(
-                self._store.prefilled(part, partial(prefill, self.model, part, block_size=self.settings.block_size))
-            )
-            self.progress.part((start + len(part)) / len(self.requests))
-        return join(batches)
-
     def _candidates(self) -> list[Setting]:
         """Settings to choose from; a relative error is its own setting."""
         if self.settings.target.kind == "relative_error":
@@ -199,7 +186,7 @@ class Calibration:
                 _, distortion = acceptance_and_distortion(error, self.lines.valid, bound)
                 if distortion:
                     alone = tuple(bound if other == group else 0.0 for other in range(len(self.layers)))
-                    found[-1] = self._measured(self.halves[0], alone).kl / distortion
+                    found[-1] = self.halves[0].measure(alone).kl / distortion
                     break
             self.progress.part((group + 1) / len(self.layers))
         return [value or max(found) or 1.0 for value in found]
@@ -209,9 +196,8 @@ class Calibration:
         self.progress.start(f"searching for {target.kind}={target.value:g}")
         chosen: Setting | None
         if target.kind == "kl":
-            chosen = last_that_holds(
-                candidates, lambda setting: self._measured(self.halves[0], setting).kl_upper <= target.value
-            )
+            measure = self.halves[0].measure
+            chosen = last_that_holds(candidates, lambda setting: measure(setting).kl_upper <= target.value)
         elif target.kind == "ratio":
             chosen = next((setting for setting in candidates if self.predict(setting).low >= target.value), None)
         else:
@@ -231,11 +217,6 @@ class Calibration:
         if target.kind == "ratio":
             return held_out.ratio >= target.value
         return max(chosen) <= target.value
-
-    def _measured(self, half: Half, setting: Setting) -> Measurement:
-        found = half.measure(setting)
-        self._store.keep("calibrated" if half is self.halves[0] else "held_out", half.measured)
-        return found
 
     def _thresholds(self, error: Tensor, bound: float) -> GroupThresholds:
         acceptance, distortion = acceptance_and_distortion(error, self.lines.valid, bound)

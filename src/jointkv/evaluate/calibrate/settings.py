@@ -33,15 +33,14 @@ class CalibrationSettings:
         """The bound on tokens that goes with the `bound` on blocks."""
         return min(TOKEN_SLACK * bound, self.token_limit)
 
-
-def policy_of(setting: Setting, settings: CalibrationSettings) -> FusionPolicy:
-    """The policy that a setting stands for."""
-    return FusionPolicy.preset(
-        "safe",
-        max_relative_error=setting,
-        max_token_error=tuple(settings.token_bound(bound) for bound in setting),
-        across_layers=settings.across_layers,
-        scope=settings.scope,
-        chunk_tokens=settings.chunk_tokens,
-        layer_groups=settings.layer_groups,
-    )
+    def policy(self, setting: Setting) -> FusionPolicy:
+        """The policy that a setting stands for. Raises `InvalidPolicy`."""
+        return FusionPolicy.preset(
+            "safe",
+            max_relative_error=setting,
+            max_token_error=tuple(self.token_bound(bound) for bound in setting),
+            across_layers=self.across_layers,
+            scope=self.scope,
+            chunk_tokens=self.chunk_tokens,
+            layer_groups=self.layer_groups,
+        )

@@ -17,11 +17,11 @@ from jointkv.evaluate.holding.batch import Batch
 from jointkv.evaluate.holding.held import ByteCount, HeldBatch, end_tokens, greedy, true_logits
 from jointkv.evaluate.methods.base import Method
 from jointkv.evaluate.methods.unfused import Unfused
+from jointkv.evaluate.progress import Report
 from jointkv.evaluate.score.fidelity import score
 from jointkv.evaluate.score.outputs import common_prefix_length, cut_at_end
 from jointkv.evaluate.score.summary import summarize
 
-Progress = Callable[[str], None]
 Wanted = tuple[Method, float]
 """A method and the level to run it at."""
 
@@ -46,7 +46,7 @@ class Reference:
 
 
 def run_methods(
-    batch: Batch, methods: Sequence[Wanted], generate: int = 0, progress: Progress | None = None, *, traffic: str = ""
+    batch: Batch, methods: Sequence[Wanted], generate: int = 0, progress: Report | None = None, *, traffic: str = ""
 ) -> Iterator[MethodRow]:
     """Run each method at its level on `batch` and compare it with the unfused model in this environment.
 

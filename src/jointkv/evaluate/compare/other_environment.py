@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from jointkv.errors import BadInput, JointKVError
-from jointkv.evaluate.compare.comparison import Progress, Wanted, not_run, run_methods
+from jointkv.evaluate.compare.comparison import Wanted, not_run, run_methods
 from jointkv.evaluate.compare.result import MethodRow
 from jointkv.evaluate.holding.batch import Batch
 from jointkv.evaluate.jsonl import located, validated
 from jointkv.evaluate.methods import get_method
+from jointkv.evaluate.progress import Report
 from jointkv.evaluate.traffic.base import Request
 
 STDERR_LINES = 3
@@ -34,15 +35,14 @@ SILENCE_SECONDS = 1800.0
 """A worker that prints nothing for so long is ended; it prints a line before each method."""
 
 
-class JobRequest(BaseModel):
-    """The token ids of a request."""
-
-    prompt: tuple[int, ...]
-    continuation: tuple[int, ...]
-
-
 class Job(BaseModel):
-    """A comparison for another process: the model's folder, the requests, and methods by name with their levels."""
+    """A comparison for another process.
+
+    Attributes:
+        model: the model's folder.
+        requests: token ids of prompt and continuation.
+        methods: names and levels.
+    """
 
     format: Literal["jointkv.methods.job/1"] = "jointkv.methods.job/1"
     model: str
@@ -50,7 +50,7 @@ class Job(BaseModel):
     block_size: int = Field(ge=1)
     traffic: str
     generate: int = Field(ge=0)
-    requests: tuple[JobRequest, ...]
+    requests: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     methods: tuple[tuple[str, float], ...]
 
     @classmethod
@@ -64,7 +64,7 @@ class Job(BaseModel):
             block_size=batch.block_size,
             traffic=traffic,
             generate=generate,
-            requests=tuple(JobRequest(prompt=each.prompt, continuation=each.continuation) for each in batch.requests),
+            requests=tuple((request.prompt, request.continuation) for request in batch.requests),
             methods=tuple((method.name, level) for method, level in wanted),
         )
 
@@ -77,7 +77,7 @@ def compare_methods(
     worker_python: str | Path | None = None,
     traffic: str = "",
     generate: int = 0,
-    progress: Progress | None = None,
+    progress: Report | None = None,
     silence_seconds: float = SILENCE_SECONDS,
 ) -> list[MethodRow]:
     """Rows for `wanted`, in that order: those whose packages are here run here, the others in `worker_python`.
@@ -102,7 +102,7 @@ def run_elsewhere(
     job: Job,
     wanted: Sequence[Wanted],
     python: str | Path | None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
     silence_seconds: float = SILENCE_SECONDS,
 ) -> list[MethodRow]:
     """Run `job` under the interpreter `python`. Where that fails, rows that say why follow those that were made."""
@@ -129,7 +129,7 @@ def run_elsewhere(
     return rows + [not_run(method, level, reason, job.traffic) for method, level in wanted[len(rows) :]]
 
 
-def _follow(command: Sequence[str], errors: IO[str], progress: Progress, silence_seconds: float) -> int | None:
+def _follow(command: Sequence[str], errors: IO[str], progress: Report, silence_seconds: float) -> int | None:
     """Run `command` and report its lines; its exit code, or None when it was ended for silence.
 
     Whatever is raised here, such as a KeyboardInterrupt, ends the process and those that it started.
@@ -170,7 +170,7 @@ def read_job(path: Path) -> Job:
         return validated(Job.model_validate_json, text)
 
 
-def run_job(job: Job, progress: Progress | None = None) -> Iterator[MethodRow]:
+def run_job(job: Job, progress: Report | None = None) -> Iterator[MethodRow]:
     """Load the model of `job` and run its methods.
 
     Raises `BadInput` for a method that is unknown, or a model that cannot be loaded.
@@ -180,7 +180,7 @@ def run_job(job: Job, progress: Progress | None = None) -> Iterator[MethodRow]:
         model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.dtype, trust_remote_code=False).eval()
     except Exception as error:  # transformers checks little of what it reads
         raise BadInput(f"cannot load the model {job.model}: {type(error).__name__}: {error}") from error
-    requests = [Request(each.prompt, each.continuation, "") for each in job.requests]
+    requests = [Request(prompt, continuation, "") for prompt, continuation in job.requests]
     return run_methods(Batch(model, requests, job.block_size), wanted, job.generate, progress, traffic=job.traffic)
 
 

@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping
 
 from transformers import PreTrainedModel
 
-from jointkv.evaluate.compare.comparison import Progress
 from jointkv.evaluate.compare.result import PolicyRow
 from jointkv.evaluate.holding.fused import OFF, fused_logits
 from jointkv.evaluate.holding.prefilled import Prefilled
+from jointkv.evaluate.progress import Report
 from jointkv.evaluate.score.fidelity import score
 from jointkv.evaluate.score.summary import summarize
 from jointkv.policy import FusionPolicy
 
 
 def compare_policies(
-    model: PreTrainedModel, batch: Prefilled, policies: Mapping[str, FusionPolicy], traffic: str, report: Progress
+    model: PreTrainedModel, batch: Prefilled, policies: Mapping[str, FusionPolicy], traffic: str, report: Report
 ) -> Iterator[PolicyRow]:
     """A row of the unfused batch, then one of each of `policies`; `report` gets one line before each."""
     reference, bytes_before = None, 0

@@ -69,7 +69,7 @@ class TrafficSummary(Record):
     """What was asked of the methods; `prompt_tokens` has the least, the mean and the most of a request."""
 
     requests: int
-    prompt_tokens: dict[str, float] | None = None
+    prompt_tokens: dict[str, int | float] | None = None
     description: str = ""
 
 

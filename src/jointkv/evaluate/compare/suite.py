@@ -9,13 +9,14 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.compare.comparison import Progress, Wanted, equal_bytes
+from jointkv.evaluate.compare.comparison import Wanted, equal_bytes
 from jointkv.evaluate.compare.other_environment import compare_methods
 from jointkv.evaluate.compare.result import MethodRow
 from jointkv.evaluate.holding.batch import Batch
 from jointkv.evaluate.methods import get_method, method_names
 from jointkv.evaluate.methods.base import Method
 from jointkv.evaluate.methods.fused import Fused
+from jointkv.evaluate.progress import Report
 from jointkv.evaluate.score.bootstrap import paired_difference
 from jointkv.evaluate.tasks import Task
 from jointkv.evaluate.tasks.result import TaskRow
@@ -60,7 +61,7 @@ class Suite:
     seed: int = 0
 
     def run_traffic(
-        self, traffic: Traffic, requests: Sequence[Request], choices: Sequence[Choice], report: Progress
+        self, traffic: Traffic, requests: Sequence[Request], choices: Sequence[Choice], report: Report
     ) -> list[MethodRow]:
         """All `choices` on the same requests; those without a level at as many bytes as fusion takes, if they can."""
         batch = Batch(self.model, requests, self.block_size)
@@ -93,7 +94,7 @@ class Suite:
         return min(1.0, method.hold(batch, level).nbytes / batch.unfused_nbytes)
 
     def run_task(
-        self, task: Task, wanted: Sequence[Wanted], count: int, batch_size: int, report: Progress
+        self, task: Task, wanted: Sequence[Wanted], count: int, batch_size: int, report: Report
     ) -> list[TaskRow]:
         """The task under the unfused model and under each of `wanted`."""
         rows: list[TaskRow] = []

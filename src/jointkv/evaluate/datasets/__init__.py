@@ -1,8 +1,5 @@
 """The paper's data sets, and those of the tasks, by name; vLLM's random data is the traffic `random_tokens`."""
 
-import re
-
-from jointkv.errors import BadInput
 from jointkv.evaluate.datasets.base import Dataset, Loaded, Local
 from jointkv.evaluate.datasets.dialogues import HelpSteer, SyntheticTherapy
 from jointkv.evaluate.datasets.hub import Hub
@@ -10,6 +7,7 @@ from jointkv.evaluate.datasets.long_context import LONGBENCH_PROMPTS, LongBench,
 from jointkv.evaluate.datasets.math_problems import Gsm8k, OpenMathInstruct
 from jointkv.evaluate.datasets.mmlu import Mmlu
 from jointkv.evaluate.datasets.rows import ChoiceRow, DialogueRow, QuestionRow, Row, Turn
+from jointkv.evaluate.named import find
 
 __all__ = [
     "LONGBENCH_PROMPTS",
@@ -47,11 +45,4 @@ def dataset_names() -> tuple[str, ...]:
 
 def get_dataset(name: str) -> Dataset:
     """The data set called `name`; case, blanks, `-` and `_` do not matter. Raises `BadInput` for an unknown name."""
-    for dataset in _DATASETS:
-        if _plain(dataset.name) == _plain(name):
-            return dataset
-    raise BadInput(f"unknown data set {name!r}; known: {', '.join(dataset_names())}")
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[-_\s]+", " ", name).strip().lower()
+    return find("data set", _DATASETS, name)

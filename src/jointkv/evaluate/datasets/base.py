@@ -1,6 +1,5 @@
 """What every data set is made of: where it lives, what stands in for it, and rows of a known type."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -9,8 +8,8 @@ from typing import Any
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets.hub import Hub, HubUnavailable, fetch_records
-from jointkv.evaluate.datasets.rows import Row
-from jointkv.evaluate.jsonl import located, read_records
+from jointkv.evaluate.datasets.rows import Record, Row
+from jointkv.evaluate.jsonl import located, read_records, validated
 from jointkv.evaluate.samples import packaged
 from jointkv.system.settings import Settings
 
@@ -38,10 +37,11 @@ class Loaded:
     rows: tuple[Row, ...]
 
 
-class Dataset(ABC):
-    """A data set by its name in the literature. Adding one: a class with two methods and a line in `__init__.py`.
+class Dataset:
+    """A data set by its name in the literature. Adding one: a class, its records, and a line in `__init__.py`.
 
     `copy` is a local copy of the data set itself, `stand_in` the nearest other one; at most one of them is set.
+    `record` is what the hub has, and `local_record` what the local file has, where that differs.
     """
 
     name: str
@@ -49,22 +49,16 @@ class Dataset(ABC):
     copy: Local | None = None
     stand_in: Local | None = None
 
-    @abstractmethod
-    def hub_row(self, record: Mapping[str, Any]) -> Row | None:
-        """The row in a record of the hub; None if the record is of no concern. Raises `BadInput`."""
-
-    def local_row(self, record: Mapping[str, Any]) -> Row:
-        """The row in a record of the local file, by default with the hub's fields. Raises `BadInput`."""
-        row = self.hub_row(record)
-        if row is None:
-            raise BadInput(f"not a row of {self.name}")
-        return row
+    record: type[Record]
+    local_record: type[Record] | None = None
 
     def local_rows(self, path: Path) -> Iterator[Row]:
         """The rows of the local file, by default JSONL. Raises `BadInput` as `file:line: reason`."""
         for record in read_records(path):
             with located(record.where):
-                row = self.local_row(record.fields)
+                row = validated((self.local_record or self.record).model_validate, record.fields).row()
+                if row is None:
+                    raise BadInput(f"not a row of {self.name}")
             yield row
 
     def load(self, count: int | None = None) -> Loaded:
@@ -82,7 +76,7 @@ class Dataset(ABC):
         rows = []
         for number, record in enumerate(records):
             with located(f"{self.hub}, row {number}"):
-                rows.append(self.hub_row(record))
+                rows.append(validated(self.record.model_validate, record).row())
         return Loaded(self.name, f"hub: {self.hub}", False, tuple(row for row in rows if row is not None))
 
     def _is_wanted(self, record: Mapping[str, Any]) -> bool:

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets.base import Dataset, Local
 from jointkv.evaluate.datasets.hub import Hub
-from jointkv.evaluate.datasets.rows import Row
-from jointkv.evaluate.jsonl import Text, validated
+from jointkv.evaluate.datasets.rows import Record, Row
+from jointkv.evaluate.jsonl import Text
 
 _BRIEFLY = "Only give me the answer and do not output any other words."
 _PASSAGES = f"Answer the question based on the given passages. {_BRIEFLY}"
@@ -39,31 +39,30 @@ LONGBENCH_PROMPTS: Mapping[str, str] = MappingProxyType(
 Answers = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
-class _Asked(BaseModel):
+class _Asked(Record):
+    template: ClassVar[str]
     context: Text
     input: str
     answers: Answers
 
+    def row(self) -> Row:
+        return Row(self.template.format(context=self.context, input=self.input), self.answers)
 
-class _Prompted(BaseModel):
+
+class _Prompted(Record):
+    """The prompt is as LongBench sends it."""
+
     prompt: Text
     answers: Answers
 
-
-class _Needle(BaseModel):
-    context: Text
-    question: Text
-    answer_prefix: Text
-    answer: Answers
-
-
-class _NeedlePrompt(BaseModel):
-    input: Text
-    outputs: Answers
+    def row(self) -> Row:
+        return Row(self.prompt, self.answers)
 
 
 class LongBench(Dataset):
     """Bai et al., arXiv 2308.14508; `task` is a key of `LONGBENCH_PROMPTS`."""
+
+    local_record = _Prompted
 
     def __init__(self, task: str) -> None:
         if task not in LONGBENCH_PROMPTS:
@@ -72,16 +71,27 @@ class LongBench(Dataset):
         self.name = f"LongBench {task}"
         self.hub = Hub("THUDM/LongBench", archive="data.zip", archive_member=f"data/{task}.jsonl")
         self.copy = Local(f"longbench/{task}.jsonl", f"the rows of LongBench {task} that MiniLongBench keeps")
+        self.record = type("_Asked", (_Asked,), {"template": LONGBENCH_PROMPTS[task], "__module__": __name__})
 
-    def hub_row(self, record: Mapping[str, Any]) -> Row:
-        """Some tasks leave `input` empty."""
-        found = validated(_Asked.model_validate, record)
-        return Row(LONGBENCH_PROMPTS[self.task].format(context=found.context, input=found.input), found.answers)
 
-    def local_row(self, record: Mapping[str, Any]) -> Row:
-        """The prompt is as LongBench sends it."""
-        found = validated(_Prompted.model_validate, record)
-        return Row(found.prompt, found.answers)
+class _Needle(Record):
+    context: Text
+    question: Text
+    answer_prefix: Text
+    answer: Answers
+
+    def row(self) -> Row:
+        return Row((self.context + self.question + self.answer_prefix).rstrip(), self.answer)
+
+
+class _NeedlePrompt(Record):
+    """The input ends where the answer begins."""
+
+    input: Text
+    outputs: Answers
+
+    def row(self) -> Row:
+        return Row(self.input, self.outputs)
 
 
 class RulerNeedle(Dataset):
@@ -91,15 +101,7 @@ class RulerNeedle(Dataset):
     name = "RULER niah_multikey_3"
     hub = Hub("simonjegou/ruler", folder="4096")
     copy = Local("ruler/niah_multikey_3_4k.jsonl", "RULER niah_multikey_3 of 4096 tokens, 50 rows")
+    record, local_record = _Needle, _NeedlePrompt
 
     def _is_wanted(self, record: Mapping[str, Any]) -> bool:
         return record.get("task") == self.task
-
-    def hub_row(self, record: Mapping[str, Any]) -> Row:
-        found = validated(_Needle.model_validate, record)
-        return Row((found.context + found.question + found.answer_prefix).rstrip(), found.answer)
-
-    def local_row(self, record: Mapping[str, Any]) -> Row:
-        """The input ends where the answer begins."""
-        found = validated(_NeedlePrompt.model_validate, record)
-        return Row(found.input, found.outputs)

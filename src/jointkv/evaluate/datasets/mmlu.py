@@ -1,26 +1,33 @@
 """MMLU: multiple-choice questions on 57 subjects."""
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets.base import Dataset, Local
 from jointkv.evaluate.datasets.hub import Hub
-from jointkv.evaluate.datasets.rows import LETTERS, ChoiceRow
-from jointkv.evaluate.jsonl import Text, located, validated
+from jointkv.evaluate.datasets.rows import LETTERS, ChoiceRow, Record
+from jointkv.evaluate.jsonl import Text, located
 
 SPLITS = ("dev", "test")
 
 
-class _Question(BaseModel):
+class _Question(Record):
+    """`answer` is an index into the choices."""
+
     question: Text
     subject: Text
-    choices: tuple[str, ...] = Field(min_length=1, max_length=len(LETTERS))
-    answer: int = Field(ge=0)
+    choices: Annotated[tuple[str, ...], Field(min_length=1, max_length=len(LETTERS))]
+    answer: Annotated[int, Field(ge=0)]
+
+    def row(self) -> ChoiceRow:
+        if self.answer >= len(self.choices):
+            raise BadInput(f"'answer' must be an index into {len(self.choices)} choices")
+        return ChoiceRow(self.question, (LETTERS[self.answer],), self.choices, self.answer, self.subject)
 
 
 class Mmlu(Dataset):
@@ -28,6 +35,8 @@ class Mmlu(Dataset):
 
     `split` is `test`, or `dev` for the examples of a few-shot prompt.
     """
+
+    record = _Question
 
     def __init__(self, subject: str | None = None, split: str = "test") -> None:
         if split not in SPLITS:
@@ -37,13 +46,6 @@ class Mmlu(Dataset):
         self.hub = Hub("cais/mmlu", subject or "all", split)
         file = f"mmlu/{split}/{subject}_{split}.csv" if subject else f"mmlu/{split}"
         self.copy = Local(file, f"MMLU {split}, {subject or 'the subjects in the folder'}")
-
-    def hub_row(self, record: Mapping[str, Any]) -> ChoiceRow:
-        """`answer` is an index into the choices."""
-        found = validated(_Question.model_validate, record)
-        if found.answer >= len(found.choices):
-            raise BadInput(f"'answer' must be an index into {len(found.choices)} choices")
-        return ChoiceRow(found.question, (LETTERS[found.answer],), found.choices, found.answer, found.subject)
 
     def local_rows(self, path: Path) -> Iterator[ChoiceRow]:
         """Rows of CSV without header: question, four choices, letter of the right one."""

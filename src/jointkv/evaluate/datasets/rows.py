@@ -1,6 +1,9 @@
-"""The kinds of rows."""
+"""The kinds of rows, and what every record is that one is made from."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+
+from pydantic import BaseModel
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -61,3 +64,11 @@ class DialogueRow(Row):
     def text(self) -> str:
         turns = (*self.earlier, Turn("User", self.prompt))
         return "\n".join((*(f"{turn.speaker}: {turn.text}" for turn in turns), "Assistant:"))
+
+
+class Record(BaseModel, ABC):
+    """The fields of a record that count, as the data set has them."""
+
+    @abstractmethod
+    def row(self) -> Row | None:
+        """The row in this record; None if the record is of no concern. Raises `BadInput`."""

@@ -19,13 +19,9 @@ class KVzip(Pressed):
     The press of `kvpress` masks what it drops instead of dropping it, so bytes are a calculation.
     """
 
-    name = "kvzip"
-    description = "tokens needed to repeat the prompt (KVzip); kvpress masks the others, so bytes are predicted"
-
-    def press(self, compression_ratio: float) -> Any:
-        from kvpress import KVzipPress
-
-        return KVzipPress(compression_ratio)
+    def __init__(self) -> None:
+        description = "tokens needed to repeat the prompt (KVzip); kvpress masks the others, so bytes are predicted"
+        super().__init__("kvzip", "KVzipPress", description)
 
     @torch.inference_mode()  # the press runs the model again after the prefill
     def compress(self, batch: Batch, level: float) -> HeldBatch:

@@ -7,12 +7,12 @@ from collections.abc import Collection
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.compare.comparison import Progress
 from jointkv.evaluate.paper.batch import growth, run_batch
 from jointkv.evaluate.paper.chunks import documents, run_chunks
 from jointkv.evaluate.paper.layers import run_layers
 from jointkv.evaluate.paper.result import PaperRows
 from jointkv.evaluate.paper.setup import PaperSettings, Setup, policies, sample
+from jointkv.evaluate.progress import Report
 
 PARTS = ("batch", "chunk", "layers")
 
@@ -33,7 +33,7 @@ def run_paper(
     tokenizer: PreTrainedTokenizerBase,
     settings: PaperSettings,
     parts: Collection[str] = PARTS,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> PaperRows:
     """Run the experiments `parts`; all data is read before the model is.
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.compare.comparison import Progress
 from jointkv.evaluate.datasets import get_dataset
 from jointkv.evaluate.holding.batch import context_of
 from jointkv.evaluate.holding.fused import FusedBatch
 from jointkv.evaluate.holding.held import true_logits
 from jointkv.evaluate.holding.prefilled import Prefilled, join, prefill
+from jointkv.evaluate.progress import Report
 from jointkv.evaluate.score.fidelity import score
 from jointkv.evaluate.score.summary import Fidelity, summarize
 from jointkv.evaluate.traffic.base import Request, Tokenizer, begins_with_bos, encode
@@ -168,7 +168,7 @@ class Setup:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     settings: PaperSettings
-    report: Progress = field(default=lambda line: None)
+    report: Report = field(default=lambda line: None)
     _last: tuple[Sample, Prefilled] | None = None
 
     def prefilled(self, drawn: Sample) -> Prefilled:
@@ -206,9 +206,8 @@ def compared(
 ) -> tuple[dict[str, Any], Fidelity]:
     """The fields of `FusedRow` that are measured, and the fidelity that they come from."""
     fidelity = summarize(score(logits, unfused, [request.continuation for request in requests]))
-    ratios = {"ratio": held.ratio, "ratio_fused_layers": held.ratio_fused_layers}
-    scores = {"kl": fidelity.kl, "top1": fidelity.top1, "nll": fidelity.nll, "nll_unfused": fidelity.nll_reference}
-    return {**ratios, **scores}, fidelity
+    fields = {"ratio": held.ratio, "ratio_fused_layers": held.ratio_fused_layers, "nll_unfused": fidelity.nll_reference}
+    return fields | {name: getattr(fidelity, name) for name in ("kl", "top1", "nll")}, fidelity
 
 
 def policies(thresholds: Sequence[float], **scope: object) -> list[tuple[str, float | None, FusionPolicy]]:

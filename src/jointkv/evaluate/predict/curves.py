@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -11,43 +11,36 @@ from transformers import PreTrainedModel
 from jointkv.evaluate.holding.fused import FusedBatch
 from jointkv.evaluate.holding.prefilled import Prefilled, prefill
 from jointkv.evaluate.predict.block_pairs import errors_of, lines_of, pair_error_matrices
+from jointkv.evaluate.progress import Progress
 from jointkv.evaluate.traffic.base import Request
 from jointkv.policy import FusionPolicy
 from jointkv.theory.calibrate import TOKEN_SLACK
 from jointkv.theory.curve import RateDistortionCurve, rate_distortion
 
 
-class Steps(Protocol):
-    """Where progress goes."""
-
-    def start(self, description: str) -> None: ...
-
-    def part(self, fraction: float) -> None: ...
-
-
 def measured_curves(
-    model: PreTrainedModel, requests: Sequence[Request], bounds: Sequence[float], block_size: int, steps: Steps
+    model: PreTrainedModel, requests: Sequence[Request], bounds: Sequence[float], block_size: int, progress: Progress
 ) -> list[RateDistortionCurve]:
     """The curve of all layers together (group None), then that of each layer alone; bounds as in `calibrate`.
 
     The first half of `requests` predicts; the second half, on pages of its own, is measured at every bound.
     """
     count = len(requests) // 2
-    steps.start(f"prefill of {len(requests)} requests")
+    progress.start(f"prefill of {len(requests)} requests")
     known, fresh = (prefill(model, part, block_size=block_size) for part in (requests[count:], requests[:count]))
     lines = lines_of(known)
-    steps.start("comparing blocks")
+    progress.start("comparing blocks")
     groups = [range(known.layers), *([layer] for layer in range(known.layers))]
-    errors = pair_error_matrices(known, lines, groups, progress=steps.part)
+    errors = pair_error_matrices(known, lines, groups, progress=progress.part)
     found = [
         rate_distortion(error.numpy(), lines.valid.numpy(), bounds, requests=count, group=index - 1 if index else None)
         for index, error in enumerate(errors)
     ]
-    steps.start("measuring the other half")
+    progress.start("measuring the other half")
     measured = []
     for number, bound in enumerate(bounds):
         measured.append(_measured(model, fresh, bound, 1) + _measured(model, fresh, bound, "per_layer"))
-        steps.part((number + 1) / len(bounds))
+        progress.part((number + 1) / len(bounds))
     return [
         curve.with_measured({bound: row[index] for bound, row in zip(bounds, measured, strict=True)})
         for index, curve in enumerate(found)

@@ -1,6 +1,6 @@
 """Tasks with known answers to score a method by, by name."""
 
-from jointkv.errors import BadInput
+from jointkv.evaluate.named import find
 from jointkv.evaluate.tasks.base import Example, Task
 from jointkv.evaluate.tasks.gsm8k import Gsm8k
 from jointkv.evaluate.tasks.longbench import LONGBENCH
@@ -25,8 +25,5 @@ def task_names() -> tuple[str, ...]:
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`, with `-` or `_` between words. Raises `BadInput` for an unknown name."""
-    for task in _TASKS:
-        if task.name == name.replace("-", "_"):
-            return task
-    raise BadInput(f"unknown task {name!r}; known: {', '.join(task_names())}")
+    """The task called `name`. Raises `BadInput` for an unknown name."""
+    return find("task", _TASKS, name)

@@ -1,6 +1,6 @@
 """Kinds of traffic to evaluate fusion on, by name."""
 
-from jointkv.errors import BadInput
+from jointkv.evaluate.named import find
 from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic
 from jointkv.evaluate.traffic.from_dataset import PREFIX, DatasetTraffic
 from jointkv.evaluate.traffic.long_documents import LongDocuments
@@ -32,13 +32,10 @@ def traffic_names() -> tuple[str, ...]:
 
 
 def get_traffic(name: str) -> Traffic:
-    """The traffic called `name`, with `-` or `_` between words, or `dataset:` and the name of a data set.
+    """The traffic called `name`, or `dataset:` and the name of a data set.
 
     Raises `BadInput` for an unknown name.
     """
     if name.startswith(PREFIX):
         return DatasetTraffic(name.removeprefix(PREFIX))
-    for traffic in _TRAFFICS:
-        if traffic.name == name.replace("-", "_"):
-            return traffic
-    raise BadInput(f"unknown traffic {name!r}; known: {', '.join(traffic_names())}, {PREFIX}NAME")
+    return find("traffic", _TRAFFICS, name, f", {PREFIX}NAME")
