@@ -43,7 +43,7 @@ def demo(
     with named_errors():
         from jointkv.hf.models import load_model
         from jointkv.policy import FusionPolicy
-        from jointkv.report.demo_chart import draw, markdown
+        from jointkv.report.pictures.demo import draw, markdown
 
         policies = {
             "safe": FusionPolicy.preset("safe", max_relative_error=max_relative_error),

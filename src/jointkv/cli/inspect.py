@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from jointkv.cli.console import named_errors, stages, stderr_console, write_json
+from jointkv.cli.console import named_errors, require, stages, stderr_console, write_json
 from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
@@ -176,7 +176,8 @@ def _counted(show: Callable[[str], None], what: str, total: int) -> Callable[[in
 
 
 def _draw(found: "Sequence[Similarity]", image: Path, described: dict[str, Any]) -> None:
-    from jointkv.report.plots import draw_similarity
+    require("matplotlib")
+    from jointkv.report.pictures.similarity import draw_similarity
 
     # Only the last part of a path, or a long one would not fit the picture.
     model, source = (Path(str(described[name])).name for name in ("model", "source"))
