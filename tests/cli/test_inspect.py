@@ -111,7 +111,7 @@ def test_short_requests_and_unwritable_pictures_are_refused(tiny: str, data: str
 def test_without_matplotlib_the_tables_still_come(
     tiny: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     arguments = ("--model", tiny, "--data", data, "--block-size", "4", "--output", str(tmp_path))
     code, out, err = run("inspect", *arguments)
     assert code == 2 and "Across requests" in out and "pip install 'jointkv[plot]'" in err.splitlines()[-1]

@@ -1,30 +1,13 @@
 """`jointkv report plots` as a command."""
 
-import json
 from pathlib import Path
 
 from tests.cli.commands import run
-
-RESULT = {
-    "format": "jointkv.calibration/1",
-    "rows": [
-        {
-            "traffic": "names",
-            "target": "kl=0.005",
-            "seed": 0,
-            "max_relative_error": [0.2],
-            "predicted": {"ratio": 2.1, "low": 1.9, "high": 2.3},
-            "held_out": {"ratio": 2.0, "kl": 0.001, "kl_worst_request": 0.002},
-            "met": True,
-            "seconds": 200.0,
-        }
-    ],
-}
+from tests.report import samples
 
 
 def test_plots(tmp_path: Path) -> None:
-    result = tmp_path / "result.json"
-    result.write_text(json.dumps(RESULT))
+    (result,) = samples.save(tmp_path, result=samples.calibrations())
     output = tmp_path / "plots"
     code, _, err = run("report", "plots", str(result), "--output", str(output))
     assert code == 0, err
@@ -34,8 +17,7 @@ def test_plots(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
-    result = tmp_path / "result.json"
-    result.write_text(json.dumps({**RESULT, "format": "other/1"}))
+    (result,) = samples.save(tmp_path, result={**samples.calibrations(), "format": "other/1"})
     code, out, err = run("report", "plots", str(result), "--output", str(tmp_path / "plots"))
     assert code == 2 and not out
     assert err.startswith(f"error: {result}: ") and len(err.splitlines()) == 1

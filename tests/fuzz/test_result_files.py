@@ -20,8 +20,9 @@ from jointkv.evaluate.calibrate.store import MEASURED
 from jointkv.evaluate.compare.comparison import not_run
 from jointkv.evaluate.compare.other_environment import read_job, read_rows, run_job
 from jointkv.evaluate.methods import get_method
+from jointkv.report.pictures import FORMATS, PICTURES
 from jointkv.report.results import read_result
-from jointkv.report.serving.reading import comparable, read
+from jointkv.report.serving.result import Serving, comparable
 from jointkv.vllm_plugin.server import Launch
 from tests.effort import fuzz_settings
 from tests.fuzz.damage import PROMISE, json_bytes, promise, slower, unreadable
@@ -46,34 +47,40 @@ def serving() -> Any:
     return json.loads(found.model_dump_json())
 
 
-FORMATS: dict[str, Callable[[], Any]] = {
-    "evaluation": cache(lambda: samples.evaluation(traffics=("near_prefix",))),
+RESULTS: dict[str, Callable[[], Any]] = {
+    "evaluation": cache(lambda: samples.evaluation(rows=3)),
     "curves": cache(lambda: samples.curves(layers=2)),
     "calibrations": cache(samples.calibrations),
-    "paper": cache(samples.paper),
+    "paper": cache(lambda: samples.paper(rows=3)),
     "serving": serving,
+    "side_channel": cache(lambda: samples.side_channel(rows=3)),
+    "influence": cache(samples.influence),
 }
 
 
 @pytest.mark.hazard("Parsers", "a damaged or hostile result", PROMISE)
 @slower(4)
-@given(kind=st.sampled_from(sorted(FORMATS)), data=st.data())
+@given(kind=st.sampled_from(sorted(RESULTS)), data=st.data())
 def test_results(tmp_path: Path, kind: str, data: st.DataObject) -> None:
     path = tmp_path / "result.json"
-    path.write_bytes(data.draw(json_bytes(FORMATS[kind]())))
+    path.write_bytes(data.draw(json_bytes(RESULTS[kind]())))
     with promise():
-        read_result(path).conflict(read_result(path))
+        result = read_result(path, FORMATS)
+        for picture in PICTURES:
+            if isinstance(result, picture.reads):
+                picture.conditions(result)
     if kind == "serving":
         with promise():
-            assert comparable([read(path)])
+            assert comparable([read_result(path, [Serving])])
 
 
 @pytest.mark.hazard("Parsers", "a damaged or hostile result", PROMISE)
 def test_results_that_are_no_files(tmp_path: Path) -> None:
     for path in unreadable(tmp_path):
-        for reader in (read_result, ServingResult.load):
-            with pytest.raises(BadInput):
-                reader(path)
+        with pytest.raises(BadInput):
+            read_result(path, FORMATS)
+        with pytest.raises(BadInput):
+            ServingResult.load(path)
 
 
 @pytest.mark.hazard("Parsers", "a damaged folder of a benchmark", PROMISE)
@@ -148,4 +155,4 @@ def test_blocks_of_no_size(tmp_path: Path, name: str) -> None:
     """`jointkv report html` divided by a block size of 0."""
     (tmp_path / "result.json").write_text(json.dumps({**serving(), name: False}))
     with pytest.raises(BadInput, match=name):
-        read(tmp_path / "result.json")
+        read_result(tmp_path / "result.json", [Serving])

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from jointkv.bench.fidelity import compare_outputs
@@ -172,12 +171,3 @@ def scaled(
 
 def _times(latency: Latency, factor: float) -> Latency:
     return Latency(**{name: value * factor for name, value in latency.model_dump().items()})
-
-
-def write(folder: Path, **results: ServingResult) -> list[Path]:
-    """Write each result to a file of its name in `folder`."""
-    paths = []
-    for name, each in results.items():
-        paths.append(folder / f"{name}.json")
-        paths[-1].write_text(each.model_dump_json(), encoding="utf-8")
-    return paths

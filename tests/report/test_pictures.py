@@ -1,231 +1,163 @@
-"""Pictures and tables from JSON results: made, joined, equal to the JSON, and all or nothing."""
+"""Pictures and tables from JSON results: those of the committed ones, what is drawn, joined and refused."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jointkv.errors import BadInput
-from jointkv.report.pictures import PICTURES, make_pictures
-from jointkv.report.pictures.kl_against_bytes import KLAgainstBytes
+from jointkv.report.pictures import FORMATS, PICTURES, make_pictures
 from jointkv.report.results import read_result
 from tests.report import samples
+from tests.report.samples import RESULTS, Result, save
 
-PNG = b"\x89PNG\r\n"
-Result = dict[str, Any]
-UNFINISHED = {"traffic": "names", "target": "kl=0.005", "seed": 0, "met": False}
+PICTURE = {picture.name: picture for picture in PICTURES}
+COMMITTED = sorted(
+    path
+    for path in RESULTS.rglob("*.json")
+    if json.loads(path.read_text()).get("format") in {kind.model_fields["format"].default for kind in FORMATS}
+)
 
 
-def evaluation() -> Result:
-    return samples.evaluation(("near_prefix", "unrelated"))
-
-
-def lines(markdown: str) -> list[list[str]]:
-    """The cells of a Markdown table, without heading and rule."""
-    rows = [line for line in markdown.splitlines() if line.startswith("| ")]
-    assert rows[1].startswith("| ---")
-    return [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows[2:]]
+def read(folder: Path, *results: Result) -> list[Any]:
+    paths = save(folder, **{f"r{place}": result for place, result in enumerate(results)})
+    return [read_result(path, FORMATS) for path in paths]
 
 
 def table(name: str, folder: Path, *results: Result) -> list[list[str]]:
-    """The lines of the table of the picture `name`, without drawing it."""
-    picture = next(picture for picture in PICTURES if picture.name == name)
-    read = [read_result(path) for path in samples.save(folder, **{f"r{i}": each for i, each in enumerate(results)})]
-    return lines(picture.table(read))
+    """The cells of the table of the picture `name`, without heading and rule."""
+    lines = [line for line in PICTURE[name].table(read(folder, *results)).splitlines() if line.startswith("| ")]
+    assert lines[1].startswith("| ---") and len({line.count(" | ") for line in lines}) == 1
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]
 
 
-@pytest.mark.parametrize(
-    ("make", "names"),
-    [
-        (evaluation, {"kl_against_bytes", "task_scores"}),
-        (samples.curves, {"rate_distortion", "layer_map"}),
-        (samples.calibrations, {"predicted_against_measured"}),
-        (samples.paper, {"paper_batch", "paper_chunk", "paper_layers"}),
-    ],
-)
-def test_every_format_has_its_pictures_and_tables(make: Callable[[], Result], names: set[str], tmp_path: Path) -> None:
-    written = make_pictures(samples.save(tmp_path, result=make()), tmp_path / "new" / "plots")
-    assert set(written) == {tmp_path / "new" / "plots" / f"{name}.{kind}" for name in names for kind in ("png", "md")}
+def draw(name: str, folder: Path, *results: Result) -> Any:
+    figure = PICTURE[name].draw(read(folder, *results))
+    assert figure is not None
+    return figure
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_committed_result_is_drawn(path: Path, tmp_path: Path) -> None:
+    written = make_pictures([path], tmp_path / "new" / "plots")
     assert sorted(written) == sorted((tmp_path / "new" / "plots").iterdir())
-    for path in written:
-        if path.suffix == ".png":
-            assert path.read_bytes().startswith(PNG) and path.stat().st_size > 10_000
-        else:
-            widths = {len(row) for row in lines(path.read_text())}
-            assert len(widths) == 1 and widths != {0}
+    assert {file.stem for file in written if file.suffix == ".png"} <= {file.stem for file in written}
+    for file in written:
+        if file.suffix == ".png":
+            assert file.read_bytes().startswith(b"\x89PNG\r\n") and file.stat().st_size > 10_000
 
 
-def test_names_of_pictures_differ() -> None:
-    assert len({picture.name for picture in PICTURES}) == len(PICTURES)
+@pytest.mark.parametrize("folder", ["evaluate", "calibration", "paper", "side_channel"])
+def test_committed_tables_are_those_of_the_committed_results(folder: str) -> None:
+    results = [read_result(path, FORMATS) for path in COMMITTED if path.parent.name == folder]
+    for picture in PICTURES:
+        chosen = [result for result in results if isinstance(result, picture.reads) and picture.rows([result])]
+        if chosen:
+            assert picture.table(chosen) == (RESULTS / folder / f"{picture.name}.md").read_text(encoding="utf-8")
 
 
-def test_methods_table_equals_the_json(tmp_path: Path) -> None:
-    result = evaluation()
-    found = table("kl_against_bytes", tmp_path, result)
-    assert len(found) == len(result["rows"])
-    for cells, row in zip(found, result["rows"], strict=True):
-        assert cells[:3] == [row["traffic"].replace("_", "-"), row["method"], f"{row['level']:g}"]
-        assert cells[3:5] == ["yes" if row[key] else "no" for key in ("shares_across_requests", "frees_engine_memory")]
-        if row["not_run"]:
-            assert cells[5] == "not run: TypeError: forward() got a \\| and a second line"
-            assert set(cells[-6:]) == {"-"}
-            continue
-        assert cells[5] == row["counted"]
-        assert float(cells[6].rstrip("%")) == pytest.approx(100 * (1 - row["share_16bit"]), abs=0.051)
-        assert float(cells[7]) == pytest.approx(row["kl"], rel=5e-3)
-        assert float(cells[8]) == pytest.approx(row["kl_worst_request"], rel=5e-3)
-        assert float(cells[9]) == pytest.approx(row["top1"], abs=5e-4)
-        assert cells[10] == f"{row['nll']:.4f} ({row['nll_reference']:.4f})"
-        assert cells[11] == f"{row['common_prefix']:.1f} of 32"
+def test_formats_and_names_of_pictures_are_unique() -> None:
+    assert len(PICTURE) == len(PICTURES) == 12
+    assert len({kind.model_fields["format"].default for kind in FORMATS}) == len(FORMATS)
 
 
 def test_savings_are_those_at_16_bits(tmp_path: Path) -> None:
-    result = evaluation()
-    result["rows"] = [{**result["rows"][0], "share": 0.1, "share_16bit": 0.75}]
-    result["tasks"] = []
-    paths = samples.save(tmp_path, result=result)
+    result = samples.evaluation()
+    row = {**result["rows"][0], "share": 0.1, "share_16bit": 0.75, "kl": 0.0}
+    result["rows"] = [row]
     assert table("kl_against_bytes", tmp_path, result)[0][6] == "25.0%"
-    figure = KLAgainstBytes().draw([read_result(paths[0])])  # type: ignore[list-item]
-    assert figure is not None
-    assert figure.axes[0].lines[0].get_xydata().tolist() == [[0.25, 0.0]]
+    drawn = draw("kl_against_bytes", tmp_path, result).axes[0].lines[0]
+    assert drawn.get_xydata().tolist() == [[0.25, 0.0]]
 
 
-def test_sharing_methods_are_solid_and_the_others_dashed(tmp_path: Path) -> None:
-    (path,) = samples.save(tmp_path, result=evaluation())
-    figure = KLAgainstBytes().draw([read_result(path)])  # type: ignore[list-item]
-    assert figure is not None
-    styles = {line.get_label(): line.get_linestyle() for line in figure.axes[0].lines}
-    assert {name: styles[name] for name, *_ in samples.METHODS} == {
-        name: "-" if shares else "--" for name, shares, *_ in samples.METHODS
+def test_methods_that_share_across_requests_are_solid_and_the_others_dashed(tmp_path: Path) -> None:
+    result = samples.evaluation()
+    styles = {
+        line.get_label(): line.get_linestyle() for line in draw("kl_against_bytes", tmp_path, result).axes[0].lines
     }
-    assert "0" in [label.get_text().strip("$").replace("\\mathdefault{0}", "0") for label in _ticks(figure.axes[0])]
+    for row in result["rows"]:
+        assert styles[row["method"]] == ("-" if row["shares_across_requests"] else "--")
 
 
-def _ticks(axes: Any) -> list[Any]:
-    axes.figure.canvas.draw()
-    return list(axes.get_yticklabels())
+def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path) -> None:
+    text = json.dumps(samples.evaluation()).replace("near_prefix", "$x_{").replace("gsm8k", "$y^{")
+    assert make_pictures(save(tmp_path, result=json.loads(text)), tmp_path / "plots")
 
 
-def test_nothing_measured_leaves_the_table(tmp_path: Path) -> None:
-    result = evaluation()
-    result["rows"] = [row for row in result["rows"] if row["not_run"]]
+def test_what_was_not_measured_is_a_dash_and_leaves_only_the_table(tmp_path: Path) -> None:
+    result = samples.evaluation(rows=1)
+    unmeasured = dict.fromkeys(
+        ("share_16bit", "kl", "kl_worst_request", "top1", "nll", "nll_reference", "common_prefix")
+    )
+    result["rows"] = [{**result["rows"][0], **unmeasured, "not_run": "TypeError: a | and\na second line"}]
     result["tasks"] = [score for score in result["tasks"] if score["difference"] is None]
-    written = make_pictures(samples.save(tmp_path, result=result), tmp_path / "plots")
+    (cells,) = table("kl_against_bytes", tmp_path, result)
+    assert cells[5] == "not run: TypeError: a \\| and a second line" and set(cells[6:]) == {"-"}
+    assert {task[-1] for task in table("task_scores", tmp_path, result)} == {"-"}
+    written = make_pictures(save(tmp_path, result=result), tmp_path / "plots")
     assert sorted(path.name for path in written) == ["kl_against_bytes.md", "task_scores.md"]
 
 
-def test_task_table_names_differences_and_stand_ins(tmp_path: Path) -> None:
-    result = evaluation()
-    for cells, score in zip(table("task_scores", tmp_path, result), result["tasks"], strict=True):
-        difference = score["difference"]
-        assert ("(stand-in)" in cells[4]) == score["stand_in"]
-        assert float(cells[6]) == pytest.approx(score["mean"], abs=5e-4)
-        ends = [difference[key] for key in ("mean", "low", "high")] if difference else None
-        assert cells[7] == ("-" if ends is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*ends))
-
-
-def test_curve_tables_equal_the_json(tmp_path: Path) -> None:
-    result = samples.curves()
-    overall, *layers = result["curves"]
-    for cells, point in zip(table("rate_distortion", tmp_path, result), overall["points"], strict=True):
-        rate = point["rate"]
-        assert cells[1:3] == [f"{point['bound']:g}", f"{rate['ratio']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]"]
-        assert cells[4] == ("-" if point["measured_ratio"] is None else f"{point['measured_ratio']:.2f}")
-    points = [(curve["group"], point) for curve in layers for point in curve["points"]]
-    for cells, (group, point) in zip(table("layer_map", tmp_path, result), points, strict=True):
-        assert cells[1:3] == [str(group), f"{point['bound']:g}"]
-        assert cells[4] == ("-" if point["measured_ratio"] is None else f"{point['measured_ratio']:.2f}")
-
-
-def test_calibrations_of_samples_of_unlike_size_are_summed_up_apart(tmp_path: Path) -> None:
-    rows = [{**UNFINISHED, "unmet": "no bound"}] * 2
-    results = [
-        {"format": "jointkv.calibration/1", "settings": {"requests": requests}, "rows": rows} for requests in (40, 96)
+def test_calibrations_out_of_reach_are_counted_and_samples_of_unlike_size_kept_apart(tmp_path: Path) -> None:
+    one, two = samples.calibrations(), samples.calibrations()
+    out = {"traffic": "names", "target": "kl=0.0001", "seed": 9, "unmet": "no bound", "met": False}
+    one["rows"], two["rows"] = [*one["rows"], out], [out]
+    two["settings"]["requests"] = 96
+    found = table("predicted_against_measured", tmp_path, one, two)
+    assert [line[:4] for line in found] == [
+        ["names, 40 requests", "kl=0.0001", "11", "10 of 11 (1 out of reach)"],
+        ["names, 96 requests", "kl=0.0001", "1", "0 of 1 (1 out of reach)"],
     ]
-    found = table("predicted_against_measured", tmp_path, *results)
-    assert [line[:3] for line in found] == [
-        ["names, 40 requests", "kl=0.005", "2"],
-        ["names, 96 requests", "kl=0.005", "2"],
-    ]
+    assert set(found[1][4:]) == {"-"}
 
 
-def test_calibration_table_summarises_splits(tmp_path: Path) -> None:
-    splits = [(2.0, 2.0, 0.001, True), (2.2, 2.0, 0.004, True), (1.7, 2.0, 0.002, False)]
-    rows = [
-        {
-            "traffic": "near_prefix",
-            "target": {"kind": "kl", "value": 0.005},
-            "seed": seed,
-            "max_relative_error": [0.2],
-            "predicted": {"ratio": predicted, "low": 1.5, "high": 2.5, "requests": 32},
-            "held_out": {"ratio": measured, "kl": kl, "kl_worst_request": 3 * kl},
-            "met": met,
-            "seconds": 100.0 + seed,
-        }
-        for seed, (predicted, measured, kl, met) in enumerate(splits)
-    ]
-    rows.append(
-        {"traffic": "near_prefix", "target": "kl=0.005", "seed": 3, "unmet": "no bound", "met": False, "seconds": 99.0}
-    )
-    assert table("predicted_against_measured", tmp_path, {"format": "jointkv.calibration/1", "rows": rows}) == [
-        [
-            "near-prefix",
-            "kl=0.005",
-            "4",
-            "2 of 4 (1 out of reach)",
-            "2.00",
-            "2.00",
-            "-15.0%",
-            "0.002",
-            "0.004",
-            "0.012",
-            "100",
-        ]
-    ]
+def test_a_broken_bound_on_influence_is_named(tmp_path: Path) -> None:
+    broken = samples.influence()
+    row = next(row for row in broken["rows"] if row.get("rows"))
+    row["rows"]["kl"]["holds"] = False
+    assert str(table("influence", tmp_path, broken)).count("(broken)") == 1
 
 
-def test_paper_tables_equal_the_json(tmp_path: Path) -> None:
-    result = samples.paper()
-    batch = {(row["dataset"], f"{row['threshold']:g}", str(row["batch"])): row for row in result["batch"]}
-    found = table("paper_batch", tmp_path, result)
-    assert len(found) == len(batch)
-    for cells in found:
-        row = batch[cells[0], cells[2], cells[4]]
-        assert cells[5:7] == [f"{row['ratio']:.2f}", f"{row['ratio_fused_layers']:.2f}"]
-        assert cells[9] == ("-" if row["f1"] is None else f"{row['f1']:.3f} ({row['f1_unfused']:.3f})")
-    for cells, row in zip(table("paper_chunk", tmp_path, result), result["chunk"], strict=True):
-        assert cells[5:7] == [f"{row['ratio_fused_layers']:.2f}", f"{row['kl']:.3g}"]
-    for cells, row in zip(table("paper_layers", tmp_path, result), result["layers"], strict=True):
-        ends = f"{row['poisson']:.2f} [{row['poisson_low']:.2f}, {row['poisson_high']:.2f}]"
-        assert cells[1:5] == [f"{row['threshold']:g}", str(row["layer"]), f"{row['measured']:.2f}", ends]
+def test_influence_without_a_search_is_drawn(tmp_path: Path) -> None:
+    result = samples.influence()
+    result["rows"] = [row for row in result["rows"] if not row.get("rows")]
+    assert [text.get_text() for text in draw("influence", tmp_path, result).axes[2].texts] == ["not measured"]
+
+
+def test_what_was_told_apart_stands_out(tmp_path: Path) -> None:
+    result = samples.side_channel()
+    cells = [cell for line in table("side_channel", tmp_path, result) for cell in line[5:]]
+    assert sum(cell.startswith("**") for cell in cells) == sum(row["found"] and row["varies"] for row in result["rows"])
+    assert cells.count("-") == len(cells) - sum(row["varies"] for row in result["rows"])
 
 
 def test_files_of_one_format_are_joined_and_equal_lines_written_once(tmp_path: Path) -> None:
-    one, two = samples.evaluation(("names",)), samples.evaluation(("unrelated",))
+    one, two = samples.evaluation("names"), samples.evaluation("unrelated")
     found = table("kl_against_bytes", tmp_path, one, two, one)
     assert [row[0] for row in found] == ["names"] * len(one["rows"]) + ["unrelated"] * len(two["rows"])
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "reason"),
+    ("make", "field", "value", "reason"),
     [
-        ("model", "llama", "model smollm2 and llama"),
-        ("traffics", {"names": {"requests": 8}}, "names of other requests"),
+        (samples.evaluation, "model", "llama", "model smollm2 and llama"),
+        (samples.evaluation, "traffics", {"near_prefix": {"requests": 8}}, "requests of traffic near_prefix"),
+        (samples.influence, "model", "llama", "model smollm2 and llama"),
     ],
 )
-def test_results_that_cannot_be_compared_are_not_joined(field: str, value: Any, reason: str, tmp_path: Path) -> None:
-    one = samples.evaluation(("names",))
-    paths = samples.save(tmp_path, one=one, two={**one, field: value})
+def test_results_that_cannot_be_compared_are_not_joined(
+    make: Callable[[], Result], field: str, value: Any, reason: str, tmp_path: Path
+) -> None:
+    paths = save(tmp_path, one=make(), two={**make(), field: value})
     with pytest.raises(BadInput, match=reason):
         make_pictures(paths, tmp_path / "plots")
     assert not (tmp_path / "plots").exists()
 
 
-def damaged(path: tuple[Any, ...], value: Any) -> str:
-    result: Any = evaluation()
-    at = result
+def damaged(result: Result, path: Sequence[Any], value: Any) -> str:
+    at: Any = result
     for key in path[:-1]:
         at = at[key]
     at[path[-1]] = value
@@ -239,20 +171,16 @@ def damaged(path: tuple[Any, ...], value: Any) -> str:
         ("[]", '"format" is null'),
         ('{"format": 3}', '"format" is 3'),
         ('{"format": "jointkv.evaluate/2", "rows": []}', '"format" is "jointkv.evaluate/2"'),
-        ('{"format": "jointkv.paper/1"}', "nothing in it to show"),
-        ('{"format": "jointkv.calibration/1"}', "rows: Field required"),
-        (json.dumps({**samples.calibrations(), "rows": [UNFINISHED]}), "rows.0: neither predicted and held_out"),
-        (damaged(("rows", 1, "kl"), "small"), "rows.1.kl"),
-        (damaged(("rows", 1, "kl"), float("nan")), "rows.1.kl"),
-        (damaged(("tasks", 1, "difference"), {"mean": 1.0}), "tasks.1.difference.low"),
-        (
-            json.dumps({**samples.paper(), "layers": [{"layer": 0, "threshold": 0.7, "measured": 0.0}]}),
-            "layers.0.measured",
-        ),
+        (json.dumps(samples.paper(rows=0)), "nothing in it to show"),
+        ('{"format": "jointkv.side_channel/1"}', "model: Field required"),
+        (damaged(samples.evaluation(), ("rows", 1, "kl"), "small"), "rows.1.kl"),
+        (damaged(samples.evaluation(), ("rows", 1, "kl"), float("nan")), "NaN is no number"),
+        (damaged(samples.evaluation(), ("tasks", 1, "difference"), {"mean": 1.0}), "tasks.1.difference.low"),
+        (damaged(samples.paper(), ("layers", 0, "measured"), 0.0), "layers.0.measured"),
     ],
 )
 def test_damaged_file_changes_nothing(text: str, reason: str, tmp_path: Path) -> None:
-    (good,) = samples.save(tmp_path, good=samples.calibrations())
+    (good,) = save(tmp_path, good=samples.calibrations())
     output = tmp_path / "plots"
     output.mkdir()
     kept = output / "predicted_against_measured.md"
@@ -268,6 +196,6 @@ def test_damaged_file_changes_nothing(text: str, reason: str, tmp_path: Path) ->
 def test_missing_file_and_unusable_folder(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot be read"):
         make_pictures([tmp_path / "none.json"], tmp_path)
-    paths = samples.save(tmp_path, good=samples.curves(layers=0))
+    paths = save(tmp_path, good=samples.curves(layers=0))
     with pytest.raises(BadInput, match="cannot write"):
         make_pictures(paths, paths[0])

@@ -1,4 +1,4 @@
-"""What is said of a comparison: verdict, cautions, memory in words, break-even."""
+"""What is said of a comparison: verdict, memory, cautions, break-even."""
 
 import math
 import random
@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jointkv.bench.result import Arm, ServingResult
-from jointkv.report.serving.break_even import in_words, points
 from jointkv.report.serving.cautions import cautions
+from jointkv.report.serving.memory import State
 from jointkv.report.serving.pairs import fusion_pairs, large_pool
-from jointkv.report.serving.pressure import explain
-from jointkv.report.serving.verdict import Verdict, combine, judge, verdicts
+from jointkv.report.serving.verdict import Verdict, break_even, combine, judge, ranked, verdicts
 from tests.report import serving_samples as samples
 
 RATIOS = st.lists(st.floats(0.05, 20), max_size=7)
@@ -64,38 +63,32 @@ def test_helping_is_said_with_every_number() -> None:
     verdict = only(samples.scaled([1.35, 1.42, 1.5], ttft=[0.7, 0.68, 0.72]))
     assert verdict.kind == "helps"
     assert verdict.sentence == (
-        "On near-prefix traffic with a pool of 200 blocks, fusion served 1.42 times the output tokens/s of stock "
-        "(p = 0.25, the smallest possible with 3 rounds) and the first token came after 0.70 of the time (p95) at "
-        "closed 16."
+        "On near-prefix traffic with 200 blocks, fused against stock: helps at closed 16 (output tokens/s 1.42x, TTFT "
+        "p95 0.70x, end-to-end p95 1.00x, ITL p50 1.00x; rounds 3, p 0.25, at best 0.25)."
     )
 
 
-def test_no_effect_costs_trade_and_disagreement() -> None:
-    none = only(samples.scaled([1.0, 1.01, 0.99]))
-    assert none.kind == "none" and "made no difference beyond the spread at closed 16 (1.00 times" in none.sentence
-    costs = only(samples.scaled([0.9, 0.88, 0.89]))
-    assert costs.kind == "costs" and "served 0.89 times" in costs.sentence and "which is a cost" in costs.sentence
-    trade = only(samples.scaled([1.4, 1.4, 1.45], e2el=[1.2, 1.25, 1.3]))
-    assert trade.kind == "mixed" and "which is a trade" in trade.sentence and "took 1.25 of the time" in trade.sentence
-    unclear = only(samples.scaled([0.9, 1.2, 1.1]))
-    assert unclear.kind == "unclear" and "rounds do not agree" in unclear.sentence
-    assert "rounds 0.90 to 1.20; p = 0.75, 0.25 being the smallest possible with 3 rounds" in unclear.sentence
-    latency = only(samples.scaled([1.0, 1.01, 1.0], ttft=[0.5, 0.5, 0.52]))
-    assert latency.kind == "helps" and "(no difference beyond the spread; p = 0.25" in latency.sentence
-
-
-def test_one_round_proves_nothing() -> None:
-    result = samples.scaled([3.0])
-    verdict = only(result)
-    assert verdict.kind == "unclear" and "one round says nothing of the spread (3.00 times" in verdict.sentence
-    assert any(caution.startswith("One round") for caution in cautions(result))
+@pytest.mark.parametrize(
+    ("ratios", "kind", "said"),
+    [
+        ({"ratios": [1.0, 1.01, 0.99]}, "none", "no effect at closed 16 (output tokens/s 1.00x"),
+        ({"ratios": [0.9, 0.88, 0.89]}, "costs", "costs at closed 16 (output tokens/s 0.89x"),
+        ({"ratios": [1.4, 1.4, 1.45], "e2el": [1.2, 1.25, 1.3]}, "mixed", "trade at closed 16"),
+        ({"ratios": [0.9, 1.2, 1.1]}, "unclear", "rounds 3, p 0.75, at best 0.25"),
+        ({"ratios": [1.0, 1.01, 1.0], "ttft": [0.5, 0.5, 0.52]}, "helps", "TTFT p95 0.50x"),
+        ({"ratios": [3.0]}, "unclear", "output tokens/s 3.00x"),
+    ],
+)
+def test_every_kind_of_verdict(ratios: dict[str, Any], kind: str, said: str) -> None:
+    verdict = only(samples.scaled(**ratios))
+    assert verdict.kind == kind and said in verdict.sentence
 
 
 def test_no_gain_is_claimed_where_no_page_was_freed() -> None:
     result = samples.scaled([1.4, 1.42, 1.5])
     idle = [run.model_copy(update={"pages_freed": 0}) if run.arm == "fused" else run for run in result.runs]
     verdict = only(result.model_copy(update={"runs": idle}))
-    assert verdict.kind == "none" and "fusion freed no page and cost nothing" in verdict.sentence
+    assert verdict.kind == "none" and verdict.memory.endswith("Pages freed by fused in a run: 0.")
     slower = [run.model_copy(update={"output_tokens_per_s": 1.0}) if run.arm == "fused" else run for run in idle]
     assert only(result.model_copy(update={"runs": slower})).kind == "costs"
 
@@ -103,8 +96,10 @@ def test_no_gain_is_claimed_where_no_page_was_freed() -> None:
 def test_loads_of_one_kind_share_a_clause() -> None:
     verdict = only(samples.result())
     assert [effect.kind for effect in verdict.effects] == ["none", "helps", "helps"]
-    assert "at closed 16 and closed 48; fusion made no difference" in verdict.sentence
-    assert verdict.sentence.count(".") - verdict.sentence.count("0.") >= 1 and "\n" not in verdict.sentence
+    assert "helps at closed 16 and closed 48 (" in verdict.sentence and "; no effect at closed 4 (" in verdict.sentence
+    assert "memory was short at closed 16 and closed 48 (100% of the pool in use" in verdict.memory
+    assert "memory was not short, so fusion could only cost at closed 4 (52% of the pool in use" in verdict.memory
+    assert verdict.memory.endswith("Pages freed by fused in a run: 504.")
 
 
 def test_arms_are_held_against_what_differs_in_fusion_only() -> None:
@@ -133,8 +128,8 @@ def test_a_quiet_complete_result_needs_no_caution() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"failed": 3}, "Requests failed in 1 of 6 runs (stock, closed 16, round 1: 3 of 27 requests)."),
-        ({"foreign_cpu": 0.2}, "in 1 of 6 runs (stock, closed 16, round 1: 20% of the cores' time)."),
+        ({"failed": 3}, "Requests failed in 1 of 6 runs: stock, closed 16, round 1."),
+        ({"foreign_cpu": 0.2}, "so times mislead in 1 of 6 runs: stock, closed 16, round 1."),
         ({"fusion": {"jointkv_faults_total": 1.0}}, "Fusion had faults and switched itself off in 1 of 6 runs"),
     ],
 )
@@ -143,61 +138,46 @@ def test_disturbed_runs_are_named(fields: dict[str, Any], words: str) -> None:
     assert words in caution
 
 
-def test_partial_results_are_named() -> None:
+def test_partial_results_and_single_rounds_are_named() -> None:
     whole = samples.result()
     part = whole.model_copy(update={"runs": whole.runs[:4], "complete": False})
-    assert cautions(part)[0].endswith("4 of 27 runs are in it.")
-    nothing = whole.model_copy(update={"runs": whole.runs[:1], "complete": False})
-    assert verdicts(nothing) == []
-    assert "fused and stock have no load in common yet." in cautions(nothing)
+    assert cautions(part)[0].endswith("after 4 of 27 runs.")
+    assert verdicts(whole.model_copy(update={"runs": whole.runs[:1]})) == []
+    assert any(caution.startswith("One round") for caution in cautions(samples.scaled([3.0])))
 
 
-def test_memory_is_explained_from_the_numbers() -> None:
-    result = samples.result()
-    (pair,) = fusion_pairs(result)
-    said = explain(result, pair)
-    assert "At closed 16, closed 48, memory was short: stock had 100% of its pool in use" in said[0]
-    assert "At closed 4, stock never waited for memory (at most 52% of the pool in use)" in said[1]
-    assert "fused gave back 504 pages" in said[2]
-    assert "40 in fused, 7 in stock" in said[3]
-    assert "large pool (1,600 blocks) served" in said[4]
-    idle = samples.result(shares=False)
-    assert "fused gave back no page" in " ".join(explain(idle, fusion_pairs(idle)[0]))
-
-
-def test_a_queue_beside_an_empty_pool_is_not_short_memory() -> None:
+@pytest.mark.parametrize(
+    ("usage", "waiting", "preemptions", "state"),
+    [
+        (0.95, 9.0, 0, "short"),
+        (0.95, 0.0, 2, "short"),
+        (0.88, 9.0, 0, "short"),  # 24 of 200 blocks are free, and a request of 864 tokens takes 27
+        (0.95, 0.5, 0, "full"),
+        (0.3, 9.0, 0, "blocked"),
+        (0.3, 0.5, 0, "ample"),
+    ],
+)
+def test_memory_is_judged_by_the_pool_and_the_queue(
+    usage: float, waiting: float, preemptions: int, state: State
+) -> None:
     result = samples.scaled([1.0, 1.0, 1.0])
-    fields = {"pool_usage_peak": 0.3, "waiting_mean": 9.0, "preemptions": 0}
+    fields = {"pool_usage_peak": usage, "waiting_mean": waiting, "preemptions": preemptions}
     result = result.model_copy(update={"runs": [run.model_copy(update=fields) for run in result.runs]})
-    assert "something other than memory holds requests back" in explain(result, fusion_pairs(result)[0])[0]
-
-
-def test_a_pool_without_room_for_a_request_is_short() -> None:
-    result = samples.scaled([1.0, 1.0, 1.0])
-    fields = {"pool_usage_peak": 0.88, "waiting_mean": 9.0, "preemptions": 0}
-    result = result.model_copy(update={"runs": [run.model_copy(update=fields) for run in result.runs]})
-    # 24 of 200 blocks are free, and a request of 864 tokens takes 27.
-    assert "memory was short: stock had 88%" in explain(result, fusion_pairs(result)[0])[0]
+    assert only(result).effects[0].pressure.state == state
 
 
 def test_break_even_orders_comparisons_by_pressure() -> None:
     wide = [arm.model_copy(update={"pool_blocks": 1400}) for arm in (samples.STOCK, samples.FUSED)]
-    found = points([samples.result(), samples.result(arms=wide), samples.result(shares=False)])
-    usages = [point.pressure.usage for point in found]
+    results = [samples.result(), samples.result(arms=wide), samples.result(shares=False)]
+    found = ranked([verdict for result in results for verdict in verdicts(result)])
+    usages = [effect.pressure.usage for _, effect in found]
     assert usages == sorted(usages) and len(found) == 9
-    said = " ".join(in_words(found))
-    assert "Of 9 comparisons, fusion helped in 2 and made no difference or cost in 7." in said
-    assert "least short of memory that it helped in: near-prefix, 200 blocks, closed 16, with 100%" in said
-    assert "although it freed pages: near-prefix, 1,400 blocks, closed 48, with 89%" in said
-    assert "No page was freed in unrelated, 200 blocks, closed 4" in said and "nothing to share" in said
-    assert found[-1].demand == pytest.approx(48 * samples.PAGES / 200)
-
-
-def test_break_even_that_was_not_reached_is_said() -> None:
-    wide = [arm.model_copy(update={"pool_blocks": 1400}) for arm in (samples.STOCK, samples.FUSED)]
-    assert "not reached: measure a smaller pool" in in_words(points([samples.result(arms=wide)]))[-1]
-    heavy = samples.result(loads=samples.CLOSED[2:])
-    assert "lies below what was run" in in_words(points([heavy]))[-1]
+    assert break_even(found) == (
+        "Fusion helped in 2 of 9 comparisons; the one least short of memory is near-prefix, pool 200, closed 16, with "
+        "100% of the pool in use at the peak and 4.2 requests waiting without fusion."
+    )
+    assert found[-1][1].demand == pytest.approx(48 * samples.PAGES / 200)
+    assert break_even(ranked(verdicts(results[1]))) == "Fusion helped in 0 of 3 comparisons."
 
 
 def test_noise_alone_is_rarely_called_an_effect() -> None:

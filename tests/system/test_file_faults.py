@@ -20,7 +20,7 @@ from jointkv.errors import BadInput
 from jointkv.evaluate.holding import prefilled
 from jointkv.evaluate.holding.prefilled import Prefilled
 from jointkv.evaluate.predict.similarity import ERROR_BOUNDS, Similarity
-from jointkv.report.plots import draw_similarity
+from jointkv.report.pictures.similarity import draw_similarity
 from jointkv.system.files import make_folder, replace_text, replacing
 from tests.core.profiles import make_profile
 

@@ -42,7 +42,7 @@ def demo(
     from jointkv.evaluate.holding.prefilled import prefill
     from jointkv.evaluate.traffic import get_traffic
     from jointkv.policy import FusionPolicy
-    from jointkv.report.demo_chart import draw, markdown
+    from jointkv.report.pictures.demo import draw, markdown
     from jointkv.system.machine import versions
 
     policies = {

@@ -10,7 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from jointkv.cli.console import named_errors, stages, stdout_console, write_json, wrote
+from jointkv.cli.console import named_errors, require, stages, stdout_console, write_json, wrote
 from jointkv.cli.loading import load
 from jointkv.cli.options import BlockSize, ChunkTokens, Data, Json, Model, Seed
 from jointkv.errors import BadInput
@@ -126,7 +126,8 @@ def _counted(show: Callable[[str], None], what: str, total: int) -> Callable[[in
 
 
 def _draw(found: "Sequence[Similarity]", image: Path, described: dict[str, Any]) -> None:
-    from jointkv.report.plots import draw_similarity
+    require("matplotlib")
+    from jointkv.report.pictures.similarity import draw_similarity
 
     # Only the last part of a path, or a long one would not fit the picture.
     model, source = (Path(str(described[name])).name for name in ("model", "source"))

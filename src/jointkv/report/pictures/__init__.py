@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from jointkv.errors import BadInput
-from jointkv.report.pictures.base import Picture, png
+from jointkv.report.figure import png, style
+from jointkv.report.pictures.base import Picture
 from jointkv.report.pictures.influence import InfluenceOfAttackers
 from jointkv.report.pictures.kl_against_bytes import KLAgainstBytes
 from jointkv.report.pictures.layer_map import LayerMap
@@ -21,7 +25,7 @@ from jointkv.report.pictures.serving import ServingLevels
 from jointkv.report.pictures.serving_ratios import ServingRatios
 from jointkv.report.pictures.side_channel import SideChannelAUC
 from jointkv.report.pictures.task_scores import TaskScores
-from jointkv.report.results import read_results
+from jointkv.report.results import conflict, read_result
 from jointkv.system.files import replacing
 
 PICTURES: tuple[Picture[Any], ...] = (
@@ -38,6 +42,7 @@ PICTURES: tuple[Picture[Any], ...] = (
     SideChannelAUC(),
     InfluenceOfAttackers(),
 )
+FORMATS: tuple[type[BaseModel], ...] = tuple(dict.fromkeys(picture.reads for picture in PICTURES))
 
 
 def make_pictures(paths: Sequence[Path], output: Path) -> list[Path]:
@@ -46,24 +51,33 @@ def make_pictures(paths: Sequence[Path], output: Path) -> list[Path]:
     All are made before the first is written.
 
     Raises:
-        BadInput: what `read_results` raises, a result with nothing to show, or a folder that cannot be written.
+        BadInput: what `read_result` raises, results that must not be put together, one with nothing to show, or a
+            folder that cannot be written.
     """
-    results = read_results(paths)
-    wanted = [
-        (picture, [result for result in results if isinstance(result, picture.reads) and picture.shows(result)])
-        for picture in PICTURES
-    ]
-    for path, result in zip(paths, results, strict=True):
-        if not any(result is shown for _, chosen in wanted for shown in chosen):
-            raise BadInput(f"{path}: nothing in it to show")
+    results = [(path, read_result(path, FORMATS)) for path in paths]
     files: dict[str, bytes] = {}
-    for picture, chosen in wanted:
+    shown = set()
+    for picture in PICTURES:
+        chosen = [(path, each) for path, each in results if isinstance(each, picture.reads) and picture.rows([each])]
+        for (before, one), (path, other) in combinations(chosen, 2):
+            reason = conflict(picture.conditions(one), picture.conditions(other))
+            if reason is not None:
+                raise BadInput(f"{before} and {path} cannot be put into one picture: {reason}")
         if chosen:
-            figure = picture.draw(chosen)
-            if figure is not None:
-                files[f"{picture.name}.png"] = png(figure)
-            files[f"{picture.name}.md"] = picture.table(chosen).encode()
+            shown |= {path for path, _ in chosen}
+            files |= _made(picture, [result for _, result in chosen])
+    for path in paths:
+        if path not in shown:
+            raise BadInput(f"{path}: nothing in it to show")
     with ExitStack() as written:  # they take their places when all are written
         for name, content in files.items():
             written.enter_context(replacing(output / name)).write_bytes(content)
     return [output / name for name in files]
+
+
+def _made(picture: Picture[Any], results: Sequence[BaseModel]) -> dict[str, bytes]:
+    """The files of a picture by name."""
+    with style():
+        figure = picture.draw(results)
+        drawn = {} if figure is None else {f"{picture.name}.png": png(figure)}
+    return drawn | {f"{picture.name}.md": picture.table(results).encode()}

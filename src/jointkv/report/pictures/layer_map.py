@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 
-from jointkv.report.markdown import number, table
+from jointkv.evaluate.predict.result import Curves
+from jointkv.report.figure import heat_map
+from jointkv.report.markdown import Columns, number, words
 from jointkv.report.pictures.base import Picture
-from jointkv.report.pictures.rate_distortion import interval
-from jointkv.report.results import Curves
+from jointkv.report.pictures.rate_distortion import heading, ratio
+from jointkv.theory.curve import CurvePoint
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-MOST_NUMBERED_BOUNDS = 12
-"""With more bounds the cells are too narrow for numbers."""
+TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+Row = tuple[Curves, int, CurvePoint]
+TEXT: Columns[Row] = {"traffic": lambda row: heading(row[0])}
+NUMBERS: Columns[Row] = {
+    "layer": lambda row: str(row[1]),
+    "bound": lambda row: f"{row[2].bound:g}",
+    "ratio predicted": lambda row: ratio(row[2].rate),
+    "ratio measured": lambda row: number(row[2].measured_ratio, ".2f"),
+}
 
 
 class LayerMap(Picture[Curves]):
@@ -26,83 +32,41 @@ class LayerMap(Picture[Curves]):
 
     name = "layer_map"
     reads = Curves
+    about = "Ratio: blocks before / after in one layer."
+    text, numbers = TEXT, NUMBERS
 
-    def shows(self, result: Curves) -> bool:
-        return bool(result.layers)
+    def rows(self, results: Sequence[Curves]) -> list[Row]:
+        curves = [(result, curve.group, curve) for result in results for curve in result.curves]
+        layers = [(result, group, curve) for result, group, curve in curves if group is not None]
+        return [(result, group, point) for result, group, curve in layers for point in curve.points]
 
     def draw(self, results: Sequence[Curves]) -> Figure | None:
-        from matplotlib.colors import LogNorm
-        from matplotlib.figure import Figure
-
-        maps = [(result, _grid(result, False), _grid(result, True)) for result in results]
-        beside = any(np.isfinite(measured).any() for _, _, measured in maps)
-        most = max(float(np.nanmax(np.stack([predicted, measured]))) for _, predicted, measured in maps)
-        norm = LogNorm(1.0, max(most, 1.1))
-        columns = max(len(_bounds(result)) for result in results)
-        heights = [0.9 + 0.21 * len(result.layers) for result in results]
-        width = (2 if beside else 1) * (0.7 + min(8.0, max(2.4, 0.48 * columns))) + 0.9
+        rows = [self.rows([result]) for result in results]
+        bounds = [sorted({point.bound for _, _, point in found}) for found in rows]
+        layers = [sorted({layer for _, layer, _ in found}) for found in rows]
+        beside = any(point.measured_ratio is not None for found in rows for _, _, point in found)
+        norm = LogNorm(1.0, max(1.1, float(np.nanmax([_both(point) for found in rows for _, _, point in found]))))
+        heights = [0.9 + 0.21 * len(found) for found in layers]
+        width = (1 + beside) * (0.7 + max(2.4, 0.48 * max(map(len, bounds)))) + 0.9
         figure = Figure(figsize=(width, sum(heights) + 0.3), layout="constrained")
-        panels = figure.subplots(len(maps), 2 if beside else 1, squeeze=False, height_ratios=heights)
-        for line, (result, predicted, measured) in zip(panels, maps, strict=True):
-            image = _draw_map(line[0], predicted, result, norm, "predicted")
-            if beside:
-                _draw_map(line[1], measured, result, norm, "measured (grey: not)")
-        colourbar = figure.colorbar(image, ax=panels, label="ratio of blocks", pad=0.02, aspect=30)
-        ticks = [tick for tick in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128) if tick <= norm.vmax]
-        colourbar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks], minor=False)
-        colourbar.minorticks_off()
+        panels = figure.subplots(len(rows), 1 + beside, squeeze=False, height_ratios=heights)
+        for line, result, found, down, right in zip(panels, results, rows, layers, bounds, strict=True):
+            for part, axes in enumerate(line):
+                values = np.full((len(down), len(right)), np.nan)
+                for _, layer, point in found:
+                    values[down.index(layer), right.index(point.bound)] = _both(point)[part]
+                names = [str(layer) for layer in down], [f"{bound:g}" for bound in right]
+                image = heat_map(axes, values, *names, norm, ".1f")
+                axes.set_title(f"{words(result.traffic)}: {('predicted', 'measured (grey: not)')[part]}")
+                axes.set_xlabel("bound on the relative error", fontsize=9)
+                axes.set_ylabel("layer", fontsize=9)
+        bar = figure.colorbar(image, ax=panels, label="ratio of blocks", pad=0.02, aspect=30)
+        bar.set_ticks(TICKS, labels=[f"{tick:g}" for tick in TICKS])
+        bar.ax.set_ylim(norm.vmin, norm.vmax)
+        bar.minorticks_off()
         return figure
 
-    def table(self, results: Sequence[Curves]) -> str:
-        lines = [
-            [
-                result.heading,
-                str(curve.group),
-                f"{point.bound:g}",
-                interval(point.rate),
-                number(point.measured_ratio, ".2f"),
-            ]
-            for result in results
-            for curve in result.layers
-            for point in curve.points
-        ]
-        return "Ratio: blocks before / after in one layer.\n\n" + table(("traffic",), NUMBERS, lines)
 
-
-NUMBERS = ("layer", "bound", "ratio predicted", "ratio measured")
-
-
-def _bounds(result: Curves) -> list[float]:
-    return sorted({point.bound for curve in result.layers for point in curve.points})
-
-
-def _grid(result: Curves, measured: bool) -> np.ndarray:
-    """Ratios `[layers, bounds]`, NaN where there is none."""
-    bounds = {bound: column for column, bound in enumerate(_bounds(result))}
-    grid = np.full((len(result.layers), len(bounds)), np.nan)
-    for line, curve in enumerate(result.layers):
-        for point in curve.points:
-            value = point.measured_ratio if measured else point.rate.ratio
-            grid[line, bounds[point.bound]] = math.nan if value is None else value
-    return grid
-
-
-def _draw_map(axes: Axes, values: np.ndarray, result: Curves, norm: Any, what: str) -> Any:
-    import matplotlib
-
-    bounds, layers = _bounds(result), [str(curve.group) for curve in result.layers]
-    colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.88")
-    image = axes.imshow(values, cmap=colours, norm=norm, aspect="auto")
-    axes.set_title(f"{result.traffic.replace('_', '-')}: {what}", fontsize=10)
-    axes.set_xticks(range(len(bounds)), [f"{bound:g}" for bound in bounds], fontsize=8)
-    axes.set_yticks(range(len(layers)), layers, fontsize=8)
-    axes.tick_params(length=0)
-    axes.set_xlabel("bound on the relative error", fontsize=9)
-    axes.set_ylabel("layer", fontsize=9)
-    if len(bounds) <= MOST_NUMBERED_BOUNDS:
-        for (line, column), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                ink = "black" if norm(value) > 0.6 else "white"
-                text = f"{value:.1f}" if value < 100 else f"{value:.0f}"
-                axes.text(column, line, text, ha="center", va="center", fontsize=7, color=ink)
-    return image
+def _both(point: CurvePoint) -> tuple[float, float]:
+    """Predicted and measured ratio, NaN where not measured."""
+    return point.rate.ratio, math.nan if point.measured_ratio is None else point.measured_ratio

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from jointkv.report.markdown import number, table
-from jointkv.report.pictures.base import Picture, colour, grid, kl_axis, legend_below
-from jointkv.report.results import ChunkRow, PaperResult
+from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from jointkv.evaluate.paper.result import ChunkRow, FusedRow, PaperResult
+from jointkv.report.figure import grid, grouped_bars, kl_axis, legend_below
+from jointkv.report.markdown import Columns, beside, number
+from jointkv.report.pictures.base import Picture, source
 
-LINEAR_KL = 1e-5
+
+def policy_of(row: FusedRow) -> str:
+    """Policy and threshold, which make a line or bars of one colour."""
+    return row.policy if row.threshold is None else f"{row.policy} {row.threshold:g}"
+
+
+FUSED_TEXT: Columns[FusedRow] = {
+    "data set": lambda row: row.dataset,
+    "policy": lambda row: row.policy,
+    "threshold": lambda row: number(row.threshold, "g"),
+}
+TEXT: Columns[ChunkRow] = {**FUSED_TEXT, "metric": lambda row: row.metric, "source": source}
+NUMBERS: Columns[ChunkRow] = {
+    "ratio, fused layers": lambda row: f"{row.ratio_fused_layers:.2f}",
+    "KL": lambda row: number(row.kl, ".3g"),
+    "top-1 equal": lambda row: number(row.top1, ".3f"),
+    "score (unfused)": lambda row: beside(row.score, row.score_unfused, ".3f"),
+}
 
 
 class PaperChunk(Picture[PaperResult]):
@@ -20,65 +36,29 @@ class PaperChunk(Picture[PaperResult]):
 
     name = "paper_chunk"
     reads = PaperResult
+    about = "Ratio: blocks before / after in the layers that may be fused. KL in nats per token."
+    text, numbers = TEXT, NUMBERS
 
-    def shows(self, result: PaperResult) -> bool:
-        return bool(result.chunk)
+    def rows(self, results: Sequence[PaperResult]) -> list[ChunkRow]:
+        return [row for result in results for row in result.chunk]
 
     def draw(self, results: Sequence[PaperResult]) -> Figure | None:
-        rows = _rows(results)
+        rows = self.rows(results)
         datasets = list(dict.fromkeys(row.dataset for row in rows))
-        policies = list(dict.fromkeys(map(_policy, rows)))
-        bar = 0.84 / len(policies)
+        policies: dict[str, list[ChunkRow]] = {}
+        for row in rows:
+            policies.setdefault(policy_of(row), []).append(row)
         figure, (ratio, cost) = grid(2, 1, (min(20.0, 2.2 + len(datasets) * max(1.2, 0.46 * len(policies))), 3.0))
-        for number_of, policy in enumerate(policies):
-            chosen = [(datasets.index(row.dataset), row) for row in rows if _policy(row) == policy]
-            places = [place + (number_of - (len(policies) - 1) / 2) * bar for place, _ in chosen]
-            hue = colour(number_of)
-            ratios = [row.ratio_fused_layers for _, row in chosen]
-            drawn = ratio.bar(places, ratios, bar * 0.9, color=hue, label=policy)
-            ratio.bar_label(drawn, [f"{value:.2f}" for value in ratios], fontsize=7, padding=2)
-            known = [(place, row.kl) for place, (_, row) in zip(places, chosen, strict=True) if row.kl is not None]
-            drawn = cost.bar([place for place, _ in known], [kl for _, kl in known], bar * 0.9, color=hue)
-            cost.bar_label(drawn, [f"{kl:.1g}" for _, kl in known], fontsize=7, padding=2)
+        for axes, field, form in ((ratio, "ratio_fused_layers", ".2f"), (cost, "kl", ".1g")):
+            bars = {
+                policy: [(row.dataset, getattr(row, field), number(getattr(row, field), form)) for row in chosen]
+                for policy, chosen in policies.items()
+            }
+            grouped_bars(axes, datasets, bars)
         ratio.set_ylabel("ratio in the fused layers")
         ratio.axhline(1, color="black", linewidth=0.8, linestyle=":")
         ratio.margins(y=0.15)
         cost.set_ylabel("KL (nats per token)")
-        kl_axis(cost, LINEAR_KL, max((row.kl for row in rows if row.kl is not None), default=0.0))
-        for axes in (ratio, cost):
-            axes.set_xticks(range(len(datasets)), datasets)
-            axes.tick_params(axis="x", length=0)
+        kl_axis(cost, max(row.kl or 0.0 for row in rows))
         legend_below(figure, 4 if len(datasets) > 2 else 2)
         return figure
-
-    def table(self, results: Sequence[PaperResult]) -> str:
-        return "Ratio: blocks before / after in the layers that may be fused. KL in nats per token.\n\n" + table(
-            WORDS, NUMBERS, map(_line, _rows(results))
-        )
-
-
-WORDS = ("data set", "policy", "threshold", "metric", "source")
-NUMBERS = ("ratio, fused layers", "KL", "top-1 equal", "score (unfused)")
-
-
-def _line(row: ChunkRow) -> list[str]:
-    score = number(row.score, ".3f")
-    return [
-        row.dataset,
-        row.policy,
-        number(row.threshold, "g"),
-        row.metric or "-",
-        row.source + (" (stand-in)" if row.stand_in else ""),
-        f"{row.ratio_fused_layers:.2f}",
-        number(row.kl, ".3g"),
-        number(row.top1, ".3f"),
-        score if row.score_unfused is None else f"{score} ({row.score_unfused:.3f})",
-    ]
-
-
-def _policy(row: ChunkRow) -> str:
-    return row.policy if row.threshold is None else f"{row.policy} {row.threshold:g}"
-
-
-def _rows(results: Sequence[PaperResult]) -> list[ChunkRow]:
-    return [row for result in results for row in result.chunk]

@@ -3,102 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from jointkv.report.markdown import number, table
-from jointkv.report.pictures.base import Picture, grid, legend_below, ratio_axis
-from jointkv.report.results import LayerRow, PaperResult
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from jointkv.evaluate.paper.result import LayerRow, PaperResult
+from jointkv.report.figure import colour, grid, legend_below, log_axis
+from jointkv.report.markdown import Columns, number
+from jointkv.report.pictures.base import Picture
 
 PREDICTIONS = (
-    ("poisson", "poisson_low", "poisson_high", "Poisson", "#f29900", "--"),
-    ("rarefaction", "low", "high", "rarefaction", "#1a73e8", "-"),
-    ("tree", None, None, "tree", "#188038", "-."),
+    ("rarefaction", "low", "high", "rarefaction", "-"),
+    ("poisson", "poisson_low", "poisson_high", "Poisson", "--"),
+    ("tree", "tree", "tree", "tree", "-."),
 )
-"""Fields of a prediction, of the ends of its interval; its label, colour and line."""
+"""Fields of a prediction and of the ends of its interval; its label and line."""
+TEXT: Columns[LayerRow] = {"data set": lambda row: row.dataset, "threshold": lambda row: f"{row.threshold:g}"}
+NUMBERS: Columns[LayerRow] = {
+    "layer": lambda row: str(row.layer),
+    "measured": lambda row: f"{row.measured:.2f}",
+    "Poisson": lambda row: number(row.poisson, ".2f", row.poisson_low, row.poisson_high),
+    "tree": lambda row: number(row.tree, ".2f"),
+    "rarefaction": lambda row: number(row.rarefaction, ".2f", row.low, row.high),
+}
 
 
 class PaperLayers(Picture[PaperResult]):
-    """Measured and predicted ratio against layer: a panel per threshold."""
+    """Measured and predicted ratio against layer: a panel per data set and threshold."""
 
     name = "paper_layers"
     reads = PaperResult
+    about = "Ratio of one layer, blocks before / after; predictions with their intervals."
+    text, numbers = TEXT, NUMBERS
 
-    def shows(self, result: PaperResult) -> bool:
-        return bool(result.layers)
+    def rows(self, results: Sequence[PaperResult]) -> list[LayerRow]:
+        return sorted((row for result in results for row in result.layers), key=lambda row: (row.threshold, row.layer))
 
     def draw(self, results: Sequence[PaperResult]) -> Figure | None:
         groups: dict[str, list[LayerRow]] = {}
-        for row in _rows(results):
-            heading = f"threshold {row.threshold:g}"
-            groups.setdefault(heading if row.dataset is None else f"{row.dataset}, {heading}", []).append(row)
-        figure, panels = grid(len(groups), 3, (4.8, 3.6))
+        for row in self.rows(results):
+            groups.setdefault(f"{row.dataset}, threshold {row.threshold:g}", []).append(row)
+        figure, panels = grid(len(groups), 3, (4.8, 3.6), "ratio (blocks before / after)")
         for axes, (heading, rows) in zip(panels, groups.items(), strict=True):
-            _draw_layers(axes, rows)
-            axes.set_title(heading, fontsize=10)
-            axes.set_xlabel("layer")
-        for axes in panels[:: min(3, len(panels))]:
-            axes.set_ylabel("ratio (blocks before / after)")
+            _draw(axes, rows)
+            axes.set_title(heading)
         legend_below(figure, 4 if len(panels) > 1 else 2)
         return figure
 
-    def table(self, results: Sequence[PaperResult]) -> str:
-        return "Ratio of one layer, blocks before / after; predictions with their intervals.\n\n" + table(
-            WORDS, NUMBERS, map(_line, _rows(results))
-        )
 
-
-WORDS = ("data set", "threshold")
-NUMBERS = ("layer", "measured", "Poisson", "tree", "rarefaction")
-
-
-def _line(row: LayerRow) -> list[str]:
-    return [
-        row.dataset or "-",
-        f"{row.threshold:g}",
-        str(row.layer),
-        f"{row.measured:.2f}",
-        _interval(row.poisson, row.poisson_low, row.poisson_high),
-        number(row.tree, ".2f"),
-        _interval(row.rarefaction, row.low, row.high),
-    ]
-
-
-def _interval(value: float | None, low: float | None, high: float | None) -> str:
-    ends = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
-    return number(value, ".2f") + ends
-
-
-def _rows(results: Sequence[PaperResult]) -> list[LayerRow]:
-    return sorted((row for result in results for row in result.layers), key=lambda row: (row.threshold, row.layer))
-
-
-def _draw_layers(axes: Axes, rows: Sequence[LayerRow]) -> None:
-    everything = [row.measured for row in rows]
-    for field, low, high, label, hue, line in PREDICTIONS:
-        known = [row for row in rows if getattr(row, field) is not None]
-        layers, values = [row.layer for row in known], [getattr(row, field) for row in known]
-        if low is not None and high is not None:
-            ends = [(row.layer, getattr(row, low), getattr(row, high)) for row in known]
-            whole = [each for each in ends if None not in each]
-            if whole:
-                axes.fill_between(*zip(*whole, strict=True), color=hue, alpha=0.15, linewidth=0)
-                everything += [end for _, *pair in whole for end in pair]
-        if known:
-            axes.plot(layers, values, line, color=hue, label=f"predicted: {label}")
-            everything += values
-    axes.plot(
-        [row.layer for row in rows],
-        [row.measured for row in rows],
-        "o",
-        color="#d93025",
-        markersize=4.5,
-        label="measured",
-    )
+def _draw(axes: Axes, rows: Sequence[LayerRow]) -> None:
+    layers, measured = [row.layer for row in rows], [row.measured for row in rows]
+    drawn, ends = list(measured), list(measured)
+    for place, (*fields, label, line) in enumerate(PREDICTIONS):
+        value, low, high = ([getattr(row, field) for row in rows] for field in fields)
+        axes.fill_between(layers, low, high, color=colour(place), alpha=0.15, linewidth=0)
+        axes.plot(layers, value, line, color=colour(place), label=f"predicted: {label}")
+        drawn += value
+        ends += low + high
+    axes.plot(layers, measured, "o", color=colour(3), markersize=4.5, label="measured")
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("layer")
     # An interval that says nothing must not press the rest flat.
-    most = 2 * max(line.get_ydata().max() for line in axes.lines)
-    ratio_axis(axes, "y", min(everything), min(most, max(everything)))
+    log_axis(axes, "y", min(*drawn, *ends), min(2 * max(drawn), max(*drawn, *ends)))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-from jointkv.report.pictures.base import Picture, grid, legend_below
-from jointkv.report.results import Serving
-from jointkv.report.serving.break_even import points
-from jointkv.report.serving.charts import draw_break_even
+from matplotlib.figure import Figure
+
+from jointkv.report.figure import grid, key, legend_below
+from jointkv.report.pictures.base import Picture
+from jointkv.report.serving.charts import draw_break_even, styles
 from jointkv.report.serving.metrics import OUTPUT_RATE, TTFT_P95
+from jointkv.report.serving.pairs import heading
+from jointkv.report.serving.result import Serving, conditions
 from jointkv.report.serving.table import ratio_markdown
-from jointkv.report.serving.verdict import verdicts
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from jointkv.report.serving.verdict import Verdict, ranked, verdicts
 
 
 class ServingRatios(Picture[Serving]):
@@ -23,25 +22,21 @@ class ServingRatios(Picture[Serving]):
     name = "serving_ratios"
     reads = Serving
 
-    def shows(self, result: Serving) -> bool:
-        return bool(verdicts(result))
+    def rows(self, results: Sequence[Serving]) -> list[Verdict]:
+        return [verdict for result in results for verdict in verdicts(result)]
 
     def draw(self, results: Sequence[Serving]) -> Figure | None:
-        import matplotlib
-
-        # Names of arms and traffics are the user's, and may have dollar signs.
-        with matplotlib.rc_context({"text.parse_math": False}):
-            return _draw(results)
+        found, looks = ranked(self.rows(results)), styles([heading(result) for result in results])
+        figure, panels = grid(4, 2, (4.6, 3.0), sharex="col", sharey="row")
+        for place, axes in enumerate(panels):
+            metric, across = (OUTPUT_RATE, TTFT_P95)[place // 2], ("usage", "waiting")[place % 2]
+            draw_break_even(axes, found, metric, across, looks)
+            axes.label_outer()
+        legend_below(figure, 3, [key(name, **look) for name, look in looks.items()])
+        return figure
 
     def table(self, results: Sequence[Serving]) -> str:
         return ratio_markdown(results)
 
-
-def _draw(results: Sequence[Serving]) -> Figure:
-    found = points(results)
-    figure, panels = grid(4, 2, (4.6, 3.0), sharex="col", sharey="row")
-    for number, axes in enumerate(panels):
-        draw_break_even(axes, found, (OUTPUT_RATE, TTFT_P95)[number // 2], ("usage", "waiting")[number % 2])
-        axes.label_outer()
-    legend_below(figure, 3)
-    return figure
+    def conditions(self, result: Serving) -> Mapping[str, object]:
+        return conditions(result)

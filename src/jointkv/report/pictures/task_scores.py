@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-from jointkv.report.markdown import NOT_MEASURED, table
-from jointkv.report.pictures.base import Picture, grid
-from jointkv.report.results import Evaluation, TaskScore
+from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from jointkv.evaluate.compare.result import Evaluation
+from jointkv.evaluate.tasks.result import TaskRow
+from jointkv.report.figure import colour, grid
+from jointkv.report.markdown import NOT_MEASURED, Columns, number, table
+from jointkv.report.pictures.base import Picture, source
+from jointkv.report.pictures.kl_against_bytes import KLAgainstBytes
 
 
 class TaskScores(Picture[Evaluation]):
@@ -19,62 +20,53 @@ class TaskScores(Picture[Evaluation]):
     name = "task_scores"
     reads = Evaluation
 
-    def shows(self, result: Evaluation) -> bool:
-        return bool(result.tasks)
+    def rows(self, results: Sequence[Evaluation]) -> list[TaskRow]:
+        return [score for result in results for score in result.tasks]
 
     def draw(self, results: Sequence[Evaluation]) -> Figure | None:
-        scores = [score for score in _scores(results) if score.difference is not None]
-        if not scores:
+        known = [(score, score.difference) for score in self.rows(results) if score.difference is not None]
+        if not known:
             return None
-        tasks = list(dict.fromkeys(score.task for score in scores))
-        methods = list(dict.fromkeys(map(_method, scores)))[::-1]
+        tasks = list(dict.fromkeys(score.task for score, _ in known))
+        methods = list(dict.fromkeys(f"{score.method} {score.level:g}" for score, _ in known))[::-1]
         figure, panels = grid(len(tasks), 3, (4.2, 1.5 + 0.26 * len(methods)), sharey=True)
         for axes, task in zip(panels, tasks, strict=True):
-            chosen = [score for score in scores if score.task == task]
-            for score in chosen:
-                difference = score.difference
-                assert difference is not None
-                place = methods.index(_method(score))
-                axes.hlines(place, difference.low, difference.high, color="#1a73e8", linewidth=1.4)
-                axes.plot(difference.mean, place, "o", color="#1a73e8", markersize=5)
+            chosen = [(score, difference) for score, difference in known if score.task == task]
+            for score, difference in chosen:
+                place = methods.index(f"{score.method} {score.level:g}")
+                axes.hlines(place, difference.low, difference.high, color=colour(0), linewidth=1.4)
+                axes.plot(difference.mean, place, "o", color=colour(0), markersize=5)
             axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
             axes.set_yticks(range(len(methods)), methods, fontsize=9)
             axes.set_ylim(-0.6, len(methods) - 0.4)
             axes.locator_params(axis="x", nbins=5)
-            axes.set_xlabel(f"difference in {chosen[0].metric.replace('_', ' ')}", fontsize=9)
-            axes.set_title(task + (" (stand-in data)" if any(score.stand_in for score in chosen) else ""), fontsize=10)
+            axes.set_xlabel(f"difference in {chosen[0][0].metric.replace('_', ' ')}", fontsize=9)
+            axes.set_title(task + (" (stand-in data)" if any(score.stand_in for score, _ in chosen) else ""))
         return figure
 
     def table(self, results: Sequence[Evaluation]) -> str:
         return (
             f"Model {results[0].model}, {results[0].dtype}. Difference to the unfused model, paired by request, "
-            "with its interval.\n\n" + table(WORDS, NUMBERS, map(_line, _scores(results)))
+            "with its interval.\n\n" + table(TEXT, NUMBERS, self.rows(results))
         )
 
+    def conditions(self, result: Evaluation) -> Mapping[str, object]:
+        return KLAgainstBytes().conditions(result)
 
-WORDS = ("task", "metric", "method", "level", "source")
-NUMBERS = ("examples", "mean", "difference")
 
-
-def _line(score: TaskScore) -> list[str]:
-    difference = score.difference
-    return [
-        score.task,
-        score.metric,
-        score.method,
-        f"{score.level:g}",
-        score.source + (" (stand-in)" if score.stand_in else ""),
-        str(len(score.scores)) if score.scores else NOT_MEASURED,
-        f"{score.mean:.3f}",
+TEXT: Columns[TaskRow] = {
+    "task": lambda score: score.task,
+    "metric": lambda score: score.metric,
+    "method": lambda score: score.method,
+    "level": lambda score: f"{score.level:g}",
+    "source": source,
+}
+NUMBERS: Columns[TaskRow] = {
+    "examples": lambda score: str(len(score.scores)) if score.scores else NOT_MEASURED,
+    "mean": lambda score: f"{score.mean:.3f}",
+    "difference": lambda score: (
         NOT_MEASURED
-        if difference is None
-        else f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]",
-    ]
-
-
-def _scores(results: Sequence[Evaluation]) -> list[TaskScore]:
-    return [score for result in results for score in result.tasks]
-
-
-def _method(score: TaskScore) -> str:
-    return f"{score.method} {score.level:g}"
+        if score.difference is None
+        else number(score.difference.mean, "+.3f", score.difference.low, score.difference.high)
+    ),
+}

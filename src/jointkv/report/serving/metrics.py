@@ -1,15 +1,13 @@
-"""The numbers of a run that reports show, by name."""
+"""The numbers of a run that reports show: their names and units."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from jointkv.bench.result import Run
 from jointkv.report.markdown import NOT_MEASURED
-
-Value = Callable[[Run], float | None]
 
 
 @dataclass(frozen=True)
@@ -17,106 +15,95 @@ class Metric:
     """One number of a run.
 
     Attributes:
-        name: as in the comparisons of a result.
+        field: of the run; `ttft.p95` is a field of its `ttft`.
         title: for tables, with its unit.
-        value: of a run, in the unit of the title; None where not measured.
         form: how a value is written.
         higher_is_better: None where neither is.
+        scale: from the unit of the field to that of the title.
     """
 
-    name: str
+    field: str
     title: str
-    value: Value
     form: str
     higher_is_better: bool | None = None
+    scale: float = 1
 
     @property
     def short(self) -> str:
         """The title without its unit."""
         return self.title.split(",")[0]
 
+    def value(self, run: Run) -> float | None:
+        """Of a run, in the unit of the title; None where not measured."""
+        found: object = run
+        for part in self.field.split("."):
+            found = None if found is None else getattr(found, part)
+        return found * self.scale if isinstance(found, int | float) else None
+
     def samples(self, runs: Sequence[Run]) -> list[float]:
         """The values of `runs`, without those that were not measured."""
         return [value for value in map(self.value, runs) if value is not None]
 
-    def written(self, value: float) -> str:
-        """`value` as tables show it."""
-        return format(value, self.form)
-
     def median(self, runs: Sequence[Run]) -> str:
         """The median over `runs`, or the mark of what was not measured."""
         samples = self.samples(runs)
-        return self.written(median(samples)) if samples else NOT_MEASURED
+        return format(median(samples), self.form) if samples else NOT_MEASURED
 
-    def range(self, runs: Sequence[Run]) -> str:
-        """The smallest and the largest value; empty where there are not two or all are written alike."""
+    def with_range(self, runs: Sequence[Run]) -> str:
+        """The median, with the smallest and the largest value in brackets where they are not written alike."""
         samples = self.samples(runs)
-        ends = [self.written(end) for end in (min(samples), max(samples))] if len(samples) > 1 else []
-        return f"{ends[0]} to {ends[1]}" if len(set(ends)) > 1 else ""
+        ends = [format(end, self.form) for end in (min(samples), max(samples))] if len(samples) > 1 else []
+        return self.median(runs) + (f" ({ends[0]} to {ends[1]})" if len(set(ends)) > 1 else "")
 
 
-def _itl(part: str) -> Value:
-    return lambda run: None if run.itl is None else 1e3 * float(getattr(run.itl, part))
-
-
-def _tpot(run: Run) -> float | None:
-    return None if run.tpot is None else 1e3 * run.tpot.p50
-
-
-OUTPUT_RATE = Metric("output_tokens_per_s", "output tokens/s", lambda run: run.output_tokens_per_s, ",.1f", True)
-TTFT_P95 = Metric("ttft_p95", "TTFT p95, s", lambda run: run.ttft.p95, ",.2f", False)
-E2EL_P95 = Metric("e2el_p95", "end-to-end p95, s", lambda run: run.e2el.p95, ",.2f", False)
-ITL_P50 = Metric("itl_p50", "ITL p50, ms", _itl("p50"), ",.0f", False)
-TTFT_P50 = Metric("ttft_p50", "TTFT p50, s", lambda run: run.ttft.p50, ",.2f", False)
-RUNNING_PEAK = Metric("running_peak", "peak running", lambda run: run.running_peak, ",.0f")
-PREEMPTIONS = Metric("preemptions", "preemptions", lambda run: run.preemptions, ",.0f", False)
-PAGES_FREED = Metric("pages_freed", "pages freed by merging", lambda run: run.pages_freed, ",.0f")
-POOL_PEAK = Metric("pool_usage_peak", "peak pool in use", lambda run: run.pool_usage_peak, ".0%")
-KV_PER_TOKEN = Metric(
-    "kv_bytes_per_running_token",
-    "KV KiB per running token",
-    lambda run: None if run.kv_bytes_per_running_token is None else run.kv_bytes_per_running_token / 1024,
-    ",.2f",
-    False,
-)
-WAITING_MEAN = Metric("waiting_mean", "mean waiting", lambda run: run.waiting_mean, ",.1f", False)
-PLUGIN_SECONDS = Metric("plugin_seconds", "plugin, s", lambda run: run.plugin_seconds, ",.2f")
-FAILED = Metric("failed", "failed requests", lambda run: run.failed, ",.0f", False)
+OUTPUT_RATE = Metric("output_tokens_per_s", "output tokens/s", ",.1f", True)
+TTFT_P50 = Metric("ttft.p50", "TTFT p50, s", ",.2f", False)
+TTFT_P95 = Metric("ttft.p95", "TTFT p95, s", ",.2f", False)
+ITL_P50 = Metric("itl.p50", "ITL p50, ms", ",.0f", False, 1e3)
+E2EL_P95 = Metric("e2el.p95", "end-to-end p95, s", ",.2f", False)
+RUNNING_PEAK = Metric("running_peak", "peak running", ",.0f")
+WAITING_MEAN = Metric("waiting_mean", "mean waiting", ",.1f", False)
+PREEMPTIONS = Metric("preemptions", "preemptions", ",.0f", False)
+PAGES_FREED = Metric("pages_freed", "pages freed by merging", ",.0f")
+KV_PER_TOKEN = Metric("kv_bytes_per_running_token", "KV KiB per running token", ",.2f", False, 1 / 1024)
+PLUGIN_SECONDS = Metric("plugin_seconds", "plugin, s", ",.2f")
+FOREIGN_CPU = Metric("foreign_cpu", "CPU of other processes", ".1%")
+FAILED = Metric("failed", "failed requests", ",.0f", False)
 
 GROUPS: dict[str, tuple[Metric, ...]] = {
     "Throughput": (
         OUTPUT_RATE,
-        Metric("total_tokens_per_s", "all tokens/s", lambda run: run.total_tokens_per_s, ",.1f", True),
-        Metric("requests_per_s", "requests/s", lambda run: run.requests_per_s, ",.3f", True),
+        Metric("total_tokens_per_s", "all tokens/s", ",.1f", True),
+        Metric("requests_per_s", "requests/s", ",.3f", True),
     ),
     "Latency": (
         TTFT_P50,
         TTFT_P95,
         ITL_P50,
-        Metric("itl_p95", "ITL p95, ms", _itl("p95"), ",.0f", False),
-        Metric("tpot_p50", "TPOT p50, ms", _tpot, ",.0f", False),
-        Metric("e2el_p50", "end-to-end p50, s", lambda run: run.e2el.p50, ",.2f", False),
+        Metric("itl.p95", "ITL p95, ms", ",.0f", False, 1e3),
+        Metric("tpot.p50", "TPOT p50, ms", ",.0f", False, 1e3),
+        Metric("e2el.p50", "end-to-end p50, s", ",.2f", False),
         E2EL_P95,
     ),
     "Requests at once": (
         RUNNING_PEAK,
-        Metric("running_mean", "mean running", lambda run: run.running_mean, ",.1f"),
-        Metric("waiting_peak", "peak waiting", lambda run: run.waiting_peak, ",.0f", False),
+        Metric("running_mean", "mean running", ",.1f"),
+        Metric("waiting_peak", "peak waiting", ",.0f", False),
         WAITING_MEAN,
     ),
     "KV memory": (
-        POOL_PEAK,
-        Metric("pool_usage_mean", "mean pool in use", lambda run: run.pool_usage_mean, ".0%"),
+        Metric("pool_usage_peak", "peak pool in use", ".0%"),
+        Metric("pool_usage_mean", "mean pool in use", ".0%"),
         PREEMPTIONS,
-        Metric("recomputed_tokens", "recomputed tokens", lambda run: run.recomputed_tokens, ",.0f", False),
+        Metric("recomputed_tokens", "recomputed tokens", ",.0f", False),
         PAGES_FREED,
         KV_PER_TOKEN,
     ),
     "Cost": (
         PLUGIN_SECONDS,
-        Metric("server_cpu_seconds", "CPU of the server, s", lambda run: run.server_cpu_seconds, ",.0f", False),
-        Metric("seconds", "length of the run, s", lambda run: run.seconds, ",.0f"),
-        Metric("foreign_cpu", "CPU of other processes", lambda run: run.foreign_cpu, ".1%"),
+        Metric("server_cpu_seconds", "CPU of the server, s", ",.0f", False),
+        Metric("seconds", "length of the run, s", ",.0f"),
+        FOREIGN_CPU,
         FAILED,
     ),
 }
@@ -127,6 +114,9 @@ DECISIVE = (OUTPUT_RATE, TTFT_P95, E2EL_P95)
 
 COMPARED = (*DECISIVE, ITL_P50)
 """What the table of ratios has."""
+
+SHOWN = (TTFT_P50, TTFT_P95, ITL_P50, E2EL_P95, RUNNING_PEAK, WAITING_MEAN, PREEMPTIONS, PAGES_FREED, PLUGIN_SECONDS)
+"""What Markdown tables have behind the output rate."""
 
 DRAWN = (*COMPARED, RUNNING_PEAK, KV_PER_TOKEN)
 """What is drawn against the load and as ratios."""

@@ -9,6 +9,7 @@ from statistics import median
 from jointkv.bench.arms import cache_width
 from jointkv.bench.result import Arm, Load, ServingResult
 from jointkv.bench.statistics import sign_flip_p, smallest_p
+from jointkv.report.markdown import NOT_MEASURED, words
 from jointkv.report.serving.metrics import Metric
 
 
@@ -34,7 +35,6 @@ class Ratio:
     """
 
     metric: Metric
-    load: str
     rounds: tuple[float, ...]
 
     @property
@@ -54,18 +54,21 @@ class Ratio:
 
     @property
     def written(self) -> str:
-        """The median with two digits after the point."""
-        return "-" if self.median is None else f"{self.median:.2f}"
-
-    @property
-    def range(self) -> str:
-        """Smallest to largest; empty for fewer than two rounds."""
-        return f"{min(self.rounds):.2f} to {max(self.rounds):.2f}" if len(self.rounds) > 1 else ""
+        """The median with the range over rounds and p."""
+        if not self.rounds:
+            return NOT_MEASURED
+        ends = f"{min(self.rounds):.2f} to {max(self.rounds):.2f}; p {self.p:.2g}"
+        return f"{self.median:.2f} ({ends if len(self.rounds) > 1 else 'one round'})"
 
 
 def called(arm: Arm) -> str:
     """The arm's name as a sentence has it."""
     return arm.name.replace("_", " ")
+
+
+def heading(result: ServingResult) -> str:
+    """Traffic and pool, short."""
+    return f"{words(result.traffic)}, pool {baseline(result).pool_blocks:,}"
 
 
 def pool_bytes(result: ServingResult, arm: Arm) -> int:
@@ -104,12 +107,9 @@ def baseline(result: ServingResult) -> Arm:
 
 def large_pool(result: ServingResult, lower: Arm) -> Arm | None:
     """The arm like `lower` with the largest pool above its own: what memory alone could give."""
-    larger = [
-        arm
-        for arm in result.arms
-        if arm.fusion is None and arm.flags == lower.flags and arm.pool_blocks > lower.pool_blocks
-    ]
-    return max(larger, key=lambda arm: arm.pool_blocks, default=None)
+    alike = [arm for arm in result.arms if arm.fusion is None and arm.flags == lower.flags]
+    largest = max(alike, key=lambda arm: arm.pool_blocks, default=lower)
+    return largest if largest.pool_blocks > lower.pool_blocks else None
 
 
 def ratio(result: ServingResult, upper: Arm, lower: Arm, load: Load, metric: Metric) -> Ratio:
@@ -117,9 +117,15 @@ def ratio(result: ServingResult, upper: Arm, lower: Arm, load: Load, metric: Met
     above = {run.round: metric.value(run) for run in result.of(upper.name, load.label)}
     below = {run.round: metric.value(run) for run in result.of(lower.name, load.label)}
     rounds = [(above[number], below[number]) for number in sorted(above.keys() & below.keys())]
-    return Ratio(metric, load.label, tuple(high / low for high, low in rounds if high and low))
+    return Ratio(metric, tuple(high / low for high, low in rounds if high and low))
 
 
-def loads_run(result: ServingResult, arms: Sequence[Arm]) -> list[Load]:
-    """The loads that all of `arms` have a run of."""
-    return [load for load in result.loads if all(result.of(arm.name, load.label) for arm in arms)]
+def arms_run(result: ServingResult, load: Load) -> list[Arm]:
+    """The arms that have a run under `load`."""
+    return [arm for arm in result.arms if result.of(arm.name, load.label)]
+
+
+def pairs_run(result: ServingResult, load: Load) -> list[Pair]:
+    """The pairs of which both arms have."""
+    arms: Sequence[Arm] = arms_run(result, load)
+    return [pair for pair in fusion_pairs(result) if pair.upper in arms and pair.lower in arms]

@@ -1,196 +1,147 @@
-"""Serving results as tables: a line per metric and a column per arm for pages, a line per arm for Markdown."""
+"""Serving results as tables, for pages and for Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from jointkv.bench.result import Arm, Fidelity, Load, ServingResult
-from jointkv.report.markdown import NOT_MEASURED, table
+from jointkv.bench.result import Arm, Load, Run, ServingResult
+from jointkv.report.markdown import NOT_MEASURED, Columns, T, number, table
 from jointkv.report.serving import metrics
 from jointkv.report.serving.cautions import cautions
-from jointkv.report.serving.metrics import GROUPS
-from jointkv.report.serving.pairs import Pair, Ratio, baseline, called, fusion_pairs, ratio
-from jointkv.report.serving.verdict import Verdict, verdicts
+from jointkv.report.serving.pairs import arms_run, called, heading, pairs_run, ratio
+from jointkv.report.serving.verdict import WORDS, Effect, Verdict, verdicts
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A value with its range or other small print."""
-
-    value: str
-    small: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One metric."""
-
-    title: str
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True)
-class LoadTable:
-    """All numbers of a result under one load.
+class Table:
+    """A table of a page; what stands in brackets is small print.
 
     Attributes:
-        arms: of the first columns.
-        pairs: of the columns behind them, which hold ratios.
-        groups: rows by heading.
+        groups: lines by heading.
     """
 
-    load: Load
-    arms: tuple[Arm, ...]
-    pairs: tuple[Pair, ...]
-    groups: dict[str, tuple[Row, ...]]
+    title: str
+    headings: list[str]
+    groups: dict[str, list[list[str]]]
 
 
-def load_table(result: ServingResult, load: Load) -> LoadTable:
-    """The table of one load, with the arms that were run under it."""
-    arms = tuple(arm for arm in result.arms if result.of(arm.name, load.label))
-    pairs = tuple(pair for pair in fusion_pairs(result) if pair.upper in arms and pair.lower in arms)
+def page_table(title: str, columns: Columns[T], rows: Iterable[T]) -> Table:
+    """A line per row."""
+    return Table(title, list(columns), {"": [[write(row) for write in columns.values()] for row in rows]})
+
+
+def load_table(result: ServingResult, load: Load) -> Table:
+    """All numbers under one load: a line per metric, a column per arm that was run, and behind them the ratios."""
+    arms, pairs = arms_run(result, load), pairs_run(result, load)
     groups = {}
-    for heading, chosen in GROUPS.items():
-        rows = []
-        for metric in chosen:
-            runs = [result.of(arm.name, load.label) for arm in arms]
-            cells = [Cell(metric.median(each), metric.range(each)) for each in runs]
-            if any(cell.value != NOT_MEASURED for cell in cells):
-                ratios = [ratio(result, pair.upper, pair.lower, load, metric) for pair in pairs]
-                shown = [_ratio_cell(each) if metric.higher_is_better is not None else Cell("") for each in ratios]
-                rows.append(Row(metric.title, (*cells, *shown)))
-        groups[heading] = tuple(rows)
-    fidelity = _fidelity_rows(result, load, arms, len(pairs))
-    return LoadTable(load, arms, pairs, {**groups, "Same answers": fidelity} if fidelity else groups)
-
-
-def _ratio_cell(found: Ratio) -> Cell:
-    if found.median is None or found.p is None:
-        return Cell(NOT_MEASURED)
-    return Cell(f"{found.written}x", f"{found.range}; p {found.p:.2g}" if found.range else "one round")
-
-
-def _fidelity_rows(result: ServingResult, load: Load, arms: Sequence[Arm], ratios: int) -> tuple[Row, ...]:
-    """Equal answers and common beginnings: against each other arm, and of an arm with itself in other rounds."""
-    known = [each for each in result.fidelity if each.load == load.label]
-    against = list(dict.fromkeys(each.against for each in known if each.against != each.arm))
-    rows = []
-    for name in against:
-        chosen = {each.arm: each for each in known if each.against == name != each.arm}
-        rows += _both_rows(f"to {name.replace('_', ' ')}", chosen, arms, ratios)
-    own = {each.arm: each for each in known if each.arm == each.against}
-    return (*rows, *(_both_rows("to itself in other rounds", own, arms, ratios) if own else ()))
-
-
-def _both_rows(words: str, found: dict[str, Fidelity], arms: Sequence[Arm], ratios: int) -> list[Row]:
-    def cells(part: str) -> tuple[Cell, ...]:
-        shown = [
-            Cell(f"{getattr(found[arm.name], part):.1%}", f"of {found[arm.name].pairs}")
-            if arm.name in found
-            else Cell("-")
-            for arm in arms
+    for name, chosen in metrics.GROUPS.items():
+        groups[name] = [
+            [metric.title, *(metric.with_range(result.of(arm.name, load.label)) for arm in arms)]
+            + [
+                ratio(result, pair.upper, pair.lower, load, metric).written
+                if metric.higher_is_better is not None
+                else ""
+                for pair in pairs
+            ]
+            for metric in chosen
+            if any(metric.samples(result.of(arm.name, load.label)) for arm in arms)
         ]
-        return (*shown, *[Cell("")] * ratios)
+    for title, part in (("equal to", "equal"), ("common beginning with", "common_prefix")):
+        cells = [_agreement(result, load, arm, part) for arm in arms]
+        groups.setdefault("Same answers", []).append([title, *cells, *([""] * len(pairs))])
+    headings = ["", *(f"{called(arm)} ({arm.title}; {arm.pool_blocks:,} blocks)" for arm in arms)]
+    headings += [f"{called(pair.upper)} ÷ {called(pair.lower)} (median ratio)" for pair in pairs]
+    return Table(f"{load.label}: median and range over rounds", headings, groups)
 
-    return [Row(f"equal {words}", cells("equal")), Row(f"common beginning, {words}", cells("common_prefix"))]
+
+def _agreement(result: ServingResult, load: Load, arm: Arm, part: str) -> str:
+    """With the reference arms, then with the arm itself in other rounds: its own noise."""
+    known = [each for each in result.fidelity if (each.arm, each.load) == (arm.name, load.label)]
+    parts = [
+        f"{'itself' if each.against == arm.name else each.against.replace('_', ' ')} {getattr(each, part):.0%}"
+        for each in sorted(known, key=lambda each: each.against == arm.name)
+    ]
+    return ", ".join(parts) or NOT_MEASURED
 
 
-WORDS = ("traffic", "load", "arm")
-SHOWN = (
-    metrics.OUTPUT_RATE,
-    metrics.TTFT_P50,
-    metrics.TTFT_P95,
-    metrics.ITL_P50,
-    metrics.E2EL_P95,
-    metrics.RUNNING_PEAK,
-    metrics.WAITING_MEAN,
-    metrics.PREEMPTIONS,
-    metrics.PAGES_FREED,
-    metrics.PLUGIN_SECONDS,
-)
-NUMBERS = ("pool blocks", *(metric.title for metric in SHOWN), "same output")
+RUNS: Columns[Run] = {
+    "arm": lambda run: run.arm,
+    "load": lambda run: run.load,
+    "round": lambda run: str(run.round),
+    "run as": lambda run: str(run.position + 1),
+    **{
+        metric.title: lambda run, metric=metric: metric.median([run])  # type: ignore[misc]
+        for metric in (*metrics.COMPARED, metrics.TTFT_P50, metrics.FAILED, metrics.FOREIGN_CPU)
+    },
+    "answers": lambda run: run.outputs_file or NOT_MEASURED,
+}
+"""Of every run."""
+
+Compared = tuple[Verdict, Effect]
+COMPARED_TEXT: Columns[Compared] = {
+    "traffic": lambda pair: heading(pair[0].result),
+    "load": lambda pair: pair[1].load.label,
+    "arm": lambda pair: called(pair[0].pair.upper),
+    "against": lambda pair: called(pair[0].pair.lower),
+}
+RATIOS: Columns[Compared] = {
+    f"{metric.short}, ratio": lambda pair, metric=metric: pair[1].ratios[metric].written  # type: ignore[misc]
+    for metric in metrics.COMPARED
+}
+COMPARED_NUMBERS: Columns[Compared] = {
+    **RATIOS,
+    "smallest p": lambda pair: f"{pair[1].ratios[metrics.OUTPUT_RATE].smallest_p:.2g}",
+    "verdict": lambda pair: WORDS[pair[1].kind],
+}
+BREAK_EVEN: Columns[Compared] = {
+    **COMPARED_TEXT,
+    "verdict": COMPARED_NUMBERS["verdict"],
+    "pool in use (peak, without fusion)": lambda pair: f"{pair[1].pressure.usage:.0%}",
+    "waiting (mean, without fusion)": lambda pair: f"{pair[1].pressure.waiting:.1f}",
+    "load ÷ pool (in the large pool)": lambda pair: number(pair[1].demand, ".2f"),
+    "pages freed": lambda pair: number(pair[1].freed, ",.0f"),
+    **RATIOS,
+}
+"""Comparisons beside how short memory was."""
+
+Under = tuple[ServingResult, Load, Arm]
+TEXT: Columns[Under] = {
+    "traffic": lambda row: heading(row[0]),
+    "load": lambda row: row[1].label,
+    "arm": lambda row: called(row[2]),
+}
+NUMBERS: Columns[Under] = {
+    "pool blocks": lambda row: f"{row[2].pool_blocks:,}",
+    metrics.OUTPUT_RATE.title: lambda row: metrics.OUTPUT_RATE.with_range(_runs(row)),
+    **{
+        metric.title: lambda row, metric=metric: metric.median(_runs(row))  # type: ignore[misc]
+        for metric in metrics.SHOWN
+    },
+    "same output": lambda row: _agreement(*row, "equal"),
+}
+
+
+def _runs(row: Under) -> list[Run]:
+    result, load, arm = row
+    return result.of(arm.name, load.label)
 
 
 def markdown(results: Sequence[ServingResult]) -> str:
     """Verdicts, cautions and one line per arm and load; medians, with the range of output tokens/s."""
-    verdict_lines = [f"- {verdict.sentence}\n" for result in results for verdict in verdicts(result)]
-    caution_lines = [f"- {_of(result)}: {caution}\n" for result in results for caution in cautions(result)]
-    lines = [
-        _line(result, load, arm)
-        for result in results
-        for load in result.loads
-        for arm in result.arms
-        if result.of(arm.name, load.label)
-    ]
-    return (
-        f"Model {results[0].model}, {results[0].dtype}. Medians over rounds; output tokens/s with the range.\n\n"
-        + "".join(verdict_lines)
-        + "\n" * bool(verdict_lines)
-        + table(WORDS, NUMBERS, lines)
-        + "\n" * bool(caution_lines)
-        + "".join(caution_lines)
-    )
-
-
-def _line(result: ServingResult, load: Load, arm: Arm) -> list[str]:
-    runs = result.of(arm.name, load.label)
-    rate, *others = SHOWN
-    spread = rate.range(runs)
-    return [
-        _of(result),
-        load.label,
-        called(arm),
-        f"{arm.pool_blocks:,}",
-        rate.median(runs) + (f" ({spread})" if spread else ""),
-        *(metric.median(runs) for metric in others),
-        _same_output(result, load, arm),
-    ]
-
-
-def _same_output(result: ServingResult, load: Load, arm: Arm) -> str:
-    """Equal to the reference arm, with the arm's own noise."""
-    known = [each for each in result.fidelity if (each.arm, each.load) == (arm.name, load.label)]
-    own = [f"itself {each.equal:.0%}" for each in known if each.against == each.arm]
-    other = [f"{each.against.replace('_', ' ')} {each.equal:.0%}" for each in known if each.against != each.arm]
-    return ", ".join((*other, *own)) or NOT_MEASURED
-
-
-def _of(result: ServingResult) -> str:
-    return f"{result.traffic.replace('_', '-')}, pool {baseline(result).pool_blocks:,}"
-
-
-RATIO_WORDS = ("traffic", "load", "arm", "against")
-RATIO_NUMBERS = (*(f"{metric.short}, ratio" for metric in metrics.COMPARED), "smallest p", "verdict")
+    said = [f"- {verdict.sentence}\n" for result in results for verdict in verdicts(result)]
+    warned = [f"- {heading(result)}: {caution}\n" for result in results for caution in cautions(result)]
+    rows = [(result, load, arm) for result in results for load in result.loads for arm in arms_run(result, load)]
+    parts = ("".join(said), table(TEXT, NUMBERS, rows), "".join(warned))
+    intro = f"Model {results[0].model}, {results[0].dtype}. Medians over rounds; output tokens/s with the range.\n"
+    return "\n".join([intro, *filter(None, parts)])
 
 
 def ratio_markdown(results: Sequence[ServingResult]) -> str:
     """One line per comparison and load: median ratio, range over rounds and p."""
-    lines = [line for result in results for verdict in verdicts(result) for line in _ratio_lines(result, verdict)]
+    rows = [(verdict, effect) for result in results for verdict in verdicts(result) for effect in verdict.effects]
     return (
         f"Model {results[0].model}, {results[0].dtype}. Ratios within a round: median (range; p of an exact "
         "permutation test). More output tokens/s and less of the times is better.\n\n"
-        + table(RATIO_WORDS, RATIO_NUMBERS, lines)
+        + table(COMPARED_TEXT, COMPARED_NUMBERS, rows)
     )
-
-
-def _ratio_lines(result: ServingResult, verdict: Verdict) -> list[list[str]]:
-    lines = []
-    for effect in verdict.effects:
-        cells = [_ratio_cell(effect.ratios[metric.name]) for metric in metrics.COMPARED]
-        least = effect.ratios[metrics.OUTPUT_RATE.name].smallest_p
-        lines.append(
-            [
-                _of(result),
-                effect.load,
-                called(verdict.pair.upper),
-                called(verdict.pair.lower),
-                *(f"{cell.value.removesuffix('x')} ({cell.small})" if cell.small else cell.value for cell in cells),
-                f"{least:.2g}",
-                KIND_WORDS[effect.kind],
-            ]
-        )
-    return lines
-
-
-KIND_WORDS = {"helps": "helps", "mixed": "trade", "costs": "costs", "unclear": "unclear", "none": "no effect"}

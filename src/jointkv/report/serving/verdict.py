@@ -1,18 +1,38 @@
-"""What a comparison shows, in one word per load and one sentence per arm."""
+"""What comparisons show: a word per load, and a sentence on them and one on memory per arm."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
+from typing import Literal, TypeVar
 
-from jointkv.bench.result import ServingResult
-from jointkv.report.serving.metrics import COMPARED, DECISIVE, E2EL_P95, ITL_P50, OUTPUT_RATE, PAGES_FREED, TTFT_P95
-from jointkv.report.serving.pairs import Pair, Ratio, called, fusion_pairs, loads_run, ratio
+from jointkv.bench.result import Load, ServingResult
+from jointkv.report.markdown import NOT_MEASURED, words
+from jointkv.report.serving.memory import STATES, Pressure, pressure
+from jointkv.report.serving.metrics import COMPARED, DECISIVE, OUTPUT_RATE, PAGES_FREED, Metric
+from jointkv.report.serving.pairs import (
+    Pair,
+    Ratio,
+    called,
+    fusion_pairs,
+    heading,
+    large_pool,
+    pairs_run,
+    pool_bytes,
+    ratio,
+)
 
 Kind = Literal["helps", "mixed", "costs", "unclear", "none"]
+WORDS: dict[Kind, str] = {
+    "helps": "helps",
+    "mixed": "trade",
+    "costs": "costs",
+    "unclear": "unclear",
+    "none": "no effect",
+}
+T = TypeVar("T")
 
 LEAST = 0.03
 """A median ratio nearer to 1 than this is no difference."""
@@ -37,31 +57,52 @@ class Effect:
     """What fusion did under one load.
 
     Attributes:
-        ratios: of `COMPARED`, by name.
-        kinds: of the same.
-        idle: no page was freed in any round, as far as known.
+        ratios: of `COMPARED`.
+        pressure: memory of the arm without fusion.
+        demand: pages the load takes at its peak if it may, over the pages of the pool; from the arm with a large pool,
+            None without one.
+        freed: pages given back, median over rounds; None where not known.
     """
 
-    load: str
+    load: Load
     kind: Kind
-    idle: bool
-    ratios: Mapping[str, Ratio]
-    kinds: Mapping[str, Kind]
+    ratios: Mapping[Metric, Ratio]
+    pressure: Pressure
+    demand: float | None
+    freed: float | None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One arm with fusion against its counterpart.
+    """One arm with fusion against its counterpart; `kind` is over all loads: `mixed` if they differ in direction."""
 
-    Attributes:
-        kind: over all loads; loads that differ in direction are `mixed`.
-        sentence: plain text.
-    """
-
+    result: ServingResult
     pair: Pair
     kind: Kind
-    sentence: str
     effects: tuple[Effect, ...]
+
+    @property
+    def sentence(self) -> str:
+        """What fusion did, and how much, at which loads."""
+        clauses = [
+            f"{WORDS[kind]} at {_loads(effects)} ({_numbers(effects)})"
+            for kind, effects in _grouped(self.effects, lambda effect: effect.kind, tuple(WORDS))
+        ]
+        return (
+            f"On {words(self.result.traffic)} traffic with {self.pair.lower.pool_blocks:,} blocks, "
+            f"{called(self.pair.upper)} against {called(self.pair.lower)}: {'; '.join(clauses)}."
+        )
+
+    @property
+    def memory(self) -> str:
+        """Whether memory was short without fusion, and what fusion freed."""
+        clauses = [
+            f"{STATES[state]} at {_loads(effects)} ({_span([each.pressure.usage for each in effects], '.0%')} of the "
+            f"pool in use at the peak, {_span([each.pressure.waiting for each in effects], '.1f')} requests waiting)"
+            for state, effects in _grouped(self.effects, lambda effect: effect.pressure.state, tuple(STATES))
+        ]
+        freed = _span([each.freed for each in self.effects], ",.0f")
+        return f"Without fusion, {'; '.join(clauses)}. Pages freed by {called(self.pair.upper)} in a run: {freed}."
 
 
 def judge(rounds: Sequence[float], higher_is_better: bool) -> Kind:
@@ -93,29 +134,23 @@ def combine(kinds: Sequence[Kind]) -> Kind:
 def verdicts(result: ServingResult) -> list[Verdict]:
     """One for every arm with fusion that was run under a load together with its counterpart."""
     found = []
-    pairs = fusion_pairs(result)
-    for pair in pairs:
-        effects = tuple(_effects(result, pair))
+    for pair in fusion_pairs(result):
+        effects = tuple(_effect(result, pair, load) for load in result.loads if pair in pairs_run(result, load))
         if effects:
-            name = "fusion" if len(pairs) == 1 else called(pair.upper)
-            kind = combine([effect.kind for effect in effects])
-            found.append(Verdict(pair, kind, _sentence(result, pair, name, effects), effects))
+            found.append(Verdict(result, pair, combine([effect.kind for effect in effects]), effects))
     return found
 
 
-def _effects(result: ServingResult, pair: Pair) -> list[Effect]:
-    effects = []
-    for load in loads_run(result, (pair.upper, pair.lower)):
-        ratios = {metric.name: ratio(result, pair.upper, pair.lower, load, metric) for metric in COMPARED}
-        kinds = {name: judge(each.rounds, bool(each.metric.higher_is_better)) for name, each in ratios.items()}
-        freed = PAGES_FREED.samples(result.of(pair.upper.name, load.label))
-        idle = bool(freed) and max(freed) == 0
-        decisive = [metric.name for metric in DECISIVE]
-        kind = combine([kinds[name] for name in decisive])
-        if idle and kind != "costs":
-            kind = "unclear" if any(_maybe_worse(ratios[name]) for name in decisive) else "none"
-        effects.append(Effect(load.label, kind, idle, ratios, kinds))
-    return effects
+def _effect(result: ServingResult, pair: Pair, load: Load) -> Effect:
+    ratios = {metric: ratio(result, pair.upper, pair.lower, load, metric) for metric in COMPARED}
+    freed = PAGES_FREED.samples(result.of(pair.upper.name, load.label))
+    kind = combine([judge(ratios[metric].rounds, bool(metric.higher_is_better)) for metric in DECISIVE])
+    if freed and max(freed) == 0 and kind != "costs":
+        kind = "unclear" if any(_maybe_worse(ratios[metric]) for metric in DECISIVE) else "none"
+    limit = large_pool(result, pair.lower)
+    peaks = [run.pool_usage_peak for run in result.of(limit.name, load.label)] if limit else []
+    demand = median(peaks) * pool_bytes(result, limit) / pool_bytes(result, pair.lower) if limit and peaks else None
+    return Effect(load, kind, ratios, pressure(result, pair.lower, load), demand, median(freed) if freed else None)
 
 
 def _maybe_worse(found: Ratio) -> bool:
@@ -125,101 +160,47 @@ def _maybe_worse(found: Ratio) -> bool:
     return found.median < 1 - LEAST if found.metric.higher_is_better else found.median > 1 + LEAST
 
 
-def _sentence(result: ServingResult, pair: Pair, name: str, effects: Sequence[Effect]) -> str:
-    groups: dict[tuple[Kind, bool], list[Effect]] = {}
-    for effect in effects:
-        groups.setdefault((effect.kind, effect.idle), []).append(effect)
-    order: tuple[Kind, ...] = ("helps", "mixed", "costs", "unclear", "none")
-    clauses = [_clause(groups[key], pair, name) for key in sorted(groups, key=lambda key: order.index(key[0]))]
-    traffic = result.traffic.replace("_", "-")
-    return f"On {traffic} traffic with a pool of {pair.lower.pool_blocks:,} blocks, {'; '.join(clauses)}."
+def ranked(found: Sequence[Verdict]) -> list[tuple[Verdict, Effect]]:
+    """All comparisons, from the least short of memory to the most."""
+    both = [(verdict, effect) for verdict in found for effect in verdict.effects]
+    return sorted(both, key=lambda pair: (pair[1].pressure.usage, pair[1].pressure.waiting))
 
 
-def _clause(effects: Sequence[Effect], pair: Pair, name: str) -> str:
-    kind, loads, base = effects[0].kind, _loads(effects), called(pair.lower)
-    speed = _over(effects, OUTPUT_RATE.name)
-    if kind == "none" and effects[0].idle:
-        return (
-            f"{name} freed no page and cost nothing beyond the spread at {loads} ({speed} times the output tokens/s of "
-            f"{base})"
-        )
-    if kind == "none":
-        return f"{name} made no difference beyond the spread at {loads} ({speed} times the output tokens/s of {base})"
-    if kind == "unclear":
-        why = _why_unclear(effects)
-        return (
-            f"nothing can be concluded on {name} at {loads}, because {why} ({speed} times the output tokens/s of {base}"
-            f"{_rounds(effects)}{_significance(effects, OUTPUT_RATE.name)})"
-        )
-    parts = [f"served {speed} times the output tokens/s of {base}{_remark(effects)}"]
-    for metric, words in (
-        (TTFT_P95, "the first token came after {} of the time (p95)"),
-        (E2EL_P95, "the whole answer took {} of the time (p95)"),
-    ):
-        if _moved(effects, metric.name):
-            parts.append(words.format(_over(effects, metric.name)))
-    if "costs" in {effect.kinds[ITL_P50.name] for effect in effects}:
-        parts.append(f"the gap between tokens was {_over(effects, ITL_P50.name)} times as long")
-    sentence = f"{name} {_and(parts)} at {loads}"
-    return sentence if kind == "helps" else f"{sentence}, which is a {'cost' if kind == 'costs' else 'trade'}"
+def break_even(found: Sequence[tuple[Verdict, Effect]]) -> str:
+    """From where on fusion helped, of comparisons that are `ranked`."""
+    helped = [(verdict, effect) for verdict, effect in found if effect.kind == "helps"]
+    sentence = f"Fusion helped in {len(helped)} of {len(found)} comparisons"
+    if not helped:
+        return f"{sentence}."
+    verdict, least = helped[0]
+    return (
+        f"{sentence}; the one least short of memory is {heading(verdict.result)}, {least.load.label}, with "
+        f"{least.pressure.usage:.0%} of the pool in use at the peak and {least.pressure.waiting:.1f} requests waiting "
+        "without fusion."
+    )
 
 
-def _why_unclear(effects: Sequence[Effect]) -> str:
-    rounds = max(len(effect.ratios[OUTPUT_RATE.name].rounds) for effect in effects)
-    if rounds < 2:
-        return "one round says nothing of the spread" if rounds else "no round has answers of both arms"
-    if all(effect.idle for effect in effects):
-        return "it freed no page, so what differs is not its doing"
-    return "the rounds do not agree clearly"
+def _numbers(effects: Sequence[Effect]) -> str:
+    """Median ratios, smallest to largest over `effects`, and p of the first."""
+    medians = [
+        f"{metric.short} {_span([effect.ratios[metric].median for effect in effects], '.2f')}x" for metric in COMPARED
+    ]
+    rates = [effect.ratios[OUTPUT_RATE] for effect in effects]
+    p, least = _span([rate.p for rate in rates], ".2g"), _span([rate.smallest_p for rate in rates], ".2g")
+    return f"{', '.join(medians)}; rounds {_span([len(rate.rounds) for rate in rates], 'd')}, p {p}, at best {least}"
 
 
-def _remark(effects: Sequence[Effect]) -> str:
-    """Behind the throughput: its p, or that it did not move."""
-    if _moved(effects, OUTPUT_RATE.name):
-        return f" ({_significance(effects, OUTPUT_RATE.name).removeprefix('; ')})"
-    deciding = next(metric for metric in DECISIVE if _moved(effects, metric.name))
-    still = {effect.kinds[OUTPUT_RATE.name] for effect in effects} == {"none"}
-    words = "no difference beyond the spread" if still else "not clear beyond the spread"
-    significance = _significance(effects, deciding.name)
-    return f" ({words}{significance + f' for {deciding.short}' if significance else ''})"
-
-
-def _moved(effects: Sequence[Effect], name: str) -> bool:
-    return any(effect.kinds[name] in ("helps", "costs") for effect in effects)
-
-
-def _significance(effects: Sequence[Effect], name: str) -> str:
-    """`; p = 0.25, the smallest possible with 3 rounds`, or nothing without rounds."""
-    known = [each for each in (effect.ratios[name] for effect in effects) if each.rounds]
-    if not known:
-        return ""
-    values = [each.p for each in known if each.p is not None]
-    least = min(each.smallest_p for each in known)
-    rounds = max(len(each.rounds) for each in known)
-    counted = f"{rounds} round{'s' if rounds > 1 else ''}"
-    if max(values) <= least * (1 + 1e-9):
-        return f"; p = {least:.2g}, the smallest possible with {counted}"
-    return f"; p = {_span(values, '.2g')}, {least:.2g} being the smallest possible with {counted}"
-
-
-def _rounds(effects: Sequence[Effect]) -> str:
-    values = [value for effect in effects for value in effect.ratios[OUTPUT_RATE.name].rounds]
-    return f", rounds {min(values):.2f} to {max(values):.2f}" if len(values) > len(effects) else ""
-
-
-def _over(effects: Sequence[Effect], name: str) -> str:
-    """The median ratio, or its smallest and largest over the loads."""
-    return _span([value for effect in effects if (value := effect.ratios[name].median) is not None], ".2f")
-
-
-def _span(values: Sequence[float], form: str) -> str:
-    ends = list(dict.fromkeys(format(end, form) for end in (min(values), max(values)))) if values else ["-"]
-    return " to ".join(ends)
+def _grouped(effects: Sequence[Effect], key: Callable[[Effect], T], order: Sequence[T]) -> list[tuple[T, list[Effect]]]:
+    groups = [(value, [effect for effect in effects if key(effect) == value]) for value in order]
+    return [(value, found) for value, found in groups if found]
 
 
 def _loads(effects: Sequence[Effect]) -> str:
-    return _and([effect.load for effect in effects])
+    *first, last = [effect.load.label for effect in effects]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
-def _and(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+def _span(values: Sequence[float | None], form: str) -> str:
+    """The smallest and the largest; one if they are written alike."""
+    known = [value for value in values if value is not None]
+    return " to ".join(dict.fromkeys(format(end, form) for end in (min(known), max(known)))) if known else NOT_MEASURED

@@ -1,31 +1,33 @@
-"""Reading the files of a report, and which of them may share a chart."""
+"""The results of `jointkv bench serve` as reports take them: complete in themselves, and set beside each other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Self, TypeVar
+
+from pydantic import model_validator
+from pydantic_core import PydanticCustomError
 
 from jointkv.bench.result import ServingResult
-from jointkv.errors import BadInput
+
+S = TypeVar("S", bound=ServingResult)
 
 
-def read(path: Path) -> ServingResult:
-    """The result in `path`.
+class Serving(ServingResult):
+    """A result with runs, all of which belong to its arms and loads."""
 
-    Raises:
-        BadInput: no such file, not a result of `jointkv bench serve`, one without a run, or runs that contradict it.
-    """
-    result = ServingResult.load(path)
-    if not result.runs:
-        raise BadInput(f"{path}: no run in it")
-    problem = contradiction(result)
-    if problem:
-        raise BadInput(f"{path}: {problem}")
-    return result
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problem = _contradiction(self)
+        if problem is not None:
+            raise PydanticCustomError("contradiction", "{problem}", {"problem": problem})
+        return self
 
 
-def contradiction(result: ServingResult) -> str | None:
+def _contradiction(result: ServingResult) -> str | None:
     """Why the parts of `result` do not belong together; None if they do."""
+    if not result.runs:
+        return "no run in it"
     arms, loads = [arm.name for arm in result.arms], [load.label for load in result.loads]
     seen = set()
     for run in result.runs:
@@ -34,9 +36,7 @@ def contradiction(result: ServingResult) -> str | None:
         if (run.arm, run.load, run.round) in seen:
             return f"two runs of {run.arm} at {run.load} in round {run.round}"
         seen.add((run.arm, run.load, run.round))
-        line = run.timeline
-        lists = [line.seconds, line.running, line.waiting, line.pool_usage, line.preemptions, line.pages_freed]
-        if len({len(values) for values in lists if values is not None}) > 1:
+        if len({len(values) for _, values in run.timeline if values is not None}) > 1:
             return f"the timeline of {run.arm} at {run.load}, round {run.round}, has lists of different lengths"
     return None
 
@@ -47,15 +47,9 @@ def conditions(result: ServingResult) -> dict[str, str]:
     return {"model": result.model, "dtype": result.dtype, "machine": machine}
 
 
-def conflict(one: ServingResult, other: ServingResult) -> str | None:
-    """Why the two must not share a chart, or None."""
-    mine, theirs = conditions(one), conditions(other)
-    return next((f"{name} {mine[name]} and {theirs[name]}" for name in mine if mine[name] != theirs[name]), None)
-
-
-def comparable(results: Sequence[ServingResult]) -> list[list[ServingResult]]:
+def comparable(results: Sequence[S]) -> list[list[S]]:
     """`results` in groups that may share a chart, each in the order given."""
-    groups: dict[tuple[str, ...], list[ServingResult]] = {}
+    groups: dict[tuple[str, ...], list[S]] = {}
     for result in results:
         groups.setdefault(tuple(conditions(result).values()), []).append(result)
     return list(groups.values())
