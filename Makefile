@@ -14,6 +14,9 @@ EVAL_BIN := $(EVAL_VENV)/bin
 QUICK := -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not nightly"
 HAZARDS := docs/results/reliability
 
+# Tests that start vLLM; elsewhere they skip themselves.
+ENGINE_TESTS := tests/vllm_plugin tests/benchmarks tests/bench/test_real_engine.py
+
 .PHONY: setup setup-vllm setup-eval demo test test-slow test-vllm test-eval soak fuzz matrix nightly lint bench docs clean
 
 setup: $(VENV)/.ready
@@ -61,7 +64,7 @@ test-slow: setup
 
 test-vllm: setup-vllm
 	$(VLLM_BIN)/jointkv model fetch smollm2
-	$(VLLM_BIN)/pytest $(QUICK) tests/vllm_plugin tests/docs/test_vllm_flags.py
+	$(VLLM_BIN)/pytest $(QUICK) $(ENGINE_TESTS) tests/docs/test_vllm_flags.py
 
 test-eval: setup-eval
 	$(EVAL_BIN)/pytest $(QUICK) tests/evaluate/methods
@@ -78,12 +81,12 @@ fuzz: setup
 matrix: setup-vllm
 	$(VLLM_BIN)/python tests/compatibility/matrix.py --output $(HAZARDS)/matrix.json
 
-# Everything docs/reliability.md shows but the soak and the fuzzers: 100,000 steps of every state machine.
+# Everything in docs/results/reliability/hazards.md but the soak and the fuzzers: 100,000 steps of every state machine.
 nightly: setup setup-vllm
 	$(BIN)/jointkv model fetch smollm2
 	JOINTKV_TEST_STEPS=100000 $(BIN)/pytest --timeout=0 -m "hazard and not gpu" --hazards=$(HAZARDS)/core.json
 	JOINTKV_TEST_STEPS=100000 $(VLLM_BIN)/pytest --timeout=0 -m "hazard and not gpu" --hazards=$(HAZARDS)/vllm.json \
-	  tests/vllm_plugin
+	  $(ENGINE_TESTS)
 	$(BIN)/python tests/hazards.py $(HAZARDS)/core.json $(HAZARDS)/vllm.json $(HAZARDS)/fuzz.json $(wildcard $(HAZARDS)/soak*.json)
 
 lint: setup
