@@ -67,7 +67,7 @@ test-vllm: setup-vllm
 	$(VLLM_BIN)/pytest $(QUICK) $(ENGINE_TESTS) tests/docs/test_vllm_flags.py
 
 test-eval: setup-eval
-	$(EVAL_BIN)/pytest $(QUICK) tests/evaluate/methods
+	$(EVAL_BIN)/pytest $(QUICK) tests/evaluate/methods tests/evaluate/compare
 
 # 20 minutes at a full pool.
 soak: setup-vllm

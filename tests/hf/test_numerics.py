@@ -11,6 +11,7 @@ from jointkv.core.plan import BlockRef
 from jointkv.errors import LayoutError
 from jointkv.hf.attention import PagedLayer
 from jointkv.hf.cache import JointCache
+from jointkv.hf.layer import PagedCacheLayer
 from jointkv.policy import FusionPolicy
 from tests.hf.tiny_models import (
     BLOCK,
@@ -46,17 +47,28 @@ extremes = pytest.mark.hazard(
 )
 
 
+def pages_of_equal_blocks(stock, layers):
+    """Pages for full blocks that differ in some bit, and for every last one: a processor may round rows differently."""
+    sides = [side for layer in layers for side in (stock.layers[layer].keys, stock.layers[layer].values)]
+    tokens = torch.cat([side.float().transpose(1, 2).flatten(2) for side in sides], 2)
+    rows, length = tokens.shape[:2]
+    full = tokens[:, : length // BLOCK * BLOCK].unflatten(1, (-1, BLOCK)).flatten(2)
+    return sum(len(blocks.unique(dim=0)) for blocks in full.unbind(1)) + rows * (length % BLOCK > 0)
+
+
 @same_answers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_identical_requests(name, dtype):
     prompt = duplicates(3, 4 * BLOCK + 2)
     stock = build_model(name, dtype)
-    expected = generate(stock, prompt, stock_cache(stock), tokens=BLOCK)
+    unfused = stock_cache(stock)
+    expected = generate(stock, prompt, unfused, tokens=BLOCK)
     model, pool = joint(name, EXACT, dtype=dtype)
     cache = JointCache(pool)
     assert_same_output(expected, generate(model, prompt, cache, tokens=BLOCK))
-    assert pool.faults == 0 and cache.pages < cache.references / 2
+    paged = [number for number, layer in enumerate(cache.layers) if isinstance(layer, PagedCacheLayer)]
+    assert pool.faults == 0 and cache.pages == pages_of_equal_blocks(unfused, paged) < cache.references
 
 
 @refusal

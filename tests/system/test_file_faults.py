@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from jointkv.core.plan import FusionPlan
 from jointkv.errors import BadInput
 from jointkv.evaluate.holding import prefilled
 from jointkv.evaluate.holding.prefilled import Prefilled
@@ -42,10 +41,6 @@ def full_disk(room: int = 16) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def write_plan(path: Path) -> None:
-    FusionPlan.empty().save(path)
-
-
 def write_prefilled(path: Path) -> None:
     prefilled.save(Prefilled([], {"key.0": torch.zeros(8, 8)}, 8, torch.ones(1, 8), 1.0), path)
 
@@ -58,7 +53,6 @@ def write_heat_map(path: Path) -> None:
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "text": lambda path: replace_text(path, "x" * 4096),
     "profile": lambda path: make_profile().save(path),
-    "plan": write_plan,
     "prefilled batch": write_prefilled,
     "heat map": write_heat_map,
 }

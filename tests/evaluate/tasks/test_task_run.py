@@ -148,14 +148,15 @@ def run_gsm8k(method, batch_size) -> TaskRow:
     return run_task(get_task("gsm8k"), method, method.levels[0], tiny_model(), Words(), count=4, batch_size=batch_size)
 
 
-def test_exact_fusion_answers_as_the_unfused_model_in_less_memory(monkeypatch):
+def test_fusion_of_equal_blocks_answers_as_the_unfused_model_in_less_memory(monkeypatch):
+    equal = FusionPolicy(max_relative_error=1e-5, max_token_error=1e-5)  # up to rounding, which may differ by row
     monkeypatch.setattr(gsm8k, "MAX_NEW_TOKENS", 24)
     unfused = run_gsm8k(Unfused(), 4)
-    fused = run_gsm8k(Fused("exact", FusionPolicy(max_relative_error=0.0, max_token_error=0.0)), 4)
+    fused = run_gsm8k(Fused("equal", equal), 4)
     assert fused.answers == unfused.answers and len(set(unfused.answers)) > 1
     # The four worked examples are held once, and whole blocks only are shared.
     assert fused.nbytes < 0.6 * unfused.nbytes and fused.unfused_nbytes == unfused.unfused_nbytes == unfused.nbytes
-    alone = run_gsm8k(Fused("exact", FusionPolicy(max_relative_error=0.0, max_token_error=0.0)), 1)
+    alone = run_gsm8k(Fused("equal", equal), 1)
     assert alone.answers == unfused.answers and alone.nbytes >= unfused.nbytes, "only a batch shares"
 
 
