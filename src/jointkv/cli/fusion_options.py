@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ def fusion_options(pairs: Sequence[str], given: Mapping[str, Any], flag: str) ->
         BadInput: a pair without `=`, an option that is there twice, or one that the plugin refuses.
         InvalidPolicy: thresholds that make no sense together.
     """
-    from jointkv.vllm_plugin.settings import PluginSettings
+    from jointkv.vllm_plugin.settings import PluginSettings, read_value
 
     options = {name: value for name, value in given.items() if value is not None}
     for pair in pairs:
@@ -30,20 +29,15 @@ def fusion_options(pairs: Sequence[str], given: Mapping[str, Any], flag: str) ->
             raise BadInput(f"{flag} {pair}: expected KEY=VALUE")
         if name in options:
             raise BadInput(f"the option {name} is given twice")
-        options[name] = _value(text)
+        options[name] = read_value(text)
     PluginSettings.parse(options)
     return options
 
 
 def bound(text: str | None) -> Any:
     """An error bound: one number, or `0.1,0.2,0.3` for as many layer groups. None stays None."""
+    from jointkv.vllm_plugin.settings import read_value
+
     if text is None:
         return None
-    return [_value(part) for part in text.split(",")] if "," in text else _value(text)
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+    return [read_value(part) for part in text.split(",")] if "," in text else read_value(text)

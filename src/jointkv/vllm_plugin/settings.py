@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, Literal, Self
@@ -117,6 +118,14 @@ class PluginSettings(BaseModel):
         """The decision rule these options stand for. Raises `InvalidPolicy`."""
         shared = {field.name for field in dataclasses.fields(FusionPolicy)} & type(self).model_fields.keys()
         return FusionPolicy(candidates="tokens", **self.model_dump(include=shared))
+
+
+def read_value(text: str) -> Any:
+    """The value of an option as it stands on a command line: JSON, or else the text itself."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _with_profile(options: dict[str, Any]) -> dict[str, Any]:
