@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from vllm.logger import init_logger
 
+from jointkv.policy.rule import Rule
 from jointkv.theory.adapt import Adaptation
 from jointkv.theory.calibrate import TOKEN_SLACK
 from jointkv.vllm_plugin.messages import Verdict
@@ -39,15 +40,15 @@ class Bounds:
         self._place = {number: place for place, number in enumerate(groups)}
         self._statistics = statistics
 
-    def allowed(self, group: int, verdict: Verdict, pairs: slice) -> np.ndarray:
-        """Which of `pairs`, of KV-cache group `group`, are within all thresholds now: bool `[n]`."""
-        place = self._place[group]
-        rule = self._rules[place]
-        if self.adaptation is not None:
-            block, token = self.adaptation.bounds(place)
-            rule = replace(rule, max_relative_error=block, max_token_error=token)
-        errors = verdict.key_error[pairs], verdict.value_error[pairs], verdict.token_error[pairs]
-        return rule.allows(errors, (verdict.key_cosine[pairs], verdict.value_cosine[pairs]))
+    def allowed(self, groups: np.ndarray, verdict: Verdict) -> np.ndarray:
+        """Which pairs, of the KV-cache groups `groups [n]`, are within all thresholds now: bool `[n]`."""
+        allowed = np.zeros(len(groups), bool)
+        for number in np.unique(groups):
+            pairs = groups == number
+            errors = verdict.key_error[pairs], verdict.value_error[pairs], verdict.token_error[pairs]
+            cosines = verdict.key_cosine[pairs], verdict.value_cosine[pairs]
+            allowed[pairs] = self._rule(self._place[int(number)]).allows(errors, cosines)
+        return allowed
 
     def served(self, group: int, block: float, token: float) -> None:
         """A block of a prompt is read from another's page with these relative errors."""
@@ -61,6 +62,12 @@ class Bounds:
         """Raises IntegrityError when a bound left its range."""
         if self.adaptation is not None:
             self.adaptation.check_integrity()
+
+    def _rule(self, place: int) -> Rule:
+        if self.adaptation is None:
+            return self._rules[place]
+        block, token = self.adaptation.bounds(place)
+        return replace(self._rules[place], max_relative_error=block, max_token_error=token)
 
     def _observe(self, group: int, errors: list[float]) -> None:
         if self.adaptation is None:

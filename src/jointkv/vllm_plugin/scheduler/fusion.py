@@ -26,8 +26,8 @@ class Fusion:
 
     def __init__(self, candidates: Candidates, bounds: Bounds, sharing: Sharing, statistics: Statistics) -> None:
         self.candidates, self.bounds, self.sharing, self.statistics = candidates, bounds, sharing, statistics
-        self.asked: dict[int, list[Member]] = {}
-        """By step, the oldest first."""
+        self.asked: dict[int, tuple[list[Member], np.ndarray]] = {}
+        """By step, the oldest first: members, and the KV-cache group of each of their pairs, `[n]`."""
         self._again: list[Member] = []
 
     def ask(self, inquiry: Inquiry, output: SchedulerOutput) -> None:
@@ -39,9 +39,9 @@ class Fusion:
         self._expect_none_before(inquiry.step - PATIENCE)
         members = list(self._to_compare(output))
         if members:
-            self.asked[inquiry.step] = members
             pairs = [(member.group, member.page, page) for member in members for page in member.candidates]
             inquiry.group, inquiry.own, inquiry.other = np.array(pairs, np.int64).T
+            self.asked[inquiry.step] = members, inquiry.group
 
     def settle(self, verdict: Verdict) -> None:
         """Carry out what a verdict allows. Proposals whose blocks have changed since are dropped.
@@ -52,18 +52,20 @@ class Fusion:
             LayoutError, IntegrityError: see `Verdict.check`.
             RuntimeError: the verdict before this one was lost.
         """
-        members = self.asked.pop(verdict.step, None)
-        if members is None:
+        if verdict.step not in self.asked:
             return
+        members, groups = self.asked.pop(verdict.step)
         self._expect_none_before(verdict.step)
-        verdict.check(sum(len(member.candidates) for member in members))
+        verdict.check(len(groups))
         self.statistics.add("compare_seconds", verdict.seconds)
         self.statistics.add("apply_seconds", verdict.apply_seconds)
+        allowed = self.bounds.allowed(groups, verdict)
+        block, token = np.maximum(verdict.key_error, verdict.value_error), verdict.token_error
         first = 0
         for member in members:
-            last = first + len(member.candidates)
-            self._settle(member, verdict, slice(first, last))
-            first = last
+            pairs = slice(first, first + len(member.candidates))
+            self._settle(member, verdict.step, np.flatnonzero(allowed[pairs]), block[pairs], token[pairs])
+            first = pairs.stop
 
     def start_anew(self) -> None:
         """Forget what was asked; answers that still come are passed over."""
@@ -89,18 +91,16 @@ class Fusion:
             else:
                 self._keep(member)
 
-    def _settle(self, member: Member, verdict: Verdict, pairs: slice) -> None:
+    def _settle(self, member: Member, step: int, allowed: np.ndarray, block: np.ndarray, token: np.ndarray) -> None:
+        """Of the candidates that may serve `member`, by their places in it, the nearest that is still there does."""
         reason = self.sharing.refused(member.tracked, member.epoch, member.group, member.slot, member.page)
         if reason is not None:
             self.statistics.reject(reason)
             return
-        block = np.maximum(verdict.key_error, verdict.value_error)[pairs]
-        token = verdict.token_error[pairs]
-        allowed = np.flatnonzero(self.bounds.allowed(member.group, verdict, pairs))
         for choice in allowed[block[allowed].argsort(kind="stable")]:
             page = member.candidates[choice]
-            if self.candidates.unchanged_since(page, verdict.step):
-                self._merge(member, page, verdict.step, float(block[choice]), float(token[choice]))
+            if self.candidates.unchanged_since(page, step):
+                self._merge(member, page, step, float(block[choice]), float(token[choice]))
                 return
         if len(allowed):
             self.statistics.reject("representative_gone")
