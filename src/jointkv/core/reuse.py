@@ -1,0 +1,145 @@
+"""Planning what a prompt need not compute: runs of resident text, and which slot is to read which page.
+
+Nothing here knows an engine, and nothing is changed: `Runs` says what could be reused, `ReusePlan` what will be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jointkv.errors import LayoutError
+
+Integers = NDArray[np.int64]
+
+COMPUTED = -1
+"""In a plan: this slot reads a page of its own, which is computed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive slots of a request whose tokens are resident in one other request's pages, in the same order.
+
+    Attributes:
+        first: slot of the first block.
+        source: the other request, by a number.
+        pages: of the slots from `first` on, int64 `[n]`.
+    """
+
+    first: int
+    source: int
+    pages: Integers
+
+    @property
+    def end(self) -> int:
+        """The slot behind the last one."""
+        return self.first + len(self.pages)
+
+
+class Runs:
+    """All runs of a prompt, found in O(n log n) from where its blocks are resident.
+
+    Args:
+        slot, page, source: of `n` resident blocks with the tokens, position and isolation key of a block of the
+            prompt: that block's slot, the page, and the request it was computed in; int64 `[n]`. Of several pages of
+            one source at one slot the first counts.
+
+    Raises:
+        LayoutError: the three differ in length.
+    """
+
+    def __init__(self, slot: Integers, page: Integers, source: Integers) -> None:
+        if not len(slot) == len(page) == len(source):
+            raise LayoutError(f"{len(slot)} slots, {len(page)} pages and {len(source)} sources")
+        order = np.lexsort((slot, source))
+        slot, page, source = slot[order], page[order], source[order]
+        same_source = source[1:] == source[:-1]
+        new = np.ones(len(slot), bool)
+        new[1:] = ~same_source | (slot[1:] != slot[:-1])
+        slot, page, source = slot[new], page[new], source[new]
+        starts = np.ones(len(slot), bool)
+        starts[1:] = (source[1:] != source[:-1]) | (slot[1:] != slot[:-1] + 1)
+        self._offset = np.flatnonzero(starts)
+        self._first, self._source, self._page = slot[self._offset], source[self._offset], page
+        self._end = self._first + np.diff(np.append(self._offset, len(slot)))
+
+    def __len__(self) -> int:
+        """Number of runs."""
+        return len(self._first)
+
+    def next_entry(self, start: int, end: int, least: int) -> int | None:
+        """The first slot from `start` on at which a run has at least `least` blocks before `end`; None if none has."""
+        first = np.maximum(self._first, start)
+        first = first[np.minimum(self._end, end) - first >= least]
+        return int(first.min()) if len(first) else None
+
+    def through(self, slot: int, end: int, least: int, count: int) -> list[Run]:
+        """Runs of at least `least` blocks from `slot` on, cut at `end`: at most `count`, the longest first."""
+        last = np.minimum(self._end, end)
+        found = np.flatnonzero((self._first <= slot) & (last - slot >= least))
+        longest = found[np.argsort(slot - last[found], kind="stable")][:count]
+        return [
+            Run(slot, int(self._source[run]), self._page[begin : begin + int(last[run]) - slot])
+            for run in longest
+            for begin in (int(self._offset[run]) + slot - int(self._first[run]),)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class ReusePlan:
+    """Which slots of a prompt read resident pages before anything is computed.
+
+    Attributes:
+        pages: per slot of the prompt that may be reused, int64 `[slots]`: a page, or `COMPUTED`.
+    """
+
+    pages: Integers
+
+    @classmethod
+    def nothing(cls, slots: int) -> ReusePlan:
+        """All of `slots` are computed."""
+        return cls(np.full(slots, COMPUTED, np.int64))
+
+    def adopting(self, run: Run, usable: NDArray[np.bool_], least: int) -> ReusePlan:
+        """This plan, where the slots of `run` read its pages as well.
+
+        Args:
+            usable: which of its blocks may be reused, bool `[len(run.pages)]`.
+            least: stretches of fewer blocks than that are computed.
+
+        Raises:
+            LayoutError: `usable` has another length, or the run goes beyond the prompt.
+        """
+        if len(usable) != len(run.pages) or run.end > len(self.pages):
+            raise LayoutError(f"a run of {len(run.pages)} blocks up to {run.end} with {len(usable)} answers")
+        pages = self.pages.copy()
+        for stretch in stretches(usable):
+            if len(stretch) >= least:
+                pages[run.first + stretch.start : run.first + stretch.stop] = run.pages[stretch.start : stretch.stop]
+        return replace(self, pages=pages)
+
+    @property
+    def skipped(self) -> int:
+        """Number of slots that are not computed."""
+        return int((self.pages != COMPUTED).sum())
+
+    @property
+    def reused(self) -> list[range]:
+        """Stretches of slots that read resident pages, in order."""
+        return list(stretches(self.pages != COMPUTED))
+
+    @property
+    def gaps(self) -> list[range]:
+        """Stretches of computed slots before a reused one, in order; what comes behind the last is the tail."""
+        last = max((stretch.stop for stretch in self.reused), default=0)
+        return list(stretches(self.pages[:last] == COMPUTED))
+
+
+def stretches(mask: NDArray[np.bool_]) -> Iterator[range]:
+    """Maximal ranges of indices at which `mask [n]` is true, in order."""
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    for start, stop in edges.reshape(-1, 2).tolist():
+        yield range(start, stop)
