@@ -59,10 +59,9 @@ class Audits:
         )
 
     def conclude_if_complete(self, tracked: TrackedRequest) -> None:
-        """Once the prompt is computed and all answers are there: records to the licences, ratios to the pages."""
-        audit, request = tracked.audit, tracked.request
-        end = (request.num_prompt_tokens - 1) // tracked.block_size
-        if audit is None or audit.outstanding or request.num_computed_tokens < end * tracked.block_size:
+        """Once the prompt was looked at and all answers are there: records to the licences, ratios to the pages."""
+        audit, end = tracked.audit, (tracked.request.num_prompt_tokens - 1) // tracked.block_size
+        if audit is None or audit.outstanding or tracked.next_slot < end:
             return
         tracked.audit = None
         for record in records(audit.compared, end, self._rule):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -55,6 +55,7 @@ class TrackedRequest:
             exact.
         secret: what tells its private hashes from all others.
         audit: what its comparisons say of reuse, while it computes its prompt exactly and reuse is on.
+        planned: epoch in which it was decided that nothing more is reused before it starts.
     """
 
     request: Request
@@ -67,6 +68,7 @@ class TrackedRequest:
     private_from: int | None = None
     secret: bytes = field(default_factory=lambda: os.urandom(16), repr=False)
     audit: Audit | None = None
+    planned: int | None = None
     _hashes: list[int] = field(default_factory=list, repr=False)
     _tokens: NDArray[np.int32] | None = field(default=None, repr=False)
 
@@ -123,6 +125,13 @@ class Requests:
     def find(self, request_id: str) -> TrackedRequest | None:
         """Whether active or left alone."""
         return self.active.get(request_id) or self.left_alone.get(request_id)
+
+    def among(self, request_ids: Iterable[str]) -> Iterator[TrackedRequest]:
+        """Those of these requests that take part."""
+        for request_id in request_ids:
+            tracked = self.active.get(request_id)
+            if tracked is not None:
+                yield tracked
 
     def pop(self, request_id: str) -> TrackedRequest | None:
         """A request that has ended."""

@@ -34,6 +34,7 @@ class Residents:
         self.exact = np.zeros(pages, bool)
         self.witnesses = np.zeros(pages, np.int64)
         self.worst = np.zeros(pages, np.float32)
+        self._slot = np.zeros(pages, np.int64)
         self._tokens = np.zeros((pages, block_size), np.int32)
 
     def __contains__(self, page: int) -> bool:
@@ -42,7 +43,7 @@ class Residents:
     def add(self, tracked: TrackedRequest, slot: int, page: int, buckets: tuple[Hashable, ...]) -> None:
         """Offer `page`, which holds what `tracked` has computed at `slot`."""
         self.index.add(buckets, page)
-        self.source[page] = tracked.number
+        self.source[page], self._slot[page] = tracked.number, slot
         self.exact[page] = tracked.private_from is None or (slot + 1) * tracked.block_size <= tracked.private_from
         self.witnesses[page], self.worst[page] = 0, 0.0
         self._tokens[page] = tracked.tokens(slot, slot + 1)[0]
@@ -69,9 +70,13 @@ class Residents:
         return Runs(slot, page, self.source[page])
 
     def still_holds(self, run: Run) -> np.ndarray:
-        """Which pages of `run` are resident and hold what they held when it was found: bool `[len(run.pages)]`."""
+        """Which pages of `run` are resident and hold what they held when it was found: bool `[len(run.pages)]`.
+
+        Or the same text of the same request, which was preempted meanwhile and has computed it again.
+        """
         resident = np.array([page in self.index for page in run.pages.tolist()], bool)
-        return resident & (self.source[run.pages] == run.source)
+        in_place = self._slot[run.pages] == np.arange(run.first, run.end)
+        return resident & in_place & (self.source[run.pages] == run.source)
 
     def clear(self) -> None:
         """Forget every page; the index may be what is broken."""

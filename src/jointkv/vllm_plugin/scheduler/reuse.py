@@ -12,19 +12,19 @@ import os
 import random
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
-from jointkv.core.reuse import ReusePlan, Run, Runs
+from jointkv.core.reuse import ReusePlan, Run
 from jointkv.policy.reuse import ReuseRule
-from jointkv.vllm_plugin.engine.line import helper_of, next_in_line, seats, send_ahead
+from jointkv.vllm_plugin.engine.line import helper_of, in_line, seats, send_ahead
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.evidence import Audit
+from jointkv.vllm_plugin.scheduler.intake import Helper, Intake
 from jointkv.vllm_plugin.scheduler.licences import Licences, RunClass
 from jointkv.vllm_plugin.scheduler.questions import Answer, Question
 from jointkv.vllm_plugin.scheduler.requests import OPT_OUT, Requests, TrackedRequest
@@ -34,61 +34,6 @@ from jointkv.vllm_plugin.settings import PluginSettings
 
 GROUP = 0
 """The one KV-cache group there is."""
-
-
-@dataclass
-class Helper:
-    """A request of the plugin's own, which computes up to a gap's end.
-
-    Attributes:
-        request: vLLM's.
-        owner: name of the request that it helps.
-        end: the slot behind the last that it computes.
-        stray: nobody waits for it.
-        ended: no longer known to vLLM.
-    """
-
-    request: Request
-    owner: str
-    end: int
-    stray: bool = False
-    ended: bool = False
-
-
-@dataclass
-class Intake:
-    """A request that waits until what it need not compute is decided.
-
-    Attributes:
-        found: blocks that vLLM's prefix cache had for it.
-        end: the slot behind the last one that may be reused; one token at least is computed.
-        plan: what is decided so far.
-        at: slots before are decided.
-        entry: slot of the next run's entry block; None when all is decided.
-        sources: of that run.
-        helpers: names of those it waits for.
-        covered: blocks that were found or that helpers have computed.
-        asked: whether its entry block is being compared.
-        helped: tokens that helpers have computed.
-    """
-
-    tracked: TrackedRequest
-    runs: Runs
-    found: int
-    end: int
-    plan: ReusePlan
-    at: int
-    entry: int | None = None
-    sources: list[Run] = field(default_factory=list)
-    helpers: set[str] = field(default_factory=set)
-    covered: int = 0
-    asked: bool = False
-    helped: int = 0
-
-    @property
-    def needs(self) -> int:
-        """Blocks that the request is to find when it starts."""
-        return max((stretch.stop for stretch in self.plan.reused), default=0)
 
 
 class Reuse:
@@ -105,7 +50,7 @@ class Reuse:
 
     Attributes:
         intakes: requests on their way in, by name.
-        helpers: by name. Ended ones stay until the next step is prepared.
+        helpers: by name. Ended ones stay until `forget_ended`.
     """
 
     def __init__(
@@ -127,20 +72,21 @@ class Reuse:
 
     def prepare(self, scheduler: Scheduler) -> None:
         """Look up those who may start in the step to come, and send helpers ahead of them."""
-        self.helpers = {name: helper for name, helper in self.helpers.items() if not helper.ended}
         if not scheduler.waiting or not len(self.residents.index):
             return
-        start, budget = time.perf_counter(), scheduler.max_num_scheduled_tokens
+        start, budget, free = time.perf_counter(), scheduler.max_num_scheduled_tokens, seats(scheduler)
         sent: dict[str, list[Request]] = {}
-        for request in next_in_line(scheduler, seats(scheduler)):
-            if budget <= 0:
+        for request in in_line(scheduler):
+            if budget <= 0 or free <= 0:
                 break
             intake = self._intake(request)
             if intake is None:
                 budget -= 0 if request.request_id in self.helpers else request.num_tokens
+                free -= 1
             elif not intake.asked and not intake.helpers:
                 helpers = list(self._new_helpers(intake))
                 budget -= sum(helper.num_tokens for helper in helpers)
+                free -= max(len(helpers), 1)
                 if helpers:
                     sent[request.request_id] = helpers
         if sent:
@@ -187,7 +133,7 @@ class Reuse:
             if intake.sources:
                 intake.asked = True
                 pairs = [(GROUP, held.block_id, int(run.pages[0])) for run in intake.sources]
-                yield Question(pairs, partial(self._hear, helper.owner))
+                yield Question(pairs, partial(self._hear, intake, list(intake.sources)))
             else:
                 intake.at = intake.entry + 1
                 self._advance(intake)
@@ -216,7 +162,11 @@ class Reuse:
 
     def stray(self) -> list[str]:
         """Helpers that nobody waits for any more."""
-        return [name for name, helper in self.helpers.items() if helper.stray and not helper.ended]
+        return [name for name, helper in self.helpers.items() if not helper.ended and self._is_stray(helper)]
+
+    def forget_ended(self) -> None:
+        """Helpers that have ended are no longer known: nothing of them is on its way to a client."""
+        self.helpers = {name: helper for name, helper in self.helpers.items() if not helper.ended}
 
     def start_anew(self) -> None:
         """Let everybody go."""
@@ -226,8 +176,14 @@ class Reuse:
     def _let_go(self, request_id: str) -> None:
         """The request computes what it has not found."""
         intake = self.intakes.pop(request_id, None)
-        for name in () if intake is None else intake.helpers:
-            self.helpers[name].stray = True
+        if intake is not None:
+            intake.tracked.planned = intake.tracked.request.num_preemptions
+        for helper in self.helpers.values():
+            helper.stray = helper.stray or helper.owner == request_id
+
+    def _is_stray(self, helper: Helper) -> bool:
+        # One that was preempted after its request has found everything would compute it again.
+        return helper.stray or (helper.owner not in self.intakes and helper.request.status != RequestStatus.RUNNING)
 
     def _intake(self, request: Request) -> Intake | None:
         intake = self.intakes.get(request.request_id)
@@ -241,9 +197,9 @@ class Reuse:
     def _may_reuse(self, tracked: TrackedRequest) -> bool:
         request = tracked.request
         strict = self.settings.isolation == "strict" and not request.cache_salt
-        chosen = tracked.audit is not None and bool(tracked.audit.pages)
+        decided = tracked.planned == request.num_preemptions or (tracked.audit is not None and tracked.audit.pages)
         text = request.sampling_params is not None and not request.mm_features
-        return text and not strict and not chosen and not request.skip_reading_prefix_cache
+        return text and not strict and not decided and not request.skip_reading_prefix_cache
 
     def _look_up(self, tracked: TrackedRequest) -> Intake | None:
         """Find runs; None where there is none, or an audit is due."""
@@ -310,16 +266,16 @@ class Reuse:
             yield helper
         self.statistics.add("reuse_helpers", len(ends))
 
-    def _hear(self, request_id: str, answer: Answer) -> None:
-        """The entry block has been compared: adopt what may be."""
-        intake = self.intakes.get(request_id)
-        if intake is None or not intake.asked:
+    def _hear(self, intake: Intake, sources: list[Run], answer: Answer) -> None:
+        """The entry block has been compared with those of `sources`: adopt what may be."""
+        if self.intakes.get(intake.tracked.request.request_id) is not intake:
             return
         intake.asked = False
-        for run, ratio in zip(intake.sources, answer.ratio, strict=True):
-            self.residents.testify(int(run.pages[0]), float(ratio))
+        for run, ratio in zip(sources, answer.ratio, strict=True):
+            if self.residents.still_holds(run)[0]:
+                self.residents.testify(int(run.pages[0]), float(ratio))
         nearest = int(answer.ratio.argmin())
-        self._adopt(intake, intake.sources[nearest], float(answer.ratio[nearest]))
+        self._adopt(intake, sources[nearest], float(answer.ratio[nearest]))
         self._advance(intake)
 
     def _adopt(self, intake: Intake, run: Run, entry: float) -> None:
@@ -336,8 +292,13 @@ class Reuse:
 
     def _start(self, intake: Intake, computed: int) -> None:
         """The request starts and has found `computed` tokens."""
-        tracked, blocks = intake.tracked, computed // intake.tracked.block_size
-        adopted = [slot for stretch in intake.plan.reused for slot in stretch if slot < blocks]
+        tracked, plan, blocks = intake.tracked, intake.plan, computed // intake.tracked.block_size
+        (table,) = self.sharing.tables.of([tracked.request.request_id])[tracked.request.request_id]
+        # A page that was handed out meanwhile has been computed anew, by a helper or by the request itself.
+        reused = [slot for stretch in plan.reused for slot in stretch if slot < blocks]
+        adopted = [slot for slot in reused if table[slot] == plan.pages[slot]]
+        if blocks < intake.needs:
+            self.sharing.computed_again(tracked, computed)
         tracked.served |= {(GROUP, slot) for slot in adopted}
         self.statistics.add("prompt_tokens_skipped", len(adopted) * tracked.block_size)
         self.statistics.add("reuse_gaps", len(intake.plan.gaps))
