@@ -316,10 +316,10 @@ def test_scheduler_machine(variant: str, model: Path, no_model: None, record_pro
     totals: Counter[str] = Counter()
     config = configuration(model, *VARIANTS[variant])
     machine = type("Machine", (SchedulerMachine,), {"config": config, "totals": totals})
-    # An example kept from a broken state would run for ever. Explaining a failure runs the engine under a tracer, which takes minutes.
-    effort = settings(
-        machine_settings(50), max_examples=6, derandomize=False, database=None, phases=set(Phase) - {Phase.explain}
-    )
+    # Explaining a failure runs the engine under a tracer, which takes minutes; an example kept from an earlier failure
+    # need not be one any more, and would be tried for ever.
+    phases = set(Phase) - {Phase.explain}
+    effort = settings(machine_settings(50), max_examples=6, derandomize=False, database=None, phases=phases)
     while totals["steps"] < MACHINE_STEPS / len(VARIANTS):  # those of the scheduler; some runs have few
         run_state_machine_as_test(machine, settings=effort)
     print(dict(totals))

@@ -24,7 +24,8 @@ from jointkv.vllm_plugin.engine.line import helper_of, in_line, seats, send_ahea
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.evidence import Audit
-from jointkv.vllm_plugin.scheduler.intake import Helper, Intake
+from jointkv.vllm_plugin.scheduler.followers import Followers
+from jointkv.vllm_plugin.scheduler.intakes import Helper, Intake
 from jointkv.vllm_plugin.scheduler.licences import Licences, RunClass
 from jointkv.vllm_plugin.scheduler.questions import Answer, Question
 from jointkv.vllm_plugin.scheduler.requests import OPT_OUT, Requests, TrackedRequest
@@ -51,6 +52,7 @@ class Reuse:
     Attributes:
         intakes: requests on their way in, by name.
         helpers: by name. Ended ones stay until `forget_ended`.
+        followers: requests that wait for text that another one is computing.
     """
 
     def __init__(
@@ -67,29 +69,30 @@ class Reuse:
         self.sharing, self.licences, self.statistics = sharing, licences, statistics
         self.intakes: dict[str, Intake] = {}
         self.helpers: dict[str, Helper] = {}
+        self.followers = Followers(requests)
         self._number = 0
         self._draw = random.Random(os.urandom(16)).random
 
     def prepare(self, scheduler: Scheduler) -> None:
         """Look up those who may start in the step to come, and send helpers ahead of them."""
-        if not scheduler.waiting or not len(self.residents.index):
+        self.followers.new_step()
+        if not scheduler.waiting:
             return
         start, budget, free = time.perf_counter(), scheduler.max_num_scheduled_tokens, seats(scheduler)
         sent: dict[str, list[Request]] = {}
         for request in in_line(scheduler):
             if budget <= 0 or free <= 0:
                 break
-            intake = self._intake(request)
-            if intake is None:
-                budget -= 0 if request.request_id in self.helpers else request.num_tokens
+            name = request.request_id
+            intake = self.intakes.get(name) or self._take_in(request)
+            if intake is not None:
+                sent[name] = self._send(intake)
+                budget -= sum(helper.num_tokens for helper in sent[name])
+                free -= len(sent[name]) + (not intake.asked and not intake.helpers)
+            else:
+                budget -= 0 if name in self.helpers or name in self.followers.held else request.num_tokens
                 free -= 1
-            elif not intake.asked and not intake.helpers:
-                helpers = list(self._new_helpers(intake))
-                budget -= sum(helper.num_tokens for helper in helpers)
-                free -= max(len(helpers), 1)
-                if helpers:
-                    sent[request.request_id] = helpers
-        if sent:
+        if any(sent.values()):
             send_ahead(scheduler, sent)
         self.statistics.add("reuse_plan_seconds", time.perf_counter() - start)
 
@@ -97,7 +100,7 @@ class Reuse:
         """Whether a request that would find `computed` tokens now is to wait."""
         intake = self.intakes.get(request_id)
         if intake is None:
-            return False
+            return request_id in self.followers.held
         if intake.entry is not None:
             return True
         block_size = intake.tracked.block_size
@@ -170,6 +173,7 @@ class Reuse:
 
     def start_anew(self) -> None:
         """Let everybody go."""
+        self.followers.start_anew()
         for request_id in list(self.intakes):
             self._let_go(request_id)
 
@@ -185,14 +189,21 @@ class Reuse:
         # One that was preempted after its request has found everything would compute it again.
         return helper.stray or (helper.owner not in self.intakes and helper.request.status != RequestStatus.RUNNING)
 
-    def _intake(self, request: Request) -> Intake | None:
-        intake = self.intakes.get(request.request_id)
+    def _take_in(self, request: Request) -> Intake | None:
+        """Look up a request that has not been yet. None where it computes all, or waits for another's text."""
         tracked = self.requests.active.get(request.request_id)
-        if intake is None and tracked is not None and self._may_reuse(tracked):
-            intake = self._look_up(tracked)
-            if intake is not None:
-                self.intakes[request.request_id] = intake
+        if tracked is None:
+            return None
+        intake = self._look_up(tracked) if self._may_reuse(tracked) else None
+        if intake is not None:
+            self.intakes[request.request_id] = intake
+        elif request.request_id not in self.followers.held:
+            self.followers.add_donor(tracked)
         return intake
+
+    def _send(self, intake: Intake) -> list[Request]:
+        """Helpers to send ahead, if any are due."""
+        return [] if intake.asked or intake.helpers else list(self._new_helpers(intake))
 
     def _may_reuse(self, tracked: TrackedRequest) -> bool:
         request = tracked.request
@@ -202,17 +213,21 @@ class Reuse:
         return text and not strict and not decided and not request.skip_reading_prefix_cache
 
     def _look_up(self, tracked: TrackedRequest) -> Intake | None:
-        """Find runs; None where there is none, or an audit is due."""
+        """Find runs; None where there is none, an audit is due, or more is being computed right now."""
         request, least = tracked.request, self.rule.least + 1
         end = (request.num_tokens - 1) // tracked.block_size
         found = self.sharing.tables.found(request) // tracked.block_size
         runs = self.residents.runs(tracked, found, end, GROUP)
         entry = runs.next_entry(found, end, least)
-        if entry is None:
+        sources = [] if entry is None else runs.through(entry, end, least, self.rule.sources)
+        resident = max((len(run.pages) for run in sources), default=0)
+        if self._granted(RunClass(tracked.isolation, exact=True)) and self.followers.follows(tracked, end, resident):
+            return None
+        if not sources:
             return None
         intake = Intake(tracked, runs, found, end, ReusePlan.nothing(end), found, covered=found)
-        sources = runs.through(entry, end, least, self.rule.sources)
-        if not self._granted(tracked, sources):
+        exact = bool(self.residents.exact[sources[0].pages[1:]].all())
+        if not self._granted(RunClass(tracked.isolation, exact)):
             tracked.audit = Audit(self._pages(intake))
             return None
         if tracked.private_from is None and self._draw() < self.settings.reuse_audit_rate:
@@ -222,11 +237,8 @@ class Reuse:
         self._advance(intake)
         return intake
 
-    def _granted(self, tracked: TrackedRequest, sources: list[Run]) -> bool:
-        if self.settings.reuse == "probed":
-            return True
-        exact = bool(self.residents.exact[sources[0].pages[1:]].all())
-        return self.licences.granted(RunClass(tracked.isolation, exact))
+    def _granted(self, run_class: RunClass) -> bool:
+        return self.settings.reuse == "probed" or self.licences.granted(run_class)
 
     def _pages(self, intake: Intake) -> dict[int, list[int]]:
         """By slot, the pages that would be compared or served."""
@@ -284,11 +296,11 @@ class Reuse:
         usable = self.rule.usable(entry, count, worst) & self.residents.still_holds(behind)
         before, intake.plan = intake.plan, intake.plan.adopting(behind, usable, self.rule.least)
         intake.at = run.end
-        stretches = [stretch for stretch in intake.plan.reused if stretch not in before.reused]
-        for stretch in stretches:
+        new = [stretch for stretch in intake.plan.reused if stretch not in before.reused]
+        for stretch in new:
             pages = intake.plan.pages[stretch.start : stretch.stop].tolist()
             self.sharing.adopt(intake.tracked, GROUP, stretch.start, pages)
-        self.statistics.add("reuse_runs", bool(stretches))
+        self.statistics.add("reuse_runs", bool(new))
 
     def _start(self, intake: Intake, computed: int) -> None:
         """The request starts and has found `computed` tokens."""

@@ -28,7 +28,7 @@ from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.candidates import Candidates
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.fusion import Fusion
-from jointkv.vllm_plugin.scheduler.intake import Helper
+from jointkv.vllm_plugin.scheduler.intakes import Helper
 from jointkv.vllm_plugin.scheduler.licences import Licences
 from jointkv.vllm_plugin.scheduler.questions import Questions
 from jointkv.vllm_plugin.scheduler.recovery import Recovery

@@ -1,4 +1,4 @@
-"""Requests on their way in, and the requests of the plugin's own that help them."""
+"""Requests that wait for what they need not compute, and the helpers that they wait for."""
 
 from __future__ import annotations
 
