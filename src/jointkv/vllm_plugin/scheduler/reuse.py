@@ -172,9 +172,11 @@ class Reuse:
         self.helpers = {name: helper for name, helper in self.helpers.items() if not helper.ended}
 
     def start_anew(self) -> None:
-        """Let everybody go."""
+        """Let everybody go. Who takes part still finds nothing of what it has adopted."""
         self.followers.start_anew()
-        for request_id in list(self.intakes):
+        for request_id, intake in list(self.intakes.items()):
+            if intake.plan.skipped and request_id in self.requests.active:
+                self.sharing.forget(intake.tracked)
             self._let_go(request_id)
 
     def _let_go(self, request_id: str) -> None:
@@ -309,8 +311,6 @@ class Reuse:
         # A page that was handed out meanwhile has been computed anew, by a helper or by the request itself.
         reused = [slot for stretch in plan.reused for slot in stretch if slot < blocks]
         adopted = [slot for slot in reused if table[slot] == plan.pages[slot]]
-        if blocks < intake.needs:
-            self.sharing.computed_again(tracked, computed)
         tracked.served |= {(GROUP, slot) for slot in adopted}
         self.statistics.add("prompt_tokens_skipped", len(adopted) * tracked.block_size)
         self.statistics.add("reuse_gaps", len(intake.plan.gaps))

@@ -19,7 +19,7 @@ from vllm.v1.request import Request, RequestStatus
 from jointkv.errors import IntegrityError
 from jointkv.policy.reuse import ReuseRule
 from jointkv.theory.licence import Licence
-from jointkv.vllm_plugin.engine.steps import resumed
+from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.metrics import REPORT_EVERY, JointStats, Statistics
@@ -225,10 +225,10 @@ class SchedulerSide:
     def _ask(self, inquiry: Inquiry, output: SchedulerOutput) -> None:
         if self.settings.check_integrity:
             inquiry.tables = self.tables.of(output.num_scheduled_tokens)
-        for request_id, computed in resumed(output):
+        for request_id, _ in started(output):
             tracked = self.requests.find(request_id)
             if tracked is not None:
-                self.sharing.computed_again(tracked, computed)
+                self.sharing.started(tracked)
         self._helped = list(self.reuse.begin(output))
         if not self.enabled:
             return
