@@ -86,6 +86,7 @@ def test_a_rise_is_found_after_many_clean_audits_and_forgets_them():
     again = Licence()
     give(again, [0.0] * 1000 + [0.1] * 7)
     assert again.attempts == 2 and again.state == "lost"
+    assert "has risen; since then" in again.describe()
     ((earned, change),) = give(again, [0.0] * 1000)
     assert change == "granted" and 172 < earned < 2.2 * 172
 
