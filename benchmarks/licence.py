@@ -37,7 +37,9 @@ def main() -> None:
         "seeds": SEEDS,
         "miss_rate": RATE,
         "confidence": CONFIDENCE,
-        "least": [least(rate, confidence) for rate in (0.005, 0.01, 0.02, 0.05, 0.1) for confidence in (0.9, 0.95, 0.99)],
+        "least": [
+            least(rate, confidence) for rate in (0.005, 0.01, 0.02, 0.05, 0.1) for confidence in (0.9, 0.95, 0.99)
+        ],
         "wrongly_granted": by_kind(DRAWS, (1.0, 1.5), lambda draw: wrongly_granted(draw, size)),
         "one_look_at_every_look": of_seeds(lambda seed: {"ever_below": one_look(seed, size)}),
         "earning": by_kind(DRAWS, (0.125, 0.25, 0.5), lambda draw: earning(draw, size)),
@@ -50,7 +52,7 @@ def main() -> None:
 
 
 def headline(result: dict[str, Any]) -> dict[str, Any]:
-    """The worst over kinds of shares that are independent, and over seeds; shares that come in streaks by themselves."""
+    """The worst over seeds and over the kinds of shares that are independent; streaks have a line of their own."""
 
     def worst(part: str, mean: float, number: str) -> float:
         rows = [row for row in result[part] if row["kind"] in INDEPENDENT and row["mean"] == RATE * mean]

@@ -232,7 +232,7 @@ def test_means_that_move_are_covered(kind):
 
 @pytest.mark.parametrize("kind", INDEPENDENT)
 def test_a_false_alarm_takes_as_long_as_promised(kind):
-    """At the rate itself, on average; each is followed for ten times as long at most, which only shortens the average."""
+    """At the rate itself; each is followed for at most ten times as long, which only shortens the average."""
     rate, threshold, trials = 0.02, 100, 400
     shares = INDEPENDENT[kind](np.random.default_rng(3), rate, (trials, 1000))
     bets, evidence = rise_bets(rate), np.zeros((trials, len(rise_bets(rate))))

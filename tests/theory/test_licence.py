@@ -116,7 +116,7 @@ def test_traffic_at_the_rate_or_above_is_seldom_granted_one(kind, rate, above):
 
 @pytest.mark.parametrize("kind, most", [(kind, 0.3 if kind == "all blocks or none" else 0.1) for kind in INDEPENDENT])
 def test_good_traffic_keeps_it(kind, most):
-    """A quarter of the rate for 5,000 audits: how many lose it to a false alarm, and how many audits find it granted."""
+    """A quarter of the rate for 5,000 audits: few lose it to a false alarm, most audits find it granted."""
     fates = follow(drawn(kind, 0.005, 150, 5000), Licence())
     assert (fates.lost_to_rise > 0).mean() <= most
     assert fates.granted[:, 2500:].mean() > 0.9
