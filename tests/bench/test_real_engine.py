@@ -14,10 +14,11 @@ import pytest
 from jointkv.bench.environment import server_environment
 from jointkv.bench.load_generator import spec_of
 from jointkv.bench.load_process import generate
-from jointkv.bench.measure import measure, warm_up
+from jointkv.bench.measure import measure
 from jointkv.bench.requests import ServingRequest
 from jointkv.bench.result import Load
 from jointkv.bench.server import Server, free_port, server_command
+from jointkv.bench.warm import warm_up
 from tests.bench.plans import arm, plan
 from tests.bench.test_server import STUB, pids, runs
 from tests.vllm_plugin.conftest import _vllm_environment  # noqa: F401

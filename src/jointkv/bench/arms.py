@@ -167,7 +167,7 @@ def _arm(text: str, pool: PoolSize, fusion: Mapping[str, Any], common_flags: Seq
 
 
 def _reuse(name: str, base: BuiltIn, fusion: Mapping[str, Any]) -> dict[str, Any]:
-    """The option of that name, which is for arms that reuse and for no other. Raises `BadInput` where it is off there."""
+    """The option of that name: the given one only for an arm that reuses. Raises `BadInput` where that is "off"."""
     if base.reuse == "off":
         return {"reuse": "off"}
     chosen = fusion.get("reuse", base.reuse)

@@ -19,7 +19,9 @@ def make_loads(
     requests: int,
     max_running: int,
 ) -> list[Load]:
-    """The loads in the order closed, one first, open, replay; without any, a closed loop with all requests that may run at once.
+    """The loads in the order closed, one first, open, replay.
+
+    Without any, a closed loop with all requests that may run at once.
 
     Args:
         concurrency, rate, burstiness, speed: numbers with commas between them; every rate comes with every burstiness.

@@ -151,17 +151,15 @@ def _requests(options: Options, model: Model) -> Workload:
     limits = Limits(model.max_tokens, options.pool_blocks, options.block_size)
     if options.data is not None and options.replay is not None:
         raise BadInput("--data and --replay exclude each other: a log brings its requests")
-    file, wanted = options.replay or options.data, options.requests
-    timed = options.replay is not None
-    if not timed or wanted is not None:
-        wanted = (wanted or DEFAULT_REQUESTS) + options.warmup
+    file, timed = options.replay or options.data, options.replay is not None
+    count = (options.requests or DEFAULT_REQUESTS) + options.warmup
     if file is None:
         output_tokens = options.output_tokens or DEFAULT_OUTPUT_TOKENS
-        return from_traffic(options.traffic, model.tokenizer, wanted, output_tokens, options.seed, limits)
+        return from_traffic(options.traffic, model.tokenizer, count, output_tokens, options.seed, limits)
     return from_file(
         file,
         model.tokenizer,
-        wanted,
+        None if timed and options.requests is None else count,
         options.output_tokens,
         DEFAULT_OUTPUT_TOKENS,
         limits,

@@ -83,7 +83,7 @@ class Workload:
     warmup: tuple[ServingRequest, ...] = ()
 
     def split(self, warmup: int) -> Workload:
-        """The first `warmup` requests for before, the others from time 0 on. Raises `BadInput` if none would be left."""
+        """The first `warmup` requests for before, the others from time 0 on. Raises `BadInput` if none is left."""
         if warmup >= len(self.requests):
             raise BadInput(f"--warmup {warmup}: of {len(self.requests)} requests none would be left to measure")
         before, rest = self.requests[:warmup], self.requests[warmup:]

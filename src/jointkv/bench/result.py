@@ -34,9 +34,10 @@ class Load(Record):
     """How requests arrive.
 
     Attributes:
-        kind: `closed`: `concurrency` requests are under way, the next one starts when one ends. `one_first`: the
-            first request until its first token, then all others at once. `poisson`: `rate` requests a second. `bursty`: the same with gamma-distributed gaps of shape `burstiness` below 1.
-            `replay`: at the times of a log, `speed` times as fast.
+        kind: `closed`: `concurrency` requests are under way, the next one starts when one ends. `one_first`: the first
+            request alone until its first token, then all others at once. `poisson`: `rate` requests a second.
+            `bursty`: the same with gamma-distributed gaps of shape `burstiness` below 1. `replay`: at the times of a
+            log, `speed` times as fast.
     """
 
     kind: LoadKind
