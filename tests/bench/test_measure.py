@@ -105,11 +105,12 @@ def test_where_helpers_ran_steps_do_not_tell_requests(server: Server, monkeypatc
     monkeypatch.setattr(measuring, "drive", send)
     pages = iter([{"jointkv_prompt_tokens_skipped_total": 0.0}])
     after = {"jointkv_prompt_tokens_skipped_total": 4.0, "jointkv_reuse_helpers_total": 1.0, measuring.GENERATED: 6.0}
-    after |= {measuring.FIRST_TOKENS: 2.0, "vllm:num_requests_running": 0.0}
+    after |= {measuring.FIRST_TOKENS: 2.0, measuring.COMPUTED_PROMPT: 2.0}
+    after["vllm:num_requests_running"] = 0.0
     after |= {f"jointkv_{name}_total": 0.0 for name in measuring.PLUGIN_SECONDS}
     monkeypatch.setattr("jointkv.bench.watch.read", lambda url: dict(next(pages, after)))
     run, _ = run_of(server)
-    assert (run.prompt_tokens_computed, run.recomputed_tokens, run.running_peak) == (20, None, 0)
+    assert (run.prompt_tokens_computed, run.recomputed_tokens, run.running_peak) == (20, 18, 0)
 
 
 def test_a_fused_arm_without_the_plugin(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

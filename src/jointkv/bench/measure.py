@@ -117,12 +117,10 @@ class _Window(Watch):
         return None if math.isnan(spent) else max(0.0, spent / (self.seconds * len(self.cores)))
 
     def prompt_tokens_computed(self) -> int | None:
-        """All tokens that steps computed, less those of answers, once each.
+        """All tokens that steps computed, less those of answers; what preemption makes them compute again counts, too.
 
-        The engine's own count of prompt tokens leaves out what preemption makes it compute again, and takes what reuse
-        computed in a request's gaps for cached. The token that a request's last step yields is never computed itself,
-        nor is it known to the engine how many of a draft's tokens are wasted, so with speculative decoding there is no
-        such number.
+        The token that a request's last step yields is never computed itself, nor is it known to the engine how many
+        of a draft's tokens are wasted, so with speculative decoding there is no such number.
         """
         grown = self.grown()
         if not self.steps or grown.get(DRAFTS):
@@ -130,11 +128,9 @@ class _Window(Watch):
         return max(0, sum(step.tokens for step in self.steps) - round(grown[GENERATED] - grown[FIRST_TOKENS]))
 
     def recomputed_tokens(self) -> int | None:
-        """Tokens computed beyond one time each; not known where reuse has computed gaps."""
-        computed, reuse = self.prompt_tokens_computed(), self.reuse()
-        if computed is None or (reuse is not None and reuse.helpers):
-            return None
-        return max(0, computed - round(self.grown()[COMPUTED_PROMPT]))
+        """Tokens computed beyond one time each."""
+        computed = self.prompt_tokens_computed()
+        return None if computed is None else max(0, computed - round(self.grown()[COMPUTED_PROMPT]))
 
 
 def _plugin_seconds(fusion: Mapping[str, float] | None, reuse: Reuse | None) -> float | None:

@@ -128,7 +128,7 @@ class Run(Record):
         position: place in the order of execution, from 0.
         failed: requests without a complete answer.
         prompt_tokens_computed: by all steps, those computed again after preemption too.
-        recomputed_tokens: computed again after preemption; not known where reuse skips tokens.
+        recomputed_tokens: computed again after preemption.
         kv_bytes_per_running_token: bytes of the pages in use over the tokens of running requests, mean over time.
         plugin_seconds: spent by fusion, all its parts; None without the plugin.
         server_cpu_seconds: CPU time of the server's processes during the run.

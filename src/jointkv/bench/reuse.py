@@ -30,7 +30,7 @@ class Reuse(Record):
         audits: runs that were computed all the same and compared.
         audited_blocks, missed_blocks: of them, and how many of these were beyond the bounds.
         licences_granted, licences_lost: in this time.
-        licences: held at the end.
+        licences: held at the end of those that audits have earned; a profile's are not counted until they are lost.
         audits_until_licence: all since the server's start when its first licence was seen, which is granted here; at
             most those of one reading too many. None where none was granted, or one before.
         plan_seconds: spent on plans.
@@ -78,7 +78,7 @@ def reuse_of(pages: Sequence[Mapping[str, float]]) -> Reuse | None:
     licensed = next((page for page in pages if total(page, granted)), None)
     return Reuse(
         **counts,
-        licences=round(total(last, granted) - total(last, lost)),
+        licences=max(0, round(total(last, granted) - total(last, lost))),
         audits_until_licence=None
         if licensed is None or total(first, granted)
         else round(total(licensed, COUNTERS["audits"])),
