@@ -77,6 +77,18 @@ def test_arrivals_of_every_kind(stub: str, tokenizer: str) -> None:
     assert sorted(gaps)[4] < sorted(even)[4]
 
 
+def test_one_first_then_all(stub: str, tokenizer: str) -> None:
+    requests = [ServingRequest((number, 2, 3), 5) for number in range(4)]
+    found = generate(
+        spec_of(stub, MODEL, tokenizer, Load(kind="one_first"), requests, 0), lambda said: None, lambda: None
+    )
+    first, *others = found.answers
+    assert first.start == 0.0 and all(answer.error is None for answer in found.answers)
+    assert all(first.ttft <= answer.start < first.e2el for answer in others)
+    # Waiting for the first one is no part of their times.
+    assert all(answer.ttft < first.e2el for answer in others)
+
+
 @pytest.fixture(scope="module")
 def server(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags = f"--served-model-name {MODEL} --dtype float32 --block-size {BLOCK} --num-gpu-blocks-override {POOL}"
