@@ -1,0 +1,81 @@
+"""What the study of skipped blocks runs on: settings, and requests with one text behind headers of one kind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from jointkv.errors import BadInput
+from jointkv.evaluate.holding.batch import context_of
+from jointkv.evaluate.reuse.headers import KINDS, headers
+from jointkv.evaluate.reuse.texts import texts_of
+from jointkv.evaluate.traffic.base import Request, Tokenizer, encode
+
+UNIT = 16
+"""Tokens of the blocks that are compared; larger blocks are several of them."""
+
+FEWEST_HEADERS = 8
+
+
+@dataclass(frozen=True)
+class ReuseSettings:
+    """Sizes of the study.
+
+    Attributes:
+        kinds: of headers.
+        headers: per kind and text, hence requests that are compared with each other.
+        header_tokens, text_tokens: of every request.
+        block_sizes: tokens per block, multiples of `UNIT`.
+        seed: of headers and texts.
+    """
+
+    kinds: tuple[str, ...] = tuple(KINDS)
+    headers: int = 20
+    header_tokens: int = 32
+    text_tokens: int = 384
+    block_sizes: tuple[int, ...] = (16, 32)
+    seed: int = 0
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises `BadInput` where a setting makes no sense or does not fit into the model's context."""
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise BadInput(f"unknown kind of headers {kind!r}; there are {', '.join(KINDS)}")
+        if self.headers < FEWEST_HEADERS:
+            raise BadInput(f"headers: {self.headers} is less than {FEWEST_HEADERS}")
+        for size in self.block_sizes:
+            if size < UNIT or size % UNIT or self.header_tokens % size or self.text_tokens % size:
+                raise BadInput(f"block size {size}: no multiple of {UNIT} that divides header and text")
+        context, needed = context_of(model), self.header_tokens + self.text_tokens + 1
+        if context is not None and needed > context:
+            raise BadInput(f"{needed} tokens per request; the model reads {context}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Requests that hold one text, each behind a header of its own."""
+
+    kind: str
+    text: str
+    requests: Sequence[Request]
+
+
+def samples(tokenizer: Tokenizer, settings: ReuseSettings) -> list[Sample]:
+    """All texts of all kinds; one seed, one result. Raises `BadInput` where there are too few headers or tokens."""
+    made = []
+    for kind in settings.kinds:
+        for name, write in texts_of(kind).items():
+            rng = random.Random(f"{settings.seed} {kind} {name}")
+            text = encode(tokenizer, write(rng))[: settings.text_tokens]
+            if len(text) < settings.text_tokens:
+                raise BadInput(f"{name}: the text has {len(text)} tokens with this tokenizer")
+            drawn = headers(kind, tokenizer, settings.headers, settings.header_tokens, rng)
+            if len(drawn) < settings.headers:
+                raise BadInput(f"{kind}: {len(drawn)} headers of {settings.header_tokens} tokens with this tokenizer")
+            # The last token of a prompt is not prefilled, so one more stands behind the text.
+            requests = [Request((*header, *text, text[-1]), (), "") for header in drawn]
+            made.append(Sample(kind, name, requests))
+    return made
