@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -70,7 +68,3 @@ def packed_pages(batch: Prefilled) -> PackedPages:
     ]
     return PackedPages(layers, token_of, is_value)
 
-
-def layers_of(batch: Prefilled) -> Sequence[int]:
-    """Numbers of the layers that have pages."""
-    return range(batch.layers)
