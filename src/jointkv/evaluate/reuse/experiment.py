@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from jointkv.evaluate.progress import Report
@@ -13,7 +14,7 @@ from jointkv.evaluate.reuse.features import feature_rows
 from jointkv.evaluate.reuse.limits import Count, Scored, add, count, held_out, quantile_limits
 from jointkv.evaluate.reuse.pairs import Ratios, pair_ratios, prefilled
 from jointkv.evaluate.reuse.predictors import PREDICTORS, evidence_of
-from jointkv.evaluate.reuse.result import ALL, CurvePoint, Evidenced, HeldOutRow, ReuseResult, RuleRow, TextRow
+from jointkv.evaluate.reuse.result import ALL, Curve, HeldOutRow, ReuseResult, RuleRow, Share, TextRow
 from jointkv.evaluate.reuse.setup import ReuseSettings, Sample, samples
 from jointkv.evaluate.traffic.base import Tokenizer
 from jointkv.policy.reuse import ReuseRule
@@ -21,16 +22,17 @@ from jointkv.policy.reuse import ReuseRule
 RATES = (0.01, 0.02)
 """Audited miss rates at which skipped shares are compared."""
 
-CURVE_POINTS = 25
+CURVE_POINTS = 12
+DIGITS = 5
 CURVE_WITNESSES = 8
 """Curves are drawn for this many, or as many as there are."""
 
 Measured = list[tuple[Sample, Mapping[int, Ratios]]]
 
 
-def steps(settings: ReuseSettings, made: Sequence[Sample]) -> int:
+def steps(settings: ReuseSettings) -> int:
     """How often `run_reuse` reports."""
-    return len(made) + len(settings.block_sizes)
+    return len(settings.kinds) * settings.texts + len(settings.block_sizes)
 
 
 def run_reuse(
@@ -69,14 +71,14 @@ def study(measured: Measured, name: str, dtype: str, settings: ReuseSettings, pr
                 for sample, ratios in measured
             ]
             where = {"block_size": size, "sources": sources, "witnesses": witnesses}
-            result.rule.extend(_rule_rows(cases, where))
+            result.rule.append(_rule_row(cases, where))
             curved = witnesses == min(CURVE_WITNESSES, most) and sources == max(settings.sources)
             for key, each in PREDICTORS.items():
                 if witnesses >= each.witnesses and sources >= each.sources:
                     scored = [Scored.of(case, fold, each.score(case)) for fold, case in _folds(cases)]
                     result.held_out.extend(_held_out_rows(key, scored, where))
                     if curved:
-                        result.curves.extend(_curve(key, scored, where))
+                        result.curves.extend(_curves(key, scored, where))
             if curved:
                 result.features.extend(feature_rows(cases, size))
     return result
@@ -91,42 +93,57 @@ def _folds(cases: Sequence[Cases]) -> Iterator[tuple[int, Cases]]:
 
 
 def _held_out_rows(predictor: str, scored: Sequence[Scored], where: Mapping[str, int]) -> Iterator[HeldOutRow]:
-    kinds = list(dict.fromkeys(each.kind for each in scored))
+    kinds = dict.fromkeys(each.kind for each in scored)
     for rate in RATES:
         together = held_out(scored, rate)
         alone = {kind: held_out(scored, rate, kind)[kind] for kind in kinds}
         for chosen, found in (("all", {**together, ALL: add(together.values())}), ("kind", alone)):
-            for kind, counted in found.items():
-                yield HeldOutRow(
-                    **where, **_shares(counted), kind=kind, predictor=predictor, rate=rate, chosen=chosen
-                )  # type: ignore[arg-type]
+            shares = {kind: _share(counted) for kind, counted in found.items()}
+            yield HeldOutRow(**where, predictor=predictor, rate=rate, chosen=chosen, shares=shares)  # type: ignore[arg-type]
 
 
-def _curve(predictor: str, scored: Sequence[Scored], where: Mapping[str, int]) -> Iterator[CurvePoint]:
+def _curves(predictor: str, scored: Sequence[Scored], where: Mapping[str, int]) -> Iterator[Curve]:
     for kind in (*dict.fromkeys(each.kind for each in scored), ALL):
         chosen = [each for each in scored if kind in (ALL, each.kind)]
-        for limit in quantile_limits(chosen, CURVE_POINTS):
-            yield CurvePoint(**where, **_shares(count(chosen, limit)), kind=kind, predictor=predictor, limit=limit)
-
-
-def _rule_rows(cases: Sequence[Cases], where: Mapping[str, int]) -> Iterator[RuleRow]:
-    rule, found = ReuseRule(), {}
-    for case in cases:
-        evidence = evidence_of(case)
-        new = evidence.new(np.arange(case.true.size), case.echo.ravel()).reshape(case.true.shape)
-        heard, worst = (known.reshape(case.true.shape) for known in (evidence.count, evidence.worst))
-        used = np.stack(
-            [rule.usable(float(case.entry[row]), heard[row], worst[row], new[row]) for row in range(len(case.true))]
+        limits = quantile_limits(chosen, CURVE_POINTS)
+        points = [_share(count(chosen, limit)) for limit in limits]
+        yield Curve(
+            **where,
+            predictor=predictor,
+            kind=kind,
+            limit=[round(limit, DIGITS) for limit in limits],
+            skipped=[point.skipped for point in points],
+            missed=[point.missed or 0.0 for point in points],
         )
+
+
+def _rule_row(cases: Sequence[Cases], where: Mapping[str, int]) -> RuleRow:
+    found: dict[str, list[Count]] = {}
+    for case in cases:
+        used = usable(case)
         one = Count(used.size, int(used.sum()), int((used & case.missed).sum()), case.share)
         found.setdefault(case.kind, []).append(one)
     totals = {kind: add(counts) for kind, counts in found.items()}
-    for kind, counted in {**totals, ALL: add(totals.values())}.items():
-        yield RuleRow(**where, **_shares(counted), kind=kind)
+    shares = {kind: _share(counted) for kind, counted in {**totals, ALL: add(totals.values())}.items()}
+    return RuleRow(**where, shares=shares)
 
 
-def _shares(counted: Count) -> dict[str, float | int | None]:
-    return {"skipped": counted.skipped, "missed": counted.missed_share, "reused": counted.reused}
+def usable(case: Cases) -> NDArray[np.bool_]:
+    """What `ReuseRule` would reuse of each situation, `[n, b]`."""
+    rule, shape, evidence = ReuseRule(), case.true.shape, evidence_of(case)
+    new = evidence.new(np.arange(case.true.size), case.echo.ravel()).reshape(shape)
+    heard, worst = evidence.count.reshape(shape), evidence.worst.reshape(shape)
+    rows = range(len(case.true))
+    return np.stack([rule.usable(float(case.entry[row]), heard[row], worst[row], new[row]) for row in rows])
+
+
+def _share(counted: Count) -> Share:
+    missed = counted.missed_share
+    return Share(
+        skipped=round(counted.skipped, DIGITS),
+        missed=None if missed is None else round(missed, DIGITS),
+        reused=counted.reused,
+    )
 
 
 def _text_row(sample: Sample, ratios: Ratios, size: int) -> TextRow:
@@ -142,6 +159,3 @@ def _text_row(sample: Sample, ratios: Ratios, size: int) -> TextRow:
         beyond_within=float(beyond[within].mean()) if within.any() else None,
         mean=pairs.mean(0).round(4).tolist(),
     )
-
-
-__all__ = ["Evidenced", "measure", "run_reuse", "steps", "study"]

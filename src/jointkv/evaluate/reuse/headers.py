@@ -11,7 +11,7 @@ from jointkv.evaluate.traffic.names import Names
 
 Header = tuple[int, ...]
 
-FILLER = "System: you are part of a service that many people use on every day of the year, so be careful in all you say."
+FILLER = "System: you are part of a service that many people use on every day of the year, so take care."
 """The front of every header, cut to what it leaves of the header's tokens: requests to one service begin alike."""
 
 _DRAWS = 400

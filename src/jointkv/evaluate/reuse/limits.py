@@ -75,8 +75,12 @@ def count(scored: Iterable[Scored], limit: float) -> Count:
 def add(counts: Iterable[Count]) -> Count:
     """All of `counts`, of equal `share`."""
     rows = list(counts)
-    sums = (sum(getattr(row, name) for row in rows) for name in ("blocks", "reused", "missed"))
-    return Count(*sums, share=rows[0].share if rows else 0.0)
+    return Count(
+        blocks=sum(row.blocks for row in rows),
+        reused=sum(row.reused for row in rows),
+        missed=sum(row.missed for row in rows),
+        share=rows[0].share if rows else 0.0,
+    )
 
 
 def held_out(scored: Sequence[Scored], rate: float, kind: str | None = None) -> dict[str, Count]:

@@ -49,10 +49,11 @@ def pair_ratios(batch: Prefilled, settings: ReuseSettings) -> dict[int, Ratios]:
 def block_ratios(sums: Tensor, units: int) -> Tensor:
     """Ratios of blocks of `units` consecutive blocks of `sums`, see `pair_sums`: error over the bound of `safe`."""
     policy = FusionPolicy.preset("safe")
+    bounds = [policy.threshold(name, 0) for name in ("max_relative_error", "max_token_error")]
+    assert bounds[0] is not None and bounds[1] is not None
     joined = sums.unflatten(0, (-1, units)).movedim(1, 3).flatten(3, 4)
     key, value, token = pair_errors(joined, "rms")
-    block = torch.maximum(key, value) / policy.threshold("max_relative_error", 0)
-    return torch.maximum(block, token / policy.threshold("max_token_error", 0))
+    return torch.maximum(torch.maximum(key, value) / bounds[0], token / bounds[1])
 
 
 def packed_pages(batch: Prefilled) -> PackedPages:
@@ -67,4 +68,3 @@ def packed_pages(batch: Prefilled) -> PackedPages:
         for layer in range(batch.layers)
     ]
     return PackedPages(layers, token_of, is_value)
-

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import NDArray
 
 from jointkv.core.evidence import Evidence
 from jointkv.evaluate.reuse.cases import Cases, Floats
@@ -137,7 +136,7 @@ PREDICTORS: Mapping[str, Predictor] = MappingProxyType(
         "added": Predictor("worst difference of witness and its entry block, plus this entry block", added, 1),
         "witnesses and scaled": Predictor("geometric mean of both", worst_and_scaled, 1),
         "two sources": Predictor("the nearest two sources compared with each other", two_sources, 0, 2),
-        "sources, scaled": Predictor("all sources compared with the nearest, scaled by entry", all_sources_scaled, 0, 2),
+        "sources, scaled": Predictor("all sources and the nearest, scaled by entry", all_sources_scaled, 0, 2),
         "second block": Predictor("worst witness, and scaled by a second computed block", second_block, 1),
         "sensitive block": Predictor("worst witness, and scaled by the most sensitive block", most_sensitive_block, 1),
         "echoes covered": Predictor("worst witness, no echo that none of them had", echoes_covered, 1),

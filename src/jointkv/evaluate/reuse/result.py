@@ -14,16 +14,7 @@ ALL = "all"
 """In place of a kind: all kinds together, each with equally many requests."""
 
 
-class Evidenced(Record):
-    """For how many sources and witnesses, and tokens per block, numbers were measured."""
-
-    block_size: int
-    sources: int
-    witnesses: int
-    kind: str
-
-
-class Share(Evidenced):
+class Share(Record):
     """What becomes of blocks.
 
     Attributes:
@@ -37,27 +28,42 @@ class Share(Evidenced):
     reused: int
 
 
-class HeldOutRow(Share):
+class Evidenced(Record):
+    """For how many sources and witnesses, and tokens per block, numbers were measured."""
+
+    block_size: int
+    sources: int
+    witnesses: int
+
+
+class HeldOutRow(Evidenced):
     """A predictor whose limit was chosen on other texts, as the largest that keeps the missed share within `rate`.
 
     Attributes:
         chosen: `all` where one limit serves all kinds, `kind` where each has its own.
+        shares: by kind, and of all kinds where they have one limit.
     """
 
     predictor: str
     rate: float
     chosen: Literal["all", "kind"]
+    shares: dict[str, Share]
 
 
-class CurvePoint(Share):
-    """A predictor at one limit; the limits of a curve are quantiles of its scores."""
+class Curve(Evidenced):
+    """A predictor at several limits, which are quantiles of its scores; see `Share`, a point each."""
 
     predictor: str
-    limit: float
+    kind: str
+    limit: list[float]
+    skipped: list[float]
+    missed: list[float]
 
 
-class RuleRow(Share):
-    """`ReuseRule` as it is by default."""
+class RuleRow(Evidenced):
+    """`ReuseRule` as it is by default, by kind."""
+
+    shares: dict[str, Share]
 
 
 class TextRow(Record):
@@ -101,6 +107,6 @@ class ReuseResult(Origin):
     predictors: dict[str, str] = Field(default_factory=dict)
     texts: list[TextRow] = Field(default_factory=list)
     held_out: list[HeldOutRow] = Field(default_factory=list)
-    curves: list[CurvePoint] = Field(default_factory=list)
+    curves: list[Curve] = Field(default_factory=list)
     rule: list[RuleRow] = Field(default_factory=list)
     features: list[FeatureRow] = Field(default_factory=list)

@@ -45,7 +45,7 @@ class ReuseSettings:
     text_tokens: int = 384
     block_sizes: tuple[int, ...] = (16, 32)
     sources: tuple[int, ...] = (1, 4)
-    witnesses: tuple[int, ...] = (0, 1, 2, 4, 8, 15)
+    witnesses: tuple[int, ...] = (0, 2, 8, 15)
     draws: int = 200
     seed: int = 0
 
@@ -66,7 +66,6 @@ class ReuseSettings:
         context, needed = context_of(model), self.header_tokens + self.text_tokens + 1
         if context is not None and needed > context:
             raise BadInput(f"{needed} tokens per request; the model reads {context}")
-
 
     @property
     def evidence(self) -> list[tuple[int, int]]:

@@ -48,8 +48,9 @@ def _museum(name: str, rng: random.Random) -> str:
 
 def _flight(name: str, rng: random.Random) -> str:
     return (
-        f"Flight {rng.randrange(100, 1000)} to {name} leaves at {rng.randrange(6, 22)}:{rng.randrange(10, 60)} from gate "
-        f"{rng.randrange(1, 60)}. It has {rng.randrange(2, 90)} free seats. A seat costs {rng.randrange(60, 600)} dollars."
+        f"Flight {rng.randrange(100, 1000)} to {name} leaves at {rng.randrange(6, 22)}:{rng.randrange(10, 60)} from "
+        f"gate {rng.randrange(1, 60)}. It has {rng.randrange(2, 90)} free seats. A seat costs "
+        f"{rng.randrange(60, 600)} dollars."
     )
 
 
@@ -63,7 +64,8 @@ def _article(name: str, rng: random.Random) -> str:
 def _employee(name: str, rng: random.Random) -> str:
     return (
         f"The {name} of team {rng.randrange(1, 30)} is {rng.choice(_PEOPLE)}, who came in {rng.randrange(1985, 2024)}. "
-        f"Pay is {rng.randrange(15, 60)} dollars an hour, and leave is {rng.randrange(18, 35)} days. Room {rng.randrange(100, 500)}."
+        f"Pay is {rng.randrange(15, 60)} dollars an hour, and leave is {rng.randrange(18, 35)} days. "
+        f"Room {rng.randrange(100, 500)}."
     )
 
 
