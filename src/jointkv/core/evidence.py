@@ -1,7 +1,8 @@
 """What is known of resident pages from earlier comparisons, and which tokens of a block echo what stands before.
 
-A block depends on what stands before it most of all through tokens that stand there too: a name, a number. Such a
-token is an *echo*. A page is known for the echoes under which it was compared, not for those that were never seen.
+A block depends on the header before a text most of all through tokens that stand there too: a name, a number. Such a
+token is an *echo*, at its first place in the text; further on the text's own token is nearer. A page is known for the
+echoes under which it was compared, not for those that were never seen.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ PLACES = 64
 
 
 def echoes(tokens: NDArray[np.int64], before: NDArray[np.int64], block_size: int) -> Echoes:
-    """Which tokens of each block of `tokens` also stand in `before`, `[blocks]`; takes O(len(tokens) + vocabulary).
+    """Which tokens of each block also stand in `before` and nowhere earlier in `tokens`, `[blocks]`; in linear time.
 
     Args:
         tokens: ids of whole blocks, `[blocks * block_size]`.
@@ -33,10 +34,15 @@ def echoes(tokens: NDArray[np.int64], before: NDArray[np.int64], block_size: int
         return np.zeros(len(tokens) // block_size, np.uint64)
     if min(tokens.min(), before.min()) < 0:
         raise LayoutError("a token id is negative")
-    stands = np.zeros(int(max(tokens.max(), before.max())) + 1, bool)
+    ids = int(max(tokens.max(), before.max())) + 1
+    stands = np.zeros(ids, bool)
     stands[before] = True
-    place = np.uint64(1) << (np.arange(block_size, dtype=np.uint64) % np.uint64(PLACES))
-    found = np.where(stands[tokens].reshape(-1, block_size), place, np.uint64(0))
+    places, first = np.arange(len(tokens)), np.zeros(ids, np.int64)
+    # Of several values for one index the last is kept.
+    first[tokens[::-1]] = places[::-1]
+    echo = stands[tokens] & (first[tokens] == places)
+    bit = np.uint64(1) << (np.arange(block_size, dtype=np.uint64) % np.uint64(PLACES))
+    found = np.where(echo.reshape(-1, block_size), bit, np.uint64(0))
     return np.bitwise_or.reduce(found, axis=1)
 
 

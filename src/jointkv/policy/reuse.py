@@ -3,8 +3,8 @@
 What was never computed cannot be compared. What can be known of it: how far the *entry block* of the same run is from
 the source's, and how far *witnesses* of the same page were, earlier comparisons with the same tokens behind other
 contexts. Both are ratios: error over bound, the larger one of block and token, so that 1 is what is allowed. A witness
-does not tell of *echoes*, tokens of the block that also stand before the run, which its own context lacked. Measured
-in docs/reuse.md.
+does not tell of *echoes* that its own context lacked: tokens of the block that also stand before the run, see
+`core.evidence`. Measured in docs/reuse.md.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from jointkv.evaluate.traffic.names import Names
 Header = tuple[int, ...]
 
 FILLER = "System: you are part of a service that many people use on every day of the year, so take care."
-"""The front of every header, cut to what it leaves of the header's tokens: requests to one service begin alike."""
+"""The front of every header, cut or repeated to what it leaves of the header's tokens: requests to one service begin alike."""
 
 _DRAWS = 400
 _MOST_TOKENS = 26
@@ -78,10 +78,11 @@ KINDS: Mapping[str, Callable[[Tokenizer, random.Random], list[str]]] = MappingPr
 def headers(kind: str, tokenizer: Tokenizer, count: int, tokens: int, rng: random.Random) -> list[Header]:
     """At most `count` distinct headers of `tokens` tokens each; what is longer is left out."""
     filler = encode(tokenizer, FILLER)
+    filler *= -(-tokens // len(filler))
     found: dict[Header, None] = {}
     for line in KINDS[kind](tokenizer, rng):
         own = encode(tokenizer, f" {line}\n")
-        if len(own) < tokens and tokens - len(own) <= len(filler):
+        if len(own) < tokens:
             found[filler[: tokens - len(own)] + own] = None
         if len(found) == count:
             break

@@ -51,6 +51,8 @@ class Count:
 
 def largest_limit(scored: Sequence[Scored], rate: float) -> float:
     """The largest limit up to which at most `rate` of the reused blocks are missed, `NOTHING` if there is none."""
+    if not scored:
+        return NOTHING
     score = np.concatenate([each.score.ravel() for each in scored])
     missed = np.concatenate([each.missed.ravel() for each in scored])
     order = np.argsort(score, kind="stable")

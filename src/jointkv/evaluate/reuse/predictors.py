@@ -139,7 +139,7 @@ PREDICTORS: Mapping[str, Predictor] = MappingProxyType(
         "sources, scaled": Predictor("all sources and the nearest, scaled by entry", all_sources_scaled, 0, 2),
         "second block": Predictor("worst witness, and scaled by a second computed block", second_block, 1),
         "sensitive block": Predictor("worst witness, and scaled by the most sensitive block", most_sensitive_block, 1),
-        "echoes covered": Predictor("worst witness, no echo that none of them had", echoes_covered, 1),
+        "echoes covered": Predictor("worst witness, no echo that none of them saw", echoes_covered, 1),
         "echoes explain": Predictor("the same, misses with new echoes set aside, times 1 + 1/n", echoes_explain, 1),
         "truth": Predictor("the ratio itself: what cannot be beaten", truth),
     }
