@@ -19,8 +19,8 @@ def test_more_witnesses_may_come_nearer_to_the_bounds() -> None:
 def test_a_near_entry_block_stands_in_for_missing_witnesses() -> None:
     count, worst = np.array([0, 0]), np.array([0.0, 2.0], np.float32)
     rule = ReuseRule()
-    assert rule.usable(0.7, count, worst).tolist() == [True, False]
-    assert rule.usable(0.71, count, worst).tolist() == [False, False]
+    assert rule.usable(0.5, count, worst).tolist() == [True, False]
+    assert rule.usable(0.51, count, worst).tolist() == [False, False]
     assert rule.usable(float("nan"), count, worst).tolist() == [False, False]
 
 

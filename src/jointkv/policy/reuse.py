@@ -33,7 +33,7 @@ class ReuseRule:
     sources: int = 4
     witnesses: int = 1
     margin: float = 1.0
-    near: float = 0.7
+    near: float = 0.5
 
     def usable(
         self,
