@@ -11,8 +11,10 @@ from jointkv.evaluate.traffic.names import Names
 
 Header = tuple[int, ...]
 
-FILLER = "System: you are part of a service that many people use on every day of the year, so take care."
-"""The front of every header, cut or repeated to what it leaves of the header's tokens: requests to one service begin alike."""
+FILLER = (
+    "System: you are part of a service that many people use on every day of the year, so be careful in all you say."
+)
+"""The front of every header, cut to the tokens that it leaves, or repeated: requests to one service begin alike."""
 
 _DRAWS = 400
 _MOST_TOKENS = 26
