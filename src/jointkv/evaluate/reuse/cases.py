@@ -25,7 +25,7 @@ class Cases:
         witness_entry, witness: the same of the witnesses of that source, `[n, k]` and `[n, k, b]`.
         other_entry, other: of the other sources read from the nearest, `[n, m - 1]` and `[n, m - 1, b]`.
         other_near: the entry block of the request, read from the other sources, `[n, m - 1]`.
-        own_echo, echo, witness_echo: see `echoes` of the header of source, request and witnesses, `[n, b]` and `[n, k, b]`.
+        own_echo, echo, witness_echo: echoes of the header of source, request and witnesses, `[n, b]` and `[n, k, b]`.
         share: of a prompt's tokens in these blocks; entry block and header are computed.
     """
 

@@ -27,9 +27,8 @@ class ReusePredictors(Picture[ReuseResult]):
     name = "reuse_predictors"
     reads = ReuseResult
     about = (
-        "Share of all prompt tokens skipped (and of the reused blocks beyond the bounds), at an audited miss rate of 1%; "
-        "limits chosen on other texts. The rule has no limit to choose. Blocks behind the entry block; the headers and "
-        "entry blocks are computed."
+        "Share of all prompt tokens skipped (and of the reused blocks beyond the bounds) at an audited miss rate of "
+        "1%; limits chosen on other texts. The rule has no limit to choose. Headers and entry blocks are computed."
     )
 
     def rows(self, results: Sequence[ReuseResult]) -> list[Row]:
