@@ -40,7 +40,10 @@ REQUESTS = 6
 OPTIONS: dict[str, Any] = {
     "min_pool_usage": 0.0,
     "attention": "shared",
-    "reuse": "probed",  # a licence takes more audits than there are requests
+    # A licence that a few audits earn, because there are a few requests.
+    "reuse": "licensed",
+    "reuse_miss_rate": 0.9,
+    "reuse_confidence": 0.5,
     "reuse_audit_rate": 1e-9,
 }
 SUCCESS = "sum(vllm:request_success_total)"
@@ -225,9 +228,14 @@ def test_the_server_merged_blocks(prometheus: Prometheus) -> None:
 
 
 def test_the_server_skipped_prompt_tokens(prometheus: Prometheus) -> None:
-    assert 0 < value_of(prometheus, "jointkv_prompt_tokens_skipped_total") < value_of(prometheus, "vllm:prompt_tokens_total")
-    assert value_of(prometheus, "jointkv_licence_allowed") == 0.02
-    assert 0 < value_of(prometheus, "jointkv_licence_limit") <= 1
+    assert (
+        0
+        < value_of(prometheus, "jointkv_prompt_tokens_skipped_total")
+        < value_of(prometheus, "vllm:prompt_tokens_total")
+    )
+    assert value_of(prometheus, "jointkv_licence_allowed") == OPTIONS["reuse_miss_rate"]
+    assert value_of(prometheus, 'jointkv_licence_state{run_class="exact 1", state="granted"}') == 1
+    assert 0 < value_of(prometheus, 'jointkv_licence_limit{run_class="exact 1"}') <= OPTIONS["reuse_miss_rate"]
 
 
 @pytest.mark.parametrize("expression", [*dashboard_expressions(), *documented_queries()])
@@ -240,7 +248,17 @@ def test_every_query_has_data(prometheus: Prometheus, expression: str) -> None:
 
 def test_the_dashboard_shows_what_happened(prometheus: Prometheus) -> None:
     """A wrong label in a query would still give a zero."""
-    zero_on_a_healthy_server = ("faults", "preemptions", "waiting", "running", "bounds", "rejected", "isolation", "missed", "licence")
+    zero_on_a_healthy_server = (
+        "faults",
+        "preemptions",
+        "waiting",
+        "running",
+        "bounds",
+        "rejected",
+        "isolation",
+        "missed",
+        "licence",
+    )
     for expression in dashboard_expressions():
         if not any(name in expression for name in (*zero_on_a_healthy_server, "kv_cache_usage_perc")):
             values = [float(series["value"][1]) for series in prometheus.ask(expression)]
