@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jointkv.core.evidence import PLACES, Evidence, echoes
+from jointkv.core.evidence import PLACES, Evidence, echoes, standing
 from jointkv.errors import LayoutError
 
 IDS = st.lists(st.integers(0, 9), max_size=24)
@@ -32,6 +32,28 @@ def test_echoes_are_the_tokens_that_stand_before(tokens: list[int], before: list
         assert mask == sum(1 << place for place in range(size) if echo[start + place])
 
 
+@given(IDS, st.integers(1, 5))
+def test_standing_tokens_stand_before_their_block(tokens: list[int], size: int) -> None:
+    tokens = tokens[: len(tokens) // size * size]
+    for number, mask in enumerate(standing(whole(tokens), size).tolist()):
+        start = number * size
+        assert mask == sum(1 << place for place in range(size) if tokens[start + place] in tokens[:start])
+
+
+@given(IDS, IDS, IDS, st.integers(1, 4))
+def test_what_stands_only_here_are_the_echoes_of_what_differs(
+    text: list[int], here: list[int], there: list[int], size: int
+) -> None:
+    length = min(len(here), len(there)) // size * size
+    here, there, text = here[:length], there[:length], text[: len(text) // size * size]
+    own, other = (standing(whole(head + text), size)[length // size :] for head in (here, there))
+    only = [token for token in here if token not in there]
+    new = echoes(whole(text), whole(only), size)
+    # An echo may stand a second time in its own block; `echoes` marks the first place alone.
+    assert ((own & ~other) & new).tolist() == new.tolist()
+    assert ((own & ~other != 0) == (new != 0)).all()
+
+
 def test_long_blocks_fold_their_places_and_odd_input_is_refused() -> None:
     tokens = np.arange(2 * PLACES)
     assert echoes(tokens, whole([PLACES + 3]), 2 * PLACES).tolist() == [1 << 3]
@@ -39,6 +61,11 @@ def test_long_blocks_fold_their_places_and_odd_input_is_refused() -> None:
         echoes(tokens, whole([1]), 3)
     with pytest.raises(LayoutError, match="negative"):
         echoes(tokens, whole([-1]), 2)
+    with pytest.raises(LayoutError, match="no whole blocks"):
+        standing(tokens, 3)
+    with pytest.raises(LayoutError, match="negative"):
+        standing(whole([-1]), 1)
+    assert standing(np.arange(2 * PLACES) % PLACES, PLACES).tolist() == [0, 2**PLACES - 1]
 
 
 def test_a_miss_with_new_echoes_is_explained_and_any_other_one_tells() -> None:

@@ -41,9 +41,37 @@ def echoes(tokens: NDArray[np.int64], before: NDArray[np.int64], block_size: int
     # Of several values for one index the last is kept.
     first[tokens[::-1]] = places[::-1]
     echo = stands[tokens] & (first[tokens] == places)
-    bit = np.uint64(1) << (np.arange(block_size, dtype=np.uint64) % np.uint64(PLACES))
-    found = np.where(echo.reshape(-1, block_size), bit, np.uint64(0))
-    return np.bitwise_or.reduce(found, axis=1)
+    return _bits(echo.reshape(-1, block_size))
+
+
+def standing(tokens: NDArray[np.integer], block_size: int) -> Echoes:
+    """Which tokens of each block also stand before that block, `[blocks]`: in linear time.
+
+    For the same text behind another context the bits that are set here and not there are its echoes of what differs: of
+    what stands in the text itself, both have the bits. So neither need know where the text begins.
+
+    Args:
+        tokens: ids of whole blocks, from a request's first token on, `[blocks * block_size]`.
+
+    Raises:
+        LayoutError: `tokens` are no whole blocks, or an id is negative.
+    """
+    if len(tokens) % block_size:
+        raise LayoutError(f"{len(tokens)} tokens are no whole blocks of {block_size}")
+    if not len(tokens):
+        return np.zeros(0, np.uint64)
+    if tokens.min() < 0:
+        raise LayoutError("a token id is negative")
+    places, first = np.arange(len(tokens)), np.zeros(int(tokens.max()) + 1, np.int64)
+    # Of several values for one index the last is kept.
+    first[tokens[::-1]] = places[::-1]
+    return _bits((first[tokens] < places // block_size * block_size).reshape(-1, block_size))
+
+
+def _bits(marked: NDArray[np.bool_]) -> Echoes:
+    """One bit per column of `marked [blocks, block_size]`."""
+    bit = np.uint64(1) << (np.arange(marked.shape[1], dtype=np.uint64) % np.uint64(PLACES))
+    return np.bitwise_or.reduce(np.where(marked, bit, np.uint64(0)), axis=1)
 
 
 class Evidence:

@@ -10,9 +10,12 @@ does not tell of *echoes* that its own context lacked: tokens of the block that 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from jointkv.core.reuse import Integers, ReusePlan, Run, Runs
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,74 @@ class ReuseRule:
         known = (count >= self.witnesses) | (entry <= self.near)
         allowed = known & (expected <= self.margin)
         return allowed if new is None else allowed & ~new
+
+
+@dataclass
+class Search:
+    """Where the next entry block of a prompt is looked for.
+
+    Where nothing of a run may be reused, later blocks of it are tried as entry blocks, at doubling distances: they are
+    computed anyway, and the farther from what differs, the nearer they are.
+
+    Attributes:
+        at: blocks before are decided.
+        wait: blocks that are passed over after a refusal.
+    """
+
+    at: int
+    wait: int = 0
+
+    def refused(self, entry: int) -> None:
+        """Nothing behind the entry block `entry` is reused."""
+        self.at, self.wait = entry + 1 + self.wait, 2 * self.wait + 1
+
+    def adopted(self, end: int) -> None:
+        """Blocks up to `end` are decided."""
+        self.at, self.wait = end, 0
+
+
+class Steps(Protocol):
+    """How a prompt gets on while its reuse is decided."""
+
+    def compute(self, slot: int) -> None:
+        """Have everything before `slot` computed or adopted."""
+
+    def adopt(self, first: int, pages: Integers) -> None:
+        """Let the slots from `first` on, up to which all is there, read `pages [n]`."""
+
+    def ratios(self, slot: int, pages: Integers) -> NDArray[np.floating]:
+        """How far the own block of `slot` is from those in `pages [n]`: error over bound, `[n]`."""
+
+    def usable(self, run: Run, entry: float) -> NDArray[np.bool_]:
+        """Which blocks of `run`, which follows an entry block of that ratio, `ReuseRule.usable` allows."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What was decided on one prompt: the plan, and of each run in it from behind its entry block to its last use."""
+
+    plan: ReusePlan
+    runs: tuple[range, ...]
+
+
+def decide(runs: Runs, start: int, end: int, rule: ReuseRule, steps: Steps) -> Decided:
+    """Walk through the runs of a prompt between the slots `start` and `end`; the nearest source of each is adopted."""
+    plan, found, search = ReusePlan.nothing(end), [], Search(start)
+    while (entry := runs.next_entry(search.at, end, rule.least + 1)) is not None:
+        steps.compute(entry + 1)
+        sources = runs.through(entry, end, rule.least + 1, rule.sources)
+        ratios = steps.ratios(entry, np.array([run.pages[0] for run in sources]))
+        nearest = int(np.nan_to_num(ratios, nan=np.inf).argmin())
+        run = sources[nearest].behind
+        wider = plan.adopting(run, steps.usable(run, float(ratios[nearest])), rule.least)
+        new = [stretch for stretch in wider.reused if stretch.start > entry]
+        for stretch in new:
+            steps.compute(stretch.start)
+            steps.adopt(stretch.start, wider.pages[stretch.start : stretch.stop])
+        if new:
+            found.append(range(run.first, new[-1].stop))
+            search.adopted(new[-1].stop)
+        else:
+            search.refused(entry)
+        plan = wider
+    return Decided(plan, tuple(found))
