@@ -30,6 +30,7 @@ class ReuseRule:
         witnesses: comparisons of a page that suffice without a near entry block.
         margin: up to which the expected ratio may go.
         near: ratio of the entry block up to which it stands in for missing witnesses, where nothing is new.
+        echoes: whether new echoes keep a block from being reused.
     """
 
     least: int = 2
@@ -37,6 +38,7 @@ class ReuseRule:
     witnesses: int = 1
     margin: float = 1.0
     near: float = 0.5
+    echoes: bool = True
 
     def usable(
         self,
@@ -55,7 +57,7 @@ class ReuseRule:
         expected = worst * (1.0 + 1.0 / np.maximum(count, 1))
         known = (count >= self.witnesses) | (entry <= self.near)
         allowed = known & (expected <= self.margin)
-        return allowed if new is None else allowed & ~new
+        return allowed if new is None or not self.echoes else allowed & ~new
 
 
 @dataclass
