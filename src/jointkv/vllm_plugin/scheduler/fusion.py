@@ -89,7 +89,7 @@ class Fusion:
         audit.outstanding -= len(member.candidates)
         for page, ratio in zip(member.candidates, answer.ratio, strict=True):
             if self.candidates.unchanged_since(page, answer.step):
-                self.audits.note(audit, member.slot, page, float(ratio))
+                self.audits.note(member.tracked, audit, member.slot, page, float(ratio))
         request = member.tracked.request
         if audit.chosen and request.num_computed_tokens < request.num_prompt_tokens:
             member.fuses = False  # what comes behind it is to be computed exactly

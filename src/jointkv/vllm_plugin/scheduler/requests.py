@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from vllm.v1.request import Request
 
+from jointkv.core.evidence import Echoes, standing
 from jointkv.fusion.signature import token_hashes
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 
@@ -70,6 +71,7 @@ class TrackedRequest:
     audit: Audit | None = None
     planned: int | None = None
     _hashes: list[int] = field(default_factory=list, repr=False)
+    _standing: Echoes = field(default_factory=lambda: np.zeros(0, np.uint64), repr=False)
     _tokens: NDArray[np.int32] | None = field(default=None, repr=False)
 
     def restart(self, kept: int) -> None:
@@ -95,6 +97,13 @@ class TrackedRequest:
             self._tokens = more if self._tokens is None else np.concatenate([self._tokens, more])
         assert self._tokens is not None or first == end
         return np.zeros((0, self.block_size), np.int32) if self._tokens is None else self._tokens[first:end]
+
+    def standing(self, first: int, end: int) -> Echoes:
+        """Which tokens of blocks `first` to `end` stand before their block too, see `core.evidence`."""
+        if end > len(self._standing):
+            blocks = max(end, self.request.num_prompt_tokens // self.block_size)
+            self._standing = standing(self.tokens(0, blocks).ravel(), self.block_size)
+        return self._standing[first:end]
 
 
 class Requests:

@@ -19,7 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from jointkv.core.reuse import ReusePlan, Run
-from jointkv.policy.reuse import ReuseRule
+from jointkv.policy.reuse import ReuseRule, Search
 from jointkv.vllm_plugin.engine.line import helper_of, in_line, seats, send_ahead
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.metrics import Statistics
@@ -138,7 +138,7 @@ class Reuse:
                 pairs = [(GROUP, held.block_id, int(run.pages[0])) for run in intake.sources]
                 yield Question(pairs, partial(self._hear, intake, list(intake.sources)))
             else:
-                intake.at = intake.entry + 1
+                intake.search.refused(intake.entry)
                 self._advance(intake)
 
     def ended(self, name: str) -> None:
@@ -227,8 +227,8 @@ class Reuse:
             return None
         if not sources:
             return None
-        intake = Intake(tracked, runs, found, end, ReusePlan.nothing(end), found, covered=found)
-        exact = bool(self.residents.exact[sources[0].pages[1:]].all())
+        intake = Intake(tracked, runs, found, end, ReusePlan.nothing(end), Search(found), covered=found)
+        exact = bool(self.residents.exact[sources[0].behind.pages].all())
         if not self._granted(RunClass(tracked.isolation, exact)):
             tracked.audit = Audit(self._pages(intake))
             return None
@@ -257,7 +257,7 @@ class Reuse:
     def _advance(self, intake: Intake) -> None:
         """Turn to the next run; if there is none and nothing is reused, let the request go."""
         least = self.rule.least + 1
-        intake.entry = intake.runs.next_entry(intake.at, intake.end, least)
+        intake.entry = intake.runs.next_entry(intake.search.at, intake.end, least)
         if intake.entry is not None:
             intake.sources = intake.runs.through(intake.entry, intake.end, least, self.rule.sources)
         elif not intake.plan.skipped:
@@ -285,24 +285,27 @@ class Reuse:
         if self.intakes.get(intake.tracked.request.request_id) is not intake:
             return
         intake.asked = False
+        assert intake.entry is not None
+        seen = intake.tracked.standing(intake.entry, intake.entry + 1)
         for run, ratio in zip(sources, answer.ratio, strict=True):
             if self.residents.still_holds(run)[0]:
-                self.residents.testify(int(run.pages[0]), float(ratio))
+                self.residents.testify(int(run.pages[0]), float(ratio), seen)
         nearest = int(answer.ratio.argmin())
-        self._adopt(intake, sources[nearest], float(answer.ratio[nearest]))
+        self._adopt(intake, intake.entry, sources[nearest].behind, float(answer.ratio[nearest]))
         self._advance(intake)
 
-    def _adopt(self, intake: Intake, run: Run, entry: float) -> None:
-        behind = Run(run.first + 1, run.source, run.pages[1:])
-        count, worst = self.residents.witnesses[behind.pages], self.residents.worst[behind.pages]
-        usable = self.rule.usable(entry, count, worst) & self.residents.still_holds(behind)
-        before, intake.plan = intake.plan, intake.plan.adopting(behind, usable, self.rule.least)
-        intake.at = run.end
-        new = [stretch for stretch in intake.plan.reused if stretch not in before.reused]
+    def _adopt(self, intake: Intake, entry: int, run: Run, ratio: float) -> None:
+        usable = self.residents.usable(self.rule, intake.tracked, run, ratio)
+        intake.plan = intake.plan.adopting(run, usable, self.rule.least)
+        new = [stretch for stretch in intake.plan.reused if stretch.start > entry]
         for stretch in new:
             pages = intake.plan.pages[stretch.start : stretch.stop].tolist()
             self.sharing.adopt(intake.tracked, GROUP, stretch.start, pages)
-        self.statistics.add("reuse_runs", bool(new))
+        if new:
+            self.statistics.add("reuse_runs")
+            intake.search.adopted(new[-1].stop)
+        else:
+            intake.search.refused(entry)
 
     def _start(self, intake: Intake, computed: int) -> None:
         """The request starts and has found `computed` tokens."""

@@ -22,7 +22,7 @@ from jointkv.theory.licence import Licence
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
-from jointkv.vllm_plugin.metrics import REPORT_EVERY, JointStats, Statistics
+from jointkv.vllm_plugin.metrics import REPORT_EVERY, JointStats, LicenceGauges, Statistics
 from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.candidates import Candidates
@@ -115,8 +115,9 @@ class SchedulerSide:
         return "active" if self.statistics.totals()["blocks_considered"] else "inert"
 
     def totals(self) -> dict[str, Any]:
-        """What was counted since the start, with `state`."""
-        return {**self.statistics.totals(), "state": self.state}
+        """What was counted since the start, with `state` and `licences`."""
+        licences = self.licences.gauges(self.settings.reuse_miss_rate)
+        return {**self.statistics.totals(), "state": self.state, "licences": licences}
 
     @fail_safe
     def admit(self, request: Request) -> None:
@@ -207,7 +208,14 @@ class SchedulerSide:
         regular = self._reports % REPORT_EVERY == 1  # the count of shared pages looks at the whole pool
         if not regular and not self.statistics.has_news(self.state):
             return None
-        return self.statistics.take(self.state, self.tables.shared_pages() if regular else None)
+        return self.statistics.take(self.state, self.tables.shared_pages() if regular else None, self._licence_gauges())
+
+    def _licence_gauges(self) -> LicenceGauges | None:
+        """None where nothing has changed since the last report."""
+        if not self.settings.reuses or not self.licences.changed:
+            return None
+        self.licences.changed = False
+        return self.licences.gauges(self.settings.reuse_miss_rate)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when tables, reference counts, index or bounds are inconsistent."""
