@@ -141,7 +141,8 @@ class Candidates:
             self._statistics.add("blocks_considered")
             named = [] if audit is None else audit.pages.get(slot, [])
             # By now a page that was named may be resident with other text.
-            known = [page for page in self.residents.index.bucket(member.buckets[0]) if page in named] if named else []
+            (same,) = self.residents.index.buckets(member.buckets[:1])
+            known = [page for page in same if page in named]
             member.candidates = known or self.residents.index.candidates(member.buckets, self._settings.max_candidates)
             member.audit = audit if member.candidates else None
 
