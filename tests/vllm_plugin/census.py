@@ -86,7 +86,8 @@ class Census:
     def _party(self, request_id: str) -> Party:
         request = self.engine.vllm_scheduler.requests[request_id]
         adapter = request.lora_request and request.lora_request.lora_name
-        return request.cache_salt, adapter, (request.sampling_params.extra_args or {}).get("jointkv") is False
+        opted_out = (request.sampling_params.extra_args or {}).get("jointkv") is False
+        return request.cache_salt, adapter, opted_out and request_id not in self.engine.side.helpers
 
     def _before_replacing(self, request_id: str, slot: int, page: int) -> None:
         request = self.engine.vllm_scheduler.requests[request_id]

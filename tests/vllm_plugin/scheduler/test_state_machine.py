@@ -7,6 +7,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -26,7 +27,9 @@ from vllm.v1.engine import core as engine_core
 from vllm.v1.request import Request
 from vllm.v1.worker import gpu_model_runner
 
+from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin import engine_args
+from jointkv.vllm_plugin.scheduler import side as scheduler_side
 from jointkv.vllm_plugin.worker import side
 from tests.effort import MACHINE_STEPS, machine_settings
 from tests.vllm_plugin.scheduler.fake_worker import Comparer, Mail, Model, Runner, executor_of, packed_pages
@@ -295,7 +298,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What needs tensors or process groups is replaced."""
+    """What needs tensors or process groups is replaced. Numbers have no echoes, and are near more often than blocks."""
+    monkeypatch.setattr(scheduler_side, "ReuseRule", partial(ReuseRule, near=1.0, echoes=False))
     monkeypatch.setattr(side, "packed_pages", packed_pages)
     monkeypatch.setattr(side, "PageComparer", Comparer)
     monkeypatch.setattr(gpu_model_runner, "get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
