@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from jointkv.core.bookkeeping import bookkeeping
@@ -21,6 +21,7 @@ from jointkv.hf.batch import Batch
 from jointkv.hf.fusing import fuse_filled
 from jointkv.hf.layer import PagedCacheLayer
 from jointkv.hf.pool import JointPool
+from jointkv.hf.prefill import PrefillResult, prefill_rows, prompts_of
 from jointkv.hf.step import Step
 
 
@@ -49,6 +50,7 @@ class JointCache(Cache):
         stock = DynamicCache(config=pool.config).layers
         layers = [PagedCacheLayer(self.write_layer, paged[i]) if i in paged else layer for i, layer in enumerate(stock)]
         super().__init__(layers=layers)
+        self._waits = False
         self._clear()
 
     def _clear(self) -> None:
@@ -109,21 +111,28 @@ class JointCache(Cache):
     def end_step(self) -> None:
         """Fuse the blocks that the forward pass has filled (called by the pool's forward hook)."""
         self._step.mask = self._step.input_ids = None
-        if not self.tables or any(layer.length != self.length for layer in self.paged_layers):
-            return
+        if not self._waits and self.tables and all(layer.length == self.length for layer in self.paged_layers):
+            self.fuse(self._step.prompt)
+
+    @bookkeeping
+    def fuse(self, observe: bool = False) -> None:
+        """Fuse the blocks that became full since the last time; see `fuse_filled`."""
         start = time.perf_counter()
         try:
-            fuse_filled(self.batch, self._step.prompt)
+            fuse_filled(self.batch, observe)
         except Exception as error:
             self.pool.disable_fusion(error)
         self.pool.seconds_fusing += time.perf_counter() - start
 
     def _begin(self, rows: int) -> None:
+        self.batch = Batch(self.pool, self._tenants(rows))
+
+    def _tenants(self, rows: int) -> list[Hashable]:
         given = self.isolation_key
         tenants = given if isinstance(given, list) else [given] * rows
         if len(tenants) != rows:
             raise LayoutError(f"{len(tenants)} isolation keys for {rows} sequences")
-        self.batch = Batch(self.pool, tenants)
+        return tenants
 
     def _advance(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room for the new tokens in every group, or raise PoolFull with nothing changed."""
@@ -152,6 +161,61 @@ class JointCache(Cache):
         self.batch.truncate(length)
         for layer in self.paged_layers:
             layer.length = length
+
+    def _set_length(self, length: int) -> None:
+        for layer in self.paged_layers:
+            layer.length, layer.is_initialized = length, True
+
+    # Reading what is resident before it is computed.
+
+    @bookkeeping
+    def prefill(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> PrefillResult:
+        """Prefill this empty cache, reading what is resident instead of computing it, as the pool's `reuse` allows.
+
+        `model.generate(input_ids=..., attention_mask=..., past_key_values=cache)` then goes on as ever: all but the
+        last token of each row are there. Rows are prefilled one after another, and reuse those before them. In a pool
+        without reuse nothing is done, and `generate` computes all.
+
+        Args:
+            input_ids, attention_mask: `[rows, length]`, padded on the left.
+
+        Raises:
+            BadInput: the cache is not empty, or a row has no token.
+            LayoutError: other shapes, or padding elsewhere.
+            PoolFull: the cache stays empty.
+        """
+        if self.length:
+            raise BadInput(f"prefill: the cache holds {self.length} tokens already")
+        prompts = prompts_of(input_ids, attention_mask)
+        return prefill_rows(self, model, prompts, self._tenants(len(prompts)), input_ids.shape[1] - 1)
+
+    def row(self, tenant: Hashable) -> JointCache:
+        """An empty cache of one sequence on the same pool, which fuses when it is told to."""
+        row = JointCache(self.pool, [tenant])
+        row._waits = True
+        return row
+
+    @bookkeeping
+    def adopt(self, pages: Tensor, tokens: Tensor, exact: bool) -> None:
+        """Let the only sequence, which ends with a full block, go on with resident `pages [n]`.
+
+        Args:
+            tokens: what they hold, `[n * block_size]`.
+            exact: whether its own K and V would be those of the pages.
+        """
+        if not self.tables:
+            self._begin(1)
+        self.batch.adopt(pages, tokens, exact)
+        self._set_length(self.batch.length)
+
+    @bookkeeping
+    def join(self, rows: Sequence[JointCache], length: int) -> None:
+        """Make the sequences of `rows`, padded on the left to `length` tokens, the content of this empty cache."""
+        for row in rows:
+            if not row.tables:
+                row._begin(1)
+        self.batch = Batch.join([row.batch for row in rows], length)
+        self._set_length(length)
 
     # Operations on the whole cache.
 
@@ -280,8 +344,7 @@ class JointCache(Cache):
         except PoolFull:
             self._clear()
             raise
-        for layer in self.paged_layers:
-            layer.length, layer.is_initialized = length, True
+        self._set_length(length)
         for index, layer in self._sliding():
             keys, values = state[f"sliding.{index}.keys"], state[f"sliding.{index}.values"]
             layer.lazy_initialization(keys, values)

@@ -21,6 +21,7 @@ from jointkv.core.pool import BlockPool
 from jointkv.errors import InvalidPolicy, LayoutError, UnsupportedModel
 from jointkv.fusion.fuser import Fuser
 from jointkv.hf.attention import ATTENTION_NAME, register_attention
+from jointkv.hf.reuse import Reuse, ReuseOptions
 from jointkv.policy import FusionPolicy, LayerGroups
 from jointkv.policy.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
 from jointkv.policy.profile import Profile
@@ -42,6 +43,7 @@ class JointPool:
         block_size: tokens per page.
         max_pages: pages at the most; None grows without limit.
         max_relative_error: with a profile, the user's bound: no adaptation exceeds it. None: the profile's thresholds.
+        reuse: what `JointCache.prefill` may read before it is computed: `ReuseOptions`, or the name of a mode.
 
     Attributes:
         adaptation: the bounds in force, with a profile; else None.
@@ -50,10 +52,11 @@ class JointPool:
         page_readers: full-attention layers, by number, whose K and V reach the attention function unchanged, so that
             it may read pages instead; the others are handed dense K and V.
         fingerprint: identifies the model in saved caches.
+        reuse: what is known for reuse; None where it is off, as it is at a bound of 0.
 
     Raises:
-        UnsupportedModel: an encoder-decoder, no cache, no full-attention layer, or layers that are neither full nor
-            sliding-window attention.
+        UnsupportedModel: an encoder-decoder, no cache, no full-attention layer, layers that are neither full nor
+            sliding-window attention, or, with reuse, that are not all full attention.
         ModelMismatch: the profile belongs to another model.
         BadInput: the profile was made for another block size.
         InvalidPolicy: the policy does not fit the model or the block size.
@@ -67,6 +70,7 @@ class JointPool:
         block_size: int = 16,
         max_pages: int | None = None,
         max_relative_error: float | None = None,
+        reuse: ReuseOptions | str = "off",
     ) -> None:
         self.adaptation: Adaptation | None = None
         if isinstance(policy, Profile):
@@ -92,6 +96,7 @@ class JointPool:
         self.blocks: BlockPool | None = None
         self.fusers: dict[str, Fuser] = {}
         self._bound_in_force()
+        self.reuse = self._reuse(ReuseOptions.of(reuse))
         self.faults = 0
         self.page_readers: set[int] = set()
         self._counters = Counter(blocks_considered=0, blocks_fused=0, pages_freed=0)
@@ -132,6 +137,8 @@ class JointPool:
             scopes = ("batch", "chunk") if self.policy.scope == "both" else (self.policy.scope,)
             if self.policy.enabled:
                 self.fusers = {scope: Fuser(self.blocks, self.policy) for scope in scopes}
+            if self.reuse is not None:
+                self.blocks.on_free(self.reuse.residents.forget)
         kv = self.blocks.kv
         expected = (kv.keys[0].shape[2:], kv.values[0].shape[2:], kv.keys[0].dtype)
         if (torch.Size(key_shape), torch.Size(value_shape), key_states.dtype) != expected:
@@ -140,6 +147,22 @@ class JointPool:
                 f"{list(expected[0])}, {list(expected[1])}, {expected[2]}"
             )
         return self.blocks
+
+    def _reuse(self, options: ReuseOptions) -> Reuse | None:
+        if options.mode == "off":
+            return None
+        options.check(self.policy)
+        if len(self.full_layers) < len(DynamicCache(config=self.config).layers):
+            raise UnsupportedModel("reuse: the model has layers whose K and V are not in pages")
+        # At a bound of 0 nothing but equal K and V may be read, and equality cannot be known before they are there.
+        return Reuse(options, self.block_size) if self.policy.rule(0).max_relative_error else None
+
+    def forget(self, pages: Tensor) -> None:
+        """Take `pages [n]`, which are free or about to be written, out of every index."""
+        for fuser in self.fusers.values():
+            fuser.forget(pages)
+        if self.reuse is not None:
+            self.reuse.residents.forget(pages)
 
     def new_sequences(self, count: int) -> Tensor:
         """Numbers for `count` sequences, unique in this pool: long `[count]`."""
@@ -196,6 +219,7 @@ class JointPool:
             "seconds_fusing": self.seconds_fusing,
             "bounds_moved": self.adaptation.moves if self.adaptation else {},
             **counters,
+            **(self.reuse.stats() if self.reuse else {}),
         }
 
     def check_integrity(self) -> None:
@@ -206,6 +230,8 @@ class JointPool:
             self.blocks.check_integrity()
         for fuser in self.fusers.values():
             fuser.check_integrity()
+        if self.reuse is not None:
+            self.reuse.check_integrity()
 
 
 def full_attention_layers(model: PreTrainedModel) -> list[int]:
