@@ -96,6 +96,7 @@ class JointPool:
         self.blocks: BlockPool | None = None
         self.fusers: dict[str, Fuser] = {}
         self._bound_in_force()
+        self.reuse_faults = 0
         self.reuse = self._reuse(ReuseOptions.of(reuse))
         self.faults = 0
         self.page_readers: set[int] = set()
@@ -202,6 +203,15 @@ class JointPool:
             fuser.close()
         self.fusers = {}
 
+    def disable_reuse(self, error: Exception) -> None:
+        """Switch reuse off after an internal fault: counted, logged once; prompts are computed."""
+        if self.reuse is not None:
+            logger.error("reuse switched off after an internal fault: %s: %s", type(error).__name__, error)
+            if self.blocks is not None:
+                self.blocks.off_free(self.reuse.residents.forget)
+            self._counters.update(self.reuse.counters)
+        self.reuse_faults, self.reuse = self.reuse_faults + 1, None
+
     def stats(self) -> dict[str, Any]:
         """Pages and bytes at the allocator, and the counters of the search."""
         blocks = self.blocks
@@ -219,7 +229,7 @@ class JointPool:
             "seconds_fusing": self.seconds_fusing,
             "bounds_moved": self.adaptation.moves if self.adaptation else {},
             **counters,
-            **(self.reuse.stats() if self.reuse else {}),
+            **(self.reuse.stats() if self.reuse else {"reuse": "faulted" if self.reuse_faults else "off"}),
         }
 
     def check_integrity(self) -> None:

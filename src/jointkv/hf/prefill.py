@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from jointkv.core.blocks import served_errors
 from jointkv.core.reuse import COMPUTED, Integers
 from jointkv.errors import BadInput, LayoutError
 from jointkv.hf.batch import Batch
-from jointkv.hf.pool import JointPool
+from jointkv.hf.paged_cache import PagedCache
 from jointkv.hf.residents import Matches
 from jointkv.hf.reuse import Decided, Reuse, decide
 
@@ -88,30 +88,6 @@ class PrefillResult:
         return sum(row.missed_blocks for row in self.rows)
 
 
-class RowCache(Protocol):
-    """A cache of one prompt, whose blocks are not fused before `fuse`."""
-
-    batch: Batch
-
-    def adopt(self, pages: Tensor, tokens: Tensor, exact: bool) -> None:
-        """Go on with the full blocks in resident `pages [n]`, which hold `tokens`; needs whole blocks so far."""
-
-    def fuse(self) -> None:
-        """Fuse what was filled."""
-
-
-class WholeCache(Protocol):
-    """An empty cache of several prompts."""
-
-    pool: JointPool
-
-    def row(self, tenant: Hashable) -> Any:
-        """A new `RowCache` on the same pool."""
-
-    def join(self, rows: Any, length: int) -> None:
-        """Take over the content of `rows`, padded on the left to `length` tokens."""
-
-
 def prompts_of(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
     """The tokens of each row without left padding, on the CPU.
 
@@ -128,15 +104,16 @@ def prompts_of(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]
 
 
 class RowSteps:
-    """Computes and adopts one prompt, as `decide` asks for it."""
+    """Computes and adopts one prompt, as `decide` asks for it.
 
-    def __init__(self, cache: RowCache, model: PreTrainedModel, tokens: Tensor) -> None:
+    Attributes:
+        computing: whether a forward pass goes on, or broke off.
+    """
+
+    def __init__(self, cache: PagedCache, model: PreTrainedModel, tokens: Tensor) -> None:
         self._cache, self._model, self._tokens = cache, model, tokens
-        self._size = cache.batch.pool.block_size
-
-    @property
-    def _done(self) -> int:
-        return self._cache.batch.length
+        self._size = cache.pool.block_size
+        self.computing = False
 
     def compute(self, slot: int) -> None:
         self._compute(slot * self._size)
@@ -156,9 +133,10 @@ class RowSteps:
         return rule.ratio([error.numpy() for error in errors])
 
     def _compute(self, end: int) -> None:
-        start = self._done
+        start = self._cache.length
         if end <= start:
             return
+        self.computing = True
         device, place = self._model.device, torch.arange(start, end)
         inputs: dict[str, Any] = {
             "input_ids": self._tokens[None, start:end].to(device),
@@ -166,6 +144,7 @@ class RowSteps:
             "position_ids": place[None].to(device),
         }
         self._model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self.computing = False
 
 
 class _Imagined:
@@ -181,36 +160,54 @@ class _Imagined:
         return
 
 
-def prefill_row(cache: RowCache, model: PreTrainedModel, tokens: Tensor, tenant: Hashable, reuse: Reuse) -> RowPrefill:
-    """Have `cache` hold all but the last of `tokens [n]`, and note what is learnt of pages and licence."""
+def prefill_row(cache: PagedCache, model: PreTrainedModel, tokens: Tensor, tenant: Hashable) -> RowPrefill:
+    """Have the empty `cache` hold all but the last of `tokens [n]`, and note what is learnt of pages and licence.
+
+    A fault of reuse switches it off; what is not there yet is computed then.
+    """
+    steps, pool = RowSteps(cache, model, tokens), cache.pool
+    try:
+        if pool.reuse is not None:
+            return _reusing(cache, steps, tokens, tenant, pool.reuse)
+    except Exception as error:
+        if steps.computing:
+            raise
+        pool.disable_reuse(error)
+    skipped = cache.length if cache.tables and cache.tables[0].served.any() else 0
+    steps.finish()
+    cache.fuse()
+    return RowPrefill(len(tokens), skipped=skipped)
+
+
+def _reusing(cache: PagedCache, steps: RowSteps, tokens: Tensor, tenant: Hashable, reuse: Reuse) -> RowPrefill:
     size, ids = reuse.residents.block_size, tokens.numpy().astype(np.int64)
+    slots = (len(ids) - 1) // size
     start = time.perf_counter()
     matches = reuse.residents.find(tenant, ids[:-1])
-    slots = (len(ids) - 1) // size
-    audited = matches.runs.next_entry(len(matches.exact), slots, reuse.rule.least + 1) is not None
-    audited = audited and reuse.audits_next(tenant)
+    possible = matches.runs.next_entry(len(matches.exact), slots, reuse.rule.least + 1) is not None
+    audited = possible and reuse.audits_next(tenant)
     reuse.seconds_planning += time.perf_counter() - start
-    steps = RowSteps(cache, model, tokens)
     if len(matches.exact):
         steps.adopt(0, matches.exact, exact=True)
     if audited:
         steps.finish()
     decided = decide(matches, slots, reuse.rule, reuse.residents, _Imagined(steps) if audited else steps)
     steps.finish()
-    plan = decided.plan
-    exact_until = slots if audited or not plan.skipped else plan.reused[0].start
-    found = RowPrefill(tokens=len(ids), exact=len(matches.exact) * size)
     start = time.perf_counter()
+    found = RowPrefill(len(ids), exact=len(matches.exact) * size)
+    plan, true_until = decided.plan, slots
     if audited:
         found = _audit(found, decided, steps, tenant, reuse)
     elif plan.skipped:
+        true_until = plan.reused[0].start
         reused = tuple(np.flatnonzero(plan.pages != COMPUTED).tolist())
-        found = RowPrefill(found.tokens, found.exact, plan.skipped * size, reused, len(decided.runs), len(plan.gaps))
-    _compare(matches, exact_until, steps, reuse)
+        found = replace(found, skipped=plan.skipped * size, reused=reused)
+        found = replace(found, runs=len(decided.runs), gaps=len(plan.gaps))
+    _compare(matches, true_until, steps, reuse)
     reuse.seconds_planning += time.perf_counter() - start
-    own = cache.batch.tables[0].pages[0, :slots].numpy().copy()
+    own = cache.tables[0].pages[0, :true_until].numpy().copy()
     cache.fuse()
-    _make_resident(cache.batch, own[:exact_until], ids, tenant, reuse)
+    _make_resident(cache.batch, own, ids, tenant, reuse)
     _count(found, reuse)
     return found
 
@@ -224,9 +221,7 @@ def _audit(found: RowPrefill, decided: Decided, steps: RowSteps, tenant: Hashabl
     for run in decided.runs:
         inside = slots[(slots >= run.start) & (slots < run.stop)]
         reuse.observe(tenant, float(missed[inside].mean()))
-    return RowPrefill(
-        found.tokens, found.exact, audited=True, audited_blocks=len(slots), missed_blocks=int(missed.sum())
-    )
+    return replace(found, audited=True, audited_blocks=len(slots), missed_blocks=int(missed.sum()))
 
 
 def _compare(matches: Matches, until: int, steps: RowSteps, reuse: Reuse) -> None:
@@ -256,7 +251,7 @@ def _count(found: RowPrefill, reuse: Reuse) -> None:
 
 
 def prefill_rows(
-    cache: WholeCache, model: PreTrainedModel, prompts: list[Tensor], tenants: list[Hashable], length: int
+    cache: PagedCache, model: PreTrainedModel, prompts: list[Tensor], tenants: list[Hashable], length: int
 ) -> PrefillResult:
     """Have the empty `cache` hold all but the last token of each of `prompts`; see `JointCache.prefill`.
 
@@ -270,14 +265,16 @@ def prefill_rows(
     """
     if any(len(prompt) < 1 for prompt in prompts):
         raise BadInput("prefill: a prompt has no token")
-    reuse = cache.pool.reuse
-    if reuse is None or length < 1:
+    pool = cache.pool
+    if pool.reuse is None or length < 1:
         return PrefillResult(tuple(RowPrefill(len(prompt)) for prompt in prompts))
-    reuse.under(cache.pool.policy)
+    pool.reuse.under(pool.policy)
     rows, found = [], []
     for prompt, tenant in zip(prompts, tenants, strict=True):
-        rows.append(cache.row(tenant))
-        one = len(prompt) == 1  # nothing of it is prefilled
-        found.append(RowPrefill(1) if one else prefill_row(rows[-1], model, prompt, tenant, reuse))
+        row = PagedCache(pool, [tenant])
+        row.waits = True
+        rows.append(row)
+        # Of a single token nothing is prefilled.
+        found.append(prefill_row(row, model, prompt, tenant) if len(prompt) > 1 else RowPrefill(1))
     cache.join(rows, length)
     return PrefillResult(tuple(found))

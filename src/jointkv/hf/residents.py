@@ -91,9 +91,9 @@ class Residents:
         pages, slot = pages[equal], slot[equal]
         source = self._source[pages]
         same = self._context[pages] == contexts[slot]
-        exact = pages[:0]
-        for run in Runs(slot[same], pages[same], source[same]).through(0, blocks, 1, 1):
-            exact = run.pages
+        equal_slot, first = np.unique(slot[same], return_index=True)
+        unbroken = int((equal_slot == np.arange(len(equal_slot))).sum())
+        exact = pages[same][first[:unbroken]]
         kept = _largest(source, MOST_SOURCES)
         return Matches(slot[kept], pages[kept], source[kept], same[kept], exact)
 

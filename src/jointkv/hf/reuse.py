@@ -150,7 +150,7 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class Decided:
-    """What was decided on one prompt: the plan, and the part of each run behind its entry block."""
+    """What was decided on one prompt: the plan, and of each run in it from behind its entry block to its last use."""
 
     plan: ReusePlan
     runs: tuple[range, ...]
@@ -181,5 +181,5 @@ def decide(matches: Matches, slots: int, rule: ReuseRule, residents: Residents, 
             steps.adopt(stretch.start, wider.pages[stretch.start : stretch.stop])
             start = stretch.stop
         plan, wait = wider, 0
-        found.append(range(run.first, run.end))
+        found.append(range(run.first, start))
     return Decided(plan, tuple(found))
