@@ -63,7 +63,7 @@ class Census:
             for pages in groups:
                 entries.update(pages)
                 for slot, page in enumerate(pages):
-                    for isolation, _, place, _ in engine.side.candidates.index._buckets.get(page, ()):
+                    for isolation, _, place, _ in engine.side.candidates.residents.index._buckets.get(page, ()):
                         if len(isolation) == 3:  # that of a chunk names its request
                             moved = place != slot and engine.side.settings.scope == "batch"
                             known = isolation[0] == party[0] and not moved

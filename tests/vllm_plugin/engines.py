@@ -206,7 +206,7 @@ class Engine:
         assert self.pages_in_use == 0 and self.references == 0
         if self.connector is not None:
             self.side.tables.check_integrity()
-            self.side.candidates.index.check_integrity()
+            self.side.candidates.residents.index.check_integrity()
             assert not self.side.requests.active
 
 

@@ -103,7 +103,9 @@ class Patient:
         assert (self.engine.statistics["state"], self.new("faults")) == (state, 1)
         merged = self.engine.statistics["blocks_merged"]
         assert self.engine.generate(AFTER, OUT) == self.expected
-        assert self.engine.statistics["blocks_merged"] == merged and not len(self.engine.side.candidates.index)
+        assert self.engine.statistics["blocks_merged"] == merged and not len(
+            self.engine.side.candidates.residents.index
+        )
         assert len(self.errors) == 1 and cause in self.errors[0] and "has switched itself off" in self.errors[0]
 
     def assert_comes_back(self) -> None:
@@ -125,7 +127,7 @@ class Patient:
 
     def assert_drained(self) -> None:
         self.engine.assert_drained()
-        assert not self.engine.side.requests.left_alone and not self.engine.side.fusion.asked
+        assert not self.engine.side.requests.left_alone and not self.engine.side.questions.asked
         assert not self.engine.pool.cached_block_hashes_by_block  # what private hashes leave behind
 
 

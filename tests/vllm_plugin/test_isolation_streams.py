@@ -195,7 +195,7 @@ def test_logs_and_statistics_reveal_no_text(calm: Path, lines: list[str]) -> Non
                 served.submit(prompt, OUT, salt=salt)
         served.finish()
         assert served.statistics["blocks_merged"] > 0
-        served.side.candidates.index._pages.clear()  # as a bug might leave it
+        served.side.candidates.residents.index._pages.clear()  # as a bug might leave it
         for number in range(40):
             served.submit(text(300, number), 2, salt=SALT)
         served.finish()

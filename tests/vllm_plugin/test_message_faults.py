@@ -188,7 +188,7 @@ def test_nan_in_a_resident_page(patient: Patient) -> None:
     pages = patient.engine.table(name)
     patient.serve_on()
     layers = patient.engine.core.vllm_config.compilation_config.static_forward_context.values()
-    resident = [page for page in pages if page in patient.engine.side.candidates.index]
+    resident = [page for page in pages if page in patient.engine.side.candidates.residents.index]
     assert len(resident) >= 6
     for layer in layers:
         layer.kv_cache[resident] = np.nan

@@ -25,11 +25,15 @@ class TokenIndex:
     def __contains__(self, page: int) -> bool:
         return page in self._buckets
 
+    def bucket(self, bucket: Hashable) -> Sequence[int]:
+        """All resident pages of one bucket."""
+        return self._pages.get(bucket, ())
+
     def candidates(self, buckets: Sequence[Hashable], count: int) -> list[int]:
         """At most `count` resident pages of `buckets`, each once."""
         found: dict[int, None] = {}
         for bucket in buckets:
-            found.update(dict.fromkeys(self._pages.get(bucket, ())))
+            found.update(dict.fromkeys(self.bucket(bucket)))
         return list(found)[:count]
 
     def add(self, buckets: Sequence[Hashable], page: int) -> None:

@@ -12,6 +12,7 @@ WORKERS = {
     "cpu": "jointkv.vllm_plugin.worker.cpu.JointCPUWorker",
     "gpu": "jointkv.vllm_plugin.worker.gpu.JointGPUWorker",
 }
+SCHEDULER = "jointkv.vllm_plugin.engine.scheduler.JointScheduler"
 
 ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 """vLLM takes its second model runner where it can; only the first one was made to work with the plugin."""
@@ -24,7 +25,8 @@ def engine_args(**options: Any) -> dict[str, Any]:
         options: as in `PluginSettings`.
 
     Returns:
-        `kv_transfer_config` and `worker_cls`, for `vllm.LLM` or `vllm.EngineArgs`.
+        `kv_transfer_config`, `worker_cls` and, where the options reuse, `scheduler_cls`: for `vllm.LLM` or
+        `vllm.EngineArgs`.
 
     Raises:
         BadInput, InvalidPolicy: see `PluginSettings.parse`.
@@ -37,7 +39,9 @@ def engine_args(**options: Any) -> dict[str, Any]:
 
 def arguments_for(device: str, options: dict[str, Any]) -> dict[str, Any]:
     """`engine_args` for `device`, `"cpu"` or `"gpu"`, with options already checked. Imports no vllm."""
+    scheduler = {"scheduler_cls": SCHEDULER} if PluginSettings.parse(options).reuses else {}
     return {
+        **scheduler,
         "kv_transfer_config": {
             "kv_connector": CONNECTOR,
             "kv_connector_module_path": CONNECTOR_MODULE,

@@ -102,8 +102,8 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         return True
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Nothing is ever loaded from elsewhere."""
-        return 0, False
+        """Nothing is ever loaded from elsewhere; None keeps a request waiting, see `SchedulerSide.holds`."""
+        return (None if self.scheduler.holds(request, num_computed_tokens) else 0), False
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
         """Nothing to load."""

@@ -27,6 +27,16 @@ COUNTERS = {
     "apply_seconds": "Seconds workers spent replacing block table entries.",
     "bounds_tightened": "Times the bound of a layer group was tightened, because errors were above the profile's.",
     "bounds_loosened": "Times it was loosened again, inside the user's bound.",
+    "prompt_tokens_skipped": "Tokens of prompts that were not computed, because the same text was resident.",
+    "reuse_runs": "Runs of resident text of which blocks were reused before compute.",
+    "reuse_gaps": "Stretches of prompts that were computed before or between reused blocks.",
+    "reuse_helpers": "Requests of the plugin's own that computed such stretches; no client sees them.",
+    "reuse_audits": "Runs that could have been reused, were computed, and were compared.",
+    "reuse_audited_blocks": "Blocks of audited runs that would have been reused.",
+    "reuse_missed_blocks": "Those of them that would have been beyond the bounds.",
+    "reuse_plan_seconds": "Seconds the scheduler spent looking for runs and sending helpers.",
+    "licences_granted": "Licences to reuse that audits have earned.",
+    "licences_lost": "Licences to reuse that audits have ended.",
     "faults": "Internal errors, each of which switches fusion off for a while or for good.",
 }
 WORKER_COUNTERS = {

@@ -60,10 +60,9 @@ class Launch:
             return []
         arguments = engine_args(**self.options) if self.device == "auto" else arguments_for(self.device, self.options)
         return [
-            "--kv-transfer-config",
-            json.dumps(arguments["kv_transfer_config"]),
-            "--worker-cls",
-            arguments["worker_cls"],
+            part
+            for name, value in arguments.items()
+            for part in (f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value))
         ]
 
 

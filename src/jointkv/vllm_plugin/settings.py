@@ -42,6 +42,14 @@ class PluginSettings(BaseModel):
         own_norms: a block that reads another's page keeps its own norms of K and V in every layer where that brings it
             nearer, so that more blocks are within a bound. It makes `attention` `"shared"`, and where that cannot be
             had, pages are read as they stand.
+        reuse: text that is resident is not computed. `"off"`: it is, and fused after. `"licensed"`: only where audits
+            have shown that of reused blocks at most `reuse_miss_rate` are beyond the bounds; until then, and for ever
+            at `reuse_audit_rate`, requests are computed and compared. `"probed"`: without that limit, by the entry
+            blocks of runs and by witnesses alone. With `max_relative_error` 0 nothing is reused: that two blocks are
+            equal cannot be known before they are computed.
+        reuse_miss_rate: share of reused blocks that may be beyond the bounds, in (0, 1).
+        reuse_confidence: of the limit on that share, at all times together, in (0, 1).
+        reuse_audit_rate: share of requests that could reuse and are computed and compared all the same, in (0, 1].
         profile: what `jointkv calibrate` wrote, for this model and block size. Options given beside it win; a bound
             given beside it is the limit up to which the profile's bound is adapted, which else is the profile's own.
         adapt: with a profile, move its bounds when the live errors are not those that were calibrated.
@@ -69,6 +77,10 @@ class PluginSettings(BaseModel):
     isolation: Literal["salt", "strict"] = "salt"
     attention: Literal["engine", "auto", "shared"] = "engine"
     own_norms: bool = False
+    reuse: Literal["off", "licensed", "probed"] = "off"
+    reuse_miss_rate: float = Field(default=0.02, gt=0.0, lt=1.0)
+    reuse_confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
+    reuse_audit_rate: float = Field(default=0.02, gt=0.0, le=1.0)
     profile: Path | None = None
     adapt: bool = True
     retry_after: float | None = Field(default=60.0, ge=0.0, allow_inf_nan=False)
@@ -98,7 +110,26 @@ class PluginSettings(BaseModel):
             name = ".".join(str(part) for part in problem["loc"])
             raise BadInput(f"jointkv: option {name}: {problem['msg']}, got {shown(problem['input'])}") from None
         settings.policy()
+        if settings.reuse != "off":
+            settings.check_reuse()
         return settings
+
+    @property
+    def reuses(self) -> bool:
+        """Whether anything may be reused before it is computed."""
+        return self.enabled and self.reuse != "off" and self.max_relative_error != 0
+
+    def check_reuse(self) -> None:
+        """Raises BadInput where reuse cannot keep its promise, or was not written for the other options."""
+        problems = {
+            f"layer_groups={self.layer_groups}; it works with one block table": self.layer_groups > 1,
+            f"scope={self.scope}; text of the same request is never reused": self.scope == "chunk",
+            "max_relative_error=null; without a bound there is nothing to promise": self.max_relative_error is None,
+            "own_norms; a page that was not computed has no norms of its own": self.own_norms,
+        }
+        for problem, present in problems.items():
+            if present:
+                raise BadInput(f"jointkv: reuse={self.reuse} does not go with {problem}; set reuse=off")
 
     @property
     def shares_reading(self) -> bool:

@@ -298,7 +298,7 @@ class Oracle:
 
     def _check_index(self) -> None:
         """No page in the index was handed out again, and every one holds what its bucket says."""
-        index = self.side.candidates.index._buckets
+        index = self.side.candidates.residents.index._buckets
         for page, buckets in index.items():
             seen = self._indexed.get(page)
             if seen is not None and seen[0] is buckets:

@@ -118,19 +118,17 @@ def test_takes_part(extra: dict[str, Any] | None, more: dict[str, Any], expected
     assert takes_part(new_request({}, extra=extra, **more)) is expected
 
 
-def test_hashes_are_taken_once_until_the_restart() -> None:
+def test_text_is_hashed_once_and_a_restart_keeps_what_was_found_again() -> None:
     request = new_request({})
     request.num_preemptions = 3
     tracked = TrackedRequest(request, None, BLOCK)
-    first = tracked.take_hashes(2)
-    assert len(first) == 2 and tracked.next_slot == 2
-    assert len(tracked.take_hashes(3)) == 1
-    tracked.served |= {(0, 0), (0, 1)}
+    first = list(tracked.hashes(2))
+    assert len(first) == 2 and len(set(tracked.hashes(4))) == 4 and tracked.hashes(1)[:2] == first
+    assert tracked.tokens(1, 3).ravel().tolist() == TOKENS[BLOCK : 3 * BLOCK] and tracked.tokens(2, 2).size == 0
+    assert tracked.tokens(0, 4).ravel().tolist() == TOKENS
+    tracked.next_slot, tracked.served = 2, {(0, 0), (0, 1)}
     tracked.restart(kept=1)
     assert (tracked.epoch, tracked.next_slot, tracked.served) == (3, 1, {(0, 0)})
-    assert tracked.take_hashes(2) == first[1:]
-    tracked.restart(kept=0)
-    assert tracked.served == set() and tracked.take_hashes(2) == first
 
 
 # Adapters in a running engine.

@@ -64,9 +64,9 @@ def test_a_reset_while_requests_run(fused: Engine) -> None:
 
 def test_reset_of_the_connector(fused: Engine) -> None:
     fused.generate(near_prefix(2, shared=100, seed=3), 2)
-    assert len(fused.side.candidates.index) > 0
+    assert len(fused.side.candidates.residents.index) > 0
     assert fused.connector.reset_cache()
-    assert len(fused.side.candidates.index) == 0
+    assert len(fused.side.candidates.residents.index) == 0
 
 
 def test_aborted_requests_give_back_what_they_share(fused: Engine) -> None:

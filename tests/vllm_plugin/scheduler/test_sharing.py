@@ -112,5 +112,5 @@ def test_what_follows_an_approximated_block_is_nobody_elses(error: float) -> Non
 def test_beyond_the_bound_a_block_becomes_resident_itself() -> None:
     pair = Pair(new_manager(prefix_caching=False))
     assert pair.settle(error=0.21) == []
-    assert set(pair.pages[1]) <= set(pair.side.candidates.index._buckets)
+    assert set(pair.pages[1]) <= set(pair.side.candidates.residents.index._buckets)
     assert pair.side.statistics.totals()["rejected"] == {"bound": 1}

@@ -21,6 +21,7 @@ from jointkv.errors import UnsupportedEngine
 from jointkv.policy.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
 from jointkv.vllm_plugin.engine.groups import LayerGroupSpec
 from jointkv.vllm_plugin.engine.runners import RUNNERS, runner_of
+from jointkv.vllm_plugin.engine.scheduler import JointScheduler
 from jointkv.vllm_plugin.engine.uses import check_interfaces, is_tested, tested_versions, vllm_version
 from jointkv.vllm_plugin.settings import PluginSettings
 
@@ -47,6 +48,8 @@ def check_engine(
             f"the worker is {worker}, which cannot replace blocks of running requests; start with `jointkv serve`, or "
             "add --worker-cls jointkv.vllm_plugin.worker.cpu.JointCPUWorker"
         )
+    if settings.reuses:
+        _check_reuse(config)
     if not settings.allow_untested:
         _check_tested(config)
     groups = tuple(
@@ -62,6 +65,11 @@ def check_engine(
     if settings.scope != "batch" and settings.chunk_tokens % block_size:
         raise UnsupportedEngine(
             f"chunk_tokens={settings.chunk_tokens} is not a multiple of the engine's block size {block_size}"
+        )
+    if settings.reuses and len(kv_cache_config.kv_cache_groups) > 1:
+        raise UnsupportedEngine(
+            f"reuse={settings.reuse} works with one KV-cache group, and this model has "
+            f"{len(kv_cache_config.kv_cache_groups)}; set reuse=off"
         )
     if settings.layer_groups != len(groups):
         raise UnsupportedEngine(
@@ -109,6 +117,21 @@ def _check_setup(config: Any) -> None:
     for name, (present, remedy) in refusals.items():
         if present:
             raise UnsupportedEngine(f"jointkv does not work with {name}; {remedy}, or serve without jointkv")
+
+
+def _check_reuse(config: Any) -> None:
+    scheduler = config.scheduler_config.scheduler_cls
+    found = resolve_obj_by_qualname(scheduler) if isinstance(scheduler, str) else scheduler
+    if found is None or not issubclass(found, JointScheduler):
+        name = "vLLM's own" if found is None else f"{found.__module__}.{found.__qualname__}"
+        raise UnsupportedEngine(
+            f"the scheduler is {name}, which sends no helpers ahead; start with `jointkv serve` and without "
+            "--scheduler-cls, take the arguments of `engine_args`, or set reuse=off"
+        )
+    if not config.cache_config.enable_prefix_caching:
+        raise UnsupportedEngine(
+            "reuse finds pages by vLLM's prefix cache; drop --no-enable-prefix-caching, or set reuse=off"
+        )
 
 
 def _check_tested(config: Any) -> None:

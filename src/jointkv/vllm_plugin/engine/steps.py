@@ -26,3 +26,10 @@ def pages_to_write(output: SchedulerOutput, block_size: int) -> Iterator[int]:
         for pages in groups or ():
             yield from pages[found.get(request_id, 0) // block_size :]
     yield from output.new_block_ids_to_zero or ()
+
+
+def started(output: SchedulerOutput) -> Iterator[tuple[str, int]]:
+    """Requests that start or come back in the step, and how many of their tokens they found computed."""
+    for new in output.scheduled_new_reqs:
+        yield new.req_id, new.num_computed_tokens
+    yield from resumed(output)

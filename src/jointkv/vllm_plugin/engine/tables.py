@@ -26,6 +26,7 @@ class BlockTables:
     """
 
     def __init__(self, manager: KVCacheManager) -> None:
+        self._manager = manager
         self.pool = manager.block_pool
         self.groups = manager.coordinator.single_type_managers
         self.prefix_caching = manager.enable_caching
@@ -87,11 +88,18 @@ class BlockTables:
             for slot in range(start // group.block_size, last):
                 if blocks[slot].is_null:
                     continue
-                tokens = (slot + 1) * group.block_size
-                private = request.block_hashes[tokens // self.pool.hash_block_size - 1]
-                key = make_block_hash_with_group_id(private, number)
-                self._forget(key)
-                self.pool._insert_block_hash(key, blocks[slot], num_tokens=tokens)
+                self.lead_to(request, number, slot, blocks[slot].block_id)
+
+    def lead_to(self, request: Request, group: int, slot: int, page: int) -> None:
+        """The hash that `request` has for `slot` leads to `page`, and to no other, until the pool hands it out."""
+        tokens = (slot + 1) * self.groups[group].block_size
+        key = make_block_hash_with_group_id(request.block_hashes[tokens // self.pool.hash_block_size - 1], group)
+        self._forget(key)
+        self.pool._insert_block_hash(key, self.pool.blocks[page], num_tokens=tokens)
+
+    def found(self, request: Request) -> int:
+        """Tokens that vLLM's prefix cache has for `request` now."""
+        return self._manager.get_computed_blocks(request)[1]
 
     def forget(self, request: Request, start: int) -> None:
         """No page answers for the private hashes of `request` any more, which begin at token `start`.

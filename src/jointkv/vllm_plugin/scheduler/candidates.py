@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from jointkv.fusion.token_index import TokenIndex
 from jointkv.vllm_plugin.engine.steps import pages_to_write
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.metrics import Statistics
+from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.requests import Requests, TrackedRequest
+from jointkv.vllm_plugin.scheduler.residents import Residents
 from jointkv.vllm_plugin.settings import PluginSettings
 
 
@@ -22,6 +23,8 @@ class Member:
 
     Attributes:
         candidates: resident pages that may serve it.
+        fuses: whether one of them may; else they are compared for an audit alone.
+        audit: gets to know how far they are.
         tried: those it was compared with before, in vain.
     """
 
@@ -32,6 +35,8 @@ class Member:
     page: int
     buckets: tuple[Hashable, ...]
     candidates: list[int]
+    fuses: bool = True
+    audit: Audit | None = None
     tried: tuple[int, ...] = ()
 
     @property
@@ -52,7 +57,7 @@ class Candidates:
         statistics: counts what is looked at.
 
     Attributes:
-        index: of resident pages.
+        residents: those pages.
     """
 
     def __init__(
@@ -63,38 +68,40 @@ class Candidates:
         requests: Requests,
         statistics: Statistics,
     ) -> None:
-        self.index = TokenIndex()
         self._settings, self._tables, self._groups = settings, tables, groups
         self._requests, self._statistics = requests, statistics
         self._block_size = tables.groups[groups[0]].block_size
+        self.residents = Residents(tables.pool.num_gpu_blocks, self._block_size)
         self._chunk_blocks = settings.chunk_tokens // self._block_size
         self._written = np.zeros(tables.pool.num_gpu_blocks, np.int64)
         self._hash_map = tables.pool.cached_block_hash_to_block
 
     def new_members(self, output: SchedulerOutput) -> Iterator[Member]:
         """Blocks that will be full after this step and were not looked at, with candidates or with none."""
-        if not self._requests.active or self._tables.pool.get_usage() < self._settings.min_pool_usage:
+        fuses = self._tables.pool.get_usage() >= self._settings.min_pool_usage
+        if not self._requests.active or not (fuses or self._settings.reuses):
             return
         for tracked, group, slot, buckets in self._new_blocks(output):
             block = self._tables.block(tracked.request.request_id, group, slot)
-            if block is None or block.is_null or block.block_id in self.index or (group, slot) in tracked.served:
+            if block is None or block.is_null or block.block_id in self.residents or (group, slot) in tracked.served:
                 continue
-            self._statistics.add("blocks_considered")
-            candidates = self.index.candidates(buckets, self._settings.max_candidates)
-            if candidates and block.ref_cnt > 1:  # others hold it as an exact prefix: replacing one entry frees nothing
+            member = Member(tracked, tracked.epoch, group, slot, block.block_id, buckets, [], fuses)
+            self._look_up(member)
+            if member.candidates and member.audit is None and block.ref_cnt > 1:
+                # Others hold it as an exact prefix: replacing one entry frees nothing.
                 self._statistics.reject("page_shared")
             else:
-                yield Member(tracked, tracked.epoch, group, slot, block.block_id, buckets, candidates)
+                yield member
 
     def still_resident(self, member: Member) -> bool:
         """Keep the candidates of `member` that are; whether there are any."""
-        member.candidates = [page for page in member.candidates if page in self.index]
+        member.candidates = [page for page in member.candidates if page in self.residents]
         return bool(member.candidates)
 
     def try_others(self, member: Member) -> bool:
         """Give `member` the candidates that became resident while it was compared, once; whether there are any."""
         tried = (*member.tried, *member.candidates)
-        found = self.index.candidates(member.buckets, self._settings.max_candidates + len(tried))
+        found = self.residents.index.candidates(member.buckets, self._settings.max_candidates + len(tried))
         untried = [page for page in found if page not in tried]
         if member.tried or not untried:
             return False
@@ -103,8 +110,8 @@ class Candidates:
 
     def make_resident(self, member: Member) -> None:
         """Offer the page of `member` to others; another request that hits it may have done so meanwhile."""
-        if member.page not in self.index:
-            self.index.add(member.buckets, member.page)
+        if member.page not in self.residents:
+            self.residents.add(member.tracked, member.slot, member.page, member.buckets)
 
     def unchanged_since(self, page: int, step: int) -> bool:
         """Whether `page` was not handed out again after `step`."""
@@ -113,7 +120,7 @@ class Candidates:
     def forget_written(self, output: SchedulerOutput, step: int) -> None:
         """Pages that `step` hands out and will write leave the index before any worker can write them."""
         for page in pages_to_write(output, self._block_size):
-            self.index.remove(page)
+            self.residents.index.remove(page)
             self._written[page] = step
 
     def cache_was_reset(self) -> bool:
@@ -122,8 +129,19 @@ class Candidates:
         return before is not self._hash_map
 
     def start_anew(self) -> None:
-        """Forget every resident page; the index may be what is broken."""
-        self.index = TokenIndex()
+        """Forget every resident page."""
+        self.residents.clear()
+
+    def _look_up(self, member: Member) -> None:
+        """Give `member` the pages that it is compared with, and the audit that learns from it."""
+        tracked, slot = member.tracked, member.slot
+        # What was computed behind another's page is no evidence of what the model computes.
+        audit = tracked.audit if member.of_prompt and tracked.private_from is None else None
+        if member.fuses or audit is not None:
+            self._statistics.add("blocks_considered")
+            known = [] if audit is None else [page for page in audit.pages.get(slot, ()) if page in self.residents]
+            member.candidates = known or self.residents.index.candidates(member.buckets, self._settings.max_candidates)
+            member.audit = audit if member.candidates else None
 
     def _new_blocks(self, output: SchedulerOutput) -> Iterator[tuple[TrackedRequest, int, int, tuple[Hashable, ...]]]:
         """Request, group, slot and buckets of blocks that count as looked at from now on."""
@@ -146,9 +164,10 @@ class Candidates:
                 tracked.next_slot = end
                 self._statistics.add("isolation_refusals", len(slots))
                 continue
-            for slot, tokens in zip(slots, tracked.take_hashes(end), strict=True):
+            tracked.next_slot, hashes = end, tracked.hashes(end)
+            for slot in slots:
                 for group in self._groups:
-                    yield tracked, group, slot, self._buckets(tracked, group, slot, tokens)
+                    yield tracked, group, slot, self._buckets(tracked, group, slot, hashes[slot])
 
     def _buckets(self, tracked: TrackedRequest, group: int, slot: int, tokens: int) -> tuple[Hashable, ...]:
         buckets: list[Hashable] = []

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.v1.request import Request
 
 from jointkv.fusion.signature import token_hashes
+from jointkv.vllm_plugin.scheduler.evidence import Audit
 
 OPT_OUT = "jointkv"
 
@@ -42,6 +46,7 @@ class TrackedRequest:
         request: vLLM's own object.
         isolation: requests are compared only when this is equal.
         block_size: tokens per block.
+        number: of the request, as the source of the pages that it computes.
         epoch: `num_preemptions` that the rest belongs to.
         next_slot: first block not looked at yet.
         served: (group, slot) of blocks read from another request's page; they are never fused again, because errors
@@ -49,16 +54,21 @@ class TrackedRequest:
         private_from: first token of the blocks that only this request finds in the prefix cache; None while all are
             exact.
         secret: what tells its private hashes from all others.
+        audit: what its comparisons say of reuse, while it computes its prompt exactly and reuse is on.
     """
 
     request: Request
     isolation: Hashable
     block_size: int
+    number: int = 0
     epoch: int = 0
     next_slot: int = 0
     served: set[tuple[int, int]] = field(default_factory=set)
     private_from: int | None = None
     secret: bytes = field(default_factory=lambda: os.urandom(16), repr=False)
+    audit: Audit | None = None
+    _hashes: list[int] = field(default_factory=list, repr=False)
+    _tokens: NDArray[np.int32] | None = field(default=None, repr=False)
 
     def restart(self, kept: int) -> None:
         """The request was preempted: forget all blocks but the first `kept`, which it found again."""
@@ -66,11 +76,23 @@ class TrackedRequest:
         self.next_slot = kept
         self.served = {(group, slot) for group, slot in self.served if slot < kept}
 
-    def take_hashes(self, end: int) -> list[int]:
-        """Hashes of the tokens of blocks `next_slot` to `end`, which count as looked at from now on."""
-        first, self.next_slot = self.next_slot, end
-        tokens = self.request.all_token_ids[first * self.block_size : end * self.block_size]
-        return token_hashes(torch.tensor(tokens), self.block_size).tolist()
+    def hashes(self, end: int) -> list[int]:
+        """Hashes of the tokens of each block, of at least the first `end`, which must be full of known tokens."""
+        known = len(self._hashes)
+        if end > known:
+            tokens = self.request.all_token_ids[known * self.block_size : end * self.block_size]
+            self._hashes += token_hashes(torch.tensor(tokens), self.block_size).tolist()
+        return self._hashes
+
+    def tokens(self, first: int, end: int) -> NDArray[np.int32]:
+        """The tokens of blocks `first` to `end`: int32 `[end - first, block_size]`."""
+        known = 0 if self._tokens is None else len(self._tokens)
+        if end > known:
+            new = self.request.all_token_ids[known * self.block_size : end * self.block_size]
+            more = np.array(new, np.int32).reshape(-1, self.block_size)
+            self._tokens = more if self._tokens is None else np.concatenate([self._tokens, more])
+        assert self._tokens is not None or first == end
+        return np.zeros((0, self.block_size), np.int32) if self._tokens is None else self._tokens[first:end]
 
 
 class Requests:
@@ -88,12 +110,15 @@ class Requests:
         self.active: dict[str, TrackedRequest] = {}
         self.left_alone: dict[str, TrackedRequest] = {}
         self._block_size = block_size
+        self._numbers = itertools.count()
 
-    def admit(self, request: Request) -> None:
-        """A new request."""
-        if takes_part(request):
-            tracked = TrackedRequest(request, isolation_key(request), self._block_size)
-            self.active[request.request_id] = tracked
+    def admit(self, request: Request) -> TrackedRequest | None:
+        """A new request; None if it does not take part."""
+        if not takes_part(request):
+            return None
+        tracked = TrackedRequest(request, isolation_key(request), self._block_size, next(self._numbers))
+        self.active[request.request_id] = tracked
+        return tracked
 
     def find(self, request_id: str) -> TrackedRequest | None:
         """Whether active or left alone."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jointkv.vllm_plugin.engine.runners.base import Remap
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
@@ -50,6 +52,19 @@ class Sharing:
         if tracked.private_from is not None and start >= tracked.private_from:
             self.tables.answer_for(tracked.request, start, private_from if new else start + self._block_size)
         tracked.served.add((group, slot))
+
+    def adopt(self, tracked: TrackedRequest, group: int, first: int, pages: Sequence[int]) -> None:
+        """Let `tracked`, of which nothing is computed yet, find `pages` in the prefix cache from slot `first` on.
+
+        By hashes that only it has: neither they nor what is computed behind them is what an exact hash promises. The
+        pool may still hand the pages out before the request is scheduled; then it finds fewer.
+        """
+        start = first * self._block_size
+        if tracked.private_from is None or start < tracked.private_from:
+            self.tables.make_private(tracked.request, start, tracked.private_from, tracked.secret)
+            tracked.private_from = start
+        for slot, page in enumerate(pages, first):
+            self.tables.lead_to(tracked.request, group, slot, page)
 
     def take_remaps(self) -> list[Remap]:
         """What the workers must be told, once."""

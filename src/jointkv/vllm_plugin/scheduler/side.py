@@ -7,24 +7,32 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.request import Request
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
 
 from jointkv.errors import IntegrityError
+from jointkv.policy.reuse import ReuseRule
+from jointkv.theory.licence import Licence
 from jointkv.vllm_plugin.engine.steps import resumed
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.metrics import REPORT_EVERY, JointStats, Statistics
+from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.candidates import Candidates
+from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.fusion import Fusion
+from jointkv.vllm_plugin.scheduler.licences import Licences
+from jointkv.vllm_plugin.scheduler.questions import Questions
 from jointkv.vllm_plugin.scheduler.recovery import Recovery
 from jointkv.vllm_plugin.scheduler.requests import Requests
+from jointkv.vllm_plugin.scheduler.reuse import Helper, Reuse
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
 from jointkv.vllm_plugin.settings import PluginSettings
 
@@ -76,7 +84,13 @@ class SchedulerSide:
         self.candidates = Candidates(settings, self.tables, groups, self.requests, self.statistics)
         self.bounds = Bounds(settings, groups, self.statistics)
         self.sharing = Sharing(self.tables, block_size)
-        self.fusion = Fusion(self.candidates, self.bounds, self.sharing, self.statistics)
+        self.licences = Licences(lambda: Licence(settings.reuse_miss_rate, settings.reuse_confidence), self.statistics)
+        rule, residents = ReuseRule(), self.candidates.residents
+        self.reuse = Reuse(settings, rule, residents, self.requests, self.sharing, self.licences, self.statistics)
+        audits = Audits(rule, residents, self.licences)
+        self.fusion = Fusion(self.candidates, self.bounds, self.sharing, audits, self.statistics)
+        self.questions = Questions(self.bounds, self.statistics)
+        self._helped: list[tuple[str, int]] = []
         self._ranks = ranks
         self._step = 0
         self._reports = 0
@@ -110,7 +124,36 @@ class SchedulerSide:
             self.enabled = self.settings.enabled
             logger.info("jointkv is on again, for requests that arrive from now on")
         if self.enabled:
-            self.requests.admit(request)
+            tracked = self.requests.admit(request)
+            if tracked is not None and self.settings.reuses:
+                tracked.audit = Audit()
+
+    @fail_safe
+    def prepare(self, scheduler: Scheduler) -> None:
+        """Before vLLM schedules a step: see `Reuse.prepare`. Helpers whose request was let go end."""
+        stray = self.reuse.stray()
+        if stray:
+            scheduler.finish_requests(stray, RequestStatus.FINISHED_ABORTED)
+        if self.enabled:
+            self.reuse.prepare(scheduler)
+
+    def holds(self, request: Request, computed: int) -> bool:
+        """Whether `request`, which would find `computed` tokens now, is to wait."""
+        return self.reuse.holds(request.request_id, computed)
+
+    @property
+    def helpers(self) -> dict[str, Helper]:
+        """See `Reuse.helpers`."""
+        return self.reuse.helpers
+
+    def helpers_of(self, request_ids: Iterable[str]) -> list[str]:
+        """See `Reuse.helpers_of`."""
+        return self.reuse.helpers_of(request_ids)
+
+    def take_helped(self) -> list[tuple[str, int]]:
+        """Requests that the last step starts, and tokens that helpers have computed for them; once."""
+        helped, self._helped = self._helped, []
+        return helped
 
     def next_inquiry(self, output: SchedulerOutput) -> Inquiry:
         """What the workers shall do in the step that `output` describes.
@@ -130,13 +173,15 @@ class SchedulerSide:
             raise (IntegrityError if verdict.broken else RuntimeError)(f"a worker gave up: {verdict.fault}")
         if verdict.ranks != self._ranks:
             raise RuntimeError(f"{verdict.ranks} of {self._ranks} workers answered step {verdict.step}")
-        self.fusion.settle(verdict)
+        self.questions.settle(verdict)
         if self.settings.check_integrity:
             self.check_integrity()
 
     @fail_safe
     def dismiss(self, request_id: str) -> None:
         """Forget a request that has finished or was aborted. Its pages stay resident until they are reused."""
+        self.reuse.ended(request_id)
+        self.reuse.dismiss(request_id)
         tracked = self.requests.pop(request_id)
         if tracked is not None:
             self.sharing.forget(tracked)
@@ -158,7 +203,8 @@ class SchedulerSide:
     def check_integrity(self) -> None:
         """Raises IntegrityError when tables, reference counts, index or bounds are inconsistent."""
         self.tables.check_integrity()
-        self.candidates.index.check_integrity()
+        self.candidates.residents.index.check_integrity()
+        self.licences.check_integrity()
         self.bounds.check_integrity()
         for request_id, tracked in self.requests.active.items():
             if tracked.epoch == tracked.request.num_preemptions:
@@ -174,16 +220,21 @@ class SchedulerSide:
             tracked = self.requests.find(request_id)
             if tracked is not None:
                 self.sharing.computed_again(tracked, computed)
+        self._helped = list(self.reuse.begin(output))
         if not self.enabled:
             return
         if self.candidates.cache_was_reset():
             self._start_anew()
         self.candidates.forget_written(output, inquiry.step)
-        self.fusion.ask(inquiry, output)
+        self.questions.ask(inquiry, [*self.reuse.questions(output), *self.fusion.questions(output)])
 
     def _start_anew(self) -> None:
         self.candidates.start_anew()
+        self.reuse.start_anew()
+        self.questions.start_anew()
         self.fusion.start_anew()
+        for tracked in self.requests.active.values():
+            tracked.audit = None
 
     def _switch_off(self, fault: str, for_good: bool) -> None:
         """Fuse nothing for now. Logged and counted, unless it was off already; requests go on.

@@ -1,0 +1,75 @@
+"""vLLM's line of waiting requests: who is next, and requests of the plugin's own ahead of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+PLANNABLE = (
+    RequestStatus.WAITING,
+    RequestStatus.PREEMPTED,
+    RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR,
+)
+JUST_AHEAD = 1e-6
+"""Seconds by which a helper has arrived before the request that it helps."""
+
+
+def seats(scheduler: Scheduler) -> int:
+    """Requests that may start in the next step."""
+    return max(scheduler.max_num_running_reqs - len(scheduler.running), 0)
+
+
+def next_in_line(scheduler: Scheduler, count: int) -> list[Request]:
+    """The first `count` waiting requests of which nothing is computed, in the order of scheduling."""
+    found: list[Request] = []
+    for request in scheduler.waiting:
+        if len(found) == count:
+            break
+        if request.num_computed_tokens == 0 and request.status in PLANNABLE:
+            found.append(request)
+    return found
+
+
+def helper_of(request: Request, name: str, tokens: int, hash_block_size: int, opt_out: str) -> Request:
+    """A request that computes what is missing of the first `tokens` of `request`, and finds there what that would.
+
+    Args:
+        tokens: a multiple of `hash_block_size`.
+        opt_out: key of the extra argument that keeps fusion away.
+    """
+    helper = Request(
+        name,
+        list(request.all_token_ids[:tokens]),
+        SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, extra_args={opt_out: False}),
+        None,
+        client_index=request.client_index,
+        arrival_time=request.arrival_time - JUST_AHEAD,
+        lora_request=request.lora_request,
+        cache_salt=request.cache_salt,
+        priority=request.priority,
+    )
+    helper.block_hashes = request.block_hashes[: tokens // hash_block_size]
+    return helper
+
+
+def send_ahead(scheduler: Scheduler, helpers: Mapping[str, Sequence[Request]]) -> None:
+    """Put helpers in line, directly before the request that each belongs to by name."""
+    if scheduler.policy != SchedulingPolicy.FCFS:
+        for group in helpers.values():
+            for number, helper in enumerate(group):
+                helper.arrival_time -= JUST_AHEAD * (len(group) - number)
+                scheduler.add_request(helper)
+        return
+    line = list(scheduler.waiting)
+    for group in helpers.values():
+        for helper in group:
+            scheduler.add_request(helper)
+            scheduler.waiting.remove_request(helper)
+    scheduler.waiting.remove_requests(line)
+    for request in line:
+        for one in (*helpers.get(request.request_id, ()), request):
+            scheduler.waiting.add_request(one)

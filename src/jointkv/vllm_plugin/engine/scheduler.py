@@ -1,0 +1,98 @@
+"""vLLM's scheduler, with requests of the plugin's own in its line that nobody sees.
+
+Thin: what is decided, the plugin's side at the connector decides. `JointScheduler` is what `--scheduler-cls` names;
+where vLLM schedules asynchronously it becomes `JointAsyncScheduler`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Self
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request, RequestStatus
+
+from jointkv.errors import UnsupportedEngine
+from jointkv.vllm_plugin.settings import PluginSettings
+
+
+class JointScheduler(Scheduler):
+    """See the module. Raises `UnsupportedEngine` where the plugin's connector is missing or does not reuse."""
+
+    def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Self:
+        asynchronous = vllm_config.scheduler_config.async_scheduling
+        return super().__new__(JointAsyncScheduler if asynchronous and cls is JointScheduler else cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = getattr(self.connector, "settings", None)
+        if not isinstance(settings, PluginSettings) or not settings.reuses:
+            raise UnsupportedEngine(
+                "jointkv's scheduler runs without its connector, or with reuse off; start with `jointkv serve`, or "
+                "drop --scheduler-cls"
+            )
+        self._side: Any = self.connector.scheduler
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Send helpers ahead, then schedule as vLLM does."""
+        self._side.prepare(self)
+        output = super().schedule(throttle_prefills)
+        self._count_as_one(output)
+        return output
+
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        """End requests, and their helpers with them."""
+        if request_ids is not None:
+            names = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+            request_ids = [*names, *self._side.helpers_of(names)]
+        ended = super().finish_requests(request_ids, finished_status)
+        return [request for request in ended if request.request_id not in self._side.helpers]
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
+        """What goes to the clients: nothing of helpers."""
+        outputs = super().update_from_output(*args, **kwargs)
+        helpers = self._side.helpers
+        if helpers:
+            for client in outputs.values():
+                client.outputs = [output for output in client.outputs if output.request_id not in helpers]
+                if client.finished_requests:
+                    client.finished_requests = client.finished_requests - helpers.keys()
+        return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's gauges of requests, without helpers."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and self._side.helpers:
+            helpers = [self.requests[name] for name in self._side.helpers if name in self.requests]
+            running = sum(helper.status == RequestStatus.RUNNING for helper in helpers)
+            stats.num_running_reqs -= running
+            stats.num_waiting_reqs -= len(helpers) - running
+        return stats
+
+    def _count_as_one(self, output: SchedulerOutput) -> None:
+        """What a helper has computed counts as computed by the request that it helps, in vLLM's own statistics."""
+        cache = self.kv_cache_manager.prefix_cache_stats
+        for new in output.scheduled_new_reqs:
+            helper = self._side.helpers.get(new.req_id)
+            if cache is not None and helper is not None:
+                cache.requests -= 1
+                cache.queries -= helper.request.num_prompt_tokens
+                cache.hits -= new.num_computed_tokens
+        for name, helped in self._side.take_helped():
+            request = self.requests[name]
+            if request.num_preemptions:
+                continue
+            if cache is not None:
+                cache.hits -= helped
+            prefill = request.prefill_stats
+            if prefill is not None:
+                found = prefill.num_local_cached_tokens - helped
+                prefill.set(prefill.num_prompt_tokens, found, prefill.num_external_cached_tokens)
+
+
+class JointAsyncScheduler(JointScheduler, AsyncScheduler):
+    """The same where vLLM schedules a step ahead."""

@@ -1,0 +1,79 @@
+"""Resident pages: where they are found, whose they are, what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import numpy as np
+
+from jointkv.core.reuse import Run, Runs
+from jointkv.fusion.token_index import TokenIndex
+from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
+
+NOBODY = -1
+
+
+class Residents:
+    """Pages that may serve others, with the evidence of earlier comparisons. A page leaves before it is written.
+
+    Args:
+        pages: of the pool.
+        block_size: tokens per page.
+
+    Attributes:
+        index: finds pages by bucket.
+        source: number of the request that computed the page, int64 `[pages]`.
+        exact: whether everything before its block was computed or an exact hit, bool `[pages]`.
+        witnesses, worst: comparisons with the same tokens computed behind another context, and the largest of their
+            ratios of error to bound, `[pages]`.
+    """
+
+    def __init__(self, pages: int, block_size: int) -> None:
+        self.index = TokenIndex()
+        self.source = np.full(pages, NOBODY, np.int64)
+        self.exact = np.zeros(pages, bool)
+        self.witnesses = np.zeros(pages, np.int64)
+        self.worst = np.zeros(pages, np.float32)
+        self._tokens = np.zeros((pages, block_size), np.int32)
+
+    def __contains__(self, page: int) -> bool:
+        return page in self.index
+
+    def add(self, tracked: TrackedRequest, slot: int, page: int, buckets: tuple[Hashable, ...]) -> None:
+        """Offer `page`, which holds what `tracked` has computed at `slot`."""
+        self.index.add(buckets, page)
+        self.source[page] = tracked.number
+        self.exact[page] = tracked.private_from is None or (slot + 1) * tracked.block_size <= tracked.private_from
+        self.witnesses[page], self.worst[page] = 0, 0.0
+        self._tokens[page] = tracked.tokens(slot, slot + 1)[0]
+
+    def testify(self, page: int, ratio: float) -> None:
+        """`page` is that far from the same tokens computed behind another context; not a number counts as infinite."""
+        if page in self.index:
+            self.witnesses[page] += 1
+            self.worst[page] = max(self.worst[page], np.inf if np.isnan(ratio) else ratio)
+
+    def runs(self, tracked: TrackedRequest, first: int, end: int, group: int) -> Runs:
+        """Runs of the tokens of blocks `first` to `end` of `tracked`, compared token by token, not by hash alone."""
+        slots: list[int] = []
+        pages: list[int] = []
+        isolation, hashes = tracked.isolation, tracked.hashes(end)
+        for place in range(first, end):
+            found = self.index.bucket((isolation, group, place, hashes[place]))
+            slots += [place] * len(found)
+            pages += found
+        slot, page = (np.array(column, np.int64) for column in (slots, pages))
+        if len(page):
+            equal = (self._tokens[page] == tracked.tokens(first, end)[slot - first]).all(1)
+            slot, page = slot[equal], page[equal]
+        return Runs(slot, page, self.source[page])
+
+    def still_holds(self, run: Run) -> np.ndarray:
+        """Which pages of `run` are resident and hold what they held when it was found: bool `[len(run.pages)]`."""
+        resident = np.array([page in self.index for page in run.pages.tolist()], bool)
+        return resident & (self.source[run.pages] == run.source)
+
+    def clear(self) -> None:
+        """Forget every page; the index may be what is broken."""
+        self.index = TokenIndex()
+        self.source[:] = NOBODY
