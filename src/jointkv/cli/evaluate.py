@@ -27,6 +27,8 @@ COLUMNS: dict[str, Cell] = {
     "method": "{row.method}",
     "level": "{row.level:g}",
     "saved": lambda row: f"{1 - (row.share_16bit or 0):.1%}",
+    "skipped": lambda row: "-" if row.work is None else f"{row.work.skipped_share:.1%}",
+    "beyond": lambda row: "-" if row.work is None or row.work.missed_share is None else f"{row.work.missed_share:.2%}",
     "KL": "{row.kl:.5f}",
     "worst KL": "{row.kl_worst_request:.4f}",
     "top-1": "{row.top1:.3f}",
