@@ -95,6 +95,7 @@ class PolicyRow(Record):
         pages_before, pages_after: in use at the allocator before and after fusion; `ratio` is one over the other.
         ratio_fused_layers: references per page over the layers that take part in fusion.
         bytes_before, bytes_after: of the pages of the unfused batch and of this one.
+        tokens_skipped: of the prompts, those that were read from resident pages instead of being computed.
     """
 
     traffic: str
@@ -115,4 +116,5 @@ class PolicyRow(Record):
     seconds_prefill: float
     requests: int
     prompt_tokens: int
+    tokens_skipped: int = 0
     scored_tokens: int

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 from jointkv.core.blocks import PagedKV, block_errors
 from jointkv.evaluate.holding.batch import Batch
 from jointkv.evaluate.holding.fused import FusedBatch
 from jointkv.evaluate.holding.prefilled import left_padded
 from jointkv.evaluate.holding.work import Work, all_computed, prefill_flops
+from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
-from jointkv.hf.prefill import PrefillResult, RowPrefill
+from jointkv.hf.prefill import RowPrefill
 from jointkv.hf.reuse import ReuseOptions
 from jointkv.policy import FusionPolicy
 from jointkv.policy.rule import Rule
@@ -26,25 +28,33 @@ class ReusedBatch(FusedBatch):
     """Prompts prefilled one after another by `JointCache.prefill` on a pool of their own.
 
     Attributes:
-        work: what was computed, and how much of what was not is beyond the bounds.
+        done: what was computed, and what was read instead.
+        pages_before: pages that as many tokens take without any sharing.
     """
 
     @torch.inference_mode()
-    def __init__(self, batch: Batch, policy: FusionPolicy, options: ReuseOptions) -> None:
-        self.model = batch.model
-        pool = JointPool(batch.model, policy, block_size=batch.block_size, reuse=options)
-        self.cache = JointCache(pool)
-        prompts = [request.prompt for request in batch.requests]
-        ids, mask = left_padded(prompts, pad=batch.model.config.pad_token_id or 0)
-        done = self.cache.prefill(batch.model, ids, mask)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        requests: Sequence[Request],
+        policy: FusionPolicy,
+        options: ReuseOptions,
+        block_size: int = 16,
+    ) -> None:
+        self.model = model
+        self.cache = JointCache(JointPool(model, policy, block_size=block_size, reuse=options))
+        ids, mask = left_padded([request.prompt for request in requests], pad=model.config.pad_token_id or 0)
+        self.done = self.cache.prefill(model, ids, mask)
         self._mask = mask[:, : self.cache.length]
         if not self.cache.length:  # nothing may be reused at a bound of 0
             self.feed(ids[:, :-1], mask[:, :-1])
         self._measure()
-        self.work = _work(batch, self.cache, done)
+        self.pages_before = self.cache.references
 
 
-def _work(batch: Batch, cache: JointCache, done: PrefillResult) -> Work:
+def work_of(batch: Batch, held: ReusedBatch) -> Work:
+    """What the prefill of `held` computed, and how much of what it read is beyond the bounds from that of `batch`."""
+    cache, done = held.cache, held.done
     size, lengths = batch.block_size, batch.lengths
     computed = all_computed(lengths)
     missed = 0

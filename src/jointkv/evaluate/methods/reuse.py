@@ -32,8 +32,11 @@ class Reuse(Method):
         return 0 <= level < math.inf
 
     def compress(self, batch: Batch, level: float) -> HeldBatch:
-        from jointkv.evaluate.holding.reused import ReusedBatch
+        from jointkv.evaluate.holding.reused import ReusedBatch, work_of
         from jointkv.hf.reuse import ReuseOptions
 
         policy = FusionPolicy.preset("safe", max_relative_error=level, max_token_error=TOKEN_SLACK * level)
-        return ReusedBatch(batch, policy, ReuseOptions("probed", seed=SEED))
+        options = ReuseOptions("probed", seed=SEED)
+        held = ReusedBatch(batch.model, batch.requests, policy, options, batch.block_size)
+        held.work = work_of(batch, held)
+        return held
