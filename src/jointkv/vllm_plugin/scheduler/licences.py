@@ -50,16 +50,9 @@ class Licences:
         self._statistics.add("reuse_audited_blocks", audited)
         self._statistics.add("reuse_missed_blocks", missed)
         licence = self._of(run_class)
-        change = licence.observe(missed / audited)
-        if change is not None:
-            granted = licence.granted
-            self._statistics.add("licences_granted" if granted else "licences_lost")
-            logger.info(
-                "jointkv: a licence to reuse is %s after %d audits: at most %.4f of reused blocks beyond the bounds",
-                "granted" if granted else "lost",
-                licence.audits,
-                licence.limit,
-            )
+        if licence.observe(missed / audited) is not None:
+            self._statistics.add("licences_granted" if licence.granted else "licences_lost")
+            logger.info("jointkv: %s", licence.describe())
 
     def all(self) -> list[Licence]:
         """Those of all classes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import chain, repeat
 
 import numpy as np
 
@@ -55,23 +56,25 @@ class Residents:
 
     def runs(self, tracked: TrackedRequest, first: int, end: int, group: int) -> Runs:
         """Runs of the tokens of blocks `first` to `end` of `tracked`, compared token by token, not by hash alone."""
-        slots: list[int] = []
-        pages: list[int] = []
-        isolation, hashes = tracked.isolation, tracked.hashes(end)
-        for place in range(first, end):
-            found = self.index.bucket((isolation, group, place, hashes[place]))
-            slots += [place] * len(found)
-            pages += found
-        slot, page = (np.array(column, np.int64) for column in (slots, pages))
+        hashes = tracked.hashes(end)[first:end]
+        keys = zip(repeat(tracked.isolation), repeat(group), range(first, end), hashes, strict=False)
+        found = self.index.buckets(keys)
+        slot = np.repeat(np.arange(first, end), np.fromiter(map(len, found), np.int64, len(found)))
+        page = np.fromiter(chain.from_iterable(found), np.int64, len(slot))
         if len(page):
             equal = (self._tokens[page] == tracked.tokens(first, end)[slot - first]).all(1)
             slot, page = slot[equal], page[equal]
         return Runs(slot, page, self.source[page])
 
+    def remove(self, page: int) -> None:
+        """`page` is about to be written."""
+        self.index.remove(page)
+        self.source[page] = NOBODY
+
     def still_holds(self, run: Run) -> np.ndarray:
         """Which pages of `run` are resident and hold what they held when it was found: bool `[len(run.pages)]`."""
-        resident = np.array([page in self.index for page in run.pages.tolist()], bool)
-        return resident & (self.source[run.pages] == run.source)
+        held: np.ndarray = self.source[run.pages] == run.source
+        return held
 
     def clear(self) -> None:
         """Forget every page; the index may be what is broken."""

@@ -12,19 +12,20 @@ import os
 import random
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from jointkv.core.reuse import ReusePlan, Run, Runs
+from jointkv.core.reuse import ReusePlan, Run
 from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin.engine.line import helper_of, next_in_line, seats, send_ahead
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.evidence import Audit
+from jointkv.vllm_plugin.scheduler.followers import Followers
+from jointkv.vllm_plugin.scheduler.intakes import Helper, Intake
 from jointkv.vllm_plugin.scheduler.licences import Licences, RunClass
 from jointkv.vllm_plugin.scheduler.questions import Answer, Question
 from jointkv.vllm_plugin.scheduler.requests import OPT_OUT, Requests, TrackedRequest
@@ -34,61 +35,6 @@ from jointkv.vllm_plugin.settings import PluginSettings
 
 GROUP = 0
 """The one KV-cache group there is."""
-
-
-@dataclass
-class Helper:
-    """A request of the plugin's own, which computes up to a gap's end.
-
-    Attributes:
-        request: vLLM's.
-        owner: name of the request that it helps.
-        end: the slot behind the last that it computes.
-        stray: nobody waits for it.
-        ended: no longer known to vLLM.
-    """
-
-    request: Request
-    owner: str
-    end: int
-    stray: bool = False
-    ended: bool = False
-
-
-@dataclass
-class Intake:
-    """A request that waits until what it need not compute is decided.
-
-    Attributes:
-        found: blocks that vLLM's prefix cache had for it.
-        end: the slot behind the last one that may be reused; one token at least is computed.
-        plan: what is decided so far.
-        at: slots before are decided.
-        entry: slot of the next run's entry block; None when all is decided.
-        sources: of that run.
-        helpers: names of those it waits for.
-        covered: blocks that were found or that helpers have computed.
-        asked: whether its entry block is being compared.
-        helped: tokens that helpers have computed.
-    """
-
-    tracked: TrackedRequest
-    runs: Runs
-    found: int
-    end: int
-    plan: ReusePlan
-    at: int
-    entry: int | None = None
-    sources: list[Run] = field(default_factory=list)
-    helpers: set[str] = field(default_factory=set)
-    covered: int = 0
-    asked: bool = False
-    helped: int = 0
-
-    @property
-    def needs(self) -> int:
-        """Blocks that the request is to find when it starts."""
-        return max((stretch.stop for stretch in self.plan.reused), default=0)
 
 
 class Reuse:
@@ -106,6 +52,7 @@ class Reuse:
     Attributes:
         intakes: requests on their way in, by name.
         helpers: by name. Ended ones stay until the next step is prepared.
+        followers: requests that wait for text that another one is computing.
     """
 
     def __init__(
@@ -122,28 +69,29 @@ class Reuse:
         self.sharing, self.licences, self.statistics = sharing, licences, statistics
         self.intakes: dict[str, Intake] = {}
         self.helpers: dict[str, Helper] = {}
+        self.followers = Followers(requests)
         self._number = 0
         self._draw = random.Random(os.urandom(16)).random
 
     def prepare(self, scheduler: Scheduler) -> None:
         """Look up those who may start in the step to come, and send helpers ahead of them."""
         self.helpers = {name: helper for name, helper in self.helpers.items() if not helper.ended}
-        if not scheduler.waiting or not len(self.residents.index):
+        self.followers.new_step()
+        if not scheduler.waiting:
             return
         start, budget = time.perf_counter(), scheduler.max_num_scheduled_tokens
         sent: dict[str, list[Request]] = {}
         for request in next_in_line(scheduler, seats(scheduler)):
             if budget <= 0:
                 break
-            intake = self._intake(request)
-            if intake is None:
-                budget -= 0 if request.request_id in self.helpers else request.num_tokens
-            elif not intake.asked and not intake.helpers:
-                helpers = list(self._new_helpers(intake))
-                budget -= sum(helper.num_tokens for helper in helpers)
-                if helpers:
-                    sent[request.request_id] = helpers
-        if sent:
+            name = request.request_id
+            intake = self.intakes.get(name) or self._take_in(request)
+            if intake is not None:
+                sent[name] = self._send(intake)
+                budget -= sum(helper.num_tokens for helper in sent[name])
+            elif name not in self.helpers and name not in self.followers.held:
+                budget -= request.num_tokens
+        if any(sent.values()):
             send_ahead(scheduler, sent)
         self.statistics.add("reuse_plan_seconds", time.perf_counter() - start)
 
@@ -151,7 +99,7 @@ class Reuse:
         """Whether a request that would find `computed` tokens now is to wait."""
         intake = self.intakes.get(request_id)
         if intake is None:
-            return False
+            return request_id in self.followers.held
         if intake.entry is not None:
             return True
         block_size = intake.tracked.block_size
@@ -220,6 +168,7 @@ class Reuse:
 
     def start_anew(self) -> None:
         """Let everybody go."""
+        self.followers.start_anew()
         for request_id in list(self.intakes):
             self._let_go(request_id)
 
@@ -229,14 +178,21 @@ class Reuse:
         for name in () if intake is None else intake.helpers:
             self.helpers[name].stray = True
 
-    def _intake(self, request: Request) -> Intake | None:
-        intake = self.intakes.get(request.request_id)
+    def _take_in(self, request: Request) -> Intake | None:
+        """Look up a request that has not been yet. None where it computes all, or waits for another's text."""
         tracked = self.requests.active.get(request.request_id)
-        if intake is None and tracked is not None and self._may_reuse(tracked):
-            intake = self._look_up(tracked)
-            if intake is not None:
-                self.intakes[request.request_id] = intake
+        if tracked is None:
+            return None
+        intake = self._look_up(tracked) if self._may_reuse(tracked) else None
+        if intake is not None:
+            self.intakes[request.request_id] = intake
+        elif request.request_id not in self.followers.held:
+            self.followers.add_donor(tracked)
         return intake
+
+    def _send(self, intake: Intake) -> list[Request]:
+        """Helpers to send ahead, if any are due."""
+        return [] if intake.asked or intake.helpers else list(self._new_helpers(intake))
 
     def _may_reuse(self, tracked: TrackedRequest) -> bool:
         request = tracked.request
@@ -246,17 +202,21 @@ class Reuse:
         return text and not strict and not chosen and not request.skip_reading_prefix_cache
 
     def _look_up(self, tracked: TrackedRequest) -> Intake | None:
-        """Find runs; None where there is none, or an audit is due."""
+        """Find runs; None where there is none, an audit is due, or more is being computed right now."""
         request, least = tracked.request, self.rule.least + 1
         end = (request.num_tokens - 1) // tracked.block_size
         found = self.sharing.tables.found(request) // tracked.block_size
         runs = self.residents.runs(tracked, found, end, GROUP)
         entry = runs.next_entry(found, end, least)
-        if entry is None:
+        sources = [] if entry is None else runs.through(entry, end, least, self.rule.sources)
+        resident = max((len(run.pages) for run in sources), default=0)
+        if self._granted(RunClass(tracked.isolation, exact=True)) and self.followers.follows(tracked, end, resident):
+            return None
+        if not sources:
             return None
         intake = Intake(tracked, runs, found, end, ReusePlan.nothing(end), found, covered=found)
-        sources = runs.through(entry, end, least, self.rule.sources)
-        if not self._granted(tracked, sources):
+        exact = bool(self.residents.exact[sources[0].pages[1:]].all())
+        if not self._granted(RunClass(tracked.isolation, exact)):
             tracked.audit = Audit(self._pages(intake))
             return None
         if tracked.private_from is None and self._draw() < self.settings.reuse_audit_rate:
@@ -266,11 +226,8 @@ class Reuse:
         self._advance(intake)
         return intake
 
-    def _granted(self, tracked: TrackedRequest, sources: list[Run]) -> bool:
-        if self.settings.reuse == "probed":
-            return True
-        exact = bool(self.residents.exact[sources[0].pages[1:]].all())
-        return self.licences.granted(RunClass(tracked.isolation, exact))
+    def _granted(self, run_class: RunClass) -> bool:
+        return self.settings.reuse == "probed" or self.licences.granted(run_class)
 
     def _pages(self, intake: Intake) -> dict[int, list[int]]:
         """By slot, the pages that would be compared or served."""
@@ -328,11 +285,11 @@ class Reuse:
         usable = self.rule.usable(entry, count, worst) & self.residents.still_holds(behind)
         before, intake.plan = intake.plan, intake.plan.adopting(behind, usable, self.rule.least)
         intake.at = run.end
-        stretches = [stretch for stretch in intake.plan.reused if stretch not in before.reused]
-        for stretch in stretches:
+        new = [stretch for stretch in intake.plan.reused if stretch not in before.reused]
+        for stretch in new:
             pages = intake.plan.pages[stretch.start : stretch.stop].tolist()
             self.sharing.adopt(intake.tracked, GROUP, stretch.start, pages)
-        self.statistics.add("reuse_runs", bool(stretches))
+        self.statistics.add("reuse_runs", bool(new))
 
     def _start(self, intake: Intake, computed: int) -> None:
         """The request starts and has found `computed` tokens."""
