@@ -95,8 +95,8 @@ def evaluate(
     from jointkv.evaluate.holding.batch import context_of
     from jointkv.evaluate.tasks import get_task
     from jointkv.evaluate.traffic import get_traffic
+    from jointkv.hf.identity import model_identity
     from jointkv.hf.models import locate_model
-    from jointkv.hf.pool import model_identity
     from jointkv.policy.profile import Profile
 
     traffics = [get_traffic(name) for name in traffic or ([] if task else ["near_prefix"])]

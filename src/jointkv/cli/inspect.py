@@ -113,7 +113,7 @@ def _measure(
     model: "PreTrainedModel", batch: "Prefilled", chunk_tokens: int, scope: InspectScope
 ) -> "list[Similarity]":
     from jointkv.evaluate.predict.similarity import RELATIONS, similarities
-    from jointkv.hf.pool import full_attention_layers
+    from jointkv.hf.identity import full_attention_layers
 
     chosen = {InspectScope.BATCH: RELATIONS[:1], InspectScope.CHUNK: RELATIONS[1:], InspectScope.BOTH: RELATIONS}
     layers = full_attention_layers(model)

@@ -23,6 +23,9 @@ COUNTERS = (
     *("reuse_missed_blocks", "licences_granted", "licences_lost"),
 )
 
+MOST_LICENCES = 4096
+"""Isolation keys may be as many as users; the licence that was not asked for the longest is forgotten first."""
+
 ReuseMode = Literal["off", "licensed", "probed"]
 
 
@@ -100,9 +103,11 @@ class Reuse:
 
     def licence(self, tenant: Hashable) -> Licence:
         """That of an isolation key."""
-        if tenant not in self.licences:
-            self.licences[tenant] = Licence(self.options.miss_rate, self.options.confidence)
-        return self.licences[tenant]
+        licence = self.licences.pop(tenant, None) or Licence(self.options.miss_rate, self.options.confidence)
+        self.licences[tenant] = licence
+        if len(self.licences) > MOST_LICENCES:
+            del self.licences[next(iter(self.licences))]
+        return licence
 
     def observe(self, tenant: Hashable, share: float) -> None:
         """Take into account that `share` of the blocks that an audited run would have reused is beyond the bounds."""
