@@ -14,6 +14,7 @@ from jointkv.cli import serve
 from tests.cli.commands import refusal, run
 from tests.core.profiles import make_profile
 
+NO_BOUND = ["--fuse", "max_relative_error=null", "--fuse", "key_threshold=0.9"]
 ENTRY = ["python", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model"]
 
 
@@ -58,7 +59,8 @@ def test_vllm_options_go_through_untouched(wheels: set[str]) -> None:
     assert command[:4] == ["VLLM_USE_V2_MODEL_RUNNER=0", "vllm", "serve", "own/model"]
     assert command[4 : 4 + len(given)] == given
     assert command[-2:] == ["--worker-cls", "jointkv.vllm_plugin.worker.cpu.JointCPUWorker"]
-    assert fusion(command) == {"scope": "both"}
+    assert command[command.index("--scheduler-cls") + 1] == "jointkv.vllm_plugin.engine.scheduler.JointScheduler"
+    assert fusion(command) == {"scope": "both", "reuse": "licensed"}
 
 
 def test_the_wheel_whose_vllm_command_does_not_start(wheels: set[str]) -> None:
@@ -100,10 +102,61 @@ def test_options_of_the_plugin(wheels: set[str], tmp_path: Path, monkeypatch: py
         (["--min-pool-usage", "1.5"], "min_pool_usage"),
         (["--profile", "missing.json"], "missing.json"),
         (["--max-relative-error", "0.1,0.2"], "layer"),
+        (["--reuse", "always"], "'off', 'licensed' or 'probed'"),
+        (["--reuse-miss-rate", "0"], "reuse_miss_rate"),
+        (["--reuse-miss-rate", "1"], "reuse_miss_rate"),
+        (["--fuse", "reuse_confidence=1"], "reuse_confidence"),
+        (["--fuse", "reuse_audit_rate=0"], "reuse_audit_rate"),
+        (["--fuse", "reuse_misrate=0.1"], "'reuse_miss_rate'"),
+        (["--reuse", "off", "--fuse", "reuse=probed"], "reuse is given twice"),
+        (["--reuse", "probed", "--layer-groups", "2"], "one block table"),
+        (["--reuse-miss-rate", "0.1", "--layer-groups", "2"], "one block table"),
+        (["--reuse", "licensed", "--scope", "chunk"], "same request"),
+        (["--reuse", "licensed", "--fuse", "own_norms=true"], "own_norms"),
+        (["--reuse", "licensed", *NO_BOUND], "without a bound"),
+        (["--reuse", "licensed", "--scheduler-cls", "mine.Scheduler"], "leave --scheduler-cls out, or set --reuse off"),
+        (["--reuse", "probed", "--no_enable_prefix_caching"], "vLLM's prefix cache; leave --no_enable_prefix_caching"),
     ],
 )
 def test_bad_options_are_one_line(arguments: list[str], said: str) -> None:
     assert said in refusal("serve", "own/model", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--layer-groups", "2"], "one block table"),
+        (["--scope", "chunk"], "same request"),
+        (["--fuse", "own_norms=true"], "own_norms"),
+        (NO_BOUND, "without a bound"),
+        (["--max-relative-error", "0"], "bound of 0"),
+        (["--max-token-error", "0"], "bound of 0"),
+        (["--no-enable-prefix-caching"], "prefix cache"),
+        (["--scheduler-cls=mine.Scheduler"], "scheduler class"),
+    ],
+)
+def test_reuse_that_nobody_asked_for_is_left_off_and_said(arguments: list[str], reason: str, wheels: set[str]) -> None:
+    code, out, err = run("serve", "own/model", *arguments, "--device", "cpu", "--dry-run")
+    assert code == 0 and err.count("\n") == 1 and err.startswith("jointkv serves without reuse: ") and reason in err
+    assert "reuse" not in fusion(shlex.split(out)) and "JointScheduler" not in out
+
+
+@pytest.mark.parametrize("arguments", [["--off"], ["--reuse", "off"], ["--fuse", "reuse=off", "--scope", "chunk"]])
+def test_reuse_that_is_switched_off_needs_no_reason(arguments: list[str], wheels: set[str]) -> None:
+    command = plain("own/model", *arguments, "--scheduler-cls", "mine.Scheduler")
+    assert fusion(command).get("reuse", "off") == "off" and command.count("--scheduler-cls") == 1
+
+
+def test_options_of_reuse(wheels: set[str]) -> None:
+    asked = ["--reuse", "probed", "--reuse-miss-rate", "0.01", "--fuse", "reuse_audit_rate=0.1"]
+    assert fusion(plain("own/model", *asked)) == {"reuse": "probed", "reuse_miss_rate": 0.01, "reuse_audit_rate": 0.1}
+    assert fusion(plain("own/model", "--reuse-miss-rate", "0.01")) == {"reuse": "licensed", "reuse_miss_rate": 0.01}
+
+
+def test_a_profile_without_evidence_of_reuse_serves_with_reuse(wheels: set[str], tmp_path: Path) -> None:
+    make_profile((0.2,)).save(tmp_path / "profile.json")
+    command = plain("own/model", "--profile", str(tmp_path / "profile.json"))
+    assert fusion(command)["reuse"] == "licensed"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +196,7 @@ def test_the_server_takes_the_place_of_this_process(started: list[list[str]]) ->
     assert all(command[1:4] == ["-P", "-m", "jointkv.vllm_plugin.server"] for command in started)
     assert [json.loads(command[4]) for command in started] == [
         {"options": {"enabled": False}, "device": "auto"},
-        {"options": {}, "device": "gpu"},
+        {"options": {"reuse": "licensed"}, "device": "gpu"},
         {"options": None, "device": "auto"},
         {"options": None, "device": "auto"},
     ]

@@ -37,6 +37,15 @@ SHARED = " ".join(f"w{number}" for number in random.Random(0).sample(range(2, 51
 STARTS_WITHIN_S = 180.0
 WINDOW = "30s"
 REQUESTS = 6
+OPTIONS: dict[str, Any] = {
+    "min_pool_usage": 0.0,
+    "attention": "shared",
+    # A licence that a few audits earn, because there are a few requests.
+    "reuse": "licensed",
+    "reuse_miss_rate": 0.9,
+    "reuse_confidence": 0.5,
+    "reuse_audit_rate": 1e-9,
+}
 SUCCESS = "sum(vllm:request_success_total)"
 NEVER_YET = {
     'http_requests_total{job="jointkv", status="5xx"}': "the series appears with the first failing request",
@@ -99,7 +108,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
 
 
 def serve_command(model: str, port: int) -> list[str]:
-    launch = Launch({"min_pool_usage": 0.0, "attention": "shared"}, "cpu").to_json()
+    launch = Launch(OPTIONS, "cpu").to_json()
     command = [sys.executable, "-P", "-m", "jointkv.vllm_plugin.server", launch, model, "--served-model-name", MODEL]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--block-size", "32"]
     return [*command, "--num-gpu-blocks-override", "200", "--max-model-len", "512", "--enforce-eager"]
@@ -218,6 +227,17 @@ def test_the_server_merged_blocks(prometheus: Prometheus) -> None:
     assert value_of(prometheus, 'jointkv_state{state="active"}') == 1
 
 
+def test_the_server_skipped_prompt_tokens(prometheus: Prometheus) -> None:
+    assert (
+        0
+        < value_of(prometheus, "jointkv_prompt_tokens_skipped_total")
+        < value_of(prometheus, "vllm:prompt_tokens_total")
+    )
+    assert value_of(prometheus, "jointkv_licence_allowed") == OPTIONS["reuse_miss_rate"]
+    assert value_of(prometheus, 'jointkv_licence_state{run_class="exact 1", state="granted"}') == 1
+    assert 0 < value_of(prometheus, 'jointkv_licence_limit{run_class="exact 1"}') <= OPTIONS["reuse_miss_rate"]
+
+
 @pytest.mark.parametrize("expression", [*dashboard_expressions(), *documented_queries()])
 def test_every_query_has_data(prometheus: Prometheus, expression: str) -> None:
     values = [float(series["value"][1]) for series in prometheus.ask(expression)]
@@ -228,7 +248,17 @@ def test_every_query_has_data(prometheus: Prometheus, expression: str) -> None:
 
 def test_the_dashboard_shows_what_happened(prometheus: Prometheus) -> None:
     """A wrong label in a query would still give a zero."""
-    zero_on_a_healthy_server = ("faults", "preemptions", "waiting", "running", "bounds", "rejected", "isolation")
+    zero_on_a_healthy_server = (
+        "faults",
+        "preemptions",
+        "waiting",
+        "running",
+        "bounds",
+        "rejected",
+        "isolation",
+        "missed",
+        "licence",
+    )
     for expression in dashboard_expressions():
         if not any(name in expression for name in (*zero_on_a_healthy_server, "kv_cache_usage_perc")):
             values = [float(series["value"][1]) for series in prometheus.ask(expression)]

@@ -54,11 +54,50 @@ def test_an_option_like_no_other() -> None:
         ({"isolation": "none"}, "isolation"),
         ({"max_relative_error": "much"}, "max_relative_error"),
         ({"across_layers": "mean"}, "across_layers"),
+        ({"reuse": "always"}, "reuse"),
+        ({"reuse_miss_rate": 0.0}, "reuse_miss_rate"),
+        ({"reuse_miss_rate": 1.0}, "reuse_miss_rate"),
+        ({"reuse_confidence": 1.0}, "reuse_confidence"),
+        ({"reuse_audit_rate": 0.0}, "reuse_audit_rate"),
+        ({"reuse_audit_rate": 1.1}, "reuse_audit_rate"),
     ],
 )
 def test_a_wrong_value_names_its_option(options: dict[str, Any], named: str) -> None:
     with pytest.raises(BadInput, match=named):
         PluginSettings.parse(options)
+
+
+@pytest.mark.parametrize("reuse", ["licensed", "probed"])
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        ({"layer_groups": 2}, "layer_groups=2; it works with one block table; set reuse=off"),
+        ({"scope": "chunk"}, "scope=chunk"),
+        ({"own_norms": True}, "own_norms"),
+        ({"max_relative_error": None, "key_threshold": 0.9}, "without a bound"),
+    ],
+)
+def test_what_reuse_does_not_go_with(reuse: str, options: dict[str, Any], cause: str) -> None:
+    with pytest.raises(BadInput, match=cause):
+        PluginSettings.parse({"reuse": reuse, **options})
+    assert not PluginSettings.parse({"reuse": "off", **options}).reuses
+
+
+@pytest.mark.parametrize(
+    ("options", "reuses"),
+    [
+        ({}, True),
+        ({"max_token_error": None}, True),
+        ({"scope": "both"}, True),
+        ({"enabled": False}, False),
+        ({"max_relative_error": 0.0}, False),
+        ({"max_relative_error": [0.0]}, False),
+        ({"max_token_error": 0.0}, False),
+    ],
+)
+def test_within_a_bound_of_zero_nothing_is_reused(options: dict[str, Any], reuses: bool) -> None:
+    assert PluginSettings.parse({"reuse": "licensed", **options}).reuses is reuses
+    assert ("scheduler_cls" in engine_args(reuse="licensed", **options)) is reuses
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan")])

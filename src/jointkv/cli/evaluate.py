@@ -11,6 +11,7 @@ import typer
 from jointkv.cli.console import Cell, cells, named_errors, print_table, progress, write_json, wrote
 from jointkv.cli.evaluate_curves import curves
 from jointkv.cli.evaluate_paper import paper
+from jointkv.cli.evaluate_reuse import reuse
 from jointkv.cli.loading import load
 from jointkv.cli.options import BlockSize, Dtype, Json, Model, ScoredTokens, Seed
 from jointkv.errors import BadInput
@@ -51,6 +52,7 @@ def register(app: typer.Typer) -> None:
     group.callback(invoke_without_command=True)(evaluate)
     group.command()(curves)
     group.command()(paper)
+    group.command()(reuse)
     app.add_typer(group, name="evaluate")
 
 

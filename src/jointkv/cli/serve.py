@@ -16,6 +16,7 @@ import typer
 from jointkv.cli.console import named_errors, require
 from jointkv.cli.fusion_options import bound, fusion_options
 from jointkv.cli.loading import locate
+from jointkv.cli.reuse_default import with_reuse
 from jointkv.errors import BadInput
 
 # Long options may be shortened as far as they stay unique, and may be written with underscores.
@@ -54,6 +55,14 @@ def serve(
     isolation: str | None = typer.Option(
         None, help="salt: compare requests of equal cache_salt; strict: only such with a salt. Default salt."
     ),
+    reuse: str | None = typer.Option(
+        None,
+        help="Do not compute prompt text that is resident. licensed: where audits allow it; probed: where a first "
+        "block does; off. Default licensed, or off where other options leave no room for it.",
+    ),
+    reuse_miss_rate: float | None = typer.Option(
+        None, help="Share of reused blocks that may be beyond the bounds, above 0 and below 1. Default 0.02."
+    ),
     layer_groups: int | None = typer.Option(None, help="Block tables, each for part of the layers. Default 1."),
     profile: Path | None = typer.Option(None, help="What `jointkv calibrate` wrote; options given here win."),
     fuse: list[str] | None = typer.Option(
@@ -66,7 +75,7 @@ def serve(
         False, "--vllm-help", help="Show vLLM's own help; with a word after it, options and groups of that name."
     ),
 ) -> None:
-    """Start vLLM's OpenAI server with fusion on.
+    """Start vLLM's OpenAI server with fusion on, and with reuse of text that is resident.
 
     MODEL comes first: a known name such as smollm2, a folder, or a hub name.
     What is not listed below goes to `vllm serve` as it is.
@@ -83,6 +92,8 @@ def serve(
         "min_pool_usage": min_pool_usage,
         "scope": scope,
         "isolation": isolation,
+        "reuse": reuse,
+        "reuse_miss_rate": reuse_miss_rate,
         "layer_groups": layer_groups,
         # The engine reads it again in processes of its own.
         "profile": str(profile.expanduser().absolute()) if profile is not None else None,
@@ -90,6 +101,9 @@ def serve(
     }
     options = fusion_options(fuse or [], given, "--fuse")
     _check(arguments)
+    options, obstacle = with_reuse(options, arguments)
+    if obstacle is not None:
+        typer.echo(f"jointkv serves without reuse: {obstacle}", err=True)
     if dry_run:
         typer.echo(_plain_command(options, device, _with_model(arguments, fetch=False)))
         return

@@ -18,6 +18,7 @@ from vllm.v1.request import Request
 from jointkv.vllm_plugin.engine.check import check_engine
 from jointkv.vllm_plugin.engine.groups import LayerGroupManager, LayerGroupSpec, register
 from jointkv.vllm_plugin.engine.runners import RUNNERS, runner_of
+from jointkv.vllm_plugin.engine.scheduler import JointAsyncScheduler, JointScheduler
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.metrics import JointPromMetrics, JointStats
 from jointkv.vllm_plugin.scheduler.side import SchedulerSide
@@ -137,6 +138,8 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
 
 PARTS: dict[str, type] = {
     "connector": JointConnector,
+    "scheduler": JointScheduler,
+    "scheduler a step ahead": JointAsyncScheduler,
     "worker": RemappingWorker,
     "verdict": Verdict,
     "statistics": JointStats,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypedDict
 
 from prometheus_client import Counter as PromCounter
 from prometheus_client import Gauge, Histogram
@@ -57,6 +57,8 @@ REASONS = {
 ERROR_BUCKETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0)
 READERS = ("1", "2", "3-4", "5-8", "9-16", "17+")
 STATES = ("inert", "active", "recovering", "disabled", "off")
+GAUGES = ("shared", "state", "licences")
+LICENCE_STATES = ("earning", "granted", "lost")
 
 
 def readers_of(count: int) -> str:
@@ -67,8 +69,22 @@ def readers_of(count: int) -> str:
     return READERS[-1]
 
 
+class LicenceGauges(TypedDict):
+    """What is shown of the licences to reuse.
+
+    Attributes:
+        allowed: share of reused blocks that may be beyond the bounds.
+        states: licences by state, one of `LICENCE_STATES`.
+        classes: state and upper confidence limit, by class of run.
+    """
+
+    allowed: float
+    states: dict[str, int]
+    classes: dict[str, tuple[str, float]]
+
+
 class JointStats(KVConnectorStats):
-    """What happened since the last report: counts, rejections, errors of merged blocks, pages by readers, state."""
+    """What happened since the last report: counts, rejections, errors of merged blocks; gauges: `GAUGES`."""
 
     data: dict[str, Any]
 
@@ -87,7 +103,7 @@ class JointStats(KVConnectorStats):
             total.update(other.data.get(name, {}))
             self.data[name] = dict(total)
         self.data["errors"] = [*self.data.get("errors", ()), *other.data.get("errors", ())]
-        for gauge in ("shared", "state"):
+        for gauge in GAUGES:
             if gauge in other.data:
                 self.data[gauge] = other.data[gauge]
         return self
@@ -95,7 +111,8 @@ class JointStats(KVConnectorStats):
     def reduce(self) -> dict[str, int | float]:
         """One line for vLLM's log."""
         counters = self.data.get("counters", {})
-        line = {f"jointkv {name}": counters.get(name, 0) for name in ("blocks_considered", "blocks_merged")}
+        names = ("blocks_considered", "blocks_merged", "prompt_tokens_skipped")
+        line = {f"jointkv {name}": counters.get(name, 0) for name in names}
         return {**line, "jointkv rejected": sum(self.data.get("rejected", {}).values())}
 
 
@@ -129,13 +146,13 @@ class Statistics:
         return {**{name: self._totals[name] for name in COUNTERS}, "rejected": dict(self._rejected)}
 
     def has_news(self, state: str) -> bool:
-        """Whether any block was looked at, anything went wrong or the state has changed since the last report."""
-        names = ("blocks_considered", "isolation_refusals", "faults")
+        """Whether any block was looked at, reused or audited, anything went wrong or the state has changed since."""
+        names = ("blocks_considered", "isolation_refusals", "prompt_tokens_skipped", "reuse_audits", "faults")
         counted = any(self._totals[name] != self._reported[name] for name in names)
         return counted or bool(self._errors) or state != self._reported_state
 
-    def take(self, state: str, shared: Counter[int] | None) -> JointStats:
-        """What is new since the last call, with the present state and pages by readers."""
+    def take(self, state: str, shared: Counter[int] | None, licences: LicenceGauges | None = None) -> JointStats:
+        """What is new since the last call, with the present state, pages by readers and licences."""
         data: dict[str, Any] = {
             "counters": dict(self._totals - self._reported),
             "rejected": dict(self._rejected - self._reported_rejected),
@@ -147,6 +164,8 @@ class Statistics:
             for count, number in shared.items():
                 pages[readers_of(count)] += number
             data["shared"] = {label: pages[label] for label in READERS}
+        if licences is not None:
+            data["licences"] = licences
         self._reported, self._reported_rejected, self._errors = Counter(self._totals), Counter(self._rejected), []
         self._reported_state = state
         return JointStats(data)
@@ -215,6 +234,22 @@ class JointPromMetrics(KVConnectorPromMetrics):
                 buckets=ERROR_BUCKETS,
             )
         )
+        self._allowed = self._gauge_cls(
+            "jointkv_licence_allowed", "Share of reused blocks that may be beyond the bounds.", labelnames=labelnames
+        )
+        self._licences = self._gauge_cls(
+            "jointkv_licences", "Licences to reuse by state, of all classes.", labelnames=[*labelnames, "state"]
+        )
+        self._licence_state = self._gauge_cls(
+            "jointkv_licence_state",
+            "1 for the present state of the licence of a class of run, 0 for the others.",
+            labelnames=[*labelnames, "run_class", "state"],
+        )
+        self._licence_limit = self._gauge_cls(
+            "jointkv_licence_limit",
+            "Upper confidence limit of the share of reused blocks beyond the bounds, of a class of run.",
+            labelnames=[*labelnames, "run_class"],
+        )
         self._lost = False
         for engine in per_engine_labelvalues:
             self._state["inert"][engine].set(1)
@@ -240,6 +275,17 @@ class JointPromMetrics(KVConnectorPromMetrics):
         if "state" in transfer_stats_data:
             for name, per_engine in self._state.items():
                 per_engine[engine_idx].set(float(name == transfer_stats_data["state"]))
+        if "licences" in transfer_stats_data:
+            self._show(transfer_stats_data["licences"], self.per_engine_labelvalues[engine_idx])
+
+    def _show(self, licences: LicenceGauges, engine: list[object]) -> None:
+        self._allowed.labels(*engine).set(licences["allowed"])
+        for state in LICENCE_STATES:
+            self._licences.labels(*engine, state).set(licences["states"].get(state, 0))
+        for run_class, (present, limit) in licences["classes"].items():
+            self._licence_limit.labels(*engine, run_class).set(limit)
+            for state in LICENCE_STATES:
+                self._licence_state.labels(*engine, run_class, state).set(float(state == present))
 
     def _per_engine(self, metric: PromCounter | Gauge | Histogram, *labels: str) -> dict[int, Any]:
         values = {engine: [*values, *labels] for engine, values in self.per_engine_labelvalues.items()}

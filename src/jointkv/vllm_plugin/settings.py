@@ -9,6 +9,7 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jointkv.errors import BadInput
@@ -110,26 +111,30 @@ class PluginSettings(BaseModel):
             name = ".".join(str(part) for part in problem["loc"])
             raise BadInput(f"jointkv: option {name}: {problem['msg']}, got {shown(problem['input'])}") from None
         settings.policy()
-        if settings.reuse != "off":
-            settings.check_reuse()
+        if settings.reuse != "off" and settings.reuse_obstacle is not None:
+            raise BadInput(f"jointkv: reuse={settings.reuse} does not go with {settings.reuse_obstacle}; set reuse=off")
         return settings
 
     @property
     def reuses(self) -> bool:
         """Whether anything may be reused before it is computed."""
-        return self.enabled and self.reuse != "off" and self.max_relative_error != 0
+        return self.enabled and self.reuse != "off" and not self.only_equal
 
-    def check_reuse(self) -> None:
-        """Raises BadInput where reuse cannot keep its promise, or was not written for the other options."""
+    @property
+    def only_equal(self) -> bool:
+        """Whether the bounds allow nothing but equal blocks."""
+        return any(bound is not None and not np.any(bound) for bound in (self.max_relative_error, self.max_token_error))
+
+    @property
+    def reuse_obstacle(self) -> str | None:
+        """Why reuse cannot keep its promise, or was not written for the other options; None if it can."""
         problems = {
             f"layer_groups={self.layer_groups}; it works with one block table": self.layer_groups > 1,
             f"scope={self.scope}; text of the same request is never reused": self.scope == "chunk",
             "max_relative_error=null; without a bound there is nothing to promise": self.max_relative_error is None,
             "own_norms; a page that was not computed has no norms of its own": self.own_norms,
         }
-        for problem, present in problems.items():
-            if present:
-                raise BadInput(f"jointkv: reuse={self.reuse} does not go with {problem}; set reuse=off")
+        return next((problem for problem, present in problems.items() if present), None)
 
     @property
     def shares_reading(self) -> bool:

@@ -14,15 +14,17 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from jointkv.errors import BadInput, UnsupportedEngine
-from jointkv.vllm_plugin import CONNECTOR_MODULE, WORKERS, engine_args
+from jointkv.vllm_plugin import CONNECTOR_MODULE, SCHEDULER, WORKERS, engine_args
 from jointkv.vllm_plugin.connector import PARTS
 from jointkv.vllm_plugin.engine import check as engine_check
+from jointkv.vllm_plugin.engine.scheduler import JointScheduler
 from jointkv.vllm_plugin.engine.uses import is_tested, vllm_version
 from jointkv.vllm_plugin.settings import PluginSettings
 from tests.vllm_plugin.engines import engine, released_at_exit
 
 SIZES = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
 FULL = FullAttentionSpec(**SIZES)
+FOREIGN = "vllm.v1.core.sched.scheduler.Scheduler"
 SLIDING = SlidingWindowSpec(**SIZES, sliding_window=64)
 
 
@@ -39,7 +41,8 @@ def config(**changes: Any) -> Any:
             worker_cls=WORKERS["cpu"],
         ),
         kv_transfer_config=SimpleNamespace(kv_connector_module_path=CONNECTOR_MODULE),
-        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False, enable_prefix_caching=True),
+        scheduler_config=SimpleNamespace(scheduler_cls=SCHEDULER),
         device_config=SimpleNamespace(device_type="cpu"),
     )
     for name, value in changes.items():
@@ -100,6 +103,30 @@ def test_caches_that_are_refused(held: Any, options: dict[str, Any], cause: str)
         check(config(), held, **options)
 
 
+@pytest.mark.parametrize(
+    ("changes", "held", "cause"),
+    [
+        ({"scheduler_config__scheduler_cls": None}, groups(FULL), "the scheduler is vLLM's own.*reuse=off"),
+        ({"scheduler_config__scheduler_cls": FOREIGN}, groups(FULL), f"the scheduler is {FOREIGN}.*reuse=off"),
+        ({"cache_config__enable_prefix_caching": False}, groups(FULL), "no-enable-prefix-caching, or set reuse=off"),
+        ({}, groups(SLIDING, FULL), "one KV-cache group, and this model has 2; set reuse=off"),
+    ],
+)
+def test_reuse_in_engines_that_it_was_not_written_for(changes: dict[str, Any], held: Any, cause: str) -> None:
+    assert check(config(), reuse="licensed") == (0,)
+    for reuse in ("licensed", "probed"):
+        with pytest.raises(UnsupportedEngine, match=cause):
+            check(config(**changes), held, reuse=reuse)
+    assert check(config(**changes), held) == (len(held.kv_cache_groups) - 1,)
+
+
+def test_a_foreign_class_on_top_of_ours_is_welcome() -> None:
+    class Mine(JointScheduler):
+        pass
+
+    assert check(config(scheduler_config__scheduler_cls=Mine), reuse="licensed") == (0,)
+
+
 def test_an_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_check, "vllm_version", lambda: "0.33.0")
     with pytest.raises(UnsupportedEngine, match=r"vLLM 0\.33\.0 was never run.*0\.32.*allow_untested"):
@@ -115,6 +142,20 @@ def test_the_installed_version_is_a_tested_one() -> None:
 def test_a_real_engine_with_the_wrong_worker(calm: Path) -> None:
     arguments = {key: value for key, value in engine_args().items() if key != "worker_cls"}
     with pytest.raises(UnsupportedEngine, match="--worker-cls"), engine(calm, **arguments):
+        pass
+
+
+def test_a_real_engine_with_a_foreign_scheduler(calm: Path) -> None:
+    arguments = {**engine_args(reuse="licensed"), "scheduler_cls": FOREIGN}
+    with pytest.raises(UnsupportedEngine, match=FOREIGN), engine(calm, **arguments):
+        pass
+
+
+def test_a_real_engine_with_our_scheduler_and_no_reuse(calm: Path) -> None:
+    with (
+        pytest.raises(UnsupportedEngine, match=r"or with reuse off.*drop --scheduler-cls"),
+        engine(calm, **engine_args(), scheduler_cls=SCHEDULER),
+    ):
         pass
 
 

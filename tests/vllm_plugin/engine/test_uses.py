@@ -18,6 +18,8 @@ from vllm.v1.core import (
     kv_cache_utils,
     single_type_kv_cache_manager,
 )
+from vllm.v1.core.sched import request_queue, scheduler
+from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.request import Request
 from vllm.v1.worker import gpu_input_batch, gpu_model_runner
 
@@ -54,6 +56,9 @@ def test_the_installed_version_is_accepted_in_a_moment(record_property: pytest.R
         (kv_cache_utils.FreeKVCacheBlockQueue, "get_all_free_blocks"),
         (gpu_model_runner.GPUModelRunner, "synchronize_input_prep"),
         (Request, "num_tokens"),
+        (kv_cache_manager.KVCacheManager, "get_computed_blocks"),
+        (request_queue.RequestQueue, "remove_requests"),
+        (PrefillStats, "set"),
         (KVConnectorBase_V1, "bind_kv_cache_manager"),
         (KVConnectorBase_V1, "update_connector_output"),
     ],
@@ -76,6 +81,8 @@ def test_something_is_gone(monkeypatch: pytest.MonkeyPatch, owner: type, name: s
         (block_pool.BlockPool, "cached_block_hashes_by_block"),
         (block_pool.BlockPool, "free_block_queue"),
         (Request, "num_preemptions"),
+        (Request, "skip_reading_prefix_cache"),
+        (scheduler.Scheduler, "max_num_scheduled_tokens"),
         (gpu_input_batch.InputBatch, "req_id_to_index"),
     ],
 )
@@ -105,6 +112,24 @@ def test_a_hook_of_the_connector_that_is_called_differently(monkeypatch: pytest.
 
     monkeypatch.setattr(KVConnectorBase_V1, "get_num_new_matched_tokens", matched)
     with pytest.raises(UnsupportedEngine, match=r"get_num_new_matched_tokens passes block_hashes"):
+        check_interfaces(PARTS)
+
+
+@HAZARD
+def test_a_scheduler_that_is_called_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+    def schedule(self: Any, throttle_prefills: bool = False, budget: int = 0) -> None: ...
+
+    monkeypatch.setattr(scheduler.Scheduler, "schedule", schedule)
+    with pytest.raises(UnsupportedEngine, match=r"Scheduler.schedule passes budget"):
+        check_interfaces(PARTS)
+
+
+@HAZARD
+def test_helpers_cannot_be_made_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(self: Any, request_id: str, prompt_token_ids: Any, sampling_params: Any, pooling_params: Any) -> None: ...
+
+    monkeypatch.setattr(Request, "__init__", other)
+    with pytest.raises(UnsupportedEngine, match=r"request.Request is not called as .*client_index"):
         check_interfaces(PARTS)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 from vllm.logger import init_logger
 
 from jointkv.theory.licence import Licence
-from jointkv.vllm_plugin.metrics import Statistics
+from jointkv.vllm_plugin.metrics import LicenceGauges, Statistics
 
 logger = init_logger(f"vllm.{__name__}")
 
 MOST_CLASSES = 4096
 """Licences kept at the most; the one that was not used for the longest time is forgotten first."""
+
+SHOWN_KEYS = 8
+"""Isolation keys whose licences have gauges of their own, by numbers: keys are secrets, and there may be thousands."""
 
 
 class RunClass(NamedTuple):
@@ -27,6 +31,11 @@ class RunClass(NamedTuple):
     isolation: Hashable
     exact: bool
 
+    @property
+    def words(self) -> str:
+        """What may be said of the class: nothing of its key."""
+        return "exact" if self.exact else "approximate"
+
 
 class Licences:
     """Licences by class.
@@ -34,11 +43,16 @@ class Licences:
     Args:
         new: makes the first one of a class.
         statistics: counts audits and moves.
+
+    Attributes:
+        changed: whether any has, since it was set to False.
     """
 
     def __init__(self, new: Callable[[], Licence], statistics: Statistics) -> None:
         self._new, self._statistics = new, statistics
         self._licences: dict[RunClass, Licence] = {}
+        self._numbers: dict[Hashable, int] = {}
+        self.changed = True
 
     def granted(self, run_class: RunClass) -> bool:
         """Whether runs of that class may be reused now."""
@@ -50,13 +64,23 @@ class Licences:
         self._statistics.add("reuse_audited_blocks", audited)
         self._statistics.add("reuse_missed_blocks", missed)
         licence = self._of(run_class)
+        self.changed = True
         if licence.observe(missed / audited) is not None:
             self._statistics.add("licences_granted" if licence.granted else "licences_lost")
-            logger.info("jointkv: %s", licence.describe())
+            logger.info("jointkv: runs of class %s: %s", self._label(run_class) or "unnumbered", licence.describe())
 
     def all(self) -> list[Licence]:
         """Those of all classes."""
         return list(self._licences.values())
+
+    def gauges(self, allowed: float) -> LicenceGauges:
+        """What is shown of them; `allowed` is the share that may be beyond the bounds."""
+        shown = ((self._label(run_class), licence) for run_class, licence in self._licences.items())
+        return {
+            "allowed": allowed,
+            "states": dict(Counter(licence.state for licence in self._licences.values())),
+            "classes": {label: (licence.state, licence.limit) for label, licence in shown if label is not None},
+        }
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when a licence is not what its audits allow."""
@@ -64,8 +88,26 @@ class Licences:
             licence.check_integrity()
 
     def _of(self, run_class: RunClass) -> Licence:
-        licence = self._licences.pop(run_class, None) or self._new()
+        licence = self._licences.pop(run_class, None)
+        if licence is None:
+            if len(self._licences) == MOST_CLASSES:
+                self._forget(next(iter(self._licences)))
+            licence, self.changed = self._new(), True
+            self._number(run_class.isolation)
         self._licences[run_class] = licence
-        if len(self._licences) > MOST_CLASSES:
-            del self._licences[next(iter(self._licences))]
         return licence
+
+    def _forget(self, run_class: RunClass) -> None:
+        del self._licences[run_class]
+        key = run_class.isolation
+        if not any(RunClass(key, exact) in self._licences for exact in (False, True)):
+            self._numbers.pop(key, None)
+
+    def _number(self, isolation: Hashable) -> None:
+        free = set(range(1, SHOWN_KEYS + 1)) - set(self._numbers.values())
+        if free and isolation not in self._numbers:
+            self._numbers[isolation] = min(free)
+
+    def _label(self, run_class: RunClass) -> str | None:
+        number = self._numbers.get(run_class.isolation)
+        return None if number is None else f"{run_class.words} {number}"

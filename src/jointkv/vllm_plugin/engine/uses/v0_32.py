@@ -9,6 +9,7 @@ BACKENDS = "vllm.v1.attention.backends"
 
 TABLES = (
     Use(f"{CORE}.kv_cache_manager:KVCacheManager", "block_pool coordinator enable_caching kv_cache_config"),
+    Use(f"{CORE}.kv_cache_manager:KVCacheManager", "get_computed_blocks(_) prefix_cache_stats"),
     Use(f"{CORE}.kv_cache_coordinator:KVCacheCoordinator", "single_type_managers"),
     Use(f"{CORE}.single_type_kv_cache_manager:FullAttentionManager", "req_to_blocks num_cached_block block_size"),
     Use(
@@ -35,7 +36,10 @@ REQUESTS = (
         "request_id status num_preemptions num_computed_tokens num_tokens num_prompt_tokens all_token_ids "
         "block_hashes cache_salt lora_request mm_features sampling_params prompt_embeds prompt_token_ids resumable",
     ),
-    Use("vllm.v1.request:RequestStatus", "RUNNING"),
+    Use(
+        "vllm.v1.request:RequestStatus",
+        "RUNNING WAITING PREEMPTED WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR FINISHED_ABORTED",
+    ),
     Use("vllm.sampling_params:SamplingParams", "extra_args"),
     Use("vllm.lora.request:LoRARequest", "lora_name lora_int_id"),
     Use("vllm.multimodal.inputs:MultiModalFeatureSpec", "identifier mm_position"),
@@ -46,9 +50,32 @@ STEPS = (
         f"{CORE}.sched.output:SchedulerOutput",
         "num_scheduled_tokens scheduled_new_reqs scheduled_cached_reqs new_block_ids_to_zero kv_connector_metadata",
     ),
-    Use(f"{CORE}.sched.output:NewRequestData", "block_ids num_computed_tokens"),
+    Use(f"{CORE}.sched.output:NewRequestData", "req_id block_ids num_computed_tokens"),
     Use(f"{CORE}.sched.output:CachedRequestData", "req_ids new_block_ids num_computed_tokens resumed_req_ids"),
     Use("vllm.v1.outputs:KVConnectorOutput", "kv_connector_worker_meta"),
+)
+SCHEDULING = (
+    Use(
+        f"{CORE}.sched.scheduler:Scheduler",
+        "connector requests running waiting policy kv_cache_manager max_num_running_reqs max_num_scheduled_tokens "
+        "add_request(_) finish_requests(_,_)",
+    ),
+    Use(f"{CORE}.sched.request_queue:SchedulingPolicy", "FCFS"),
+    Use(
+        f"{CORE}.sched.request_queue:RequestQueue",
+        "add_request(_) remove_request(_) remove_requests(_) __iter__ __len__",
+    ),
+    Use("vllm.v1.request", "Request(_,_,_,_,client_index,arrival_time,lora_request,cache_salt,priority)"),
+    Use("vllm.v1.request:Request", "client_index arrival_time priority prefill_stats skip_reading_prefix_cache"),
+    Use("vllm.sampling_params", "SamplingParams(max_tokens,temperature,ignore_eos,detokenize,extra_args)"),
+    Use("vllm.v1.engine:EngineCoreOutputs", "outputs finished_requests"),
+    Use("vllm.v1.engine:EngineCoreOutput", "request_id"),
+    Use("vllm.v1.metrics.stats:SchedulerStats", "num_running_reqs num_waiting_reqs"),
+    Use("vllm.v1.metrics.stats:PrefixCacheStats", "requests queries hits"),
+    Use(
+        "vllm.v1.metrics.stats:PrefillStats",
+        "num_prompt_tokens num_local_cached_tokens num_external_cached_tokens set(_,_,_)",
+    ),
 )
 LAYERS = (
     Use(
@@ -68,8 +95,8 @@ CONFIGURATION = (
         "vllm.config:ParallelConfig",
         "worker_cls pipeline_parallel_size decode_context_parallel_size prefill_context_parallel_size",
     ),
-    Use("vllm.config:CacheConfig", "kv_sharing_fast_prefill"),
-    Use("vllm.config:SchedulerConfig", "disable_hybrid_kv_cache_manager"),
+    Use("vllm.config:CacheConfig", "kv_sharing_fast_prefill enable_prefix_caching"),
+    Use("vllm.config:SchedulerConfig", "disable_hybrid_kv_cache_manager scheduler_cls async_scheduling"),
     Use("vllm.config:DeviceConfig", "device_type"),
     Use("vllm.config:ModelConfig", "model revision get_total_num_kv_heads() get_head_size()"),
     Use("vllm.config:KVTransferConfig", "kv_connector_module_path kv_connector_extra_config"),
@@ -144,7 +171,9 @@ GPU_ATTENTION = (
 ATTENTION = {"cpu": CPU_ATTENTION, "gpu": GPU_ATTENTION}
 """By device; needed only where attention reads shared pages once, without which attention is vLLM's."""
 
-ALWAYS = (*TABLES, *REQUESTS, *STEPS, *LAYERS, *CONFIGURATION, *METRICS)
+ALWAYS = (*TABLES, *REQUESTS, *STEPS, *SCHEDULING, *LAYERS, *CONFIGURATION, *METRICS)
+
+SCHEDULED = "schedule finish_requests update_from_output make_stats"
 
 OVERRIDDEN = {
     "connector": (
@@ -158,6 +187,8 @@ OVERRIDDEN = {
         ),
         Use(f"{CONNECTOR}.base:SupportsHMA", "", "request_finished_all_groups"),
     ),
+    "scheduler": (Use(f"{CORE}.sched.scheduler:Scheduler", "", SCHEDULED),),
+    "scheduler a step ahead": (Use(f"{CORE}.sched.async_scheduler:AsyncScheduler", "", SCHEDULED),),
     "worker": (
         Use(
             f"{WORKER}.gpu_worker:Worker",

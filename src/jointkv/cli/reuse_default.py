@@ -1,0 +1,59 @@
+"""Whether `jointkv serve` reuses where nobody has said: only a user who asks for it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jointkv.errors import BadInput
+
+if TYPE_CHECKING:
+    from jointkv.vllm_plugin.settings import PluginSettings
+
+DEFAULT = "licensed"
+# Written with any prefix that is still unique, and perhaps with underscores.
+FLAGS = {
+    "--no-enable-pre": "reuse finds pages by vLLM's prefix cache",
+    "--scheduler-c": "reuse has a scheduler class of its own",
+}
+"""Flags of vLLM that leave no room for reuse, by how they begin, and why."""
+
+
+def with_reuse(options: Mapping[str, Any], arguments: Sequence[str]) -> tuple[dict[str, Any], str | None]:
+    """`options` with reuse as `serve` has it by default; and why it is left off, where it is.
+
+    Args:
+        options: of `PluginSettings`, already checked.
+        arguments: what goes to vLLM.
+
+    Raises:
+        BadInput: what was asked for by name does not go with the rest.
+    """
+    from jointkv.vllm_plugin.settings import PluginSettings
+
+    asked = any(name.startswith("reuse") for name in options)
+    wanted = {"reuse": DEFAULT, **options}
+    settings = PluginSettings.parse(wanted if asked else dict(options))
+    flag = _obstacle_in(arguments)
+    if not settings.enabled or wanted["reuse"] == "off":
+        return dict(options), None
+    if asked and flag is not None:
+        raise BadInput(f"{flag}, or set --reuse off")
+    reason = None if asked else _reason(settings) or flag
+    return (wanted, None) if reason is None else (dict(options), reason)
+
+
+def _reason(settings: PluginSettings) -> str | None:
+    if settings.reuse_obstacle is not None:
+        return f"it does not go with {settings.reuse_obstacle}"
+    if settings.only_equal:
+        return "within a bound of 0 are only equal blocks, and which are equal is known when both are computed"
+    return None
+
+
+def _obstacle_in(arguments: Sequence[str]) -> str | None:
+    for argument in arguments:
+        for start, reason in FLAGS.items():
+            if argument.replace("_", "-").startswith(start):
+                return f"{reason}; leave {argument} out"
+    return None

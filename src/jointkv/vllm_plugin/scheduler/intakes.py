@@ -1,0 +1,66 @@
+"""Requests that wait for what they need not compute, and the helpers that they wait for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.v1.request import Request
+
+from jointkv.core.reuse import ReusePlan, Run, Runs
+from jointkv.policy.reuse import Search
+from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
+
+
+@dataclass
+class Helper:
+    """A request of the plugin's own, which computes up to a gap's end.
+
+    Attributes:
+        request: vLLM's.
+        owner: name of the request that it helps.
+        end: the slot behind the last that it computes.
+        stray: nobody waits for it.
+        ended: no longer known to vLLM.
+    """
+
+    request: Request
+    owner: str
+    end: int
+    stray: bool = False
+    ended: bool = False
+
+
+@dataclass
+class Intake:
+    """A request that waits until what it need not compute is decided.
+
+    Attributes:
+        found: blocks that vLLM's prefix cache had for it.
+        end: the slot behind the last one that may be reused; one token at least is computed.
+        plan: what is decided so far.
+        search: where the next entry block is looked for.
+        entry: slot of the next run's entry block; None when all is decided.
+        sources: of that run.
+        helpers: names of those it waits for.
+        covered: blocks that were found or that helpers have computed.
+        asked: whether its entry block is being compared.
+        helped: tokens that helpers have computed.
+    """
+
+    tracked: TrackedRequest
+    runs: Runs
+    found: int
+    end: int
+    plan: ReusePlan
+    search: Search
+    entry: int | None = None
+    sources: list[Run] = field(default_factory=list)
+    helpers: set[str] = field(default_factory=set)
+    covered: int = 0
+    asked: bool = False
+    helped: int = 0
+
+    @property
+    def needs(self) -> int:
+        """Blocks that the request is to find when it starts."""
+        return max((stretch.stop for stretch in self.plan.reused), default=0)
