@@ -153,7 +153,7 @@ def test_a_real_engine_with_a_foreign_scheduler(calm: Path) -> None:
 
 def test_a_real_engine_with_our_scheduler_and_no_reuse(calm: Path) -> None:
     with (
-        pytest.raises(UnsupportedEngine, match="or with reuse off.*drop --scheduler-cls"),
+        pytest.raises(UnsupportedEngine, match=r"or with reuse off.*drop --scheduler-cls"),
         engine(calm, **engine_args(), scheduler_cls=SCHEDULER),
     ):
         pass
