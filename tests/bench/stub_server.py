@@ -2,14 +2,15 @@
 
     python stub_server.py MODE [FLAGS] --host HOST --port PORT
 
-MODE: `serve`; `fuse`: with the plugin's metrics; `die`: fail like a server in start-up; `mute`: never answer;
-`refuse`: never empty the cache.
+MODE: `serve`; `fuse`: with the plugin's metrics; `reuse`: with those of compute reuse, too; `die`: fail like a server
+in start-up; `mute`: never answer; `refuse`: never empty the cache.
 """
 
 import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -36,13 +37,24 @@ PLUGIN = "".join(
     f"# TYPE jointkv_{name} counter\njointkv_{name}_total {{done}}.0\n"
     for name in ("pages_freed", "compare_seconds", "schedule_seconds", "apply_seconds")
 )
+REUSE = "".join(
+    f"# TYPE jointkv_{name} counter\njointkv_{name}_total {{done}}.0\n"
+    for name in (
+        "prompt_tokens_skipped",
+        "reuse_audits",
+        "reuse_audited_blocks",
+        "reuse_plan_seconds",
+        "licences_granted",
+    )
+)
 served = {"done": 0, "prompt": 0, "generated": 0}
+lock = threading.Lock()
 resets = 0
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        page = METRICS + PLUGIN * (MODE == "fuse")
+        page = METRICS + PLUGIN * (MODE in ("fuse", "reuse")) + REUSE * (MODE == "reuse")
         self.answer(page.format(**served).encode() if self.path == "/metrics" else b"")
 
     def do_POST(self):
@@ -54,6 +66,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/completions" and body.get("stream"):
             self.complete(body)
         elif self.path == "/v1/completions":
+            with lock:
+                served["done"] += 1
             self.answer(b"{}")
         else:
             self.send_error(404)
@@ -70,7 +84,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(0.01)
         self.wfile.write(b"data: [DONE]\n\n")
-        served["done"] += 1
+        with lock:
+            served["done"] += 1
         served["prompt"] += len(body["prompt"])
         served["generated"] += tokens
         computed = len(body["prompt"]) + tokens - 1 + 7  # 7 of them a second time

@@ -19,10 +19,12 @@ def test_every_built_in_arm_has_the_same_bytes_but_the_large_pool() -> None:
     assert by_name["layer_groups"].pool_blocks == 200
     fused = {arm.name: arm.fusion for arm in arms if arm.fusion is not None}
     assert fused == {
-        "fused": {"max_relative_error": 0.1},
-        "fp8_fused": {"max_relative_error": 0.1},
-        "layer_groups": {"max_relative_error": 0.1, "layer_groups": 2},
+        "fused": {"max_relative_error": 0.1, "reuse": "off"},
+        "reuse": {"max_relative_error": 0.1, "reuse": "licensed"},
+        "fp8_fused": {"max_relative_error": 0.1, "reuse": "off"},
+        "layer_groups": {"max_relative_error": 0.1, "reuse": "off", "layer_groups": 2},
     }
+    assert [arm.name for arm in arms if arm.reuses] == ["reuse"]
 
 
 def test_half_precision_has_twice_the_blocks_in_fp8() -> None:
@@ -33,10 +35,22 @@ def test_half_precision_has_twice_the_blocks_in_fp8() -> None:
 def test_an_arm_of_ones_own() -> None:
     text = "tight=fused max_relative_error=0.1 layer_groups=3 --max-num-partial-prefills 3 --x=y"
     (arm,) = make_arms([text], POOL, {"max_relative_error": 0.2, "min_pool_usage": 0.0})
-    assert arm.fusion == {"max_relative_error": 0.1, "min_pool_usage": 0.0, "layer_groups": 3}
+    assert arm.fusion == {"max_relative_error": 0.1, "min_pool_usage": 0.0, "reuse": "off", "layer_groups": 3}
     assert arm.flags == ["--max-num-partial-prefills", "3", "--x=y"]
     assert arm.pool_blocks == 300
     assert "max_relative_error=0.1" in arm.title
+
+
+def test_reuse_is_for_the_arms_that_reuse() -> None:
+    written = ["fused", "reuse", "licensed=reuse reuse=licensed reuse_miss_rate=0.01", "own=fused reuse=probed"]
+    fused, reuse, licensed, own = make_arms(written, POOL, {"reuse": "probed"})
+    assert [arm.fusion and arm.fusion["reuse"] for arm in (fused, reuse, licensed, own)] == [
+        *("off", "probed", "licensed", "probed")
+    ]
+    assert (fused.reuses, reuse.reuses, own.reuses) == (False, True, True)
+    assert licensed.title == "with jointkv and compute reuse, reuse=licensed reuse_miss_rate=0.01"
+    with pytest.raises(BadInput, match="arm 'reuse': reuse=off is the arm fused"):
+        make_arms(["reuse"], POOL, {"reuse": "off"})
 
 
 @pytest.mark.parametrize("flag", ["--kv-cache-dtype fp8_e5m2", "--kv_cache_dtype=fp8", "--kv-cache-dtype=bfloat16"])
@@ -56,6 +70,7 @@ def test_a_cache_dtype_for_all_arms() -> None:
     "flag",
     [
         *("--dtype", "--model", "--block-size", "--max-num-seqs", "--seed", "--port", "--max-model-len", "-tp"),
+        "--scheduler-cls",
         *("--tokenizer", "--block_size=64", "--max-model", "--max-num-s", "--quantization", "--kv-transfer-config.x"),
     ],
 )

@@ -118,6 +118,7 @@ def test_a_process_that_does_not_end_is_ended() -> None:
     ("load", "expected"),
     [
         (CLOSED, (None, 1.0, 2)),
+        (Load(kind="one_first"), (None, 1.0, None)),
         (Load(kind="poisson", rate=0.5), (0.5, 1.0, None)),
         (Load(kind="bursty", rate=0.5, burstiness=0.3), (0.5, 0.3, None)),
         (Load(kind="replay", speed=2.0), (None, 1.0, None)),
@@ -127,3 +128,4 @@ def test_the_load_in_the_words_of_vllm(load: Load, expected: tuple[object, ...])
     made = spec(load)
     assert (made.rate, made.burstiness, made.concurrency) == expected and made.seed == 7
     assert (made.requests[0][2] is not None) == (load.kind == "replay")
+    assert made.one_first == (load.kind == "one_first")

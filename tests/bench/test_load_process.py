@@ -14,7 +14,7 @@ from jointkv.bench.load_process import Spec, outcome_of
 
 SPEC = Spec(
     **{"url": "u", "model": "m", "tokenizer": "t", "requests": [([1], 2, None)], "rate": None, "burstiness": 1.0},
-    **{"concurrency": 1, "seed": 0},
+    **{"concurrency": 1, "seed": 0, "one_first": False},
 )
 
 

@@ -9,7 +9,7 @@ from jointkv.errors import BadInput
 
 NONE: dict[str, Any] = {
     **{"concurrency": None, "rate": None, "burstiness": None, "speed": None},
-    **{"replay": False, "requests": 32, "max_running": 16},
+    **{"one_first": False, "replay": False, "requests": 32, "max_running": 16},
 }
 
 
@@ -25,6 +25,7 @@ def test_without_any_all_requests_that_may_run_come_at_once() -> None:
 def test_sweeps() -> None:
     assert labels(concurrency="8,16", rate="0.5,1") == ["closed 8", "closed 16", "poisson 0.5/s", "poisson 1/s"]
     assert labels(rate="2", burstiness="1,0.3") == ["poisson 2/s", "bursty 2/s x0.3"]
+    assert labels(one_first=True, concurrency="8", rate="1") == ["closed 8", "one first then all", "poisson 1/s"]
     assert labels(replay=True) == ["replay x1"]
     assert labels(replay=True, speed="1,2", concurrency="2") == ["closed 2", "replay x1", "replay x2"]
 

@@ -14,7 +14,7 @@ from jointkv.bench import measure as measuring
 from jointkv.bench import server as serving
 from jointkv.bench.load_generator import LoadFailed
 from jointkv.bench.load_process import Answer, LoadOutcome, Spec
-from jointkv.bench.measure import measure, warm_up
+from jointkv.bench.measure import measure
 from jointkv.bench.requests import ServingRequest
 from jointkv.bench.result import Arm, Load, Run, Timeline
 from jointkv.bench.server import Server, ServerFailed, Step, free_port, get
@@ -36,9 +36,10 @@ def answer(start: float = 0.0, prompt: int = 100, tokens: int = 11, error: str |
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
     monkeypatch.setattr(serving, "GRACE_SECONDS", 0.5)
-    with Server([sys.executable, str(STUB), "serve"], os.environ, free_port(), tmp_path / "log") as started:
+    mode = getattr(request, "param", "serve")
+    with Server([sys.executable, str(STUB), mode], os.environ, free_port(), tmp_path / "log") as started:
         started.start(30.0)
         yield started
 
@@ -73,12 +74,43 @@ def test_a_run_on_a_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> N
     assert (run.arm, run.load, run.round, run.position) == ("stock", "closed 1", 2, 2)
     assert (run.completed, run.failed, run.prompt_tokens, run.output_tokens) == (2, 0, 6, 6)
     assert (run.seconds, run.output_tokens_per_s, run.total_tokens_per_s, run.requests_per_s) == (2.0, 3.0, 6.0, 1.0)
-    assert run.recomputed_tokens == 14 and run.preemptions == 2 and run.running_peak == 1
+    assert (run.prompt_tokens_computed, run.recomputed_tokens) == (20, 14)
+    assert (run.reuse, run.skipped_share, run.warmup) == (None, None, None)
+    assert run.preemptions == 2 and run.running_peak == 1
     assert run.pool_usage_peak == run.pool_usage_mean == 0.25
     assert (run.fusion, run.plugin_seconds, run.pages_freed) == (None, None, None)
     assert run.server_cpu_seconds is not None and 0 <= run.server_cpu_seconds < 1
     assert run.foreign_cpu is not None and 0 <= run.foreign_cpu <= 1.1
     assert Run.model_validate_json(run.model_dump_json()) == run
+
+
+@pytest.mark.parametrize("server", ["reuse"], indirect=True)
+def test_a_run_that_reuses_after_its_warm_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("prometheus_client", reason="comes with vLLM")
+    monkeypatch.setattr(measuring, "drive", send)
+    reuse = STOCK.model_copy(update={"name": "reuse", "fusion": {"reuse": "licensed"}})
+    made = replace(plan(loads=(CLOSED,)), arms=(FIRST, reuse), block_bytes={"reuse": 1000}, requests=REQUESTS)
+    run, _ = measure(replace(made, warmup=REQUESTS[:1]), server, reuse, CLOSED, 2, lambda done: None)
+    assert run.warmup is not None and run.warmup.requests == 1 and run.warmup.reuse is not None
+    assert (run.warmup.reuse.audits, run.warmup.reuse.audits_until_licence) == (1, 1)
+    assert run.reuse is not None and (run.reuse.audits, run.reuse.audits_until_licence) == (2, None)
+    assert run.skipped_share == pytest.approx(2 / 6) and run.plugin_seconds == 3 * 2 + 2
+    assert run.timeline.prompt_tokens_skipped is not None
+    assert (run.timeline.prompt_tokens_skipped[0], run.timeline.prompt_tokens_skipped[-1]) == (0, 2)
+    assert Run.model_validate_json(run.model_dump_json()) == run
+
+
+def test_where_helpers_ran_steps_do_not_tell_requests(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("prometheus_client", reason="comes with vLLM")
+    monkeypatch.setattr(measuring, "drive", send)
+    pages = iter([{"jointkv_prompt_tokens_skipped_total": 0.0}])
+    after = {"jointkv_prompt_tokens_skipped_total": 4.0, "jointkv_reuse_helpers_total": 1.0, measuring.GENERATED: 6.0}
+    after |= {measuring.FIRST_TOKENS: 2.0, measuring.COMPUTED_PROMPT: 2.0}
+    after["vllm:num_requests_running"] = 0.0
+    after |= {f"jointkv_{name}_total": 0.0 for name in measuring.PLUGIN_SECONDS}
+    monkeypatch.setattr("jointkv.bench.watch.read", lambda url: dict(next(pages, after)))
+    run, _ = run_of(server)
+    assert (run.prompt_tokens_computed, run.recomputed_tokens, run.running_peak) == (20, 18, 0)
 
 
 def test_a_fused_arm_without_the_plugin(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,19 +142,6 @@ def test_a_server_that_dies_under_load(server: Server, monkeypatch: pytest.Monke
     monkeypatch.setattr(measuring, "drive", die)
     with pytest.raises(ServerFailed, match=r"the server ended under load \(closed 1\)"):
         run_of(server)
-
-
-def test_warm_up_sends_and_forgets(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[Any] = []
-    monkeypatch.setattr(measuring, "get", lambda url, timeout, body: sent.append(body))
-    monkeypatch.setattr(server, "reset_prefix_cache", lambda: sent.append("reset"))
-    warm_up(server, "m", REQUESTS)
-    assert sent[-1] == "reset" and len(sent) == 1 + measuring.WARM_UP_REQUESTS
-    assert all(body["model"] == "m" and 0 < len(body["prompt"]) <= 4 for body in sent[:-1])
-    monkeypatch.undo()
-    server.url += "/elsewhere"
-    with pytest.raises(ServerFailed, match="did not answer the warm-up"):
-        warm_up(server, "m", REQUESTS)
 
 
 def test_client_side_numbers() -> None:

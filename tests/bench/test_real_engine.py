@@ -14,10 +14,11 @@ import pytest
 from jointkv.bench.environment import server_environment
 from jointkv.bench.load_generator import spec_of
 from jointkv.bench.load_process import generate
-from jointkv.bench.measure import measure, warm_up
+from jointkv.bench.measure import measure
 from jointkv.bench.requests import ServingRequest
 from jointkv.bench.result import Load
 from jointkv.bench.server import Server, free_port, server_command
+from jointkv.bench.warm import warm_up
 from tests.bench.plans import arm, plan
 from tests.bench.test_server import STUB, pids, runs
 from tests.vllm_plugin.conftest import _vllm_environment  # noqa: F401
@@ -74,6 +75,18 @@ def test_arrivals_of_every_kind(stub: str, tokenizer: str) -> None:
     bursty = starts(stub, tokenizer, Load(kind="bursty", rate=9.0, burstiness=0.1), some)
     gaps, even = ([b - a for a, b in itertools.pairwise(times)] for times in (bursty, poisson[0]))
     assert sorted(gaps)[4] < sorted(even)[4]
+
+
+def test_one_first_then_all(stub: str, tokenizer: str) -> None:
+    requests = [ServingRequest((number, 2, 3), 5) for number in range(4)]
+    found = generate(
+        spec_of(stub, MODEL, tokenizer, Load(kind="one_first"), requests, 0), lambda said: None, lambda: None
+    )
+    first, *others = found.answers
+    assert first.start == 0.0 and all(answer.error is None for answer in found.answers)
+    assert all(first.ttft <= answer.start < first.e2el for answer in others)
+    # Waiting for the first one is no part of their times.
+    assert all(answer.ttft < first.e2el for answer in others)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,8 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def stub(location: str, fusion: dict[str, Any] | None, flags: list[str]) -> list[str]:
         started.append(command_of(location, fusion, flags))
-        mode = "die" if "--die" in flags else "serve" if fusion is None else "fuse"
+        mode = "serve" if fusion is None else "fuse" if fusion["reuse"] == "off" else "reuse"
+        mode = "die" if "--die" in flags else mode
         return [sys.executable, str(test_server.STUB), mode]
 
     monkeypatch.setattr(run, "server_command", stub)
@@ -123,10 +124,26 @@ def test_servers_get_the_flags_and_options_of_their_arm(
     assert cores == [{core}] * 3
     assert fused[-4:] == ["--num-gpu-blocks-override", "1600", "--kv-cache-dtype", "fp8"]
     assert own[-4:] == ["--num-gpu-blocks-override", "400", "--x", "1"]
-    assert json.loads(fused[0])["options"] == {"scope": "both"} and json.loads(own[0])["options"] is None
-    assert json.loads(tight[0])["options"] == {"scope": "both", "max_relative_error": 0.1}
+    assert json.loads(fused[0])["options"] == {"scope": "both", "reuse": "off"}
+    assert json.loads(own[0])["options"] is None
+    assert json.loads(tight[0])["options"] == {"scope": "both", "reuse": "off", "max_relative_error": 0.1}
     assert own[own.index("--served-model-name") + 1] == model and own[own.index("--dtype") + 1] == "float32"
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {"fp8_fused-1.log", "own-1.log", "tight-1.log"}
+
+
+@pytest.mark.usefixtures("commands")
+def test_reuse_behind_a_donor(model: str, tmp_path: Path) -> None:
+    few = ("--requests", "3", "--output-tokens", "5", "--repeats", "1", "--one-first", "--warmup", "2")
+    code, out, err = serve(model, tmp_path, *few, "--arm", "stock", "--arm", "fused", "--arm", "reuse")
+    assert code == 0, err
+    result = ServingResult.load(tmp_path / "serving.json")
+    assert [load.label for load in result.loads] == ["one first then all"] and result.warmup == 2
+    assert [made.warmup.requests if made.warmup else None for made in result.runs] == [2, 2, 2]
+    stock, fused, reuse = result.runs
+    assert (stock.reuse, fused.reuse) == (None, None) and reuse.reuse is not None
+    assert reuse.reuse.skipped_tokens == 3 and reuse.prompt_tokens_computed == reuse.prompt_tokens + 7 * 3
+    assert "reuse/stock" in out and "ttft_p50" in out and "prompt_tokens_computed" in out
+    assert "of prompt tokens skipped, 0 of 3 audited blocks beyond the bounds" in err.replace("\n", " ")
 
 
 def test_a_replay(plans: list[Plan], model: str, log: Path, tmp_path: Path) -> None:
@@ -137,7 +154,9 @@ def test_a_replay(plans: list[Plan], model: str, log: Path, tmp_path: Path) -> N
     assert [(request.timestamp, request.output_tokens) for request in plan.requests] == [(0.0, 3), (1.0, 3)]
     flags = plan.facts["common_flags"]
     assert flags[flags.index("--max-model-len") + 1] == str(max(request.tokens for request in plan.requests))
-    assert plan.arms[0].pool_blocks == 3200 and plan.pool_bytes() == 3200 * plan.facts["block_bytes"]
+    assert (
+        not plan.warmup and plan.arms[0].pool_blocks == 3200 and plan.pool_bytes() == 3200 * plan.facts["block_bytes"]
+    )
 
 
 def test_a_first_look(

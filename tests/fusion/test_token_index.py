@@ -53,6 +53,7 @@ class TokenIndexMachine(RuleBasedStateMachine):
         for bucket in buckets:
             expected += [page for page in self.pages[bucket] if page not in expected]
         assert self.index.candidates(buckets, count) == expected[:count]
+        assert [list(pages) for pages in self.index.buckets(buckets)] == [self.pages[bucket] for bucket in buckets]
 
     @rule()
     def clear(self) -> None:

@@ -63,16 +63,16 @@ def test_helping_is_said_with_every_number() -> None:
     verdict = only(samples.scaled([1.35, 1.42, 1.5], ttft=[0.7, 0.68, 0.72]))
     assert verdict.kind == "helps"
     assert verdict.sentence == (
-        "On near-prefix traffic with 200 blocks, fused against stock: helps at closed 16 (output tokens/s 1.42x, TTFT "
-        "p95 0.70x, end-to-end p95 1.00x, ITL p50 1.00x; rounds 3, p 0.25, at best 0.25)."
+        "On near-prefix traffic with 200 blocks, fused against stock: helps at closed 16 (TTFT p95 0.70x, output "
+        "tokens/s 1.42x, end-to-end p95 1.00x, ITL p50 1.00x; rounds 3, p 0.25, at best 0.25)."
     )
 
 
 @pytest.mark.parametrize(
     ("ratios", "kind", "said"),
     [
-        ({"ratios": [1.0, 1.01, 0.99]}, "none", "no effect at closed 16 (output tokens/s 1.00x"),
-        ({"ratios": [0.9, 0.88, 0.89]}, "costs", "costs at closed 16 (output tokens/s 0.89x"),
+        ({"ratios": [1.0, 1.01, 0.99]}, "none", "no effect at closed 16 (TTFT p95 1.00x, output tokens/s 1.00x"),
+        ({"ratios": [0.9, 0.88, 0.89]}, "costs", "costs at closed 16 (TTFT p95 1.00x, output tokens/s 0.89x"),
         ({"ratios": [1.4, 1.4, 1.45], "e2el": [1.2, 1.25, 1.3]}, "mixed", "trade at closed 16"),
         ({"ratios": [0.9, 1.2, 1.1]}, "unclear", "rounds 3, p 0.75, at best 0.25"),
         ({"ratios": [1.0, 1.01, 1.0], "ttft": [0.5, 0.5, 0.52]}, "helps", "TTFT p95 0.50x"),
@@ -91,6 +91,32 @@ def test_no_gain_is_claimed_where_no_page_was_freed() -> None:
     assert verdict.kind == "none" and verdict.memory.endswith("Pages freed by fused in a run: 0.")
     slower = [run.model_copy(update={"output_tokens_per_s": 1.0}) if run.arm == "fused" else run for run in idle]
     assert only(result.model_copy(update={"runs": slower})).kind == "costs"
+
+
+def test_reuse_may_gain_without_a_page_freed() -> None:
+    reuse = samples.FUSED.model_copy(update={"fusion": {"reuse": "licensed"}})
+    result = samples.scaled([1.4, 1.42, 1.5])
+    result = result.model_copy(update={"arms": [samples.STOCK, reuse]})
+
+    def with_reuse(**fields: Any) -> ServingResult:
+        did = samples.reuse(**fields)
+        ample = {"pages_freed": 0, "pool_usage_peak": 0.3, "waiting_mean": 0.0, "preemptions": 0}
+        runs = [run.model_copy(update={**ample, "reuse": did if run.arm == "fused" else None}) for run in result.runs]
+        return result.model_copy(update={"runs": runs})
+
+    verdict = only(with_reuse())
+    assert verdict.kind == "helps" and "fusion could only cost" not in verdict.memory
+    assert verdict.memory.endswith("Pages freed by fused in a run: 0. Prompt tokens it skipped: 80%.")
+    assert cautions(with_reuse()) == []
+    assert only(with_reuse(skipped_tokens=0)).kind == "none"
+    (idle,) = cautions(with_reuse(skipped_tokens=0, licences=0))
+    assert idle.startswith(
+        "No licence was held and nothing skipped, which a warm-up or a profile changes, in 3 of 6 runs"
+    )
+    (lost,) = cautions(with_reuse(licences_lost=1))
+    assert lost.startswith("A licence was lost in ")
+    (missed,) = cautions(with_reuse(missed_blocks=11))
+    assert missed.startswith("More of the audited blocks were beyond the bounds than were to be in 3 of 6 runs: fused")
 
 
 def test_loads_of_one_kind_share_a_clause() -> None:

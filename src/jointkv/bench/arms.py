@@ -22,7 +22,8 @@ WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "f
 OURS = (
     *("--model", "--dtype", "--block-size", "--max-num-seqs", "--max-model-len", "--num-gpu-blocks-override", "--seed"),
     *("--port", "--host", "--uds", "--api-key", "--ssl-keyfile", "--ssl-certfile", "--root-path", "--config"),
-    *("--served-model-name", "--kv-transfer-config", "--worker-cls", "--disable-log-stats"),
+    *("--served-model-name", "--kv-transfer-config", "--worker-cls", "--scheduler-cls"),
+    "--disable-log-stats",
 )
 """Flags that the benchmark sets itself, or that would hide the server from it."""
 SHARED = (
@@ -65,6 +66,7 @@ class BuiltIn:
     title: str
     pool_factor: int = 1
     fused: bool = False
+    reuse: str = "off"
     in_layer_groups: bool = False
     flags: tuple[str, ...] = ()
 
@@ -72,6 +74,7 @@ class BuiltIn:
 BUILT_IN: Mapping[str, BuiltIn] = {
     "stock": BuiltIn("stock vLLM"),
     "fused": BuiltIn("with jointkv", fused=True),
+    "reuse": BuiltIn("with jointkv and compute reuse", fused=True, reuse="licensed"),
     LARGE_POOL: BuiltIn(f"stock vLLM, {LARGE_POOL_FACTOR} times the pool", pool_factor=LARGE_POOL_FACTOR),
     "no_prefix_caching": BuiltIn("stock vLLM, prefix caching off", flags=("--no-enable-prefix-caching",)),
     "fp8": BuiltIn("stock vLLM, fp8 cache", flags=(CACHE_DTYPE, "fp8")),
@@ -147,7 +150,8 @@ def _arm(text: str, pool: PoolSize, fusion: Mapping[str, Any], common_flags: Seq
         raise BadInput(f"arm {name!r}: {base_name} does not fuse, so {pairs[0]} has no meaning; start from fused")
     options: dict[str, Any] | None = None
     if base.fused:
-        options = {**fusion, **{name: read_value(text) for name, _, text in (pair.partition("=") for pair in pairs)}}
+        own = {name: read_value(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+        options = {**fusion, **_reuse(name, base, fusion), **own}
         if base.in_layer_groups and _groups(options) == 1:
             fewest = (groups for groups in range(2, pool.layers + 1) if pool.layers % groups == 0)
             options["layer_groups"] = next(fewest, 2)  # which a model with one layer is refused for
@@ -157,9 +161,19 @@ def _arm(text: str, pool: PoolSize, fusion: Mapping[str, Any], common_flags: Seq
     wanted = base.pool_factor * pool.blocks * pool.block_bytes(common_flags)
     if wanted % size:
         raise BadInput(f"arm {name!r}: a pool of {wanted} bytes cannot be made of blocks of {size}")
-    own = shlex.join([*pairs, *own_flags])
-    title = f"{base.title}, {own}" if own else base.title
+    written = shlex.join([*pairs, *own_flags])
+    title = f"{base.title}, {written}" if written else base.title
     return Arm(name=name, title=title, pool_blocks=wanted // size, fusion=options, flags=flags)
+
+
+def _reuse(name: str, base: BuiltIn, fusion: Mapping[str, Any]) -> dict[str, Any]:
+    """The option of that name: the given one only for an arm that reuses. Raises `BadInput` where that is "off"."""
+    if base.reuse == "off":
+        return {"reuse": "off"}
+    chosen = fusion.get("reuse", base.reuse)
+    if chosen == "off":
+        raise BadInput(f"arm {name!r}: reuse=off is the arm fused")
+    return {"reuse": chosen}
 
 
 def _read(text: str) -> tuple[str, str, list[str], list[str]]:

@@ -94,6 +94,7 @@ def spec_of(url: str, model: str, tokenizer: str, load: Load, requests: Sequence
         burstiness=load.burstiness or 1.0,
         concurrency=load.concurrency,
         seed=seed,
+        one_first=load.kind == "one_first",
     )
 
 

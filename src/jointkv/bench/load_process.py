@@ -18,7 +18,9 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
-from jointkv.bench.result import Record, RequestSample
+from jointkv.bench.one_first import OneFirst
+from jointkv.bench.record import Record
+from jointkv.bench.result import RequestSample
 
 BACKEND = "jointkv"
 
@@ -34,6 +36,7 @@ class Spec(Record):
     burstiness: float
     concurrency: int | None
     seed: int
+    one_first: bool
 
 
 class Answer(RequestSample):
@@ -80,11 +83,13 @@ def generate(spec: Spec, notify: Callable[[dict[str, Any]], None], wait: Callabl
     from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS, async_request_openai_completions
     from vllm.tokenizers import get_tokenizer
 
-    finished = 0
+    finished, send = 0, async_request_openai_completions
+    if spec.one_first:
+        send = OneFirst(send).send
 
     async def counted(request_func_input: Any, session: Any, pbar: Any = None) -> Any:
         nonlocal finished
-        output = await async_request_openai_completions(request_func_input, session, pbar)
+        output = await send(request_func_input, session, pbar)
         finished += 1
         notify({"finished": finished})
         return output

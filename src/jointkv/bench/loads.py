@@ -14,14 +14,18 @@ def make_loads(
     burstiness: str | None,
     speed: str | None,
     *,
+    one_first: bool,
     replay: bool,
     requests: int,
     max_running: int,
 ) -> list[Load]:
-    """The loads in the order closed, open, replay; without any, a closed loop with all requests that may run at once.
+    """The loads in the order closed, one first, open, replay.
+
+    Without any, a closed loop with all requests that may run at once.
 
     Args:
         concurrency, rate, burstiness, speed: numbers with commas between them; every rate comes with every burstiness.
+        one_first: whether one request goes first and all others follow at once.
         replay: whether the requests come with the times of a log.
         requests: how many there are.
         max_running: requests that the engine may run at once.
@@ -34,6 +38,8 @@ def make_loads(
     if speed is not None and not replay:
         raise BadInput("--speed needs --replay")
     loads = [Load(kind="closed", concurrency=number) for number in _counts(concurrency, requests)]
+    if one_first:
+        loads.append(Load(kind="one_first"))
     for each in _numbers("--rate", rate):
         loads += [_open(each, shape) for shape in _numbers("--burstiness", burstiness or "1")]
     if replay:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -14,41 +13,14 @@ import numpy as np
 from jointkv.bench.load_generator import LoadFailed, drive, spec_of
 from jointkv.bench.load_process import Answer, LoadOutcome
 from jointkv.bench.plan import Plan
-from jointkv.bench.requests import ServingRequest
 from jointkv.bench.result import Arm, Latency, Load, RequestSample, Run, Timeline
-from jointkv.bench.server import Server, ServerFailed, Step, get
+from jointkv.bench.reuse import Reuse
+from jointkv.bench.server import Server, ServerFailed, Step
+from jointkv.bench.warm import warm_traffic
 from jointkv.bench.watch import COMPUTED_PROMPT, DISABLED, DRAFTS, FIRST_TOKENS, GENERATED, Watch
 from jointkv.system.machine import allowed_cores, foreign_seconds
 
-WARM_UP_REQUESTS = 4
-WARM_UP_PROMPT_TOKENS = 40
-WARM_UP_OUTPUT_TOKENS = 8
-WARM_UP_SECONDS = 300.0
 PLUGIN_SECONDS = ("compare_seconds", "schedule_seconds", "apply_seconds")
-
-
-def warm_up(server: Server, model: str, requests: Sequence[ServingRequest]) -> None:
-    """Serve a few short requests at once that share nothing with `requests`, then forget them.
-
-    Raises:
-        ServerFailed: one was not answered, or the cache could not be emptied.
-    """
-    source = [token for request in requests for token in reversed(request.prompt)]
-    length = min(WARM_UP_PROMPT_TOKENS, max(len(request.prompt) for request in requests))
-
-    def send(number: int) -> None:
-        offset = (number * length) % max(1, len(source) - length)
-        prompt = source[offset : offset + length]
-        body = {"model": model, "prompt": prompt, "max_tokens": WARM_UP_OUTPUT_TOKENS, "ignore_eos": True}
-        get(f"{server.url}/v1/completions", timeout=WARM_UP_SECONDS, body=body)
-
-    try:
-        with ThreadPoolExecutor(WARM_UP_REQUESTS) as pool:
-            list(pool.map(send, range(WARM_UP_REQUESTS)))
-    except OSError as error:
-        server.require_alive("in its warm-up")
-        raise ServerFailed(f"the server did not answer the warm-up: {error}") from None
-    server.reset_prefix_cache()
 
 
 def measure(
@@ -60,7 +32,7 @@ def measure(
     progress: Callable[[int], None],
     client_cores: Collection[int] | None = None,
 ) -> tuple[Run, list[str]]:
-    """Send the requests of `plan` to the running `server` of `arm` in round `number`.
+    """Send the requests of `plan` to the running `server` of `arm` in round `number`, after those of its warm-up.
 
     Args:
         progress: called with the number of requests that have ended.
@@ -73,6 +45,7 @@ def measure(
         LoadFailed: no result, or no request was answered.
         ServerFailed: the server ended, or jointkv is not attached to it or has switched itself off.
     """
+    warmup = warm_traffic(plan, server, arm)
     window = _Window(server)
     spec = spec_of(server.url, plan.model, plan.location, load, plan.requests, plan.seed + number - 1)
     try:
@@ -88,6 +61,9 @@ def measure(
         raise ServerFailed(f"{arm.name}: jointkv switched itself off; {server.log_file} says why")
     timeline = window.timeline(outcome.began)
     inside = _inside(timeline, outcome.seconds)
+    reuse = window.reuse()
+    # A helper's row in a step is no request of its own.
+    steps = [] if reuse is not None and reuse.helpers else window.steps
     pool_bytes = (arm.pool_blocks - 1) * plan.block_bytes[arm.name]
     run = Run(
         arm=arm.name,
@@ -95,13 +71,16 @@ def measure(
         round=number,
         position=plan.position(number, arm, load),
         **_answered(outcome),
-        **_seen(timeline, inside, window.steps, outcome.seconds),
+        **_seen(timeline, inside, steps, outcome.seconds),
+        prompt_tokens_computed=window.prompt_tokens_computed(),
         recomputed_tokens=window.recomputed_tokens(),
         kv_bytes_per_running_token=_bytes_per_token(timeline, inside, outcome.complete, pool_bytes),
-        plugin_seconds=None if fusion is None else sum(fusion[name] for name in PLUGIN_SECONDS),
+        plugin_seconds=_plugin_seconds(fusion, reuse),
         server_cpu_seconds=window.server_seconds,
         foreign_cpu=window.foreign_cpu(outcome.cpu_seconds),
         fusion=fusion,
+        reuse=reuse,
+        warmup=warmup,
         timeline=timeline,
     )
     return run, [answer.text for answer in outcome.answers]
@@ -137,8 +116,8 @@ class _Window(Watch):
         spent = self._foreign_seconds - self.server_seconds - load_seconds
         return None if math.isnan(spent) else max(0.0, spent / (self.seconds * len(self.cores)))
 
-    def recomputed_tokens(self) -> int | None:
-        """Tokens computed beyond one time each: all that steps computed, less prompts and answers.
+    def prompt_tokens_computed(self) -> int | None:
+        """All tokens that steps computed, less those of answers; what preemption makes them compute again counts, too.
 
         The token that a request's last step yields is never computed itself, nor is it known to the engine how many
         of a draft's tokens are wasted, so with speculative decoding there is no such number.
@@ -146,8 +125,19 @@ class _Window(Watch):
         grown = self.grown()
         if not self.steps or grown.get(DRAFTS):
             return None
-        needed = grown[COMPUTED_PROMPT] + grown[GENERATED] - grown[FIRST_TOKENS]
-        return max(0, sum(step.tokens for step in self.steps) - round(needed))
+        return max(0, sum(step.tokens for step in self.steps) - round(grown[GENERATED] - grown[FIRST_TOKENS]))
+
+    def recomputed_tokens(self) -> int | None:
+        """Tokens computed beyond one time each."""
+        computed = self.prompt_tokens_computed()
+        return None if computed is None else max(0, computed - round(self.grown()[COMPUTED_PROMPT]))
+
+
+def _plugin_seconds(fusion: Mapping[str, float] | None, reuse: Reuse | None) -> float | None:
+    """All its parts; None without it."""
+    if fusion is None:
+        return None
+    return sum(fusion[name] for name in PLUGIN_SECONDS) + (reuse.plan_seconds if reuse is not None else 0.0)
 
 
 def _answered(outcome: LoadOutcome) -> dict[str, Any]:

@@ -32,9 +32,10 @@ class Options:
     """What was asked for, as on the command line; None where the default depends on other things.
 
     Attributes:
-        concurrency, rate, burstiness, speed: see `make_loads`.
+        concurrency, one_first, rate, burstiness, speed: see `make_loads`.
         arms: see `make_arms`.
         flags: of `vllm serve`, for all arms.
+        warmup: requests that come before `requests`, are served before every run and not measured.
         fusion: options of `PluginSettings` for all arms that fuse.
         server_cores, client_cores: as `core_list` writes them.
     """
@@ -44,12 +45,14 @@ class Options:
     data: Path | None
     replay: Path | None
     concurrency: str | None
+    one_first: bool
     rate: str | None
     burstiness: str | None
     speed: str | None
     arms: tuple[str, ...]
     flags: tuple[str, ...]
     requests: int | None
+    warmup: int
     output_tokens: int | None
     pool_blocks: int
     block_size: int
@@ -102,6 +105,7 @@ def make_plan(options: Options, model: Model, command: str) -> Plan:
         options.rate,
         options.burstiness,
         options.speed,
+        one_first=options.one_first,
         replay=options.replay is not None,
         requests=len(work.requests),
         max_running=options.max_running,
@@ -112,6 +116,7 @@ def make_plan(options: Options, model: Model, command: str) -> Plan:
         "traffic": work.name,
         "traffic_description": work.description,
         "requests": len(work.requests),
+        "warmup": len(work.warmup),
         "output_tokens": round(fmean(request.output_tokens for request in work.requests)),
         "block_size": options.block_size,
         "block_bytes": pool.block_bytes(options.flags),
@@ -132,24 +137,29 @@ def make_plan(options: Options, model: Model, command: str) -> Plan:
         location=model.location,
         seed=options.seed,
         facts=facts,
+        warmup=work.warmup,
     )
 
 
 def workload(options: Options, model: Model) -> Workload:
-    """The requests, from a log, a file or a traffic. Raises `BadInput`."""
+    """The requests, from a log, a file or a traffic, the first ones for the warm-up. Raises `BadInput`."""
+    return _requests(options, model).split(options.warmup)
+
+
+def _requests(options: Options, model: Model) -> Workload:
+    """Those to measure, and before them as many as the warm-up takes."""
     limits = Limits(model.max_tokens, options.pool_blocks, options.block_size)
     if options.data is not None and options.replay is not None:
         raise BadInput("--data and --replay exclude each other: a log brings its requests")
-    file = options.replay or options.data
+    file, timed = options.replay or options.data, options.replay is not None
+    count = (options.requests or DEFAULT_REQUESTS) + options.warmup
     if file is None:
         output_tokens = options.output_tokens or DEFAULT_OUTPUT_TOKENS
-        count = options.requests or DEFAULT_REQUESTS
         return from_traffic(options.traffic, model.tokenizer, count, output_tokens, options.seed, limits)
-    timed = options.replay is not None
     return from_file(
         file,
         model.tokenizer,
-        options.requests if timed else options.requests or DEFAULT_REQUESTS,
+        None if timed and options.requests is None else count,
         options.output_tokens,
         DEFAULT_OUTPUT_TOKENS,
         limits,
@@ -205,7 +215,7 @@ def _common_flags(options: Options, work: Workload) -> list[str]:
         "--max-num-seqs": options.max_running,
         "--max-num-batched-tokens": options.max_batched_tokens,
         # The pool holds fewer tokens than the longest context of most models.
-        "--max-model-len": max(request.tokens for request in work.requests),
+        "--max-model-len": max(request.tokens for request in (*work.warmup, *work.requests)),
         "--seed": options.seed,
     }
     flags = ["--dtype", options.dtype]

@@ -18,6 +18,7 @@ class Plan:
 
     Attributes:
         block_bytes: bytes of a block of the pool, by arm.
+        warmup: requests of the same traffic that are served before every run.
         model: the name it is served under.
         location: its folder or hub name.
         seed: of the arrivals in the first round; every later round takes the next one, the same in all arms.
@@ -33,6 +34,7 @@ class Plan:
     location: str
     seed: int
     facts: Mapping[str, Any]
+    warmup: tuple[ServingRequest, ...] = ()
 
     def schedule(self) -> list[tuple[int, Arm]]:
         """Rounds, from 1, and arms: one server each, in the order of execution.
@@ -70,7 +72,7 @@ class Plan:
 
     def _requests_digest(self) -> str:
         digest = hashlib.sha256()
-        for request in self.requests:
+        for request in (*self.warmup, *self.requests):
             digest.update(repr((request.prompt, request.output_tokens, request.timestamp)).encode())
         return digest.hexdigest()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jointkv.errors import BadInput
@@ -74,11 +74,23 @@ class Workload:
 
     Attributes:
         description: what they are, what stands in for what, and what was left out.
+        warmup: served before them, and not measured.
     """
 
     name: str
     description: str
     requests: tuple[ServingRequest, ...]
+    warmup: tuple[ServingRequest, ...] = ()
+
+    def split(self, warmup: int) -> Workload:
+        """The first `warmup` requests for before, the others from time 0 on. Raises `BadInput` if none is left."""
+        if warmup >= len(self.requests):
+            raise BadInput(f"--warmup {warmup}: of {len(self.requests)} requests none would be left to measure")
+        before, rest = self.requests[:warmup], self.requests[warmup:]
+        first = rest[0].timestamp
+        if first is not None:
+            rest = tuple(replace(each, timestamp=(each.timestamp or 0.0) - first) for each in rest)
+        return replace(self, requests=rest, warmup=before)
 
 
 def from_traffic(

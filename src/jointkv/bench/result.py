@@ -9,14 +9,17 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from jointkv.bench.record import Record
+from jointkv.bench.reuse import Reuse, Warmup
 from jointkv.errors import BadInput
 
-LoadKind = Literal["closed", "poisson", "bursty", "replay"]
+LoadKind = Literal["closed", "one_first", "poisson", "bursty", "replay"]
 LABELS: dict[LoadKind, str] = {
     "closed": "closed {concurrency}",
+    "one_first": "one first then all",
     "poisson": "poisson {rate:g}/s",
     "bursty": "bursty {rate:g}/s x{burstiness:g}",
     "replay": "replay x{speed:g}",
@@ -27,19 +30,14 @@ Key = tuple[str, str, int]
 """Arm, label of the load, round: what there is one run of."""
 
 
-class Record(BaseModel):
-    """Read-only, and no field that is not known here."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 class Load(Record):
     """How requests arrive.
 
     Attributes:
-        kind: `closed`: `concurrency` requests are under way, the next one starts when one ends. `poisson`: `rate`
-            requests a second. `bursty`: the same with gamma-distributed gaps of shape `burstiness` below 1.
-            `replay`: at the times of a log, `speed` times as fast.
+        kind: `closed`: `concurrency` requests are under way, the next one starts when one ends. `one_first`: the first
+            request alone until its first token, then all others at once. `poisson`: `rate` requests a second.
+            `bursty`: the same with gamma-distributed gaps of shape `burstiness` below 1. `replay`: at the times of a
+            log, `speed` times as fast.
     """
 
     kind: LoadKind
@@ -77,6 +75,11 @@ class Arm(Record):
     fusion: dict[str, Any] | None = None
     flags: list[str] = Field(default_factory=list)
 
+    @property
+    def reuses(self) -> bool:
+        """Whether it may skip the computing of resident text."""
+        return (self.fusion or {}).get("reuse", "off") != "off"
+
 
 class Latency(Record):
     """Over the requests of one run (`itl`: over all gaps between tokens)."""
@@ -105,6 +108,7 @@ class Timeline(Record):
         seconds: since the start of the run.
         pool_usage: part of the pool in use, 0 to 1, shared pages counted once.
         pages_freed: given back by merging since the start of the run; None without the plugin.
+        prompt_tokens_skipped: likewise; None without compute reuse.
     """
 
     seconds: list[float]
@@ -113,6 +117,7 @@ class Timeline(Record):
     pool_usage: list[float]
     preemptions: list[float]
     pages_freed: list[float] | None = None
+    prompt_tokens_skipped: list[float] | None = None
 
 
 class Run(Record):
@@ -122,12 +127,15 @@ class Run(Record):
         round: from 1; runs of one round are compared with each other.
         position: place in the order of execution, from 0.
         failed: requests without a complete answer.
+        prompt_tokens_computed: by all steps, those computed again after preemption too.
         recomputed_tokens: computed again after preemption.
         kv_bytes_per_running_token: bytes of the pages in use over the tokens of running requests, mean over time.
         plugin_seconds: spent by fusion, all its parts; None without the plugin.
         server_cpu_seconds: CPU time of the server's processes during the run.
         foreign_cpu: part of the cores' time that went to processes that are neither server nor load generator.
         fusion: the plugin's counters over the run.
+        reuse: what compute reuse did; None where nothing counts that.
+        warmup: what was served just before; None for nothing.
         outputs_file: texts of the answers, beside the result file; not needed to report.
     """
 
@@ -164,11 +172,19 @@ class Run(Record):
     timeline: Timeline
     requests: list[RequestSample]
     outputs_file: str | None = None
+    prompt_tokens_computed: int | None = None
+    reuse: Reuse | None = None
+    warmup: Warmup | None = None
 
     @property
     def key(self) -> Key:
         """See `Key`."""
         return self.arm, self.load, self.round
+
+    @property
+    def skipped_share(self) -> float | None:
+        """Part of the prompt tokens that compute reuse skipped; None where nothing counts that."""
+        return None if self.reuse is None else self.reuse.skipped_tokens / self.prompt_tokens
 
 
 class Fidelity(Record):
@@ -216,6 +232,7 @@ class ServingResult(Record):
         complete: False for the partial result of a run that was interrupted or failed.
         traffic: name and description of the requests, and what stands in for what.
         block_bytes: bytes of one block of the pool, K and V of all layers that share it.
+        warmup: requests served before every run.
     """
 
     format: Literal["jointkv.bench.serving/1"] = "jointkv.bench.serving/1"
@@ -240,6 +257,7 @@ class ServingResult(Record):
     runs: list[Run]
     fidelity: list[Fidelity]
     comparisons: list[Comparison]
+    warmup: int = 0
 
     @classmethod
     def load(cls, path: Path) -> Self:

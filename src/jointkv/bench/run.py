@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 from jointkv.bench.fidelity import compare_outputs
 from jointkv.bench.load_generator import LoadFailed
-from jointkv.bench.measure import warm_up
 from jointkv.bench.plan import Plan
 from jointkv.bench.result import Arm, Run, ServingResult
 from jointkv.bench.run_folder import RunFolder
 from jointkv.bench.server import Server, ServerFailed, server_command
 from jointkv.bench.statistics import compare
+from jointkv.bench.warm import warm_up
 from jointkv.system.machine import on_cores
 
 START = "starting the server"
@@ -126,7 +126,7 @@ class _Clock:
         self._watcher, self._steps, self._next, self._started = watcher, steps_left(plan, folder), 0, 0.0
         self._spent: dict[str, list[float]] = defaultdict(list)
         for run in folder.runs.values():
-            self._spent[run.load].append(run.seconds)
+            self._spent[run.load].append(run.seconds + (run.warmup.seconds if run.warmup else 0.0))
 
     def next(self) -> str:
         """The step before is done; announces the next one and returns its title."""
@@ -148,6 +148,13 @@ def _say(watcher: Watcher, title: str, run: Run) -> None:
         watcher.say(f"{title}: other processes took {run.foreign_cpu:.0%} of the cores; times of this run mislead")
     failed = f", {run.failed} requests failed" if run.failed else ""
     watcher.say(
-        f"{title}: {run.output_tokens_per_s:.1f} output tokens/s, TTFT p95 {run.ttft.p95:.1f} s, "
-        f"at most {run.running_peak:.0f} running, {run.preemptions} preemptions{failed}"
+        f"{title}: TTFT p95 {run.ttft.p95:.1f} s, {run.output_tokens_per_s:.1f} output tokens/s, "
+        f"at most {run.running_peak:.0f} running, {run.preemptions} preemptions{_skipped(run)}{failed}"
     )
+
+
+def _skipped(run: Run) -> str:
+    if run.reuse is None or run.skipped_share is None or not (run.reuse.skipped_tokens or run.reuse.audits):
+        return ""
+    audited = f"{run.reuse.missed_blocks} of {run.reuse.audited_blocks} audited blocks beyond the bounds"
+    return f", {run.skipped_share:.0%} of prompt tokens skipped, {audited}"

@@ -13,8 +13,9 @@ from jointkv.bench.arms import LARGE_POOL
 from jointkv.bench.result import Arm, Comparison, Load, Run
 
 METRICS = (
-    *("output_tokens_per_s", "total_tokens_per_s", "requests_per_s", "ttft.p50", "ttft.p95", "ttft.p99"),
+    *("ttft.p50", "ttft.p95", "ttft.p99", "output_tokens_per_s", "total_tokens_per_s", "requests_per_s"),
     *("itl.p50", "itl.p95", "e2el.p50", "e2el.p95", "running_peak", "running_mean", "preemptions"),
+    "prompt_tokens_computed",
 )
 """Fields of `Run`, and of the latencies in it."""
 

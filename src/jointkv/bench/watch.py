@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import NamedTuple, Self
 
 from jointkv.bench.result import Timeline
+from jointkv.bench.reuse import SKIPPED, Reuse, reuse_of, total
 from jointkv.bench.server import ServerFailed, get
 
 RUNNING = "vllm:num_requests_running"
@@ -108,9 +109,14 @@ class Watch:
             if name.partition(".")[0].endswith(("_total", "_sum", "_count"))
         }
 
+    def reuse(self) -> Reuse | None:
+        """What compute reuse did meanwhile; None where nothing counts that."""
+        return reuse_of([reading.metrics for reading in self.readings])
+
     def timeline(self, began: float) -> Timeline:
         """What was read, with seconds since `began` on the clock of `time.perf_counter`, and counters from 0."""
         freed = self._counter(PAGES_FREED)
+        skipped = [total(reading.metrics, SKIPPED) for reading in self.readings]
         return Timeline(
             seconds=[max(0.0, reading.time - began) for reading in self.readings],
             running=self._gauge(RUNNING),
@@ -118,6 +124,7 @@ class Watch:
             pool_usage=self._gauge(POOL_USAGE),
             preemptions=self._counter(PREEMPTIONS),
             pages_freed=freed if PAGES_FREED in self.readings[-1].metrics else None,
+            prompt_tokens_skipped=None if self.reuse() is None else [value - skipped[0] for value in skipped],
         )
 
     def _gauge(self, name: str) -> list[float]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FAILED, INTERRUPTED = 1, 130
 KEPT = "finished runs are kept in {}; the same command goes on with them"
-SHOWN = ("output_tokens_per_s", "ttft_p50", "ttft_p95", "itl_p50", "e2el_p95", "running_peak")
+SHOWN = ("ttft_p50", "ttft_p95", "ttft_p99", "output_tokens_per_s", "itl_p50", "e2el_p95", "prompt_tokens_computed")
 
 
 def register(app: typer.Typer) -> None:
@@ -54,6 +54,9 @@ def serve(
     concurrency: str | None = typer.Option(
         None, metavar="N[,N...]", help="Closed loop: requests under way at once. Default: all that may run."
     ),
+    one_first: bool = typer.Option(
+        False, "--one-first", help="One request alone until its first token, then all others at once."
+    ),
     rate: str | None = typer.Option(None, metavar="X[,X...]", help="Open loop: requests per second, Poisson."),
     burstiness: str | None = typer.Option(
         None, metavar="X[,X...]", help="Shape of the gaps at each rate: 1 is Poisson, below it they come in bursts."
@@ -61,12 +64,15 @@ def serve(
     arm: list[str] | None = typer.Option(
         None,
         metavar="NAME | NAME=ARM [KEY=VALUE...] [--FLAG...]",
-        help="stock, fused, large_pool, no_prefix_caching, fp8, fp8_fused, layer_groups, or one of these with options "
-        "of the plugin and flags of vLLM: 'tight=fused max_relative_error=0.1'. May be repeated. "
+        help="stock, fused, reuse, large_pool, no_prefix_caching, fp8, fp8_fused, layer_groups, or one of these with "
+        "options of the plugin and flags of vLLM: 'tight=fused max_relative_error=0.1'. May be repeated. "
         "(default: stock and fused)",
     ),
     flags: str | None = typer.Option(None, help="Further flags of vLLM for all arms, in one string."),
     requests: int | None = typer.Option(None, min=1, help="Default 32; of a log all."),
+    warmup: int = typer.Option(
+        0, min=0, help="Requests of the same kind served before every run and not measured: donors, and a licence."
+    ),
     output_tokens: int | None = typer.Option(
         None, min=1, help="Tokens generated for every request. Default 96, or what a file says."
     ),

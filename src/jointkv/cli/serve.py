@@ -57,7 +57,7 @@ def serve(
     ),
     reuse: str | None = typer.Option(
         None,
-        help="Do not compute prompt text that is resident. licensed: where audits allow it; probed: where its first "
+        help="Do not compute prompt text that is resident. licensed: where audits allow it; probed: where a first "
         "block does; off. Default licensed, or off where other options leave no room for it.",
     ),
     reuse_miss_rate: float | None = typer.Option(

@@ -38,6 +38,11 @@ class Run:
         """The slot behind the last one."""
         return self.first + len(self.pages)
 
+    @property
+    def behind(self) -> Run:
+        """What follows the first block, which is the entry block."""
+        return Run(self.first + 1, self.source, self.pages[1:])
+
 
 class Runs:
     """All runs of a prompt, found in O(n log n) from where its blocks are resident.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 from jointkv.errors import IntegrityError
 
@@ -25,15 +25,16 @@ class TokenIndex:
     def __contains__(self, page: int) -> bool:
         return page in self._buckets
 
-    def bucket(self, bucket: Hashable) -> Sequence[int]:
-        """All resident pages of one bucket."""
-        return self._pages.get(bucket, ())
+    def buckets(self, buckets: Iterable[Hashable]) -> list[Sequence[int]]:
+        """All resident pages of each of many buckets."""
+        pages = self._pages
+        return [pages.get(bucket, ()) for bucket in buckets]
 
     def candidates(self, buckets: Sequence[Hashable], count: int) -> list[int]:
         """At most `count` resident pages of `buckets`, each once."""
         found: dict[int, None] = {}
         for bucket in buckets:
-            found.update(dict.fromkeys(self.bucket(bucket)))
+            found.update(dict.fromkeys(self._pages.get(bucket, ())))
         return list(found)[:count]
 
     def add(self, buckets: Sequence[Hashable], page: int) -> None:

@@ -144,11 +144,12 @@ class Licence:
 
     def describe(self) -> str:
         """A line for the log."""
-        said = {"earning": "not earned yet", "granted": "granted", "lost": "lost"}[self.state]
-        if self.state == "lost":
-            said += ", the limit is too high" if self.cause == "limit" else ", the share has risen"
+        said = {"earning": "not earned yet: ", "granted": "granted: ", "lost": "lost, the limit is too high: "}
+        start = said[self.state]
+        if self.state == "lost" and self.cause == "rise":
+            start = "lost, the share of blocks beyond the bounds has risen; since then "
         seen = f"{self.mean:.2%} of blocks beyond the bounds in {self.audits} audits, at most {self.limit:.2%}"
-        return f"licence {said}: {seen}; allowed {self.miss_rate:.2%} (confidence {self.confidence:.0%})"
+        return f"licence {start}{seen}; allowed {self.miss_rate:.2%} (confidence {self.confidence:.0%})"
 
     def to_json(self) -> dict[str, Any]:
         """All of it, for `from_json`; its `evidence` is what `from_profile` takes."""

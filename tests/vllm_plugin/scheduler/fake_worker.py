@@ -64,6 +64,8 @@ class Pages:
         numbers: per page and token what stands for K and V.
         text: per page the position and the token that each number was written for.
         salts: of the requests that wrote the pages.
+        writers: their names.
+        versions: of the model that wrote them.
         generation: how often a page was begun.
     """
 
@@ -72,19 +74,21 @@ class Pages:
         self.numbers: list[list[int]] = [[0] * size for _ in range(count)]
         self.text: list[list[tuple[int, int]]] = [[(-1, -1)] * size for _ in range(count)]
         self.salts: list[str | None] = [None] * count
+        self.writers: list[str | None] = [None] * count
+        self.versions = [-1] * count
         self.generation = [0] * count
 
     def read(self, table: Sequence[int], count: int) -> list[int]:
         """The first `count` numbers behind `table`."""
         return [self.numbers[table[place // self.size]][place % self.size] for place in range(count)]
 
-    def write(self, page: int, place: int, number: int, text: tuple[int, int], salt: str | None) -> None:
-        """Write one token."""
+    def write(self, page: int, place: int, number: int, text: tuple[int, int], by: tuple[str, str | None, int]) -> None:
+        """Write one token; `by` a request of that name and salt, with that version of the model."""
         if place == 0:
             self.generation[page] += 1
         self.numbers[page][place] = number
         self.text[page][place] = text
-        self.salts[page] = salt
+        self.writers[page], self.salts[page], self.versions[page] = by
 
     def block(self, page: int) -> Block:
         """All numbers of a page."""
@@ -223,11 +227,11 @@ class Runner:
         tables = self._tables(name)
         past = [self.pages.read(table, first) for table in tables]
         self.model.extend(past, tokens[first : first + count])
-        salt = self.watcher.salt(name)
+        by = name, self.watcher.salt(name), self.model.version
         for place in range(first, first + count):
             for numbers, table in zip(past, tables, strict=True):
                 page = table[place // self.pages.size]
-                self.pages.write(page, place % self.pages.size, numbers[place], (place, tokens[place]), salt)
+                self.pages.write(page, place % self.pages.size, numbers[place], (place, tokens[place]), by)
         self.watcher.computed(name, first, past)
         if first + count < len(tokens):
             return []

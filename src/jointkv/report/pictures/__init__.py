@@ -21,6 +21,7 @@ from jointkv.report.pictures.paper_chunk import PaperChunk
 from jointkv.report.pictures.paper_layers import PaperLayers
 from jointkv.report.pictures.predicted_against_measured import PredictedAgainstMeasured
 from jointkv.report.pictures.rate_distortion import RateDistortion
+from jointkv.report.pictures.reuse_predictors import ReusePredictors
 from jointkv.report.pictures.serving import ServingLevels
 from jointkv.report.pictures.serving_ratios import ServingRatios
 from jointkv.report.pictures.side_channel import SideChannelAUC
@@ -41,6 +42,7 @@ PICTURES: tuple[Picture[Any], ...] = (
     ServingRatios(),
     SideChannelAUC(),
     InfluenceOfAttackers(),
+    ReusePredictors(),
 )
 FORMATS: tuple[type[BaseModel], ...] = tuple(dict.fromkeys(picture.reads for picture in PICTURES))
 

@@ -17,7 +17,7 @@ from jointkv.report.serving.table import markdown
 
 
 class ServingLevels(Picture[Serving]):
-    """A column per result; output tokens/s, TTFT and end-to-end time from top to bottom."""
+    """A column per result; TTFT, output tokens/s and end-to-end time from top to bottom."""
 
     name = "serving"
     reads = Serving

@@ -17,7 +17,7 @@ from jointkv.report.serving.verdict import Verdict, ranked, verdicts
 
 
 class ServingRatios(Picture[Serving]):
-    """Ratios of output tokens/s and TTFT p95 against how full the pool was, and how many waited, without fusion."""
+    """Ratios of TTFT p95 and output tokens/s against how full the pool was, and how many waited, without fusion."""
 
     name = "serving_ratios"
     reads = Serving
@@ -29,7 +29,7 @@ class ServingRatios(Picture[Serving]):
         found, looks = ranked(self.rows(results)), styles([heading(result) for result in results])
         figure, panels = grid(4, 2, (4.6, 3.0), sharex="col", sharey="row")
         for place, axes in enumerate(panels):
-            metric, across = (OUTPUT_RATE, TTFT_P95)[place // 2], ("usage", "waiting")[place % 2]
+            metric, across = (TTFT_P95, OUTPUT_RATE)[place // 2], ("usage", "waiting")[place % 2]
             draw_break_even(axes, found, metric, across, looks)
             axes.label_outer()
         legend_below(figure, 3, [key(name, **look) for name, look in looks.items()])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jointkv.bench.result import Run, ServingResult
 from jointkv.report.serving.pairs import called, fusion_pairs
+from jointkv.vllm_plugin.settings import PluginSettings
 
 QUIET = 0.05
 """Above this part of the cores' time in other processes the times of a run mislead."""
@@ -20,6 +23,9 @@ def cautions(result: ServingResult) -> list[str]:
         ("Requests failed", lambda run: run.failed > 0),
         ("Other processes took processor time, so times mislead", lambda run: (run.foreign_cpu or 0) > QUIET),
         ("Fusion had faults and switched itself off", _had_faults),
+        ("No licence was held and nothing skipped, which a warm-up or a profile changes,", _idle(result)),
+        ("A licence was lost", lambda run: run.reuse is not None and run.reuse.licences_lost > 0),
+        ("More of the audited blocks were beyond the bounds than were to be", _missed(result)),
     ):
         runs = [f"{run.arm}, {run.load}, round {run.round}" for run in result.runs if which(run)]
         if runs:
@@ -37,3 +43,23 @@ def cautions(result: ServingResult) -> list[str]:
 
 def _had_faults(run: Run) -> bool:
     return any(count > 0 for name, count in (run.fusion or {}).items() if "fault" in name)
+
+
+def _idle(result: ServingResult) -> Callable[[Run], bool]:
+    licensed = {arm.name for arm in result.arms if (arm.fusion or {}).get("reuse") == "licensed"}
+
+    def idle(run: Run) -> bool:
+        return run.arm in licensed and run.reuse is not None and not (run.reuse.skipped_tokens or run.reuse.licences)
+
+    return idle
+
+
+def _missed(result: ServingResult) -> Callable[[Run], bool]:
+    default = PluginSettings.model_fields["reuse_miss_rate"].default
+    allowed = {arm.name: (arm.fusion or {}).get("reuse_miss_rate", default) for arm in result.arms if arm.reuses}
+
+    def missed(run: Run) -> bool:
+        rate = None if run.reuse is None else run.reuse.miss_rate
+        return run.arm in allowed and rate is not None and rate > allowed[run.arm]
+
+    return missed

@@ -127,16 +127,21 @@ def draw_ttft(axes: Axes, result: ServingResult, load: Load, looks: Looks) -> No
 
 
 def draw_timelines(panels: Sequence[Axes], result: ServingResult, load: Load, looks: Looks) -> None:
-    """Pages in use, running, waiting and pages freed over time, one panel each; the first round in a thick line."""
+    """Pages in use, running, waiting, pages freed and prompt tokens skipped over time; the first round in a thick line.
+
+    Of these as many as there are `panels`.
+    """
     for arm in result.arms:
         for number, run in enumerate(result.of(arm.name, load.label)):
             look = {"linewidth": 0.7, "alpha": 0.4} if number else {"linewidth": 1.5}
             line = run.timeline
             used = [usage * arm.pool_blocks for usage in line.pool_usage]
-            for axes, values in zip(panels, (used, line.running, line.waiting, line.pages_freed), strict=True):
+            drawn = (used, line.running, line.waiting, line.pages_freed, line.prompt_tokens_skipped)
+            for axes, values in zip(panels, drawn, strict=False):
                 if values is not None:
                     axes.plot(line.seconds, values, color=looks[arm.name]["color"], **look)
-    for axes, name in zip(panels, ("pages in use", "running", "waiting", "pages freed"), strict=True):
+    names = ("pages in use", "running", "waiting", "pages freed", "tokens skipped")
+    for axes, name in zip(panels, names, strict=False):
         axes.set_ylabel(name)
         axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
         axes.grid(axis="y")

@@ -18,7 +18,7 @@ STATES: dict[State, str] = {
     "short": "memory was short",
     "full": "memory was just enough",
     "blocked": "something other than memory held requests back",
-    "ample": "memory was not short, so fusion could only cost",
+    "ample": "memory was not short",
 }
 
 

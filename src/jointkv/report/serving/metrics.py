@@ -56,34 +56,54 @@ class Metric:
         return self.median(runs) + (f" ({ends[0]} to {ends[1]})" if len(set(ends)) > 1 else "")
 
 
-OUTPUT_RATE = Metric("output_tokens_per_s", "output tokens/s", ",.1f", True)
 TTFT_P50 = Metric("ttft.p50", "TTFT p50, s", ",.2f", False)
 TTFT_P95 = Metric("ttft.p95", "TTFT p95, s", ",.2f", False)
+TTFT_P99 = Metric("ttft.p99", "TTFT p99, s", ",.2f", False)
+OUTPUT_RATE = Metric("output_tokens_per_s", "output tokens/s", ",.1f", True)
 ITL_P50 = Metric("itl.p50", "ITL p50, ms", ",.0f", False, 1e3)
 E2EL_P95 = Metric("e2el.p95", "end-to-end p95, s", ",.2f", False)
 RUNNING_PEAK = Metric("running_peak", "peak running", ",.0f")
 WAITING_MEAN = Metric("waiting_mean", "mean waiting", ",.1f", False)
 PREEMPTIONS = Metric("preemptions", "preemptions", ",.0f", False)
 PAGES_FREED = Metric("pages_freed", "pages freed by merging", ",.0f")
+COMPUTED = Metric("prompt_tokens_computed", "prompt tokens computed", ",.0f", False)
+SKIPPED = Metric("skipped_share", "prompt tokens skipped", ".0%")
+AUDITED = Metric("reuse.audited_blocks", "blocks audited", ",.0f")
+MISSED = Metric("reuse.missed_blocks", "audited blocks beyond the bounds", ",.0f")
 KV_PER_TOKEN = Metric("kv_bytes_per_running_token", "KV KiB per running token", ",.2f", False, 1 / 1024)
 PLUGIN_SECONDS = Metric("plugin_seconds", "plugin, s", ",.2f")
 FOREIGN_CPU = Metric("foreign_cpu", "CPU of other processes", ".1%")
 FAILED = Metric("failed", "failed requests", ",.0f", False)
 
 GROUPS: dict[str, tuple[Metric, ...]] = {
-    "Throughput": (
-        OUTPUT_RATE,
-        Metric("total_tokens_per_s", "all tokens/s", ",.1f", True),
-        Metric("requests_per_s", "requests/s", ",.3f", True),
-    ),
     "Latency": (
         TTFT_P50,
         TTFT_P95,
+        TTFT_P99,
         ITL_P50,
         Metric("itl.p95", "ITL p95, ms", ",.0f", False, 1e3),
         Metric("tpot.p50", "TPOT p50, ms", ",.0f", False, 1e3),
         Metric("e2el.p50", "end-to-end p50, s", ",.2f", False),
         E2EL_P95,
+    ),
+    "Throughput": (
+        OUTPUT_RATE,
+        Metric("total_tokens_per_s", "all tokens/s", ",.1f", True),
+        Metric("requests_per_s", "requests/s", ",.3f", True),
+    ),
+    "Prefill": (
+        COMPUTED,
+        Metric("recomputed_tokens", "recomputed tokens", ",.0f", False),
+        Metric("reuse.skipped_tokens", "tokens skipped", ",.0f"),
+        SKIPPED,
+        Metric("reuse.runs", "runs read from resident pages", ",.0f"),
+        Metric("reuse.gaps", "gaps computed", ",.0f"),
+        Metric("reuse.audits", "runs audited", ",.0f"),
+        AUDITED,
+        MISSED,
+        Metric("reuse.licences", "licences at the end", ",.0f"),
+        Metric("reuse.licences_lost", "licences lost", ",.0f"),
+        Metric("reuse.audits_until_licence", "runs audited until the first licence", ",.0f"),
     ),
     "Requests at once": (
         RUNNING_PEAK,
@@ -95,12 +115,19 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric("pool_usage_peak", "peak pool in use", ".0%"),
         Metric("pool_usage_mean", "mean pool in use", ".0%"),
         PREEMPTIONS,
-        Metric("recomputed_tokens", "recomputed tokens", ",.0f", False),
         PAGES_FREED,
         KV_PER_TOKEN,
     ),
+    "Before the run": (
+        Metric("warmup.seconds", "warm-up, s", ",.0f"),
+        Metric("warmup.requests", "requests in it", ",.0f"),
+        Metric("warmup.reuse.audits", "runs audited in it", ",.0f"),
+        Metric("warmup.reuse.missed_blocks", "audited blocks beyond the bounds in it", ",.0f"),
+        Metric("warmup.reuse.audits_until_licence", "runs audited until the first licence in it", ",.0f"),
+    ),
     "Cost": (
         PLUGIN_SECONDS,
+        Metric("reuse.plan_seconds", "of these planning reuse, s", ",.3f"),
         Metric("server_cpu_seconds", "CPU of the server, s", ",.0f", False),
         Metric("seconds", "length of the run, s", ",.0f"),
         FOREIGN_CPU,
@@ -109,14 +136,22 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
 }
 """What the tables of the page show, in this order."""
 
-DECISIVE = (OUTPUT_RATE, TTFT_P95, E2EL_P95)
+DECISIVE = (TTFT_P95, OUTPUT_RATE, E2EL_P95)
 """What a verdict rests on."""
 
-COMPARED = (*DECISIVE, ITL_P50)
+SAID = (*DECISIVE, ITL_P50)
+"""What its sentence has."""
+
+COMPARED = (TTFT_P50, *SAID)
 """What the table of ratios has."""
 
-SHOWN = (TTFT_P50, TTFT_P95, ITL_P50, E2EL_P95, RUNNING_PEAK, WAITING_MEAN, PREEMPTIONS, PAGES_FREED, PLUGIN_SECONDS)
-"""What Markdown tables have behind the output rate."""
+SHOWN = (TTFT_P50, TTFT_P95, TTFT_P99)
+"""What Markdown tables have before the output rate."""
 
-DRAWN = (*COMPARED, RUNNING_PEAK, KV_PER_TOKEN)
+SHOWN_BEHIND = (
+    *(ITL_P50, E2EL_P95, COMPUTED, SKIPPED, RUNNING_PEAK, WAITING_MEAN, PREEMPTIONS, PAGES_FREED, PLUGIN_SECONDS),
+)
+"""What they have behind it."""
+
+DRAWN = (*SAID, COMPUTED, RUNNING_PEAK, KV_PER_TOKEN)
 """What is drawn against the load and as ratios."""

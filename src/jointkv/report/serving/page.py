@@ -17,9 +17,10 @@ from jointkv.report.serving.cautions import cautions
 from jointkv.report.serving.charts import Looks, styles
 from jointkv.report.serving.page_charts import (
     break_even_charts,
-    distributions_and_timelines,
+    first_tokens,
     levels_and_ratios,
     page_style,
+    timelines,
 )
 from jointkv.report.serving.pairs import arms_run, called, heading
 from jointkv.report.serving.result import Serving, comparable, conditions
@@ -89,9 +90,9 @@ def _section(path: Path, result: Serving, looks: Looks, anchor: str) -> dict[str
         "heading": heading(result),
         "verdicts": verdicts(result),
         "cautions": cautions(result),
-        "charts": levels_and_ratios(result, looks, anchor),
+        "charts": [first_tokens(result, looks, anchor), *levels_and_ratios(result, looks, anchor)],
         "tables": [load_table(result, load) for load in result.loads if arms_run(result, load)],
-        "more_charts": distributions_and_timelines(result, looks, anchor),
+        "more_charts": [timelines(result, looks, anchor)],
         "runs": page_table(f"All {len(result.runs)} runs", RUNS, result.runs),
         "facts": {
             "Settings": {name.replace("_", " "): getattr(result, name) for name in SETTINGS}

@@ -18,7 +18,7 @@ from jointkv.bench.result import ServingResult
 from jointkv.report.figure import LIGHT, grid, style
 from jointkv.report.serving import charts
 from jointkv.report.serving.charts import Looks
-from jointkv.report.serving.metrics import DRAWN, OUTPUT_RATE
+from jointkv.report.serving.metrics import DRAWN, OUTPUT_RATE, TTFT_P95
 from jointkv.report.serving.pairs import called, fusion_pairs, heading, large_pool, ratio
 from jointkv.report.serving.verdict import LEAST, Effect, Verdict
 
@@ -69,42 +69,52 @@ def levels_and_ratios(result: ServingResult, looks: Looks, anchor: str) -> list[
         ]
     legend = _legend(result, looks)
     return [
-        Group("Throughput and latency", "Points: rounds; bars: medians.", legend, levels),
+        Group("Latency and throughput", "Points: rounds; bars: medians.", legend, levels),
         Group("Ratios, round by round", f"Points: rounds; bars: medians; grey: within {LEAST:.0%}.", legend, ratios),
     ]
 
 
-def distributions_and_timelines(result: ServingResult, looks: Looks, anchor: str) -> list[Group]:
-    """TTFT of all requests, and the server's metrics over time, under each load."""
-    first, times = [], []
+def first_tokens(result: ServingResult, looks: Looks, anchor: str) -> Group:
+    """TTFT of all requests under each load."""
+    drawn = []
+    for load in result.loads:
+        if any(run.requests for run in result.runs if run.load == load.label):
+            title = f"First tokens, {load.label}"
+            drawn.append(_chart(title, anchor, charts.draw_ttft, result=result, load=load, looks=looks))
+    note = "Thick: all rounds together; thin: each round."
+    return Group("How long the first token takes", note, _legend(result, looks), drawn)
+
+
+def timelines(result: ServingResult, looks: Looks, anchor: str) -> Group:
+    """The server's metrics over time under each load; what was skipped only where something was."""
+    drawn = []
     for load in result.loads:
         runs = [run for run in result.runs if run.load == load.label]
-        if any(run.requests for run in runs):
-            title = f"First tokens, {load.label}"
-            first.append(_chart(title, anchor, charts.draw_ttft, result=result, load=load, looks=looks))
         if any(len(run.timeline.seconds) > 1 for run in runs):
-            figure, panels = grid(4, 1, (SIZE[0], 1.15), sharex=True)
+            skipped = any(any(run.timeline.prompt_tokens_skipped or ()) for run in runs)
+            figure, panels = grid(5 if skipped else 4, 1, (SIZE[0], 1.15), sharex=True)
             charts.draw_timelines(panels, result, load, looks)
             figure.align_ylabels(panels)
             title = f"Over time, {load.label}"
-            times.append((title, svg(figure, anchor, title)))
-    legend = _legend(result, looks)
-    return [
-        Group("How long the first token takes", "Thick: all rounds together; thin: each round.", legend, first),
-        Group("The pool and the queue over time", "Thick: first round; thin: the others.", legend, times),
-    ]
+            drawn.append((title, svg(figure, anchor, title)))
+    note = "Thick: first round; thin: the others."
+    return Group("The pool and the queue over time", note, _legend(result, looks), drawn)
 
 
 def break_even_charts(found: Sequence[tuple[Verdict, Effect]], anchor: str) -> Group:
-    """The ratio of output tokens/s against each measure of how short memory was that all comparisons have."""
+    """Ratios of TTFT p95 and output tokens/s against each measure of how short memory was that all comparisons have."""
     looks = charts.styles([heading(verdict.result) for verdict, _ in found])
     measures = [name for name in charts.PRESSURES if name != "demand" or all(effect.demand for _, effect in found)]
-    draw = partial(charts.draw_break_even, found=found, metric=OUTPUT_RATE, looks=looks)
+    draw = partial(charts.draw_break_even, found=found, looks=looks)
     return Group(
         "",
         f"Large points: medians; small: rounds; grey: within {LEAST:.0%}.",
         tuple((look["color"], name) for name, look in looks.items()),
-        [_chart(f"Gain against {charts.PRESSURES[name]}", anchor, draw, across=name) for name in measures],
+        [
+            _chart(f"{metric.short} against {charts.PRESSURES[name]}", anchor, draw, metric=metric, across=name)
+            for metric in (TTFT_P95, OUTPUT_RATE)
+            for name in measures
+        ],
     )
 
 

@@ -9,6 +9,7 @@ from jointkv.bench.result import Arm, Load, Run, ServingResult
 from jointkv.report.markdown import NOT_MEASURED, Columns, T, number, table
 from jointkv.report.serving import metrics
 from jointkv.report.serving.cautions import cautions
+from jointkv.report.serving.metrics import Metric
 from jointkv.report.serving.pairs import arms_run, called, heading, pairs_run, ratio
 from jointkv.report.serving.verdict import WORDS, Effect, Verdict, verdicts
 
@@ -72,7 +73,7 @@ RUNS: Columns[Run] = {
     "run as": lambda run: str(run.position + 1),
     **{
         metric.title: lambda run, metric=metric: metric.median([run])  # type: ignore[misc]
-        for metric in (*metrics.COMPARED, metrics.TTFT_P50, metrics.FAILED, metrics.FOREIGN_CPU)
+        for metric in (*metrics.COMPARED, metrics.SKIPPED, metrics.FAILED, metrics.FOREIGN_CPU)
     },
     "answers": lambda run: run.outputs_file or NOT_MEASURED,
 }
@@ -101,11 +102,26 @@ BREAK_EVEN: Columns[Compared] = {
     "waiting (mean, without fusion)": lambda pair: f"{pair[1].pressure.waiting:.1f}",
     "load ÷ pool (in the large pool)": lambda pair: number(pair[1].demand, ".2f"),
     "pages freed": lambda pair: number(pair[1].freed, ",.0f"),
+    "prompt tokens skipped": lambda pair: number(pair[1].skipped, ".0%"),
     **RATIOS,
 }
 """Comparisons beside how short memory was."""
 
 Under = tuple[ServingResult, Load, Arm]
+
+
+def _runs(row: Under) -> list[Run]:
+    result, load, arm = row
+    return result.of(arm.name, load.label)
+
+
+def _medians(chosen: Iterable[Metric]) -> Columns[Under]:
+    return {
+        metric.title: lambda row, metric=metric: metric.median(_runs(row))  # type: ignore[misc]
+        for metric in chosen
+    }
+
+
 TEXT: Columns[Under] = {
     "traffic": lambda row: heading(row[0]),
     "load": lambda row: row[1].label,
@@ -113,18 +129,11 @@ TEXT: Columns[Under] = {
 }
 NUMBERS: Columns[Under] = {
     "pool blocks": lambda row: f"{row[2].pool_blocks:,}",
+    **_medians(metrics.SHOWN),
     metrics.OUTPUT_RATE.title: lambda row: metrics.OUTPUT_RATE.with_range(_runs(row)),
-    **{
-        metric.title: lambda row, metric=metric: metric.median(_runs(row))  # type: ignore[misc]
-        for metric in metrics.SHOWN
-    },
+    **_medians(metrics.SHOWN_BEHIND),
     "same output": lambda row: _agreement(*row, "equal"),
 }
-
-
-def _runs(row: Under) -> list[Run]:
-    result, load, arm = row
-    return result.of(arm.name, load.label)
 
 
 def markdown(results: Sequence[ServingResult]) -> str:

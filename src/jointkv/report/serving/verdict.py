@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 from jointkv.bench.result import Load, ServingResult
 from jointkv.report.markdown import NOT_MEASURED, words
 from jointkv.report.serving.memory import STATES, Pressure, pressure
-from jointkv.report.serving.metrics import COMPARED, DECISIVE, OUTPUT_RATE, PAGES_FREED, Metric
+from jointkv.report.serving.metrics import COMPARED, DECISIVE, OUTPUT_RATE, PAGES_FREED, SAID, SKIPPED, Metric
 from jointkv.report.serving.pairs import (
     Pair,
     Ratio,
@@ -43,10 +43,10 @@ RULES = (
     f"A metric is better or worse if the median of its ratios is more than {LEAST:.0%} from 1, every round points the "
     "same way, and either the median is at least as far from 1 as the rounds are apart (on a logarithmic scale) or "
     f"every round is more than {WIDE:.0%} from 1. It is unchanged if the median is within {LEAST:.0%} and every round "
-    f"within {WIDE:.0%} of 1. All else, and a single round, is unclear. Fusion helps at a load if one of output "
-    "tokens/s, TTFT p95 and end-to-end p95 is better and none is worse; it costs in the opposite case; with both it is "
-    "a trade; if all three are unchanged it has no effect. Where no page was freed, no gain "
-    "is put down to fusion: the load is without effect unless a median is a loss. "
+    f"within {WIDE:.0%} of 1. All else, and a single round, is unclear. Fusion helps at a load if one of TTFT p95, "
+    "output tokens/s and end-to-end p95 is better and none is worse; it costs in the opposite case; with both it is "
+    "a trade; if all three are unchanged it has no effect. Where no page was freed and no "
+    "prompt token skipped, no gain is put down to fusion: the load is without effect unless a median is a loss. "
     "p is two-sided, from an exact permutation test that exchanges the arms within rounds; it is not corrected for the "
     "number of comparisons."
 )
@@ -62,6 +62,7 @@ class Effect:
         demand: pages the load takes at its peak if it may, over the pages of the pool; from the arm with a large pool,
             None without one.
         freed: pages given back, median over rounds; None where not known.
+        skipped: part of the prompt tokens, likewise.
     """
 
     load: Load
@@ -70,6 +71,7 @@ class Effect:
     pressure: Pressure
     demand: float | None
     freed: float | None
+    skipped: float | None
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,19 @@ class Verdict:
 
     @property
     def memory(self) -> str:
-        """Whether memory was short without fusion, and what fusion freed."""
+        """Whether memory was short without fusion, and what fusion freed and skipped."""
+        only = {"ample": "" if self.pair.upper.reuses else ", so fusion could only cost"}
         clauses = [
-            f"{STATES[state]} at {_loads(effects)} ({_span([each.pressure.usage for each in effects], '.0%')} of the "
+            f"{STATES[state]}{only.get(state, '')} at {_loads(effects)} "
+            f"({_span([each.pressure.usage for each in effects], '.0%')} of the "
             f"pool in use at the peak, {_span([each.pressure.waiting for each in effects], '.1f')} requests waiting)"
             for state, effects in _grouped(self.effects, lambda effect: effect.pressure.state, tuple(STATES))
         ]
         freed = _span([each.freed for each in self.effects], ",.0f")
-        return f"Without fusion, {'; '.join(clauses)}. Pages freed by {called(self.pair.upper)} in a run: {freed}."
+        said = f"Without fusion, {'; '.join(clauses)}. Pages freed by {called(self.pair.upper)} in a run: {freed}."
+        if self.pair.upper.reuses:
+            said += f" Prompt tokens it skipped: {_span([each.skipped for each in self.effects], '.0%')}."
+        return said
 
 
 def judge(rounds: Sequence[float], higher_is_better: bool) -> Kind:
@@ -143,14 +150,23 @@ def verdicts(result: ServingResult) -> list[Verdict]:
 
 def _effect(result: ServingResult, pair: Pair, load: Load) -> Effect:
     ratios = {metric: ratio(result, pair.upper, pair.lower, load, metric) for metric in COMPARED}
-    freed = PAGES_FREED.samples(result.of(pair.upper.name, load.label))
+    runs = result.of(pair.upper.name, load.label)
+    freed, skipped = PAGES_FREED.samples(runs), SKIPPED.samples(runs)
     kind = combine([judge(ratios[metric].rounds, bool(metric.higher_is_better)) for metric in DECISIVE])
-    if freed and max(freed) == 0 and kind != "costs":
+    if freed and max(*freed, *skipped, 0) == 0 and kind != "costs":
         kind = "unclear" if any(_maybe_worse(ratios[metric]) for metric in DECISIVE) else "none"
     limit = large_pool(result, pair.lower)
     peaks = [run.pool_usage_peak for run in result.of(limit.name, load.label)] if limit else []
     demand = median(peaks) * pool_bytes(result, limit) / pool_bytes(result, pair.lower) if limit and peaks else None
-    return Effect(load, kind, ratios, pressure(result, pair.lower, load), demand, median(freed) if freed else None)
+    return Effect(
+        load,
+        kind,
+        ratios,
+        pressure(result, pair.lower, load),
+        demand,
+        freed=median(freed) if freed else None,
+        skipped=median(skipped) if skipped else None,
+    )
 
 
 def _maybe_worse(found: Ratio) -> bool:
@@ -183,7 +199,7 @@ def break_even(found: Sequence[tuple[Verdict, Effect]]) -> str:
 def _numbers(effects: Sequence[Effect]) -> str:
     """Median ratios, smallest to largest over `effects`, and p of the first."""
     medians = [
-        f"{metric.short} {_span([effect.ratios[metric].median for effect in effects], '.2f')}x" for metric in COMPARED
+        f"{metric.short} {_span([effect.ratios[metric].median for effect in effects], '.2f')}x" for metric in SAID
     ]
     rates = [effect.ratios[OUTPUT_RATE] for effect in effects]
     p, least = _span([rate.p for rate in rates], ".2g"), _span([rate.smallest_p for rate in rates], ".2g")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -23,15 +23,11 @@ def seats(scheduler: Scheduler) -> int:
     return max(scheduler.max_num_running_reqs - len(scheduler.running), 0)
 
 
-def next_in_line(scheduler: Scheduler, count: int) -> list[Request]:
-    """The first `count` waiting requests of which nothing is computed, in the order of scheduling."""
-    found: list[Request] = []
+def in_line(scheduler: Scheduler) -> Iterator[Request]:
+    """Waiting requests of which nothing is computed, in the order of scheduling."""
     for request in scheduler.waiting:
-        if len(found) == count:
-            break
         if request.num_computed_tokens == 0 and request.status in PLANNABLE:
-            found.append(request)
-    return found
+            yield request
 
 
 def helper_of(request: Request, name: str, tokens: int, hash_block_size: int, opt_out: str) -> Request:
@@ -64,12 +60,10 @@ def send_ahead(scheduler: Scheduler, helpers: Mapping[str, Sequence[Request]]) -
                 helper.arrival_time -= JUST_AHEAD * (len(group) - number)
                 scheduler.add_request(helper)
         return
-    line = list(scheduler.waiting)
+    line = [one for request in scheduler.waiting for one in (*helpers.get(request.request_id, ()), request)]
     for group in helpers.values():
         for helper in group:
             scheduler.add_request(helper)
-            scheduler.waiting.remove_request(helper)
     scheduler.waiting.remove_requests(line)
     for request in line:
-        for one in (*helpers.get(request.request_id, ()), request):
-            scheduler.waiting.add_request(one)
+        scheduler.waiting.add_request(request)

@@ -61,16 +61,19 @@ class JointScheduler(Scheduler):
                 client.outputs = [output for output in client.outputs if output.request_id not in helpers]
                 if client.finished_requests:
                     client.finished_requests = client.finished_requests - helpers.keys()
+            self._side.follow_up(self)
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's gauges of requests, without helpers."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None and self._side.helpers:
-            helpers = [self.requests[name] for name in self._side.helpers if name in self.requests]
+            helpers = {self.requests[name] for name in self._side.helpers if name in self.requests}
             running = sum(helper.status == RequestStatus.RUNNING for helper in helpers)
+            deferred = sum(helper in self.deferred_waiting for helper in helpers)
             stats.num_running_reqs -= running
-            stats.num_waiting_reqs -= len(helpers) - running
+            stats.num_skipped_waiting_reqs -= deferred
+            stats.num_waiting_reqs -= len(helpers) - running - deferred
         return stats
 
     def _count_as_one(self, output: SchedulerOutput) -> None:

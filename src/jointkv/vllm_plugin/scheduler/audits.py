@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from jointkv.core.reuse import COMPUTED, ReusePlan, Run, Runs
-from jointkv.policy.reuse import ReuseRule
+from jointkv.core.reuse import COMPUTED, Integers, Run, Runs
+from jointkv.policy.reuse import ReuseRule, decide
 from jointkv.vllm_plugin.scheduler.evidence import Audit, Compared
 from jointkv.vllm_plugin.scheduler.licences import Licences, RunClass
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
@@ -43,58 +45,68 @@ class Audits:
     def __init__(self, rule: ReuseRule, residents: Residents, licences: Licences) -> None:
         self._rule, self._residents, self._licences = rule, residents, licences
 
-    def note(self, audit: Audit, slot: int, page: int, ratio: float) -> None:
+    def note(self, tracked: TrackedRequest, audit: Audit, slot: int, page: int, ratio: float) -> None:
         """One pair has come back; witnesses are heard only when the audit is over."""
-        residents = self._residents
+        residents, known = self._residents, self._residents.evidence
+        if page not in residents:
+            return
+        seen = tracked.standing(slot, slot + 1)
         audit.compared.append(
             Compared(
                 slot,
                 page,
                 int(residents.source[page]),
                 bool(residents.exact[page]),
-                float(ratio),
-                int(residents.witnesses[page]),
-                float(residents.worst[page]),
+                ratio if ratio == ratio else math.inf,
+                int(known.count[page]),
+                float(known.worst[page]),
+                bool(known.new(np.array([page]), seen)[0]),
+                int(seen[0]),
             )
         )
 
     def conclude_if_complete(self, tracked: TrackedRequest) -> None:
-        """Once the prompt is computed and all answers are there: records to the licences, ratios to the pages."""
-        audit, request = tracked.audit, tracked.request
-        end = (request.num_prompt_tokens - 1) // tracked.block_size
-        if audit is None or audit.outstanding or request.num_computed_tokens < end * tracked.block_size:
+        """Once the prompt was looked at and all answers are there: records to the licences, ratios to the pages."""
+        audit, end = tracked.audit, (tracked.request.num_prompt_tokens - 1) // tracked.block_size
+        if audit is None or audit.outstanding or tracked.next_slot < end:
             return
         tracked.audit = None
         for record in records(audit.compared, end, self._rule):
             self._licences.observe(RunClass(tracked.isolation, record.exact), record.missed, record.adopted)
         for one in audit.compared:
             if self._residents.source[one.page] == one.source:
-                self._residents.testify(one.page, one.ratio)
+                self._residents.testify(one.page, one.ratio, np.array([one.seen], np.uint64))
 
 
 def records(compared: list[Compared], end: int, rule: ReuseRule) -> Iterator[Record]:
     """What would have been reused of blocks before `end`, run after run, by the decisions that reuse makes."""
-    known = {(one.slot, one.page): one for one in compared}
+    steps = _Imagined(compared, rule)
     columns = [np.array([getattr(one, name) for one in compared], np.int64) for name in ("slot", "page", "source")]
-    runs, at = Runs(*columns), 0
-    while (entry := runs.next_entry(at, end, rule.least + 1)) is not None:
-        sources = runs.through(entry, end, rule.least + 1, rule.sources)
-        run = min(sources, key=lambda run: _or_infinite(known[entry, int(run.pages[0])].ratio))
-        blocks = [known[slot, int(page)] for slot, page in enumerate(run.pages, entry)]
-        plan = _adopted(run, blocks, rule)
-        used = [block for block, page in zip(blocks, plan.pages[entry:], strict=True) if page != COMPUTED]
-        if used:
-            missed = sum(not block.ratio <= 1 for block in used)
-            yield Record(entry, len(used), missed, all(block.exact for block in blocks[1:]))
-        at = run.end
+    decided = decide(Runs(*columns), 0, end, rule, steps)
+    for run in decided.runs:
+        pages = decided.plan.pages[run.start : run.stop].tolist()
+        used = [steps.known[slot, page] for slot, page in zip(run, pages, strict=True) if page != COMPUTED]
+        missed = sum(one.ratio > 1 for one in used)
+        yield Record(run.start - 1, len(used), missed, all(one.exact for one in used))
 
 
-def _adopted(run: Run, blocks: list[Compared], rule: ReuseRule) -> ReusePlan:
-    entry, *rest = blocks
-    count, worst = np.array([one.witnesses for one in rest]), np.array([one.worst for one in rest], np.float32)
-    behind = Run(run.first + 1, run.source, run.pages[1:])
-    return ReusePlan.nothing(run.end).adopting(behind, rule.usable(entry.ratio, count, worst), rule.least)
+class _Imagined:
+    """Steps of an audit: everything is computed and compared already, and nothing is adopted."""
 
+    def __init__(self, compared: list[Compared], rule: ReuseRule) -> None:
+        self.known = {(one.slot, one.page): one for one in compared}
+        self._rule = rule
 
-def _or_infinite(ratio: float) -> float:
-    return ratio if ratio == ratio else float("inf")
+    def compute(self, slot: int) -> None:
+        return
+
+    def adopt(self, first: int, pages: Integers) -> None:
+        return
+
+    def ratios(self, slots: Integers, pages: Integers) -> NDArray[np.floating]:
+        return np.array([self.known[one].ratio for one in zip(slots.tolist(), pages.tolist(), strict=True)])
+
+    def usable(self, run: Run, entry: float) -> NDArray[np.bool_]:
+        blocks = [self.known[slot, page] for slot, page in enumerate(run.pages.tolist(), run.first)]
+        count, worst = np.array([one.witnesses for one in blocks]), np.array([one.worst for one in blocks], np.float32)
+        return self._rule.usable(entry, count, worst, np.array([one.new for one in blocks], bool))

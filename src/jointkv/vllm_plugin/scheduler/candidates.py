@@ -120,7 +120,7 @@ class Candidates:
     def forget_written(self, output: SchedulerOutput, step: int) -> None:
         """Pages that `step` hands out and will write leave the index before any worker can write them."""
         for page in pages_to_write(output, self._block_size):
-            self.residents.index.remove(page)
+            self.residents.remove(page)
             self._written[page] = step
 
     def cache_was_reset(self) -> bool:

@@ -11,7 +11,8 @@ class Compared:
 
     Attributes:
         ratio: error over bound.
-        witnesses, worst: what was known of the page before.
+        witnesses, worst, new: what was known of the page before, see `core.evidence`.
+        seen: which of its tokens stand before the block, in the audited request.
     """
 
     slot: int
@@ -21,6 +22,8 @@ class Compared:
     ratio: float
     witnesses: int
     worst: float
+    new: bool
+    seen: int
 
 
 @dataclass

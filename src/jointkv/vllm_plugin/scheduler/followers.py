@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from vllm.v1.request import RequestStatus
 
 from jointkv.core.reuse import stretches
 from jointkv.vllm_plugin.scheduler.requests import Requests, TrackedRequest
@@ -28,13 +29,14 @@ class Followers:
         self._donors: dict[str, TrackedRequest] = {}
 
     def new_step(self) -> None:
-        """Nobody is held yet; who has computed its prompt or has gone is nobody's donor any more."""
+        """Nobody is held yet; who has computed its prompt, has gone or waits in line is nobody's donor any more."""
         self.held.clear()
         self._donors = {name: donor for name, donor in self._donors.items() if self._computes(name, donor)}
 
     def add_donor(self, tracked: TrackedRequest) -> None:
-        """`tracked` computes its prompt from now on."""
-        self._donors[tracked.request.request_id] = tracked
+        """`tracked` computes its prompt from this step on, if nothing but the pool can keep it from it."""
+        if tracked.request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+            self._donors[tracked.request.request_id] = tracked
 
     def follows(self, tracked: TrackedRequest, end: int, resident: int) -> bool:
         """Whether `tracked` is held, because most of its blocks before `end` are being computed.
@@ -61,5 +63,5 @@ class Followers:
         self.held, self._donors = set(), {}
 
     def _computes(self, name: str, donor: TrackedRequest) -> bool:
-        known = self._requests.active.get(name) is donor
-        return known and donor.request.num_computed_tokens < donor.request.num_prompt_tokens
+        runs = self._requests.active.get(name) is donor and donor.request.status == RequestStatus.RUNNING
+        return runs and donor.request.num_computed_tokens < donor.request.num_prompt_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -13,6 +13,7 @@ from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.candidates import Candidates, Member
 from jointkv.vllm_plugin.scheduler.questions import Answer, Question
+from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
 
 
@@ -44,6 +45,12 @@ class Fusion:
             pairs = [(member.group, member.page, page) for member in members for page in member.candidates]
             yield Question(pairs, partial(self._hear, members))
 
+    def conclude(self, tracked: Iterable[TrackedRequest]) -> None:
+        """Audits may be complete although nothing was compared in the end."""
+        for request in tracked:
+            if request.audit is not None:
+                self.audits.conclude_if_complete(request)
+
     def start_anew(self) -> None:
         """Forget what was to be asked."""
         self._again = []
@@ -74,8 +81,7 @@ class Fusion:
                 self._settle(member, part)
             elif self.candidates.unchanged_since(member.page, answer.step):
                 self._keep(member)
-        for tracked in {id(member.tracked): member.tracked for member in members}.values():
-            self.audits.conclude_if_complete(tracked)
+        self.conclude({id(member.tracked): member.tracked for member in members}.values())
 
     def _note(self, member: Member, answer: Answer) -> None:
         audit = member.audit
@@ -83,7 +89,7 @@ class Fusion:
         audit.outstanding -= len(member.candidates)
         for page, ratio in zip(member.candidates, answer.ratio, strict=True):
             if self.candidates.unchanged_since(page, answer.step):
-                self.audits.note(audit, member.slot, page, float(ratio))
+                self.audits.note(member.tracked, audit, member.slot, page, float(ratio))
         request = member.tracked.request
         if audit.chosen and request.num_computed_tokens < request.num_prompt_tokens:
             member.fuses = False  # what comes behind it is to be computed exactly

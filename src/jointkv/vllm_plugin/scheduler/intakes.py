@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from vllm.v1.request import Request
 
 from jointkv.core.reuse import ReusePlan, Run, Runs
+from jointkv.policy.reuse import Search
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 
 
@@ -37,7 +38,7 @@ class Intake:
         found: blocks that vLLM's prefix cache had for it.
         end: the slot behind the last one that may be reused; one token at least is computed.
         plan: what is decided so far.
-        at: slots before are decided.
+        search: where the next entry block is looked for.
         entry: slot of the next run's entry block; None when all is decided.
         sources: of that run.
         helpers: names of those it waits for.
@@ -51,7 +52,7 @@ class Intake:
     found: int
     end: int
     plan: ReusePlan
-    at: int
+    search: Search
     entry: int | None = None
     sources: list[Run] = field(default_factory=list)
     helpers: set[str] = field(default_factory=set)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from vllm.v1.request import Request
 
+from jointkv.core.evidence import Echoes, standing
 from jointkv.fusion.signature import token_hashes
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 
@@ -55,6 +56,7 @@ class TrackedRequest:
             exact.
         secret: what tells its private hashes from all others.
         audit: what its comparisons say of reuse, while it computes its prompt exactly and reuse is on.
+        planned: epoch in which it was decided that nothing more is reused before it starts.
     """
 
     request: Request
@@ -67,7 +69,9 @@ class TrackedRequest:
     private_from: int | None = None
     secret: bytes = field(default_factory=lambda: os.urandom(16), repr=False)
     audit: Audit | None = None
+    planned: int | None = None
     _hashes: list[int] = field(default_factory=list, repr=False)
+    _standing: Echoes = field(default_factory=lambda: np.zeros(0, np.uint64), repr=False)
     _tokens: NDArray[np.int32] | None = field(default=None, repr=False)
 
     def restart(self, kept: int) -> None:
@@ -93,6 +97,13 @@ class TrackedRequest:
             self._tokens = more if self._tokens is None else np.concatenate([self._tokens, more])
         assert self._tokens is not None or first == end
         return np.zeros((0, self.block_size), np.int32) if self._tokens is None else self._tokens[first:end]
+
+    def standing(self, first: int, end: int) -> Echoes:
+        """Which tokens of blocks `first` to `end` stand before their block too, see `core.evidence`."""
+        if end > len(self._standing):
+            blocks = max(end, self.request.num_prompt_tokens // self.block_size)
+            self._standing = standing(self.tokens(0, blocks).ravel(), self.block_size)
+        return self._standing[first:end]
 
 
 class Requests:
@@ -123,6 +134,13 @@ class Requests:
     def find(self, request_id: str) -> TrackedRequest | None:
         """Whether active or left alone."""
         return self.active.get(request_id) or self.left_alone.get(request_id)
+
+    def among(self, request_ids: Iterable[str]) -> Iterator[TrackedRequest]:
+        """Those of these requests that take part."""
+        for request_id in request_ids:
+            tracked = self.active.get(request_id)
+            if tracked is not None:
+                yield tracked
 
     def pop(self, request_id: str) -> TrackedRequest | None:
         """A request that has ended."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import chain, repeat
 
 import numpy as np
+from numpy.typing import NDArray
 
+from jointkv.core.evidence import Echoes, Evidence
 from jointkv.core.reuse import Run, Runs
 from jointkv.fusion.token_index import TokenIndex
+from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 
 NOBODY = -1
@@ -24,16 +28,15 @@ class Residents:
         index: finds pages by bucket.
         source: number of the request that computed the page, int64 `[pages]`.
         exact: whether everything before its block was computed or an exact hit, bool `[pages]`.
-        witnesses, worst: comparisons with the same tokens computed behind another context, and the largest of their
-            ratios of error to bound, `[pages]`.
+        evidence: what witnesses say of each page.
     """
 
     def __init__(self, pages: int, block_size: int) -> None:
         self.index = TokenIndex()
         self.source = np.full(pages, NOBODY, np.int64)
         self.exact = np.zeros(pages, bool)
-        self.witnesses = np.zeros(pages, np.int64)
-        self.worst = np.zeros(pages, np.float32)
+        self.evidence = Evidence(pages)
+        self._slot = np.zeros(pages, np.int64)
         self._tokens = np.zeros((pages, block_size), np.int32)
 
     def __contains__(self, page: int) -> bool:
@@ -42,36 +45,46 @@ class Residents:
     def add(self, tracked: TrackedRequest, slot: int, page: int, buckets: tuple[Hashable, ...]) -> None:
         """Offer `page`, which holds what `tracked` has computed at `slot`."""
         self.index.add(buckets, page)
-        self.source[page] = tracked.number
+        self.source[page], self._slot[page] = tracked.number, slot
         self.exact[page] = tracked.private_from is None or (slot + 1) * tracked.block_size <= tracked.private_from
-        self.witnesses[page], self.worst[page] = 0, 0.0
+        self.evidence.start(np.array([page]), tracked.standing(slot, slot + 1))
         self._tokens[page] = tracked.tokens(slot, slot + 1)[0]
 
-    def testify(self, page: int, ratio: float) -> None:
-        """`page` is that far from the same tokens computed behind another context; not a number counts as infinite."""
+    def testify(self, page: int, ratio: float, seen: Echoes) -> None:
+        """A block with the tokens of `page`, computed where `seen [1]` stood before it, is that far from it."""
         if page in self.index:
-            self.witnesses[page] += 1
-            self.worst[page] = max(self.worst[page], np.inf if np.isnan(ratio) else ratio)
+            self.evidence.add(np.array([page]), np.array([ratio], np.float32), seen)
+
+    def usable(self, rule: ReuseRule, tracked: TrackedRequest, run: Run, entry: float) -> NDArray[np.bool_]:
+        """Which blocks of `run`, behind an entry block of that ratio, `tracked` may reuse: bool `[len(run.pages)]`."""
+        known, pages = self.evidence, run.pages
+        new = known.new(pages, tracked.standing(run.first, run.end))
+        return rule.usable(entry, known.count[pages], known.worst[pages], new) & self.still_holds(run)
 
     def runs(self, tracked: TrackedRequest, first: int, end: int, group: int) -> Runs:
         """Runs of the tokens of blocks `first` to `end` of `tracked`, compared token by token, not by hash alone."""
-        slots: list[int] = []
-        pages: list[int] = []
-        isolation, hashes = tracked.isolation, tracked.hashes(end)
-        for place in range(first, end):
-            found = self.index.bucket((isolation, group, place, hashes[place]))
-            slots += [place] * len(found)
-            pages += found
-        slot, page = (np.array(column, np.int64) for column in (slots, pages))
+        hashes = tracked.hashes(end)[first:end]
+        keys = zip(repeat(tracked.isolation), repeat(group), range(first, end), hashes, strict=False)
+        found = self.index.buckets(keys)
+        slot = np.repeat(np.arange(first, end), np.fromiter(map(len, found), np.int64, len(found)))
+        page = np.fromiter(chain.from_iterable(found), np.int64, len(slot))
         if len(page):
             equal = (self._tokens[page] == tracked.tokens(first, end)[slot - first]).all(1)
             slot, page = slot[equal], page[equal]
         return Runs(slot, page, self.source[page])
 
+    def remove(self, page: int) -> None:
+        """`page` is about to be written."""
+        self.index.remove(page)
+        self.source[page] = NOBODY
+
     def still_holds(self, run: Run) -> np.ndarray:
-        """Which pages of `run` are resident and hold what they held when it was found: bool `[len(run.pages)]`."""
-        resident = np.array([page in self.index for page in run.pages.tolist()], bool)
-        return resident & (self.source[run.pages] == run.source)
+        """Which pages of `run` are resident and hold what they held when it was found: bool `[len(run.pages)]`.
+
+        Or the same text of the same request, which was preempted meanwhile and has computed it again.
+        """
+        in_place: np.ndarray = self._slot[run.pages] == np.arange(run.first, run.end)
+        return in_place & (self.source[run.pages] == run.source)
 
     def clear(self) -> None:
         """Forget every page; the index may be what is broken."""

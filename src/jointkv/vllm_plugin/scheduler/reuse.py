@@ -16,11 +16,11 @@ from functools import partial
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from jointkv.core.reuse import ReusePlan, Run
-from jointkv.policy.reuse import ReuseRule
-from jointkv.vllm_plugin.engine.line import helper_of, next_in_line, seats, send_ahead
+from jointkv.policy.reuse import ReuseRule, Search
+from jointkv.vllm_plugin.engine.line import helper_of, in_line, seats, send_ahead
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.evidence import Audit
@@ -51,7 +51,7 @@ class Reuse:
 
     Attributes:
         intakes: requests on their way in, by name.
-        helpers: by name. Ended ones stay until the next step is prepared.
+        helpers: by name. Ended ones stay until `forget_ended`.
         followers: requests that wait for text that another one is computing.
     """
 
@@ -75,22 +75,23 @@ class Reuse:
 
     def prepare(self, scheduler: Scheduler) -> None:
         """Look up those who may start in the step to come, and send helpers ahead of them."""
-        self.helpers = {name: helper for name, helper in self.helpers.items() if not helper.ended}
         self.followers.new_step()
         if not scheduler.waiting:
             return
-        start, budget = time.perf_counter(), scheduler.max_num_scheduled_tokens
+        start, budget, free = time.perf_counter(), scheduler.max_num_scheduled_tokens, seats(scheduler)
         sent: dict[str, list[Request]] = {}
-        for request in next_in_line(scheduler, seats(scheduler)):
-            if budget <= 0:
+        for request in in_line(scheduler):
+            if budget <= 0 or free <= 0:
                 break
             name = request.request_id
             intake = self.intakes.get(name) or self._take_in(request)
             if intake is not None:
                 sent[name] = self._send(intake)
                 budget -= sum(helper.num_tokens for helper in sent[name])
-            elif name not in self.helpers and name not in self.followers.held:
-                budget -= request.num_tokens
+                free -= len(sent[name]) + (not intake.asked and not intake.helpers)
+            else:
+                budget -= 0 if name in self.helpers or name in self.followers.held else request.num_tokens
+                free -= 1
         if any(sent.values()):
             send_ahead(scheduler, sent)
         self.statistics.add("reuse_plan_seconds", time.perf_counter() - start)
@@ -135,9 +136,9 @@ class Reuse:
             if intake.sources:
                 intake.asked = True
                 pairs = [(GROUP, held.block_id, int(run.pages[0])) for run in intake.sources]
-                yield Question(pairs, partial(self._hear, helper.owner))
+                yield Question(pairs, partial(self._hear, intake, list(intake.sources)))
             else:
-                intake.at = intake.entry + 1
+                intake.search.refused(intake.entry)
                 self._advance(intake)
 
     def ended(self, name: str) -> None:
@@ -164,19 +165,31 @@ class Reuse:
 
     def stray(self) -> list[str]:
         """Helpers that nobody waits for any more."""
-        return [name for name, helper in self.helpers.items() if helper.stray and not helper.ended]
+        return [name for name, helper in self.helpers.items() if not helper.ended and self._is_stray(helper)]
+
+    def forget_ended(self) -> None:
+        """Helpers that have ended are no longer known: nothing of them is on its way to a client."""
+        self.helpers = {name: helper for name, helper in self.helpers.items() if not helper.ended}
 
     def start_anew(self) -> None:
-        """Let everybody go."""
+        """Let everybody go. Who takes part still finds nothing of what it has adopted."""
         self.followers.start_anew()
-        for request_id in list(self.intakes):
+        for request_id, intake in list(self.intakes.items()):
+            if intake.plan.skipped and request_id in self.requests.active:
+                self.sharing.forget(intake.tracked)
             self._let_go(request_id)
 
     def _let_go(self, request_id: str) -> None:
         """The request computes what it has not found."""
         intake = self.intakes.pop(request_id, None)
-        for name in () if intake is None else intake.helpers:
-            self.helpers[name].stray = True
+        if intake is not None:
+            intake.tracked.planned = intake.tracked.request.num_preemptions
+        for helper in self.helpers.values():
+            helper.stray = helper.stray or helper.owner == request_id
+
+    def _is_stray(self, helper: Helper) -> bool:
+        # One that was preempted after its request has found everything would compute it again.
+        return helper.stray or (helper.owner not in self.intakes and helper.request.status != RequestStatus.RUNNING)
 
     def _take_in(self, request: Request) -> Intake | None:
         """Look up a request that has not been yet. None where it computes all, or waits for another's text."""
@@ -197,9 +210,9 @@ class Reuse:
     def _may_reuse(self, tracked: TrackedRequest) -> bool:
         request = tracked.request
         strict = self.settings.isolation == "strict" and not request.cache_salt
-        chosen = tracked.audit is not None and bool(tracked.audit.pages)
+        decided = tracked.planned == request.num_preemptions or (tracked.audit is not None and tracked.audit.pages)
         text = request.sampling_params is not None and not request.mm_features
-        return text and not strict and not chosen and not request.skip_reading_prefix_cache
+        return text and not strict and not decided and not request.skip_reading_prefix_cache
 
     def _look_up(self, tracked: TrackedRequest) -> Intake | None:
         """Find runs; None where there is none, an audit is due, or more is being computed right now."""
@@ -214,8 +227,8 @@ class Reuse:
             return None
         if not sources:
             return None
-        intake = Intake(tracked, runs, found, end, ReusePlan.nothing(end), found, covered=found)
-        exact = bool(self.residents.exact[sources[0].pages[1:]].all())
+        intake = Intake(tracked, runs, found, end, ReusePlan.nothing(end), Search(found), covered=found)
+        exact = bool(self.residents.exact[sources[0].behind.pages].all())
         if not self._granted(RunClass(tracked.isolation, exact)):
             tracked.audit = Audit(self._pages(intake))
             return None
@@ -244,7 +257,7 @@ class Reuse:
     def _advance(self, intake: Intake) -> None:
         """Turn to the next run; if there is none and nothing is reused, let the request go."""
         least = self.rule.least + 1
-        intake.entry = intake.runs.next_entry(intake.at, intake.end, least)
+        intake.entry = intake.runs.next_entry(intake.search.at, intake.end, least)
         if intake.entry is not None:
             intake.sources = intake.runs.through(intake.entry, intake.end, least, self.rule.sources)
         elif not intake.plan.skipped:
@@ -267,34 +280,40 @@ class Reuse:
             yield helper
         self.statistics.add("reuse_helpers", len(ends))
 
-    def _hear(self, request_id: str, answer: Answer) -> None:
-        """The entry block has been compared: adopt what may be."""
-        intake = self.intakes.get(request_id)
-        if intake is None or not intake.asked:
+    def _hear(self, intake: Intake, sources: list[Run], answer: Answer) -> None:
+        """The entry block has been compared with those of `sources`: adopt what may be."""
+        if self.intakes.get(intake.tracked.request.request_id) is not intake:
             return
         intake.asked = False
-        for run, ratio in zip(intake.sources, answer.ratio, strict=True):
-            self.residents.testify(int(run.pages[0]), float(ratio))
+        assert intake.entry is not None
+        seen = intake.tracked.standing(intake.entry, intake.entry + 1)
+        for run, ratio in zip(sources, answer.ratio, strict=True):
+            if self.residents.still_holds(run)[0]:
+                self.residents.testify(int(run.pages[0]), float(ratio), seen)
         nearest = int(answer.ratio.argmin())
-        self._adopt(intake, intake.sources[nearest], float(answer.ratio[nearest]))
+        self._adopt(intake, intake.entry, sources[nearest].behind, float(answer.ratio[nearest]))
         self._advance(intake)
 
-    def _adopt(self, intake: Intake, run: Run, entry: float) -> None:
-        behind = Run(run.first + 1, run.source, run.pages[1:])
-        count, worst = self.residents.witnesses[behind.pages], self.residents.worst[behind.pages]
-        usable = self.rule.usable(entry, count, worst) & self.residents.still_holds(behind)
-        before, intake.plan = intake.plan, intake.plan.adopting(behind, usable, self.rule.least)
-        intake.at = run.end
-        new = [stretch for stretch in intake.plan.reused if stretch not in before.reused]
+    def _adopt(self, intake: Intake, entry: int, run: Run, ratio: float) -> None:
+        usable = self.residents.usable(self.rule, intake.tracked, run, ratio)
+        intake.plan = intake.plan.adopting(run, usable, self.rule.least)
+        new = [stretch for stretch in intake.plan.reused if stretch.start > entry]
         for stretch in new:
             pages = intake.plan.pages[stretch.start : stretch.stop].tolist()
             self.sharing.adopt(intake.tracked, GROUP, stretch.start, pages)
-        self.statistics.add("reuse_runs", bool(new))
+        if new:
+            self.statistics.add("reuse_runs")
+            intake.search.adopted(new[-1].stop)
+        else:
+            intake.search.refused(entry)
 
     def _start(self, intake: Intake, computed: int) -> None:
         """The request starts and has found `computed` tokens."""
-        tracked, blocks = intake.tracked, computed // intake.tracked.block_size
-        adopted = [slot for stretch in intake.plan.reused for slot in stretch if slot < blocks]
+        tracked, plan, blocks = intake.tracked, intake.plan, computed // intake.tracked.block_size
+        (table,) = self.sharing.tables.of([tracked.request.request_id])[tracked.request.request_id]
+        # A page that was handed out meanwhile has been computed anew, by a helper or by the request itself.
+        reused = [slot for stretch in plan.reused for slot in stretch if slot < blocks]
+        adopted = [slot for slot in reused if table[slot] == plan.pages[slot]]
         tracked.served |= {(GROUP, slot) for slot in adopted}
         self.statistics.add("prompt_tokens_skipped", len(adopted) * tracked.block_size)
         self.statistics.add("reuse_gaps", len(intake.plan.gaps))

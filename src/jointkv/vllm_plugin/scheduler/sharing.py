@@ -71,19 +71,16 @@ class Sharing:
         remaps, self._remaps = self._remaps, []
         return remaps
 
-    def computed_again(self, tracked: TrackedRequest, computed: int) -> None:
-        """Private hashes of blocks that a resumed request did not find again lead to its own pages from now on.
+    def started(self, tracked: TrackedRequest) -> None:
+        """Private hashes of a request that starts or comes back lead to the pages that it holds, and to no others.
 
-        The page that served such a block before may still be there, and its hash would lead to it: a page that the
-        request now reads as it stands, whatever factors it had.
-
-        Args:
-            computed: tokens that it found again.
+        A page that it has adopted, or that served it before, may still be there although the request did not find it
+        and computes its block: the hash would lead to a page that the request now reads as it stands, whatever factors
+        it had.
         """
         if tracked.private_from is not None:
-            start = max(tracked.private_from, computed // self._block_size * self._block_size)
-            self.tables.forget(tracked.request, start)
-            self.tables.answer_for(tracked.request, start, None)
+            self.tables.forget(tracked.request, tracked.private_from)
+            self.tables.answer_for(tracked.request, tracked.private_from, None)
 
     def forget(self, tracked: TrackedRequest) -> None:
         """No page answers for the private hashes of a request that has ended."""

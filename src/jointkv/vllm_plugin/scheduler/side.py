@@ -19,7 +19,7 @@ from vllm.v1.request import Request, RequestStatus
 from jointkv.errors import IntegrityError
 from jointkv.policy.reuse import ReuseRule
 from jointkv.theory.licence import Licence
-from jointkv.vllm_plugin.engine.steps import resumed
+from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.metrics import REPORT_EVERY, JointStats, LicenceGauges, Statistics
@@ -28,11 +28,12 @@ from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.candidates import Candidates
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.fusion import Fusion
+from jointkv.vllm_plugin.scheduler.intakes import Helper
 from jointkv.vllm_plugin.scheduler.licences import Licences
 from jointkv.vllm_plugin.scheduler.questions import Questions
 from jointkv.vllm_plugin.scheduler.recovery import Recovery
 from jointkv.vllm_plugin.scheduler.requests import Requests
-from jointkv.vllm_plugin.scheduler.reuse import Helper, Reuse
+from jointkv.vllm_plugin.scheduler.reuse import Reuse
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
 from jointkv.vllm_plugin.settings import PluginSettings
 
@@ -131,13 +132,19 @@ class SchedulerSide:
 
     @fail_safe
     def prepare(self, scheduler: Scheduler) -> None:
-        """Before vLLM schedules a step: see `Reuse.prepare`. Helpers whose request was let go end."""
-        stray = self.reuse.stray()
-        if stray:
-            scheduler.finish_requests(stray, RequestStatus.FINISHED_ABORTED)
+        """Before vLLM schedules a step: see `Reuse.prepare`."""
+        self._end_strays(scheduler)
         if self.enabled:
+            self._notice_reset()
             self.reuse.prepare(scheduler)
 
+    @fail_safe
+    def follow_up(self, scheduler: Scheduler) -> None:
+        """After the outputs of a step are made: helpers that nobody waits for end, and ended ones are forgotten."""
+        self.reuse.forget_ended()
+        self._end_strays(scheduler)
+
+    @fail_safe
     def holds(self, request: Request, computed: int) -> bool:
         """Whether `request`, which would find `computed` tokens now, is to wait."""
         return self.reuse.holds(request.request_id, computed)
@@ -174,6 +181,7 @@ class SchedulerSide:
             raise (IntegrityError if verdict.broken else RuntimeError)(f"a worker gave up: {verdict.fault}")
         if verdict.ranks != self._ranks:
             raise RuntimeError(f"{verdict.ranks} of {self._ranks} workers answered step {verdict.step}")
+        self._notice_reset()
         self.questions.settle(verdict)
         if self.settings.check_integrity:
             self.check_integrity()
@@ -186,6 +194,7 @@ class SchedulerSide:
         tracked = self.requests.pop(request_id)
         if tracked is not None:
             self.sharing.forget(tracked)
+            self.fusion.conclude([tracked])
 
     @fail_safe
     def reset(self) -> None:
@@ -224,17 +233,28 @@ class SchedulerSide:
     def _ask(self, inquiry: Inquiry, output: SchedulerOutput) -> None:
         if self.settings.check_integrity:
             inquiry.tables = self.tables.of(output.num_scheduled_tokens)
-        for request_id, computed in resumed(output):
+        for request_id, _ in started(output):
             tracked = self.requests.find(request_id)
             if tracked is not None:
-                self.sharing.computed_again(tracked, computed)
+                self.sharing.started(tracked)
         self._helped = list(self.reuse.begin(output))
         if not self.enabled:
             return
-        if self.candidates.cache_was_reset():
-            self._start_anew()
+        self._notice_reset()
+        self.fusion.conclude(self.requests.among(output.num_scheduled_tokens))
         self.candidates.forget_written(output, inquiry.step)
         self.questions.ask(inquiry, [*self.reuse.questions(output), *self.fusion.questions(output)])
+
+    def _end_strays(self, scheduler: Scheduler) -> None:
+        stray = self.reuse.stray()
+        if stray:
+            scheduler.finish_requests(stray, RequestStatus.FINISHED_ABORTED)
+            for name in stray:  # after an error vLLM may not have known it
+                self.reuse.ended(name)
+
+    def _notice_reset(self) -> None:
+        if self.candidates.cache_was_reset():
+            self._start_anew()
 
     def _start_anew(self) -> None:
         self.candidates.start_anew()

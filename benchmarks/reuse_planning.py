@@ -1,0 +1,92 @@
+"""Looking up a prompt of 100,000 tokens among 100,000 resident pages, as the scheduler does before a request starts.
+
+The floor is one look into a hash table per block and one comparison of its tokens, in numpy. Hashing a prompt's tokens
+is not in it: that is done once per request, whether it reuses or not, and measured beside.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request
+
+from jointkv.core.reuse import ReusePlan
+from jointkv.policy.reuse import ReuseRule
+from jointkv.vllm_plugin.scheduler.requests import TrackedRequest, isolation_key
+from jointkv.vllm_plugin.scheduler.residents import Residents
+from timing import paired, timed, write
+
+TOKENS, PAGES, BLOCK_SIZE, HEADER = 100_000, 100_000, 16, 64
+RULE = ReuseRule()
+
+
+def tracked(name: str, tokens: list[int], number: int) -> TrackedRequest:
+    request = Request(name, tokens, SamplingParams(max_tokens=1), None)
+    return TrackedRequest(request, isolation_key(request), BLOCK_SIZE, number)
+
+
+def fill(residents: Residents, texts: list[list[int]]) -> None:
+    """Texts in turn, behind headers of their own, until every page is taken."""
+    page = 0
+    for number in range(PAGES * BLOCK_SIZE // TOKENS + 1):
+        owner = tracked(f"resident {number}", header(number) + texts[number % len(texts)], number)
+        for slot, tokens in enumerate(owner.hashes(TOKENS // BLOCK_SIZE)):
+            if page < PAGES:
+                residents.add(owner, slot, page, ((owner.isolation, 0, slot, tokens),))
+                page += 1
+
+
+def header(seed: int) -> list[int]:
+    return np.random.default_rng(1000 + seed).integers(10, 50_000, HEADER).tolist()
+
+
+def plan(residents: Residents, request: TrackedRequest) -> ReusePlan:
+    """What becomes of a request whose entry block is near its first source's."""
+    end = (TOKENS - 1) // BLOCK_SIZE
+    runs, result = residents.runs(request, 0, end, 0), ReusePlan.nothing(end)
+    at, least = 0, RULE.least + 1
+    while (entry := runs.next_entry(at, end, least)) is not None:
+        run = runs.through(entry, end, least, RULE.sources)[0]
+        result = result.adopting(run.behind, residents.usable(RULE, request, run.behind, 0.3), RULE.least)
+        at = run.end
+    return result
+
+
+def run(output: Path) -> None:
+    draw = np.random.default_rng(0)
+    texts = [draw.integers(10, 50_000, TOKENS - HEADER).tolist() for _ in range(4)]
+    residents = Residents(PAGES, BLOCK_SIZE)
+    fill(residents, texts)
+    known = tracked("known", header(99) + texts[1], 1000)
+    unknown = tracked("unknown", draw.integers(10, 50_000, TOKENS).tolist(), 1001)
+    hashing = timed(lambda: tracked("new", known.request.prompt_token_ids or [], 0).hashes(TOKENS // BLOCK_SIZE))
+    for request in (known, unknown):
+        request.hashes(TOKENS // BLOCK_SIZE), request.standing(0, TOKENS // BLOCK_SIZE)
+    skipped = plan(residents, known).skipped * BLOCK_SIZE
+    assert skipped > 0.99 * TOKENS - 2 * HEADER and plan(residents, unknown).skipped == 0
+    buckets = [(known.isolation, 0, slot, tokens) for slot, tokens in enumerate(known.hashes(0))]
+    pages = np.array([found[0] for found in residents.index.buckets(buckets[8:])])
+    kept = residents._tokens
+
+    def floor() -> None:
+        residents.index.buckets(buckets)
+        (kept[pages] == known.tokens(8, len(buckets))).all()
+
+    works = [lambda: plan(residents, known), lambda: plan(residents, unknown), floor]
+    seconds = paired(works, repeats=15, warmup=3, clock="processor")
+    found, nothing, least = (median(times) for times in seconds)
+    headline = {
+        "tokens_skipped": skipped,
+        "plan_ms": round(1e3 * found, 2),
+        "nothing_resident_ms": round(1e3 * nothing, 2),
+        "floor_ms": round(1e3 * least, 2),
+        "hashing_once_ms": round(1e3 * median(hashing), 2),
+    }
+    write(output, "reuse_planning", {"headline": headline, "tokens": TOKENS, "resident_pages": PAGES})
+
+
+if __name__ == "__main__":
+    run(Path("out/bench"))

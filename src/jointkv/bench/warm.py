@@ -1,0 +1,76 @@
+"""What a server serves before it is measured: a few short requests, and requests of the same traffic."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from jointkv.bench.plan import Plan
+from jointkv.bench.requests import ServingRequest
+from jointkv.bench.result import Arm
+from jointkv.bench.reuse import Warmup
+from jointkv.bench.server import Server, ServerFailed, get
+from jointkv.bench.watch import Watch
+
+WARM_UP_REQUESTS = 4
+WARM_UP_PROMPT_TOKENS = 40
+OUTPUT_TOKENS = 8
+"""Enough for the blocks of a prompt to be compared before their request has ended."""
+AT_ONCE = 8
+SECONDS = 600.0
+"""That one answer may take."""
+
+
+def warm_up(server: Server, model: str, requests: Sequence[ServingRequest]) -> None:
+    """Serve a few short requests at once that share nothing with `requests`, then forget them.
+
+    Raises:
+        ServerFailed: one was not answered, or the cache could not be emptied.
+    """
+    source = [token for request in requests for token in reversed(request.prompt)]
+    length = min(WARM_UP_PROMPT_TOKENS, max(len(request.prompt) for request in requests))
+    offsets = [(number * length) % max(1, len(source) - length) for number in range(WARM_UP_REQUESTS)]
+    _serve(server, model, [source[offset : offset + length] for offset in offsets])
+    server.reset_prefix_cache()
+
+
+def warm_traffic(plan: Plan, server: Server, arm: Arm) -> Warmup | None:
+    """Serve the requests of `plan` that are for this, a few tokens each; what they leave in the pool stays there.
+
+    An arm that reuses gets all of them, for evidence adds up. Another one gets the last of them, as many as its pool
+    holds: nothing of those before could be left.
+
+    Raises:
+        ServerFailed: one was not answered.
+    """
+    if not plan.warmup:
+        return None
+    requests = plan.warmup if arm.reuses else _last(plan.warmup, arm.pool_blocks * plan.facts["block_size"])
+    began = time.perf_counter()
+    with Watch(server.url) as watch:
+        _serve(server, plan.model, [request.prompt for request in requests])
+        seconds = time.perf_counter() - began
+    return Warmup(requests=len(requests), seconds=seconds, reuse=watch.reuse())
+
+
+def _serve(server: Server, model: str, prompts: Iterable[Sequence[int]]) -> None:
+    def send(prompt: Sequence[int]) -> None:
+        body = {"model": model, "prompt": list(prompt), "max_tokens": OUTPUT_TOKENS, "ignore_eos": True}
+        get(f"{server.url}/v1/completions", timeout=SECONDS, body=body)
+
+    try:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(send, prompts))
+    except OSError as error:
+        server.require_alive("in its warm-up")
+        raise ServerFailed(f"the server did not answer the warm-up: {error}") from None
+
+
+def _last(requests: Sequence[ServingRequest], tokens: int) -> Sequence[ServingRequest]:
+    """The last of `requests` whose prompts have `tokens` together; at least one."""
+    for number in range(len(requests) - 1, 0, -1):
+        tokens -= len(requests[number].prompt)
+        if tokens <= 0:
+            return requests[number:]
+    return requests

@@ -1,0 +1,139 @@
+"""What must hold besides where text is reused before it is computed."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+from tests.vllm_plugin.scheduler.oracle import Account, Oracle
+
+GROUP = 0
+
+
+class ReuseOracle(Oracle):
+    """See the module. Its totals also count helpers, adopted blocks, those of them that were read, and audits.
+
+    Attributes:
+        owners: by name of a helper, whom it helps.
+    """
+
+    def attach(self, *parts: Any) -> None:
+        super().attach(*parts)
+        self.owners: dict[str, str] = {}
+        self._adopted: dict[str, dict[int, tuple[int, int]]] = {}
+        self._behind: set[str] = set()
+        adopt = self.side.sharing.adopt
+
+        def watched(tracked: Any, group: int, first: int, pages: list[int]) -> None:
+            self._before_adopting(self.accounts[tracked.request.request_id], first, pages)
+            adopt(tracked, group, first, pages)
+
+        self.side.sharing.adopt = watched
+
+    @property
+    def clients(self) -> list[Account]:
+        return [account for name, account in self.accounts.items() if name not in self.owners]
+
+    def may_disappear(self, name: str) -> bool:
+        return name in self.owners or super().may_disappear(name)
+
+    def begin(self, output: Any) -> None:
+        for new in output.scheduled_new_reqs:
+            helper = self.side.helpers.get(new.req_id)
+            if helper is not None:
+                self._admit_helper(helper.request, self.accounts[helper.owner])
+        super().begin(output)
+
+    def deliver(self, output: Any) -> None:
+        assert output.request_id not in self.owners, "a client hears of a helper"
+        super().deliver(output)
+
+    def new_weights(self) -> None:
+        super().new_weights()
+        self._adopted.clear()
+
+    def may_be_inexact(self, account: Account, first: int) -> bool:
+        name = account.request.request_id
+        tracked = self.side.requests.active.get(name)
+        audit = None if tracked is None else tracked.audit
+        if audit is not None and audit.chosen and first < account.request.num_prompt_tokens:
+            return False
+        return name in self._behind or super().may_be_inexact(account, first)
+
+    def may_read(self, account: Account, group: int, slot: int, page: int) -> bool:
+        name = account.request.request_id
+        owner = self.owners.get(name, name)
+        if any(super(ReuseOracle, self).may_read(self.accounts[one], group, slot, page) for one in {name, owner}):
+            return True
+        self._check_text(account, slot, page)
+        writer = self.pages.writers[page]
+        ours = owner in (writer, self.owners.get(writer or ""))
+        return ours or self._adopted.get(owner, {}).get(slot) == (page, self.pages.generation[page])
+
+    def check(self) -> None:
+        super().check()
+        for name in self.scheduler.requests:
+            helper = self.side.helpers.get(name)
+            assert helper is None or helper.owner in self.scheduler.requests, "a helper outlives its request"
+            assert helper is not None or name not in self.owners, "a helper is forgotten and runs"
+
+    def check_drained(self) -> None:
+        super().check_drained()
+        assert not self.side.reuse.intakes
+        assert all(helper.ended for helper in self.side.helpers.values())
+
+    def check_statistics(self, stats: Any) -> None:
+        """What vLLM says of its requests says nothing of helpers."""
+        clients = len(self.scheduler.requests.keys() - self.owners.keys() - self.side.helpers.keys())
+        counts = stats.num_running_reqs, stats.num_waiting_reqs, stats.num_skipped_waiting_reqs
+        assert sum(counts) == clients and min(counts) >= 0, f"{counts} of {clients} requests"
+        cache = stats.prefix_cache_stats
+        assert cache.requests >= 0 and 0 <= cache.hits <= cache.queries, cache
+
+    def _admit_helper(self, request: Any, owner: Account) -> None:
+        assert owner.ended is None, "a helper starts for a request that has ended"
+        assert list(request.all_token_ids) == list(owner.request.all_token_ids[: request.num_tokens])
+        twin = copy(request)
+        account = Account(request, twin, [[]], [[]], [copy(owner.ever[GROUP])])
+        self.owners[request.request_id] = owner.request.request_id
+        self._promise(owner)
+        twin.block_hashes = owner.twin.block_hashes[: request.num_tokens // self.size]
+        account.ever[GROUP].clear()
+        self.accounts[request.request_id] = account
+        self._promise(account)
+        self.totals["helpers"] += 1
+
+    def _before_adopting(self, account: Account, first: int, pages: list[int]) -> None:
+        request = account.request
+        assert not request.sampling_params.extra_args, "a request that opted out reuses"  # type: ignore[union-attr]
+        assert request.cache_salt is not None or self.settings.isolation == "salt", "a request without a salt reuses"
+        adopted = self._adopted.setdefault(request.request_id, {})
+        for slot, page in enumerate(pages, first):
+            self._check_text(account, slot, page)
+            adopted[slot] = page, self.pages.generation[page]
+        self.totals["adopted"] += len(pages)
+
+    def _check_text(self, account: Account, slot: int, page: int) -> None:
+        """Whatever it was computed behind, `page` holds the text of `slot`, and was written."""
+        places = range(slot * self.size, (slot + 1) * self.size)
+        text = [(place, account.request.all_token_ids[place]) for place in places]
+        assert self.pages.text[page] == text, f"{account.request.request_id} is led to other text at {slot}"
+        assert self.pages.salts[page] == account.request.cache_salt, "salts share a page"
+        assert self.pages.versions[page] == self.model.version, "a page of old weights is reused"
+
+    def _start(self, account: Account, hits: int, numbers: list[list[int]]) -> None:
+        super()._start(account, hits, numbers)
+        name = account.request.request_id
+        if any(account.request.block_hashes[slot] != account.twin.block_hashes[slot] for slot in range(hits)):
+            self._behind.add(name)
+        adopted = self._adopted.get(name, {})
+        table = self.groups[GROUP].req_to_blocks[name]
+        for slot, (page, generation) in list(adopted.items()):
+            if slot < hits and (table[slot].block_id, self.pages.generation[page]) == (page, generation):
+                account.ever[GROUP][slot].add(self.pages.block(page))
+                account.merged.add((GROUP, slot))
+                self.totals["reused"] += 1
+            else:
+                del adopted[slot]
+        for slot in range(hits):
+            account.ever[GROUP][slot].add(tuple(account.own[GROUP][slot]))
