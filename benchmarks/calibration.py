@@ -19,8 +19,8 @@ def run(arguments: argparse.Namespace) -> Calibrations:
     from jointkv.evaluate.calibrate.run import Calibration, TargetUnmet
     from jointkv.evaluate.calibrate.settings import CalibrationSettings
     from jointkv.evaluate.traffic import get_traffic
+    from jointkv.hf.identity import model_identity
     from jointkv.hf.models import load_model
-    from jointkv.hf.pool import model_identity
     from jointkv.policy.profile import Target
 
     model, tokenizer = load_model(arguments.model, dtype="float32")

@@ -20,12 +20,15 @@ def test_rows_table_and_chart(tiny_long: str, tmp_path: Path) -> None:
     assert [(row["traffic"], row["policy"]) for row in rows] == [
         (traffic, policy)
         for traffic in ("near_prefix", "names", "unrelated")
-        for policy in ("unfused", "safe", "paper")
+        for policy in ("unfused", "safe", "paper", "safe, reuse")
     ]
     for row in rows:
         assert set(row) >= KEYS
         assert row["ratio"] == row["pages_before"] / row["pages_after"]
-        assert row["bytes_after"] * row["pages_before"] == row["bytes_before"] * row["pages_after"]
+        if row["policy"] != "safe, reuse":  # which never held the pages before
+            assert row["bytes_after"] * row["pages_before"] == row["bytes_before"] * row["pages_after"]
+        assert 0 <= row["tokens_skipped"] < row["prompt_tokens"]
+        assert not row["tokens_skipped"] or row["policy"] == "safe, reuse"
         if row["policy"] == "unfused":
             assert row["pages_before"] == row["pages_after"] and row["kl"] == 0 and row["top1"] == 1
     lines = [line.split() for line in out.splitlines()]

@@ -104,6 +104,20 @@ def test_chat_is_the_default_where_there_is_a_template(tiny: str, tmp_path: Path
     assert prompt_tokens(folder) == prompt_tokens(tiny, "--raw")
 
 
+def test_reuse_says_what_was_computed(tiny: str, tmp_path: Path) -> None:
+    text = "Tom buys 12 pens and gives three of them to his sister, who has none. How many are left?"
+    prompts = [f"{name}: {text}" for name in ("Ada", "Bob", "Eva")]
+    options = ("--model", tiny, "--raw", "--block-size", "4", "--max-relative-error", "1e6", "--max-new-tokens", "4")
+    stats = run_json("generate", *prompts, *options, "--reuse", "probed")["stats"]
+    assert stats["reuse"] == "probed" and stats["prompt_tokens_exact"] == 0
+    assert stats["prompt_tokens_computed"] == stats["prompt_tokens"] - stats["prompt_tokens_skipped"]
+    code, out, err = run("generate", *prompts, *options, "--reuse", "licensed")
+    assert code == 0, err
+    assert f"{stats['prompt_tokens']} of {stats['prompt_tokens']} prompt tokens computed" in out, "no licence yet"
+    stats = run_json("generate", *prompts, *options)["stats"]
+    assert stats["reuse"] == "off" and stats["prompt_tokens_computed"] == stats["prompt_tokens"]
+
+
 def test_sampling_follows_the_seed(tiny: str) -> None:
     options = (PROMPTS[0], "--model", tiny, "--max-new-tokens", "12", "--temperature", "2.5")
     answers = [run_json("generate", *options, "--seed", seed)["answers"] for seed in ("1", "1", "2")]

@@ -39,6 +39,9 @@ def test_rows_of_a_file(tiny: str, data: str, tmp_path: Path) -> None:
         assert row["pairs"] > 0 and -1 <= row["p50"] <= row["p90"] <= row["p99"] <= row["max"] <= 1
         assert 0 <= row["share_within_0.1"] <= row["share_within_0.2"] <= 1
     assert result["requests"] == 3 and result["block_size"] == 4 and result["source"] == data
+    reuse = result["reuse"]
+    assert reuse["tokens"]["tokens"] == result["tokens"] and reuse["tokens"]["missed_blocks"] is None
+    assert reuse["audits"]["skipped_tokens"] <= reuse["tokens"]["skipped_tokens"]
     assert (output / "similarity.png").read_bytes().startswith(PNG)
 
 
@@ -52,6 +55,20 @@ def test_built_in_traffic_needs_no_data(tiny: str, tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     # 6 blocks at equal positions of 3 requests; per request 2 places in 3 chunks.
     assert {(row["relation"], row["pairs"]) for row in rows} == {("across", 18), ("within", 18)}
+
+
+def test_text_alone_needs_no_weights(tiny: str, tmp_path: Path) -> None:
+    text = "Tom buys 12 pens and gives three of them to his sister, who has none. How many are left?"
+    file = tmp_path / "requests.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{name}: {text}"}) + "\n" for name in ("Ada", "Bob", "Eva")))
+    arguments = ("inspect", "--model", tiny, "--data", file, "--block-size", "4", "--text-only")
+    result = run_json(*arguments)
+    assert "rows" not in result and result["reuse"]["tokens"]["requests"] == 3
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert "from tokens alone" in out and "With this model" not in out and "loading" not in err
+    code, out, _ = run(*arguments[:-1], "--output", tmp_path)
+    assert code == 0 and "With this model" in out
 
 
 @pytest.mark.parametrize(("scope", "relation"), [("batch", "across"), ("chunk", "within")])

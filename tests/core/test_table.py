@@ -219,3 +219,43 @@ def test_broken_counts_and_tables_are_noticed():
     table.pages[0, 0] = 1
     with pytest.raises(IntegrityError, match="shape"):
         table.check_integrity()
+
+
+def test_a_row_goes_on_with_resident_pages():
+    pool = pool_of()
+    source, reader = table_of(pool, 3, 1), table_of(pool, 1, 0)
+    before = reader.version
+    reader.append(0, source.pages[0, 1:3], served=True)
+    reader.append(1, source.pages[0, :1], served=False)
+    assert reader.num_blocks().tolist() == [3, 1] and reader.version > before
+    assert reader.pages[0, 1:3].tolist() == source.pages[0, 1:3].tolist()
+    assert reader.served[0, :3].tolist() == [False, True, True] and not reader.served[1].any()
+    assert pool.references[source.pages[0, :3]].tolist() == [2, 2, 2]
+    reader.append(0, source.pages[0, :0], served=True)
+    pool.check_integrity()
+    reader.check_integrity()
+    free = int((pool.references[1:] == 0).nonzero()[0]) + 1
+    with pytest.raises(IntegrityError, match="a free page was shared"):
+        reader.append(0, torch.tensor([free]), served=True)
+    assert reader.num_blocks().tolist() == [3, 1]
+    pool.check_integrity()
+
+
+def test_rows_of_several_tables_become_one_with_their_scales():
+    pool = pool_of(layers=2)
+    first, second, third = table_of(pool, 2), table_of(pool, 5), table_of(pool, 0)
+    scales = torch.full((2, 1), 2.0)
+    second.apply(moving(second, 0, 1, second.pages[0, 0], k_scale=scales, v_scale=3 * scales))
+    joined = BlockTable(pool, 3)
+    joined.adopt_rows([first, second, third])
+    assert joined.num_blocks().tolist() == [2, 5, 0]
+    for row, part in enumerate((first, second)):
+        width = part.pages.shape[1]
+        assert torch.equal(joined.pages[row, :width], part.pages[0])
+        assert torch.equal(joined.served[row, :width], part.served[0])
+    assert joined.ref(1, 1, 1).k_scale == 2 and joined.ref(1, 1, 0).v_scale == 6 and joined.ref(0, 1).k_scale == 1
+    del first, second, third
+    gc.collect()
+    pool.check_integrity()
+    joined.check_integrity()
+    assert pool.num_used == 6

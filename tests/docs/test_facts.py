@@ -120,3 +120,16 @@ def test_queries_name_metrics_that_are_explained() -> None:
         re.sub(r"_(bucket|count|sum)$", "", name) for query in queries for name in re.findall(r"jointkv_\w+", query)
     }
     assert queries and used <= named
+
+
+def test_numbers_that_the_licence_is_said_to_have() -> None:
+    found = json.loads((DOCS / "results/reuse/licence.json").read_text())
+    headline, text = found["headline"], " ".join(section("how-it-works.md", "The licence to reuse").split())
+    first, over = headline["audits_without_a_miss"], headline["over_the_least"]
+    assert f"{first} audits earn a licence at 2%, {over:.2f} times" in text
+    late, foreign = headline["change_found_after_median"], headline["foreign_lost_after_median"]
+    assert f"after 5 to {late:.0f} audits" in text and f"lost after 5 to {foreign:.0f} " in text
+    assert f"{headline['change_not_found_in_100']:.0%} of licences outlive 100" in text
+    assert f"({headline['foreign_not_lost_in_100']:.1%} outlive 100)" in text
+    assert f"{headline['wrongly_granted_at_the_rate_streaks']:.0%} of the licences are granted" in text
+    assert f"{headline['lost_to_a_false_alarm_at_a_quarter']:.0%} to a false alarm" in text

@@ -5,7 +5,8 @@ import torch
 
 from jointkv.errors import BadInput, InvalidPolicy, JointKVError, LayoutError, ModelMismatch, UnsupportedModel
 from jointkv.hf.cache import JointCache
-from jointkv.hf.pool import JointPool, model_fingerprint, model_identity
+from jointkv.hf.identity import model_fingerprint, model_identity
+from jointkv.hf.pool import JointPool
 from jointkv.policy import FusionPolicy
 from tests.core.profiles import make_profile
 from tests.hf.tiny_models import (

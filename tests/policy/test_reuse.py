@@ -48,8 +48,8 @@ class Scripted:
     def adopt(self, first: int, pages: np.ndarray) -> None:
         self.log.append(("adopt", first, pages.tolist()))
 
-    def ratios(self, slot: int, pages: np.ndarray) -> np.ndarray:
-        return np.array([self.table[slot, page] for page in pages.tolist()])
+    def ratios(self, slots: np.ndarray, pages: np.ndarray) -> np.ndarray:
+        return np.array([self.table[one] for one in zip(slots.tolist(), pages.tolist(), strict=True)])
 
     def usable(self, run: Run, entry: float) -> np.ndarray:
         return np.full(len(run.pages), entry <= self.entry_limit)

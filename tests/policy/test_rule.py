@@ -107,3 +107,15 @@ def test_a_new_method_is_a_class_and_a_registration(monkeypatch):
     for layer in (*case.pool.kv.keys, *case.pool.kv.values):
         layer[case.page(2, 0)] = layer[case.page(0, 0)]
     assert members_of(case.plans()[0]) == [(2, 0)]
+
+
+@given(pairs, st.sampled_from([0.0, 0.25, 0.5]), thresholds)
+def test_a_ratio_of_at_most_1_is_what_the_bounds_allow(found, bound, token):
+    rule = FusionPolicy(max_relative_error=bound, max_token_error=token).rule()
+    errors = [np.array([pair[part] for pair in found], np.float32) for part in range(3)]
+    allowed = rule.allows(tuple(errors), NOT_ASKED)
+    ratio = rule.ratio(errors)
+    assert not np.isnan(ratio).any()
+    for within, permitted, token_error in zip(ratio <= 1, allowed, errors[2], strict=True):
+        # Where no bound asks for tokens, what cannot be told of them is left to the blocks.
+        assert within == permitted or (token is None and math.isnan(token_error))

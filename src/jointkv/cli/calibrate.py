@@ -69,7 +69,7 @@ def calibrate(
     """
     from jointkv.evaluate.calibrate.run import Calibration, TargetUnmet
     from jointkv.evaluate.calibrate.settings import CalibrationSettings
-    from jointkv.hf.pool import model_identity
+    from jointkv.hf.identity import model_identity
     from jointkv.policy.profile import Target
     from jointkv.system.machine import versions
 

@@ -10,7 +10,7 @@ from rich.markdown import Markdown
 
 from jointkv.cli.console import named_errors, progress, stderr_console, stdout_console, write_json
 from jointkv.cli.loading import load
-from jointkv.cli.options import BlockSize, Dtype, Json, Model, ScoredTokens, Seed
+from jointkv.cli.options import BlockSize, Dtype, Json, Model, Reuse, ReuseOption, ScoredTokens, Seed
 from jointkv.system.files import make_folder, replace_text
 
 if TYPE_CHECKING:
@@ -26,13 +26,14 @@ def demo(
     tokens: ScoredTokens = 48,
     key_threshold: float = typer.Option(0.8, help="Cosine threshold of the `paper` policy."),
     max_relative_error: float = typer.Option(0.2, help="Error bound of the `safe` policy."),
+    reuse: Reuse = ReuseOption.PROBED,
     block_size: BlockSize = 16,
     dtype: Dtype = "float32",
     seed: Seed = 0,
     output: Path = typer.Option(Path("out/demo"), help="Folder for demo.json, demo.md and demo.png."),
     json: Json = None,
 ) -> None:
-    """Prefill, fuse and score real requests on a real model, and show memory freed beside fidelity lost.
+    """Prefill, fuse and score real requests on a real model, and show memory and compute saved beside fidelity lost.
 
     Pages and bytes are counted at the allocator. KL, top-1 and NLL compare the distributions over the true next
     tokens with those of the same model unfused, on the same requests. float32 is the default because in bfloat16
@@ -41,6 +42,7 @@ def demo(
     from jointkv.evaluate.compare.policies import compare_policies
     from jointkv.evaluate.holding.prefilled import prefill
     from jointkv.evaluate.traffic import get_traffic
+    from jointkv.hf.reuse import ReuseOptions
     from jointkv.policy import FusionPolicy
     from jointkv.report.pictures.demo import draw, markdown
     from jointkv.system.machine import versions
@@ -49,17 +51,19 @@ def demo(
         "safe": FusionPolicy.preset("safe", max_relative_error=max_relative_error),
         "paper": FusionPolicy.preset("paper", key_threshold=key_threshold),
     }
+    options = ReuseOptions(reuse.value, seed=seed)
     make_folder(output)
     loaded, tokenizer = load(model, dtype)
     rows: list[PolicyRow] = []
-    with progress(len(TRAFFICS) * (2 + len(policies))) as steps:
+    with progress(len(TRAFFICS) * (2 + len(policies) + (reuse is not ReuseOption.OFF))) as steps:
         for name in TRAFFICS:
             count = requests if name != "unrelated" else requests * 4 // 3
             made = get_traffic(name).requests(tokenizer, count, continuation_tokens=tokens, seed=seed)
             steps.start(f"{name}: prefill of {count} requests")
             batch = prefill(loaded, made, block_size=block_size)
-            rows += compare_policies(loaded, batch, policies, name, steps.start)
+            rows += compare_policies(loaded, batch, policies, name, steps.start, options)
     settings = {"block_size": block_size, "tokens": tokens, "seed": seed, "requests": requests, "dtype": dtype}
+    settings |= {"reuse": reuse}
     result = {
         "format": "jointkv.demo/1",
         "model": model,

@@ -65,6 +65,8 @@ def doctor(
 ) -> None:
     """Start vLLM without and with fusion, merge duplicate prompts, compare every token, and report each hook.
 
+    Then once more with reuse, for prompts whose text is resident.
+
     Exit code 0: all is well; 1: a check failed; 2: vLLM is missing or the input is bad.
     """
     require("vllm")

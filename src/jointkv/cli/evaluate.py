@@ -28,6 +28,8 @@ COLUMNS: dict[str, Cell] = {
     "method": "{row.method}",
     "level": "{row.level:g}",
     "saved": lambda row: f"{1 - (row.share_16bit or 0):.1%}",
+    "skipped": lambda row: "-" if row.work is None else f"{row.work.skipped_share:.1%}",
+    "beyond": lambda row: "-" if row.work is None or row.work.missed_share is None else f"{row.work.missed_share:.2%}",
     "KL": "{row.kl:.5f}",
     "worst KL": "{row.kl_worst_request:.4f}",
     "top-1": "{row.top1:.3f}",
@@ -95,8 +97,8 @@ def evaluate(
     from jointkv.evaluate.holding.batch import context_of
     from jointkv.evaluate.tasks import get_task
     from jointkv.evaluate.traffic import get_traffic
+    from jointkv.hf.identity import model_identity
     from jointkv.hf.models import locate_model
-    from jointkv.hf.pool import model_identity
     from jointkv.policy.profile import Profile
 
     traffics = [get_traffic(name) for name in traffic or ([] if task else ["near_prefix"])]

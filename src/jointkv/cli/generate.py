@@ -16,7 +16,7 @@ from rich.text import Text
 
 from jointkv.cli.console import named_errors, stderr_console, write_json
 from jointkv.cli.loading import load
-from jointkv.cli.options import Json, Model
+from jointkv.cli.options import Json, Model, Reuse, ReuseOption
 from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def generate(
     profile: Path | None = typer.Option(None, help="What `jointkv calibrate` wrote, instead of a policy."),
     max_relative_error: float | None = typer.Option(None, help="Error bound instead of the policy's."),
     key_threshold: float | None = typer.Option(None, help="Least cosine of K instead of the policy's."),
+    reuse: Reuse = ReuseOption.OFF,
     max_new_tokens: int = typer.Option(64, min=1, help="Longest answer, in tokens."),
     block_size: int | None = typer.Option(None, min=1, help="Tokens per KV block. Default 16, or the profile's."),
     max_pages: int | None = typer.Option(None, min=1, help="Pages in the pool; without it the pool grows."),
@@ -105,6 +106,7 @@ def generate(
     """Answer all prompts in one batch whose KV blocks are jointly encoded, and print the memory held."""
     from jointkv.evaluate.request_files import prompts_of
     from jointkv.hf.pool import JointPool
+    from jointkv.hf.reuse import ReuseOptions
 
     fusion = _fusion(policy, profile, max_relative_error, key_threshold)
     requests = _gathered(prompts or [], file)
@@ -115,7 +117,8 @@ def generate(
     _check_lengths(rows, loaded, max_new_tokens)
     size = block_size or int(getattr(fusion, "block_size", BLOCK_SIZE))
     bound = max_relative_error if profile is not None else None
-    pool = JointPool(loaded, fusion, block_size=size, max_pages=max_pages, max_relative_error=bound)
+    chosen = ReuseOptions(reuse.value, seed=seed)
+    pool = JointPool(loaded, fusion, block_size=size, max_pages=max_pages, max_relative_error=bound, reuse=chosen)
     options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, seed)}
     asked = [request.prompt or list(request.messages) for request in requests]
     names = [request.prompt or str(request.messages[-1]["content"]) for request in requests]
@@ -148,9 +151,11 @@ def answer(
     end_tokens = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
     streamer = BatchStreamer(tokenizer, len(rows), end_tokens, show)
     cache = JointCache(pool)
+    batch = batch.to(model.device)
     start = time.perf_counter()
+    prefilled = cache.prefill(model, batch["input_ids"], batch["attention_mask"])
     model.generate(
-        **batch.to(model.device),
+        **batch,
         past_key_values=cache,
         streamer=streamer,
         pad_token_id=tokenizer.pad_token_id,
@@ -164,7 +169,9 @@ def answer(
         table.truncate(-(-torch.tensor(held) // pool.block_size))
     generated = sum(len(tokens) for tokens in streamer.tokens)
     stats = {
-        "prompt_tokens": sum(len(row) for row in rows),
+        "prompt_tokens": prefilled.tokens,
+        "prompt_tokens_computed": prefilled.computed,
+        "prompt_tokens_exact": prefilled.exact,
         "generated_tokens": generated,
         "tokens_per_second": generated / seconds,
         "ratio": cache.stats()["ratio"],
@@ -266,6 +273,9 @@ def _summary(stats: dict[str, Any], seconds: float) -> str:
         f"speed      {stats['generated_tokens']} tokens in {seconds:.1f} s: "
         f"{stats['tokens_per_second']:.1f} tokens/s, prefill included",
     ]
+    if stats["reuse"] != "off":
+        computed, asked = stats["prompt_tokens_computed"], stats["prompt_tokens"]
+        lines.insert(2, f"prefill    {computed} of {asked} prompt tokens computed, the others read from resident pages")
     if stats["fusion"] == "faulted":
         lines.append("fusion     switched off after an internal fault; the answers are those of an unfused cache")
     return "\n".join(lines)

@@ -113,6 +113,16 @@ class Evidence:
         """Whether `seen [n]` has echoes under which the page was never found within the bounds, bool `[n]`."""
         return np.asarray(seen & ~self.covered[pages]) != 0
 
+    def grow(self, pages: int) -> None:
+        """Room for `pages`, if there is less."""
+        more = max(pages - len(self.count), 0)
+        self.count, self.worst = np.pad(self.count, (0, more)), np.pad(self.worst, (0, more))
+        self.covered = np.pad(self.covered, (0, more))
+
+    def forget_witnesses(self) -> None:
+        """Begin anew under other bounds; the echoes that were covered stay so."""
+        self.count[:], self.worst[:] = 0, 0.0
+
     def check_integrity(self) -> None:
         """Raises `IntegrityError` for counts or ratios that cannot be."""
         if (self.count < 0).any() or not (self.worst >= 0).all():

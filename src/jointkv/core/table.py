@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -84,6 +85,22 @@ class BlockTable:
         self.version += 1
 
     @bookkeeping
+    def append(self, row: int, pages: Tensor, served: bool) -> None:
+        """Let `row` read the resident `pages [n]` in its next slots; adds the references.
+
+        Args:
+            served: whether a block of its own would hold something else.
+
+        Raises:
+            IntegrityError: one of the pages is free; nothing was changed.
+        """
+        self.pool.share(pages)
+        slots = int(self.num_blocks()[row]) + torch.arange(len(pages))
+        self._widen(int(slots[-1]) + 1 if len(slots) else 0)
+        self.pages[row, slots], self.served[row, slots] = pages, served
+        self.version += 1
+
+    @bookkeeping
     def truncate(self, blocks: Tensor) -> None:
         """Free the blocks of row `i` beyond the first `blocks[i]`."""
         beyond = (torch.arange(self.pages.shape[1]) >= blocks[:, None]) & (self.pages >= 0)
@@ -122,6 +139,22 @@ class BlockTable:
     def adopt_copy(self, other: BlockTable) -> None:
         """Make this empty table read what `other` reads."""
         self.adopt(other.pages, other.served, other.k_scale, other.v_scale)
+
+    def adopt_rows(self, others: Sequence[BlockTable]) -> None:
+        """Make this empty table read what `others`, of one pool, read: their rows, one below the other."""
+        width = max(other.pages.shape[1] for other in others)
+        pad, missing = torch.nn.functional.pad, [width - other.pages.shape[1] for other in others]
+        pages = torch.cat([pad(o.pages, (0, m), value=NO_PAGE) for o, m in zip(others, missing, strict=True)])
+        served = torch.cat([pad(o.served, (0, m)) for o, m in zip(others, missing, strict=True)])
+        scales = None
+        if any(other.scales is not None for other in others):
+            scales = torch.ones(2, self.pool.kv.num_layers, *pages.shape)
+            rows = 0
+            for other in others:
+                rows += other.num_rows
+                if other.scales is not None:
+                    scales[:, :, rows - other.num_rows : rows, : other.pages.shape[1]] = other.scales
+        self.adopt(pages, served, *((None, None) if scales is None else scales))
 
     def count_shared(self, rows: Tensor, slots: Tensor) -> int:
         """How many of the named blocks `make_writable` would copy."""

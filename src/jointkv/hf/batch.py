@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from jointkv.attention.tokens import token_scales
 from jointkv.core.bookkeeping import bookkeeping
@@ -95,9 +96,38 @@ class Batch:
         for table in self.tables:
             if len(partial):
                 pages = table.make_writable(partial, slot)
-                for fuser in self.pool.fusers.values():
-                    fuser.forget(pages)
+                self.pool.forget(pages)
             table.extend(needed)
+
+    def adopt(self, pages: Tensor, tokens: Tensor, exact: bool) -> None:
+        """Let the only row, which ends with a full block, go on with what resident `pages [n]` hold.
+
+        Args:
+            tokens: ids of that, `[n * block_size]`.
+            exact: whether blocks of its own would hold the same.
+        """
+        for table in self.tables:
+            table.append(0, pages, served=not exact)
+        if self.pool.reads_text:
+            past = tokens[None, :0] if self.tokens is None else self.tokens
+            self.tokens = torch.cat((past, tokens[None]), 1)
+        self.length += len(tokens)
+
+    @classmethod
+    def join(cls, rows: Sequence[Batch], length: int) -> Batch:
+        """The sequences of batches of one row each, padded on the left to `length` tokens; reads the same pages."""
+        joined = cls(rows[0].pool, [row.tenants[0] for row in rows])
+        joined.sequence = torch.cat([row.sequence for row in rows])
+        joined.length = length
+        joined.padding = length - torch.tensor([row.length for row in rows])
+        joined.considered = torch.cat([row.considered for row in rows])
+        joined.fusable = torch.cat([row.fusable for row in rows])
+        if all(row.tokens is not None for row in rows):
+            texts = [row.tokens for row in rows if row.tokens is not None]
+            joined.tokens = torch.cat([pad(text, (length - text.shape[1], 0)) for text in texts])
+        for group, table in enumerate(joined.tables):
+            table.adopt_rows([row.tables[group] for row in rows])
+        return joined
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""

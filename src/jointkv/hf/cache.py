@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from jointkv.core.bookkeeping import bookkeeping
-from jointkv.core.table import BlockTable
-from jointkv.errors import BadInput, LayoutError, PoolFull
+from jointkv.errors import BadInput, PoolFull
 from jointkv.hf import saving
-from jointkv.hf.batch import Batch
-from jointkv.hf.fusing import fuse_filled
-from jointkv.hf.layer import PagedCacheLayer
+from jointkv.hf.paged_cache import PagedCache
 from jointkv.hf.pool import JointPool
-from jointkv.hf.step import Step
+from jointkv.hf.prefill import PrefillResult, prefill_rows, prompts_of
 
 
-class JointCache(Cache):
+class JointCache(PagedCache):
     """KV cache of one batch of sequences, on pages of a `JointPool`.
 
     Blocks are fused when a forward pass has filled them: those of a prompt after its (chunk of) prefill, generated
@@ -43,115 +39,32 @@ class JointCache(Cache):
         PoolFull: from a forward pass that needs more pages than the pool can give; the cache is as before.
     """
 
-    def __init__(self, pool: JointPool, isolation_key: Hashable | list[Hashable] = "") -> None:
-        self.pool, self.isolation_key = pool, isolation_key
-        paged = {layer: index for index, layer in enumerate(pool.full_layers)}
-        stock = DynamicCache(config=pool.config).layers
-        layers = [PagedCacheLayer(self.write_layer, paged[i]) if i in paged else layer for i, layer in enumerate(stock)]
-        super().__init__(layers=layers)
-        self._clear()
-
-    def _clear(self) -> None:
-        self.batch = Batch(self.pool)
-        self._step = Step()
-
-    @property
-    def paged_layers(self) -> list[PagedCacheLayer]:
-        return [layer for layer in self.layers if isinstance(layer, PagedCacheLayer)]
-
-    @property
-    def other_layers(self) -> list[Any]:
-        """The layers that keep transformers' own cache."""
-        return [layer for layer in self.layers if not isinstance(layer, PagedCacheLayer)]
-
     @property
     def batch_size(self) -> int:
         return len(self.batch) if self.tables else -1
 
-    @property
-    def tables(self) -> list[BlockTable]:
-        """The block table of each layer group; none before the first forward pass."""
-        return self.batch.tables
-
-    @property
-    def length(self) -> int:
-        """Tokens per row, left padding included."""
-        return self.batch.length
-
-    @property
-    def padding(self) -> Tensor:
-        """Tokens of left padding, `[rows]`."""
-        return self.batch.padding
-
-    # One forward pass: begin_step, write_layer once per layer, end_step.
+    # Reading what is resident before it is computed.
 
     @bookkeeping
-    def begin_step(self, attention_mask: Tensor | None, input_ids: Tensor | None) -> None:
-        """Note the padding and the text of the coming forward pass (called by the pool's forward hook)."""
-        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-            attention_mask = None
-        written = min(layer.length for layer in self.paged_layers)
-        if written < self.length:  # the last forward pass broke off between two layers
-            self._roll_back(written)
-        others = [(layer, copy.copy(layer.__dict__)) for layer in self.other_layers]
-        self._step = Step(attention_mask, input_ids, others)
+    def prefill(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> PrefillResult:
+        """Prefill this empty cache, reading what is resident instead of computing it, as the pool's `reuse` allows.
 
-    @bookkeeping
-    def write_layer(self, layer: PagedCacheLayer, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new states; called by `PagedCacheLayer.update`."""
-        if layer.length == self.length:
-            self._advance(key_states, value_states)
-        whole = self._step.write(self.batch, layer.index, key_states, value_states)
-        layer.length, layer.is_initialized = self.length, True
-        return whole
+        `model.generate(input_ids=..., attention_mask=..., past_key_values=cache)` then goes on as ever: all but the
+        last token of each row are there. Rows are prefilled one after another, and reuse those before them. In a pool
+        without reuse nothing is done, and `generate` computes all.
 
-    @bookkeeping
-    def end_step(self) -> None:
-        """Fuse the blocks that the forward pass has filled (called by the pool's forward hook)."""
-        self._step.mask = self._step.input_ids = None
-        if not self.tables or any(layer.length != self.length for layer in self.paged_layers):
-            return
-        start = time.perf_counter()
-        try:
-            fuse_filled(self.batch, self._step.prompt)
-        except Exception as error:
-            self.pool.disable_fusion(error)
-        self.pool.seconds_fusing += time.perf_counter() - start
+        Args:
+            input_ids, attention_mask: `[rows, length]`, padded on the left.
 
-    def _begin(self, rows: int) -> None:
-        given = self.isolation_key
-        tenants = given if isinstance(given, list) else [given] * rows
-        if len(tenants) != rows:
-            raise LayoutError(f"{len(tenants)} isolation keys for {rows} sequences")
-        self.batch = Batch(self.pool, tenants)
-
-    def _advance(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room for the new tokens in every group, or raise PoolFull with nothing changed."""
-        rows, _, new, _ = key_states.shape
-        self.pool.prepare(key_states, value_states)
-        if not self.tables:
-            self._begin(rows)
-        if rows != len(self.batch):
-            raise LayoutError(f"{rows} sequences for a cache of {len(self.batch)}")
-        try:
-            self._step.advance(self.batch, new, key_states.device)
-        except PoolFull:
-            self._roll_back(self.length)
-            raise
-
-    def _roll_back(self, length: int) -> None:
-        """Undo a forward pass that was refused or broke off; `length` tokens were there before it."""
-        for layer, before in self._step.other_layers:
-            layer.__dict__.update(before)
-        self._truncate(length)
-        if not length:
-            self._clear()
-
-    def _truncate(self, length: int) -> None:
-        """Keep the first `length` tokens in the paged layers."""
-        self.batch.truncate(length)
-        for layer in self.paged_layers:
-            layer.length = length
+        Raises:
+            BadInput: the cache is not empty, or a row has no token.
+            LayoutError: other shapes, or padding elsewhere.
+            PoolFull: the cache stays empty.
+        """
+        if self.length:
+            raise BadInput(f"prefill: the cache holds {self.length} tokens already")
+        prompts = prompts_of(input_ids, attention_mask)
+        return prefill_rows(self, model, prompts, self.tenants(len(prompts)), input_ids.shape[1] - 1)
 
     # Operations on the whole cache.
 
@@ -280,8 +193,7 @@ class JointCache(Cache):
         except PoolFull:
             self._clear()
             raise
-        for layer in self.paged_layers:
-            layer.length, layer.is_initialized = length, True
+        self._set_length(length)
         for index, layer in self._sliding():
             keys, values = state[f"sliding.{index}.keys"], state[f"sliding.{index}.values"]
             layer.lazy_initialization(keys, values)

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import inspect
-import json
 import logging
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from jointkv.core.plan import FusionPlan
 from jointkv.core.pool import BlockPool
 from jointkv.errors import InvalidPolicy, LayoutError, UnsupportedModel
 from jointkv.fusion.fuser import Fuser
 from jointkv.hf.attention import ATTENTION_NAME, register_attention
+from jointkv.hf.identity import full_attention_layers, model_fingerprint, model_identity, takes_cache
+from jointkv.hf.reuse import Reuse, ReuseOptions
 from jointkv.policy import FusionPolicy, LayerGroups
-from jointkv.policy.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
 from jointkv.policy.profile import Profile
 from jointkv.theory.adapt import Adaptation
 from jointkv.theory.calibrate import effective_error
@@ -42,6 +38,7 @@ class JointPool:
         block_size: tokens per page.
         max_pages: pages at the most; None grows without limit.
         max_relative_error: with a profile, the user's bound: no adaptation exceeds it. None: the profile's thresholds.
+        reuse: what `JointCache.prefill` may read before it is computed: `ReuseOptions`, or the name of a mode.
 
     Attributes:
         adaptation: the bounds in force, with a profile; else None.
@@ -50,10 +47,11 @@ class JointPool:
         page_readers: full-attention layers, by number, whose K and V reach the attention function unchanged, so that
             it may read pages instead; the others are handed dense K and V.
         fingerprint: identifies the model in saved caches.
+        reuse: what is known for reuse; None where it is off, as it is at a bound of 0.
 
     Raises:
-        UnsupportedModel: an encoder-decoder, no cache, no full-attention layer, or layers that are neither full nor
-            sliding-window attention.
+        UnsupportedModel: an encoder-decoder, no cache, no full-attention layer, layers that are neither full nor
+            sliding-window attention, or, with reuse, that are not all full attention.
         ModelMismatch: the profile belongs to another model.
         BadInput: the profile was made for another block size.
         InvalidPolicy: the policy does not fit the model or the block size.
@@ -67,6 +65,7 @@ class JointPool:
         block_size: int = 16,
         max_pages: int | None = None,
         max_relative_error: float | None = None,
+        reuse: ReuseOptions | str = "off",
     ) -> None:
         self.adaptation: Adaptation | None = None
         if isinstance(policy, Profile):
@@ -92,6 +91,8 @@ class JointPool:
         self.blocks: BlockPool | None = None
         self.fusers: dict[str, Fuser] = {}
         self._bound_in_force()
+        self.reuse_faults = 0
+        self.reuse = self._reuse(ReuseOptions.of(reuse))
         self.faults = 0
         self.page_readers: set[int] = set()
         self._counters = Counter(blocks_considered=0, blocks_fused=0, pages_freed=0)
@@ -132,6 +133,8 @@ class JointPool:
             scopes = ("batch", "chunk") if self.policy.scope == "both" else (self.policy.scope,)
             if self.policy.enabled:
                 self.fusers = {scope: Fuser(self.blocks, self.policy) for scope in scopes}
+            if self.reuse is not None:
+                self.blocks.on_free(self.reuse.residents.forget)
         kv = self.blocks.kv
         expected = (kv.keys[0].shape[2:], kv.values[0].shape[2:], kv.keys[0].dtype)
         if (torch.Size(key_shape), torch.Size(value_shape), key_states.dtype) != expected:
@@ -140,6 +143,22 @@ class JointPool:
                 f"{list(expected[0])}, {list(expected[1])}, {expected[2]}"
             )
         return self.blocks
+
+    def _reuse(self, options: ReuseOptions) -> Reuse | None:
+        if options.mode == "off":
+            return None
+        options.check(self.policy)
+        if len(self.full_layers) < len(DynamicCache(config=self.config).layers):
+            raise UnsupportedModel("reuse: the model has layers whose K and V are not in pages")
+        # At a bound of 0 nothing but equal K and V may be read, and equality cannot be known before they are there.
+        return Reuse(options, self.block_size) if self.policy.rule(0).max_relative_error else None
+
+    def forget(self, pages: Tensor) -> None:
+        """Take `pages [n]`, which are free or about to be written, out of every index."""
+        for fuser in self.fusers.values():
+            fuser.forget(pages)
+        if self.reuse is not None:
+            self.reuse.residents.forget(pages)
 
     def new_sequences(self, count: int) -> Tensor:
         """Numbers for `count` sequences, unique in this pool: long `[count]`."""
@@ -179,6 +198,15 @@ class JointPool:
             fuser.close()
         self.fusers = {}
 
+    def disable_reuse(self, error: Exception) -> None:
+        """Switch reuse off after an internal fault: counted, logged once; prompts are computed."""
+        if self.reuse is not None:
+            logger.error("reuse switched off after an internal fault: %s: %s", type(error).__name__, error)
+            if self.blocks is not None:
+                self.blocks.off_free(self.reuse.residents.forget)
+            self._counters.update(self.reuse.counters)
+        self.reuse_faults, self.reuse = self.reuse_faults + 1, None
+
     def stats(self) -> dict[str, Any]:
         """Pages and bytes at the allocator, and the counters of the search."""
         blocks = self.blocks
@@ -196,6 +224,7 @@ class JointPool:
             "seconds_fusing": self.seconds_fusing,
             "bounds_moved": self.adaptation.moves if self.adaptation else {},
             **counters,
+            **(self.reuse.stats() if self.reuse else {"reuse": "faulted" if self.reuse_faults else "off"}),
         }
 
     def check_integrity(self) -> None:
@@ -206,69 +235,13 @@ class JointPool:
             self.blocks.check_integrity()
         for fuser in self.fusers.values():
             fuser.check_integrity()
-
-
-def full_attention_layers(model: PreTrainedModel) -> list[int]:
-    """Indices of the layers whose cache is a plain growing one.
-
-    Raises:
-        UnsupportedModel: see `JointPool`.
-    """
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{type(model).__name__} is an encoder-decoder; only decoder-only models are supported")
-    decoder = config.get_text_config(decoder=True)
-    if not _takes_cache(model) or not hasattr(decoder, "num_hidden_layers"):
-        raise UnsupportedModel(f"{type(model).__name__} has no KV cache")
-    try:
-        layers = DynamicCache(config=decoder).layers
-    except (KeyError, AttributeError, TypeError) as error:
-        raise UnsupportedModel(f"{type(model).__name__}: its cache layers are unknown ({error})") from error
-    for index, layer in enumerate(layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and type(layer).__name__ != "DummyLayer":
-            raise UnsupportedModel(f"layer {index} of {type(model).__name__} needs a {type(layer).__name__}")
-    full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
-    if not full:
-        raise UnsupportedModel(f"{type(model).__name__} has sliding-window layers only; they are left alone")
-    return full
-
-
-def model_identity(model: PreTrainedModel) -> ModelIdentity:
-    """What a profile of `model` is bound to."""
-    config = model.config.get_text_config(decoder=True)
-    folder = checkpoint_folder(model.config._name_or_path) if model.config._name_or_path else None
-    return ModelIdentity(
-        name=Path(model.config._name_or_path).name or type(model).__name__,
-        layers=len(full_attention_layers(model)),
-        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        checkpoint=None if folder is None else checkpoint_fingerprint(folder),
-        weights=model_fingerprint(model),
-        dtype=str(model.dtype).removeprefix("torch."),
-    )
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of the model's shape and of a few weights of every parameter: equal for equal models."""
-    config = model.config.get_text_config(decoder=True)
-    fields = config.to_dict()
-    names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    names += tuple(name for name in fields if name.startswith("rope"))
-    shape = {name: fields.get(name) for name in names}
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        sample = parameter.detach().flatten()[:16].float().cpu().numpy()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _takes_cache(module: nn.Module) -> bool:
-    return "past_key_values" in inspect.signature(module.forward).parameters
+        if self.reuse is not None:
+            self.reuse.check_integrity()
 
 
 def _attach_hooks(model: PreTrainedModel) -> None:
     # `get_decoder` goes by the attribute `decoder`, which in some models is the output layer.
-    decoder = next(module for module in (model.get_decoder(), model.base_model, model) if _takes_cache(module))
+    decoder = next(module for module in (model.get_decoder(), model.base_model, model) if takes_cache(module))
     if getattr(decoder, "_jointkv_attached", False):
         return
     decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)

@@ -18,8 +18,8 @@ class ModelIdentity(BaseModel):
         layers: layers with full attention.
         kv_heads, head_size: of one layer's K.
         checkpoint: hash of the files it was loaded from, see `checkpoint_fingerprint`; None if it came from no file.
-        weights: hash of the weights as loaded by transformers, see `jointkv.hf.pool.model_fingerprint`; None if it was
-            not loaded by transformers. Weights of one checkpoint differ between dtypes.
+        weights: hash of the weights as loaded by transformers, see `jointkv.hf.identity.model_fingerprint`; None if it
+            was not loaded by transformers. Weights of one checkpoint differ between dtypes.
         dtype: of the weights as loaded, such as `"float32"`.
     """
 

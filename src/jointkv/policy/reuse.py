@@ -93,8 +93,8 @@ class Steps(Protocol):
     def adopt(self, first: int, pages: Integers) -> None:
         """Let the slots from `first` on, up to which all is there, read `pages [n]`."""
 
-    def ratios(self, slot: int, pages: Integers) -> NDArray[np.floating]:
-        """How far the own block of `slot` is from those in `pages [n]`: error over bound, `[n]`."""
+    def ratios(self, slots: Integers, pages: Integers) -> NDArray[np.floating]:
+        """How far the own blocks of `slots [n]` are from those in `pages [n]`: error over bound, `[n]`."""
 
     def usable(self, run: Run, entry: float) -> NDArray[np.bool_]:
         """Which blocks of `run`, which follows an entry block of that ratio, `ReuseRule.usable` allows."""
@@ -114,7 +114,7 @@ def decide(runs: Runs, start: int, end: int, rule: ReuseRule, steps: Steps) -> D
     while (entry := runs.next_entry(search.at, end, rule.least + 1)) is not None:
         steps.compute(entry + 1)
         sources = runs.through(entry, end, rule.least + 1, rule.sources)
-        ratios = steps.ratios(entry, np.array([run.pages[0] for run in sources]))
+        ratios = steps.ratios(np.full(len(sources), entry), np.array([run.pages[0] for run in sources]))
         nearest = int(np.nan_to_num(ratios, nan=np.inf).argmin())
         run = sources[nearest].behind
         wider = plan.adopting(run, steps.usable(run, float(ratios[nearest])), rule.least)

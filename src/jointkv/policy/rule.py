@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from jointkv.core.blocks import LayerAggregate
@@ -130,6 +131,21 @@ class Rule(ABC):
         )
         allowed = (key < math.inf) & (value < math.inf) & (token <= token_bound)
         return self._with_cosines(allowed & (key <= block_bound) & (value <= block_bound), cosines)
+
+    def ratio(self, errors: Sequence[ArrayLike]) -> NDArray[np.float64]:
+        """The largest error over its bound of each of `n` measured pairs, `[n]`: above 1 is beyond the bounds.
+
+        Args:
+            errors: as in `allows`. NaN counts as infinite; at a bound of 0 only an error of 0 is within it.
+        """
+        bounds = (self.max_relative_error, self.max_relative_error, self.max_token_error)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            over = [
+                np.where(np.asarray(error, np.float64) == 0, 0.0, np.asarray(error, np.float64) / bound)
+                for error, bound in zip(errors, bounds, strict=True)
+                if bound is not None
+            ]
+        return np.nan_to_num(np.maximum.reduce(over), nan=np.inf, posinf=np.inf)
 
     def _with_cosines(self, allowed: Array, cosines: tuple[Array | None, Array | None]) -> Array:
         for cosine, threshold in zip(cosines, (self.key_threshold, self.value_threshold), strict=True):

@@ -8,7 +8,7 @@ from jointkv.errors import BadInput, InvalidPolicy
 from jointkv.evaluate.calibrate.run import Calibration, TargetUnmet
 from jointkv.evaluate.calibrate.settings import CalibrationSettings
 from jointkv.evaluate.traffic.base import Request
-from jointkv.hf.pool import model_identity
+from jointkv.hf.identity import model_identity
 from jointkv.policy.profile import Target
 from tests.evaluate.sharing_requests import BLOCK, VOCABULARY, requests
 

@@ -7,8 +7,9 @@ from jointkv.evaluate.calibrate.settings import CalibrationSettings
 from jointkv.evaluate.compare.policies import compare_policies
 from jointkv.evaluate.holding.prefilled import Prefilled, take
 from jointkv.evaluate.traffic import get_traffic
+from jointkv.hf.identity import model_identity
 from jointkv.hf.models import load_model
-from jointkv.hf.pool import JointPool, model_identity
+from jointkv.hf.pool import JointPool
 from jointkv.policy import FusionPolicy
 from jointkv.policy.profile import Target
 

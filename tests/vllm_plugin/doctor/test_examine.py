@@ -24,6 +24,16 @@ V1Tables.replace = lambda tables, remaps: honest(tables, [r._replace(page=r.page
 main()
 """
 
+# A request whose text is resident reads its first page throughout.
+SABOTAGED_REUSE = """
+from jointkv.vllm_plugin.doctor.examine import main
+from jointkv.vllm_plugin.scheduler.sharing import Sharing
+
+honest = Sharing.adopt
+Sharing.adopt = lambda self, tracked, group, first, pages: honest(self, tracked, group, first, pages[:1] * len(pages))
+main()
+"""
+
 
 @pytest.mark.timeout(400)
 def test_a_sound_engine() -> None:
@@ -31,6 +41,7 @@ def test_a_sound_engine() -> None:
     told = json.loads(result.stdout)
     assert [check["name"] for check in told["checks"]] == list(CHECKS)
     assert {check["status"] for check in told["checks"]} == {"ok"}, told["checks"]
+    assert "prompt tokens skipped; 4 of 4 answers" in told["checks"][-1]["detail"]
     assert result.exit_code == 0 and told["ok"] and told["statistics"]["blocks_merged"] > 0
 
 
@@ -42,3 +53,10 @@ def test_a_worker_that_reads_other_pages_is_found_out(tmp_path: Path) -> None:
     assert {"remaps applied", "tables equal", "tokens identical"} <= failed, examination
     sound = {check.name for check in examination.checks if check.status == "ok"}
     assert {"worker class", "connector", "page layout", "workers answered"} <= sound
+
+
+@pytest.mark.timeout(400)
+def test_a_request_that_reuses_other_pages_is_found_out(tmp_path: Path) -> None:
+    patient = {"folder": str(tmp_path), "model": None, "allow_untested": False}
+    examination = doctor.examine(patient, print, 300.0, (sys.executable, "-c", SABOTAGED_REUSE))
+    assert [check.name for check in examination.checks if check.status != "ok"] == ["text reused"], examination

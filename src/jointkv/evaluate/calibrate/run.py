@@ -20,7 +20,7 @@ from jointkv.evaluate.predict.block_pairs import Lines, lines_of, pair_error_mat
 from jointkv.evaluate.predict.prediction import predict_batch, predict_chunks
 from jointkv.evaluate.progress import Progress, Silent
 from jointkv.evaluate.traffic.base import Request
-from jointkv.hf.pool import full_attention_layers
+from jointkv.hf.identity import full_attention_layers
 from jointkv.policy import LayerGroups
 from jointkv.policy.identity import ModelIdentity
 from jointkv.policy.profile import DataIdentity, FrontierPoint, GroupThresholds, Measurement, Prediction, Profile

@@ -14,7 +14,7 @@ from jointkv.evaluate.calibrate.settings import CalibrationSettings
 from jointkv.evaluate.holding import prefilled
 from jointkv.evaluate.holding.prefilled import Prefilled
 from jointkv.evaluate.traffic.base import Request
-from jointkv.hf.pool import model_fingerprint
+from jointkv.hf.identity import model_fingerprint
 from jointkv.policy.profile import Measurement
 from jointkv.system.files import make_folder, replace_text
 from jointkv.theory.calibrate import Setting

@@ -126,7 +126,7 @@ def _measured(
         raise _NotFinite(f"{whose} are not finite")
     return {
         **{"unfused_nbytes": count.unfused_nbytes, "nbytes": count.nbytes, "counted": held.counted},
-        **{"share": count.share, "share_16bit": count.share_16bit},
+        **{"share": count.share, "share_16bit": count.share_16bit, "work": held.work},
         **{"seconds_hold": seconds_hold, "seconds_feed": seconds_feed, "per_request": per_request},
         **agreement,
         **vars(fidelity),

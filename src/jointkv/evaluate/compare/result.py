@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from jointkv.evaluate.holding.work import Work
 from jointkv.evaluate.record import Origin, Record
 from jointkv.evaluate.score.summary import RequestSums
 from jointkv.evaluate.tasks.result import TaskRow
@@ -25,6 +26,7 @@ class MethodRow(Record):
         unfused_nbytes: bytes of K and V of the prompts in the model's dtype.
         nbytes, counted: see `HeldBatch`.
         share, share_16bit: see `ByteCount`. At float32 `share` flatters quantisation; served models have 16 bits.
+        work: what the prefill computed, of a method that does not compute everything.
         seconds_hold, seconds_feed: to prefill and compress, and to score; what `Batch` keeps is not prefilled again.
         kl ... positions: see `Fidelity`.
         per_request: the sums behind them, in the order of the requests.
@@ -48,6 +50,7 @@ class MethodRow(Record):
     counted: str | None = None
     share: float | None = None
     share_16bit: float | None = None
+    work: Work | None = None
     seconds_hold: float | None = None
     seconds_feed: float | None = None
     kl: float | None = None
@@ -92,6 +95,7 @@ class PolicyRow(Record):
         pages_before, pages_after: in use at the allocator before and after fusion; `ratio` is one over the other.
         ratio_fused_layers: references per page over the layers that take part in fusion.
         bytes_before, bytes_after: of the pages of the unfused batch and of this one.
+        tokens_skipped: of the prompts, those that were read from resident pages instead of being computed.
     """
 
     traffic: str
@@ -112,4 +116,5 @@ class PolicyRow(Record):
     seconds_prefill: float
     requests: int
     prompt_tokens: int
+    tokens_skipped: int = 0
     scored_tokens: int

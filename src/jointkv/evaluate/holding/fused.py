@@ -38,6 +38,9 @@ class FusedBatch(HeldBatch):
         self._mask = batch.mask
         with torch.inference_mode():
             self.cache.restore(batch.length, regroup(batch.state, self.cache.pool.groups.layers))
+        self._measure()
+
+    def _measure(self) -> None:
         stats = self.cache.pool.stats()
         self.pages_before, self.pages_after = stats["pages_peak"], stats["pages_used"]
         self.seconds_fuse = stats["seconds_fusing"]
@@ -52,10 +55,12 @@ class FusedBatch(HeldBatch):
         return self.pages_before / self.pages_after
 
     @torch.inference_mode()
-    def feed(self, tokens: Tensor) -> Tensor:
+    def feed(self, tokens: Tensor, seen: Tensor | None = None) -> Tensor:
+        """See `HeldBatch.feed`; `seen` is the attention mask of `tokens` where that is not 1 throughout."""
         device = self.model.device
-        positions = self._mask.sum(1, keepdim=True) + torch.arange(tokens.shape[1])
-        self._mask = torch.cat((self._mask, torch.ones_like(tokens)), 1)
+        new = torch.ones_like(tokens) if seen is None else seen
+        positions = (self._mask.sum(1, keepdim=True) + new.cumsum(1) - 1).clamp(min=0)
+        self._mask = torch.cat((self._mask, new), 1)
         return self.model(
             input_ids=tokens.to(device),
             attention_mask=self._mask.to(device),

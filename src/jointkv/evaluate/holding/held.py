@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from jointkv.evaluate.holding.batch import Batch
 from jointkv.evaluate.holding.dense import LayerStates, dense_cache, feed_each, fork_cache, layer_states
+from jointkv.evaluate.holding.work import Work
 from jointkv.evaluate.traffic.base import Request
 
 Counted = Literal["allocator", "tensors", "predicted"]
@@ -28,12 +29,14 @@ class HeldBatch(ABC):
         nbytes_packed: the part of `nbytes` that does not grow with the model's dtype, such as packed codes.
         counted: where `nbytes` comes from: pages at an allocator, sizes of the tensors held, or a calculation, for a
             method that only simulates what it saves.
+        work: what its prefill computed, of a method that does not compute everything.
     """
 
     model: PreTrainedModel
     nbytes: int
     nbytes_packed: int = 0
     counted: Counted
+    work: Work | None = None
 
     @abstractmethod
     def feed(self, tokens: Tensor) -> Tensor:

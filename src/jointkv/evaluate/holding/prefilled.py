@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from jointkv.errors import UnsupportedModel
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.cache import JointCache
-from jointkv.hf.pool import JointPool, full_attention_layers
+from jointkv.hf.identity import full_attention_layers
+from jointkv.hf.pool import JointPool
 from jointkv.system.files import replace_tensors
 
 KINDS = {

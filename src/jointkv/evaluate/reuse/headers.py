@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from jointkv.evaluate.traffic.base import Tokenizer, encode
+from jointkv.evaluate.traffic.museum import customer_line
 from jointkv.evaluate.traffic.names import Names
 
 Header = tuple[int, ...]
@@ -30,22 +31,11 @@ _INSTRUCTIONS = (
     *("Find the odd one out and say why.", "You are a sales assistant of a furniture shop.", "Correct the grammar."),
     *("Speak like a sports commentator.", "All prices are in Swiss francs.", "Output valid XML with one root."),
 )
-_CUSTOMERS = (
-    *("Alice Smith", "Robert Jones", "Mina Okafor", "Wei Chen", "Lars Dahl", "Ana Silva", "Igor Novak", "Tom Hart"),
-    *("Ruth Weber", "Omar Khan", "Lucia Rossi", "Per Lund", "Grace Adeyemi", "John Miller", "Emma Brown", "Raj Patel"),
-)
-_DAYS = ("Monday", "Tuesday", "Friday", "Sunday", "May 3", "June 9", "March 1", "July 7", "August 12", "April 30")
-_REGIONS = ("north", "south", "west", "coast", "valley", "island")
 
 
 def _session(rng: random.Random) -> str:
     day, hour, minute = rng.randrange(1, 29), rng.randrange(24), rng.randrange(60)
     return f"Session {rng.randrange(10**6):06d}, May {day:02d} {hour:02d}:{minute:02d}."
-
-
-def _customer(rng: random.Random) -> str:
-    day, name, region = (rng.choice(parts) for parts in (_DAYS, _CUSTOMERS, _REGIONS))
-    return f"Session {rng.randrange(1000, 10000)} opened on {day} for customer {name}. Region {region}."
 
 
 def _instructions(tokenizer: Tokenizer, rng: random.Random) -> str:
@@ -71,7 +61,7 @@ KINDS: Mapping[str, Callable[[Tokenizer, random.Random], list[str]]] = MappingPr
         "ids": lambda tokenizer, rng: [_session(rng) for _ in range(_DRAWS)],
         "names": _names,
         "instructions": lambda tokenizer, rng: [_instructions(tokenizer, rng) for _ in range(_DRAWS // 4)],
-        "museum": lambda tokenizer, rng: [_customer(rng) for _ in range(_DRAWS)],
+        "museum": lambda tokenizer, rng: [customer_line(rng) for _ in range(_DRAWS)],
     }
 )
 """Lines of each kind: session ids and times; names of one token length; instructions; a customer's name and day."""

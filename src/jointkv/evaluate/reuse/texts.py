@@ -8,11 +8,10 @@ from types import MappingProxyType
 
 from jointkv.evaluate.samples import packaged
 from jointkv.evaluate.traffic.gsm8k import load_problems
+from jointkv.evaluate.traffic.museum import MUSEUMS, museum_line
 from jointkv.evaluate.traffic.tool_dialogues import load_dialogues
 
 _PEOPLE = ("Ms Hart", "Mr Lund", "Ms Adeyemi", "Mr Rossi", "Ms Chen", "Mr Novak", "Ms Silva", "Mr Weber", "Ms Dahl")
-_MUSEUMS = ("railway", "glass", "sea", "paper", "clock", "bread", "toy", "salt", "wind", "coin", "silk", "radio")
-_SHOWN = ("steam engines", "vases and lamps", "ship models", "old maps", "pocket watches", "ovens", "dolls", "coins")
 _CITIES = ("Oslo", "Lima", "Porto", "Graz", "Kyoto", "Accra", "Turin", "Cork", "Lyon", "Perth", "Quito", "Malmö")
 _GOODS = ("lamp", "chair", "desk", "shelf", "sofa", "stool", "mirror", "carpet", "cabinet", "bench", "vase", "clock")
 _ROLES = ("nurse", "driver", "cook", "clerk", "welder", "teacher", "painter", "guard", "baker", "tailor")
@@ -37,13 +36,6 @@ def _novel(rng: random.Random) -> str:
 def _listed(line: Callable[[str, random.Random], str], names: Sequence[str]) -> Callable[[random.Random], str]:
     """A text of one sentence for each of `names`, in random order."""
     return lambda rng: "\n".join(line(name, rng) for name in rng.sample(names, len(names)))
-
-
-def _museum(name: str, rng: random.Random) -> str:
-    return (
-        f"The {name} museum opened in {rng.randrange(1900, 2000)}. It has {rng.randrange(8, 40)} rooms and shows "
-        f"{rng.choice(_SHOWN)}. Tickets cost {rng.randrange(3, 20)} dollars. Its director is {rng.choice(_PEOPLE)}."
-    )
 
 
 def _flight(name: str, rng: random.Random) -> str:
@@ -79,7 +71,7 @@ SHARED: Mapping[str, Callable[[random.Random], str]] = MappingProxyType(
 )
 LISTS: Mapping[str, Callable[[random.Random], str]] = MappingProxyType(
     {
-        "museums": _listed(_museum, _MUSEUMS),
+        "museums": _listed(museum_line, MUSEUMS),
         "flights": _listed(_flight, _CITIES),
         "articles": _listed(_article, _GOODS),
         "employees": _listed(_employee, _ROLES),

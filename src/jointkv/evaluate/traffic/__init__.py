@@ -4,6 +4,7 @@ from jointkv.evaluate.named import find
 from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic
 from jointkv.evaluate.traffic.from_dataset import PREFIX, DatasetTraffic
 from jointkv.evaluate.traffic.long_documents import LongDocuments
+from jointkv.evaluate.traffic.museum import Museum
 from jointkv.evaluate.traffic.names import Names
 from jointkv.evaluate.traffic.near_prefix import NearPrefix
 from jointkv.evaluate.traffic.random_tokens import RandomTokens
@@ -19,6 +20,7 @@ _TRAFFICS: tuple[Traffic, ...] = (
     Names(),
     ShuffledExamples(),
     ToolDialogues(),
+    Museum(),
     Retrieval(),
     LongDocuments(),
     Unrelated(),

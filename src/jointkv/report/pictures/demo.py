@@ -17,6 +17,7 @@ NUMBERS: Columns[PolicyRow] = {
     "ratio": lambda row: f"{row.ratio:.2f}",
     "pages": lambda row: f"{row.pages_before} → {row.pages_after}",
     "KV MB": lambda row: f"{row.bytes_before / 1e6:.0f} → {row.bytes_after / 1e6:.0f}",
+    "prompt tokens computed": lambda row: f"{row.prompt_tokens - row.tokens_skipped} of {row.prompt_tokens}",
     "KL": lambda row: f"{row.kl:.5f}",
     "KL, worst request": lambda row: f"{row.kl_worst_request:.5f}",
     "top-1 equal": lambda row: f"{row.top1:.3f}",

@@ -1,4 +1,4 @@
-"""Runs the same duplicate prompts through a stock engine and a fused one, and reports on every hook of the plugin.
+"""Runs the same prompts through a stock engine and one with the plugin, and reports on every hook of the plugin.
 
 Run as `python -m jointkv.vllm_plugin.doctor.examine`, with a `Patient` as JSON on stdin: an engine that crashes takes
 only this process with it. Every line written to stdout is a JSON object: `{"stage": ...}`, then `{"check": ...}` for
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jointkv.errors import IntegrityError
+from jointkv.vllm_plugin.doctor.reuse import REUSE, reused, serve_near_prefix
 from jointkv.vllm_plugin.doctor.trial import (
     COPIES,
     EXPECTED_MERGES,
@@ -48,6 +49,7 @@ CHECKS = (
     "tenants apart",
     "all pages returned",
     "metrics",
+    "text reused",
 )
 FUSION = {"max_relative_error": 0.0, "max_token_error": 0.0, "min_pool_usage": 0.0, "check_integrity": True}
 
@@ -97,7 +99,7 @@ def examine(patient: Patient, notify: Notify) -> None:
     with rows.guard("engine starts"):
         notify({"stage": "starting a stock engine" + ("" if patient.model else " with a tiny random model")})
         model = patient.model or write_tiny_model(Path(patient.folder))
-        stock = _run_stock(model, notify)
+        stock, stock_near = _run_stock(model, patient.model is None, notify)
         notify({"stage": "starting the engine again, with fusion"})
         engine = build_engine(model, {**FUSION, "allow_untested": patient.allow_untested})
         rows.add("engine starts", True, "twice: stock, and with jointkv at bound 0")
@@ -105,13 +107,18 @@ def examine(patient: Patient, notify: Notify) -> None:
             _check_engine(rows, engine, stock, notify)
         finally:
             stop_engine(engine)
+            del engine
+            gc.collect()
+        with rows.guard("text reused"):
+            _check_reuse(rows, patient, model, stock_near, notify)
 
 
-def _run_stock(model: str, notify: Notify) -> Trial:
+def _run_stock(model: str, tiny: bool, notify: Notify) -> tuple[Trial, Trial]:
+    """Duplicate prompts, and near-prefix ones."""
     engine = build_engine(model, None)
     try:
         notify({"stage": "serving duplicate prompts unfused"})
-        return run_trial(engine, trial_prompts(engine))
+        return run_trial(engine, trial_prompts(engine)), serve_near_prefix(engine, tiny)
     finally:
         stop_engine(engine)
         del engine
@@ -253,6 +260,20 @@ def _check_metrics(rows: Rows, statistics: dict[str, Any]) -> None:
         seen == statistics["blocks_merged"] > 0,
         f"{len(names)} registered with vLLM; jointkv_blocks_merged_total is {seen:.0f}",
     )
+
+
+def _check_reuse(rows: Rows, patient: Patient, model: str, stock: Trial, notify: Notify) -> None:
+    notify({"stage": "starting the engine again, with reuse"})
+    engine = build_engine(model, {**REUSE, "allow_untested": patient.allow_untested}, near_prefix=True)
+    try:
+        notify({"stage": "serving prompts whose text is resident"})
+        scheduler = engine.engine_core.engine_core.scheduler.connector.scheduler
+        found = reused(scheduler, stock, serve_near_prefix(engine, patient.model is None))
+    finally:
+        stop_engine(engine)
+    # A model of the user's may choose between two words that are all but equally likely.
+    as_stock = found.same == found.answers or patient.model is not None
+    rows.add("text reused", found.skipped > 0 and found.fault is None and as_stock, str(found))
 
 
 def main() -> None:

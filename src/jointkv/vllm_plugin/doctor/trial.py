@@ -19,6 +19,9 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 100, 36
 # The last token's K and V are never computed.
 EXPECTED_MERGES = PROMPTS * (COPIES - 1) * ((PROMPT_TOKENS + OUTPUT_TOKENS - 1) // BLOCK_SIZE)
 POOL_PAGES = 128
+MAX_TOKENS = 512
+SYNONYMS = range(1, 5)
+"""Token ids of the tiny model. No other prompt has them."""
 
 TINY_MODEL = {
     "hidden_size": 128,
@@ -28,7 +31,7 @@ TINY_MODEL = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "vocab_size": 512,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": MAX_TOKENS,
     "tie_word_embeddings": False,
     # Large enough for an answer to depend on all that was read: a page of another request would show.
     "initializer_range": 0.1,
@@ -89,33 +92,40 @@ def _listen(owner: Any, name: str, heard: Callable[..., None]) -> None:
 
 
 def write_tiny_model(folder: Path) -> str:
-    """Write a random Llama of a few hundred kilobytes, always the same."""
+    """Write a random Llama of a few hundred kilobytes, always the same. `SYNONYMS` mean nearly the same to it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**TINY_MODEL)).save_pretrained(folder)
+    model = LlamaForCausalLM(LlamaConfig(**TINY_MODEL))
+    with torch.no_grad():
+        meanings = model.model.embed_tokens.weight
+        apart = 0.02 * torch.randn(len(SYNONYMS), meanings.shape[1]) * meanings.std()
+        meanings[list(SYNONYMS)] = meanings[SYNONYMS[0]] + apart
+    model.save_pretrained(folder)
     return str(folder)
 
 
-def build_engine(model: str, fusion: dict[str, Any] | None) -> Any:
+def build_engine(model: str, fusion: dict[str, Any] | None, *, near_prefix: bool = False) -> Any:
     """An `LLMEngine` in this process. `fusion` are options of `PluginSettings`; None leaves the plugin out.
 
-    Prefix caching is off: it would share these prompts before the plugin sees them.
+    Args:
+        near_prefix: it is to serve prompts that differ in their first token. Else prefix caching is off: it would share
+            equal prompts before the plugin sees them. Only one engine with metrics fits into a process.
     """
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    arguments = {} if fusion is None else {**engine_args(**fusion), "disable_log_stats": False}
+    arguments = {} if fusion is None else {**engine_args(**fusion), "disable_log_stats": near_prefix}
     return LLM(
         model,
         dtype="float32" if current_platform.is_cpu() else "auto",
         enforce_eager=True,
         skip_tokenizer_init=True,
-        enable_prefix_caching=False,
+        enable_prefix_caching=near_prefix,
         block_size=BLOCK_SIZE,
         num_gpu_blocks_override=POOL_PAGES,
-        max_model_len=PROMPT_TOKENS + OUTPUT_TOKENS + BLOCK_SIZE,
+        max_model_len=MAX_TOKENS,
         seed=0,
         **arguments,
     ).llm_engine
@@ -132,7 +142,7 @@ def stop_engine(engine: Any) -> None:
 
 def trial_prompts(engine: Any) -> list[dict[str, Any]]:
     """`PROMPTS` random prompts, `COPIES` times each."""
-    draw, words = random.Random(0), _words(engine)
+    draw, words = random.Random(0), vocabulary(engine)
     distinct = [[draw.choice(words) for _ in range(PROMPT_TOKENS)] for _ in range(PROMPTS)]
     return [{"prompt_token_ids": tokens} for _ in range(COPIES) for tokens in distinct]
 
@@ -168,6 +178,7 @@ def run_trial(engine: Any, prompts: list[dict[str, Any]]) -> Trial:
     return trial
 
 
-def _words(engine: Any) -> range:
+def vocabulary(engine: Any) -> range:
+    """Token ids to draw prompts from."""
     size = engine.vllm_config.model_config.get_vocab_size()
     return range(min(10, size - 1), size)

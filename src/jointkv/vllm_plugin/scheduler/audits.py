@@ -103,8 +103,8 @@ class _Imagined:
     def adopt(self, first: int, pages: Integers) -> None:
         return
 
-    def ratios(self, slot: int, pages: Integers) -> NDArray[np.floating]:
-        return np.array([self.known[slot, page].ratio for page in pages.tolist()])
+    def ratios(self, slots: Integers, pages: Integers) -> NDArray[np.floating]:
+        return np.array([self.known[one].ratio for one in zip(slots.tolist(), pages.tolist(), strict=True)])
 
     def usable(self, run: Run, entry: float) -> NDArray[np.bool_]:
         blocks = [self.known[slot, page] for slot, page in enumerate(run.pages.tolist(), run.first)]

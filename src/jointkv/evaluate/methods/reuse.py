@@ -1,0 +1,42 @@
+"""Compute reuse: the text of a prompt that is resident is read instead of being computed, by evidence."""
+
+from __future__ import annotations
+
+import math
+
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.held import HeldBatch
+from jointkv.evaluate.methods.base import Method
+from jointkv.policy import FusionPolicy
+from jointkv.theory.calibrate import TOKEN_SLACK
+
+SEED = 0
+"""Of the choice of audits, so that a run can be repeated."""
+
+
+class Reuse(Method):
+    """Requests are prefilled one after another and reuse those before them, where entry blocks and witnesses allow it.
+
+    Without a licence, which takes more audits than a batch has requests.
+    """
+
+    name = "reuse"
+    description = "prompts read resident pages before they are computed, under the preset `safe`, without a licence"
+    levels = (0.1, 0.2, 0.3)
+    level_means = "max_relative_error"
+    allowed = "a finite number from 0"
+    shares_across_requests = True
+    frees_engine_memory = True
+
+    def allows(self, level: float) -> bool:
+        return 0 <= level < math.inf
+
+    def compress(self, batch: Batch, level: float) -> HeldBatch:
+        from jointkv.evaluate.holding.reused import ReusedBatch, work_of
+        from jointkv.hf.reuse import ReuseOptions
+
+        policy = FusionPolicy.preset("safe", max_relative_error=level, max_token_error=TOKEN_SLACK * level)
+        options = ReuseOptions("probed", seed=SEED)
+        held = ReusedBatch(batch.model, batch.requests, policy, options, batch.block_size)
+        held.work = work_of(batch, held)
+        return held

@@ -1,0 +1,74 @@
+"""What a model of transformers is: which of its layers have pages, and what profiles and saved caches know it by."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from pathlib import Path
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from jointkv.errors import UnsupportedModel
+from jointkv.policy.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
+
+
+def full_attention_layers(model: PreTrainedModel) -> list[int]:
+    """Indices of the layers whose cache is a plain growing one.
+
+    Raises:
+        UnsupportedModel: see `JointPool`.
+    """
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{type(model).__name__} is an encoder-decoder; only decoder-only models are supported")
+    decoder = config.get_text_config(decoder=True)
+    if not takes_cache(model) or not hasattr(decoder, "num_hidden_layers"):
+        raise UnsupportedModel(f"{type(model).__name__} has no KV cache")
+    try:
+        layers = DynamicCache(config=decoder).layers
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UnsupportedModel(f"{type(model).__name__}: its cache layers are unknown ({error})") from error
+    for index, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and type(layer).__name__ != "DummyLayer":
+            raise UnsupportedModel(f"layer {index} of {type(model).__name__} needs a {type(layer).__name__}")
+    full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    if not full:
+        raise UnsupportedModel(f"{type(model).__name__} has sliding-window layers only; they are left alone")
+    return full
+
+
+def model_identity(model: PreTrainedModel) -> ModelIdentity:
+    """What a profile of `model` is bound to."""
+    config = model.config.get_text_config(decoder=True)
+    folder = checkpoint_folder(model.config._name_or_path) if model.config._name_or_path else None
+    return ModelIdentity(
+        name=Path(model.config._name_or_path).name or type(model).__name__,
+        layers=len(full_attention_layers(model)),
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        checkpoint=None if folder is None else checkpoint_fingerprint(folder),
+        weights=model_fingerprint(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """A hash of the model's shape and of a few weights of every parameter: equal for equal models."""
+    config = model.config.get_text_config(decoder=True)
+    fields = config.to_dict()
+    names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    names += tuple(name for name in fields if name.startswith("rope"))
+    shape = {name: fields.get(name) for name in names}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        sample = parameter.detach().flatten()[:16].float().cpu().numpy()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def takes_cache(module: nn.Module) -> bool:
+    """Whether a module can be given a KV cache."""
+    return "past_key_values" in inspect.signature(module.forward).parameters

@@ -1,0 +1,288 @@
+"""The prefill of prompts on one cache: what is resident is adopted, what is not is computed, and both are compared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from jointkv.core.blocks import served_errors
+from jointkv.core.reuse import COMPUTED, Integers, Run
+from jointkv.errors import BadInput, LayoutError
+from jointkv.hf.batch import Batch
+from jointkv.hf.paged_cache import PagedCache
+from jointkv.hf.residents import Matches
+from jointkv.hf.reuse import Reuse
+from jointkv.policy.reuse import Decided, decide
+
+
+@dataclass(frozen=True)
+class RowPrefill:
+    """What was done for one prompt.
+
+    Attributes:
+        tokens: of the prompt.
+        exact: tokens whose K and V are resident from the first token on, in blocks; they are read as they are.
+        skipped: tokens of blocks behind other contexts that are read instead of being computed.
+        reused: slots of these blocks, in order.
+        runs, gaps: runs that were adopted, and stretches of computed blocks before reused ones.
+        audited: whether it was computed, and compared with what would have been reused.
+        audited_blocks, missed_blocks: blocks that would have been, and those of them beyond the bounds.
+    """
+
+    tokens: int
+    exact: int = 0
+    skipped: int = 0
+    reused: tuple[int, ...] = ()
+    runs: int = 0
+    gaps: int = 0
+    audited: bool = False
+    audited_blocks: int = 0
+    missed_blocks: int = 0
+
+    @property
+    def computed(self) -> int:
+        """Tokens that the model reads, those left to `generate` included."""
+        return self.tokens - self.exact - self.skipped
+
+
+@dataclass(frozen=True)
+class PrefillResult:
+    """What `JointCache.prefill` did, by row; the properties are sums, see `RowPrefill`."""
+
+    rows: tuple[RowPrefill, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.tokens for row in self.rows)
+
+    @property
+    def exact(self) -> int:
+        return sum(row.exact for row in self.rows)
+
+    @property
+    def skipped(self) -> int:
+        return sum(row.skipped for row in self.rows)
+
+    @property
+    def computed(self) -> int:
+        return sum(row.computed for row in self.rows)
+
+    @property
+    def audits(self) -> int:
+        """Rows that were computed and compared."""
+        return sum(row.audited for row in self.rows)
+
+    @property
+    def audited_blocks(self) -> int:
+        return sum(row.audited_blocks for row in self.rows)
+
+    @property
+    def missed_blocks(self) -> int:
+        return sum(row.missed_blocks for row in self.rows)
+
+
+def prompts_of(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """The tokens of each row without left padding, on the CPU.
+
+    Raises:
+        LayoutError: not `[rows, length]` both, or padding that is not on the left.
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if input_ids.dim() != 2 or mask.shape != input_ids.shape:
+        raise LayoutError(f"prefill needs ids and mask [rows, length], got {list(input_ids.shape)}, {list(mask.shape)}")
+    seen = mask.cpu().bool()
+    if (seen[:, :-1] & ~seen[:, 1:]).any():
+        raise LayoutError("prefill needs prompts that are padded on the left")
+    return [row[kept].contiguous() for row, kept in zip(input_ids.cpu(), seen, strict=True)]
+
+
+class RowSteps:
+    """Computes and adopts one prompt, as `decide` asks for it.
+
+    Attributes:
+        computing: whether a forward pass goes on, or broke off.
+        matches: where the prompt is resident, once that is known.
+    """
+
+    def __init__(self, cache: PagedCache, model: PreTrainedModel, tokens: Tensor) -> None:
+        self._cache, self._model, self._tokens = cache, model, tokens
+        self.matches: Matches | None = None
+        self._size = cache.pool.block_size
+        self.computing = False
+
+    def compute(self, slot: int) -> None:
+        self._compute(slot * self._size)
+
+    def finish(self) -> None:
+        """Compute all but the last token of the prompt."""
+        self._compute(len(self._tokens) - 1)
+
+    def adopt(self, first: int, pages: Integers, exact: bool = False) -> None:
+        tokens = self._tokens[first * self._size : (first + len(pages)) * self._size]
+        self._cache.adopt(torch.from_numpy(pages), tokens, exact)
+
+    def ratios(self, slots: Integers, pages: Integers) -> NDArray[np.float64]:
+        batch = self._cache.batch
+        own, rule = batch.tables[0].pages[0, torch.from_numpy(slots)], batch.pool.policy.rule(0)
+        errors = served_errors(batch.tables[0].pool.kv, own, torch.from_numpy(pages), rule.across_layers)
+        return rule.ratio([error.numpy() for error in errors])
+
+    def usable(self, run: Run, entry: float) -> NDArray[np.bool_]:
+        reuse = self._cache.pool.reuse
+        assert reuse is not None and self.matches is not None
+        return reuse.residents.usable(reuse.rule, self.matches, run, entry)
+
+    def _compute(self, end: int) -> None:
+        start = self._cache.length
+        if end <= start:
+            return
+        self.computing = True
+        device, place = self._model.device, torch.arange(start, end)
+        inputs: dict[str, Any] = {
+            "input_ids": self._tokens[None, start:end].to(device),
+            "attention_mask": torch.ones(1, end, dtype=torch.long, device=device),
+            "position_ids": place[None].to(device),
+        }
+        self._model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self.computing = False
+
+
+class _Imagined:
+    """Steps of an audit: everything is computed already, and nothing is adopted."""
+
+    def __init__(self, real: RowSteps) -> None:
+        self.ratios, self.usable = real.ratios, real.usable
+
+    def compute(self, slot: int) -> None:
+        return
+
+    def adopt(self, first: int, pages: Integers) -> None:
+        return
+
+
+def prefill_row(cache: PagedCache, model: PreTrainedModel, tokens: Tensor, tenant: Hashable) -> RowPrefill:
+    """Have the empty `cache` hold all but the last of `tokens [n]`, and note what is learnt of pages and licence.
+
+    A fault of reuse switches it off; what is not there yet is computed then.
+    """
+    steps, pool = RowSteps(cache, model, tokens), cache.pool
+    try:
+        if pool.reuse is not None:
+            return _reusing(cache, steps, tokens, tenant, pool.reuse)
+    except Exception as error:
+        if steps.computing:
+            raise
+        pool.disable_reuse(error)
+    skipped = cache.length if cache.tables and cache.tables[0].served.any() else 0
+    steps.finish()
+    cache.fuse()
+    return RowPrefill(len(tokens), skipped=skipped)
+
+
+def _reusing(cache: PagedCache, steps: RowSteps, tokens: Tensor, tenant: Hashable, reuse: Reuse) -> RowPrefill:
+    size, ids = reuse.residents.block_size, tokens.numpy().astype(np.int64)
+    slots = (len(ids) - 1) // size
+    start = time.perf_counter()
+    matches = steps.matches = reuse.residents.find(tenant, ids[:-1])
+    possible = matches.runs.next_entry(len(matches.exact), slots, reuse.rule.least + 1) is not None
+    audited = possible and reuse.audits_next(tenant)
+    reuse.seconds_planning += time.perf_counter() - start
+    if len(matches.exact):
+        steps.adopt(0, matches.exact, exact=True)
+    if audited:
+        steps.finish()
+    decided = decide(matches.runs, len(matches.exact), slots, reuse.rule, _Imagined(steps) if audited else steps)
+    steps.finish()
+    start = time.perf_counter()
+    found = RowPrefill(len(ids), exact=len(matches.exact) * size)
+    plan, true_until = decided.plan, slots
+    if audited:
+        found = _audit(found, decided, steps, tenant, reuse)
+    elif plan.skipped:
+        true_until = plan.reused[0].start
+        reused = tuple(np.flatnonzero(plan.pages != COMPUTED).tolist())
+        found = replace(found, skipped=plan.skipped * size, reused=reused)
+        found = replace(found, runs=len(decided.runs), gaps=len(plan.gaps))
+    _compare(matches, true_until, steps, reuse)
+    reuse.seconds_planning += time.perf_counter() - start
+    own = cache.tables[0].pages[0, :true_until].numpy().copy()
+    cache.fuse()
+    _make_resident(cache.batch, own, ids, tenant, reuse)
+    _count(found, reuse)
+    return found
+
+
+def _audit(found: RowPrefill, decided: Decided, steps: RowSteps, tenant: Hashable, reuse: Reuse) -> RowPrefill:
+    """Compare what would have been reused with what was computed; the licence is told the share beyond the bounds."""
+    pages = decided.plan.pages
+    slots = np.flatnonzero(pages != COMPUTED)
+    missed = np.zeros(len(pages), bool)
+    missed[slots] = steps.ratios(slots, pages[slots]) > 1
+    for run in decided.runs:
+        inside = slots[(slots >= run.start) & (slots < run.stop)]
+        reuse.observe(tenant, float(missed[inside].mean()))
+    return replace(found, audited=True, audited_blocks=len(slots), missed_blocks=int(missed.sum()))
+
+
+def _compare(matches: Matches, until: int, steps: RowSteps, reuse: Reuse) -> None:
+    """Make blocks that were computed behind their true context witnesses of pages with their tokens."""
+    chosen = (matches.slot < until) & (matches.slot >= len(matches.exact)) & ~matches.same_context
+    slot, page = matches.slot[chosen], matches.page[chosen]
+    if len(slot):
+        reuse.residents.witness(matches, slot, page, steps.ratios(slot, page))
+
+
+def _make_resident(batch: Batch, own: Integers, ids: Integers, tenant: Hashable, reuse: Reuse) -> None:
+    """Offer the pages `own` of the leading slots to later prompts, where fusion has left them in place."""
+    table = batch.tables[0]
+    slots = np.flatnonzero((table.pages[0, : len(own)].numpy() == own) & ~table.served[0, : len(own)].numpy())
+    reuse.residents.add(tenant, ids, slots, own[slots], int(batch.sequence[0]))
+
+
+def _count(found: RowPrefill, reuse: Reuse) -> None:
+    reuse.counters.update(
+        prompt_tokens_skipped=found.skipped,
+        reuse_runs=found.runs,
+        reuse_gaps=found.gaps,
+        reuse_audits=int(found.audited),
+        reuse_audited_blocks=found.audited_blocks,
+        reuse_missed_blocks=found.missed_blocks,
+    )
+
+
+def prefill_rows(
+    cache: PagedCache, model: PreTrainedModel, prompts: list[Tensor], tenants: list[Hashable], length: int
+) -> PrefillResult:
+    """Have the empty `cache` hold all but the last token of each of `prompts`; see `JointCache.prefill`.
+
+    Args:
+        tenants: isolation keys.
+        length: tokens per row then, left padding included.
+
+    Raises:
+        BadInput: a prompt has no token.
+        PoolFull: `cache` stays empty.
+    """
+    if any(len(prompt) < 1 for prompt in prompts):
+        raise BadInput("prefill: a prompt has no token")
+    pool = cache.pool
+    if pool.reuse is None or length < 1:
+        return PrefillResult(tuple(RowPrefill(len(prompt)) for prompt in prompts))
+    pool.reuse.under(pool.policy)
+    rows, found = [], []
+    for prompt, tenant in zip(prompts, tenants, strict=True):
+        row = PagedCache(pool, [tenant])
+        row.waits = True
+        rows.append(row)
+        # Of a single token nothing is prefilled.
+        found.append(prefill_row(row, model, prompt, tenant) if len(prompt) > 1 else RowPrefill(1))
+    cache.join(rows, length)
+    return PrefillResult(tuple(found))

@@ -1,0 +1,52 @@
+"""What inspect says of reuse: bounds from tokens alone, and what `JointCache.prefill` would do with a model."""
+
+import pytest
+import torch
+
+from jointkv.evaluate.predict.reuse import by_audits, from_tokens
+from jointkv.evaluate.predict.similarity import prefill_rows
+from jointkv.hf.cache import JointCache
+from jointkv.policy import FusionPolicy
+from jointkv.theory.licence import Licence
+from tests.hf.reusing import ANYTHING, near, padded, reusing, text
+from tests.hf.tiny_models import BLOCK, build_model
+
+SHARED = text(8 * BLOCK, 7)
+
+
+def test_from_tokens_counts_what_lies_behind_an_entry_block():
+    rows = [near(SHARED, seed).tolist() for seed in range(3)]
+    found = from_tokens([*rows, rows[0], text(5, 1).tolist()], BLOCK)
+    assert (found.requests, found.tokens) == (5, 4 * 39 + 5)
+    assert found.exact_tokens == 9 * BLOCK and found.skipped_tokens == 2 * 7 * BLOCK
+    assert (found.runs, found.blocks, found.missed_blocks, found.miss_limit) == (2, 14, None, None)
+    assert found.share == 2 * 7 * BLOCK / found.tokens
+    assert from_tokens([[]], BLOCK).share == 0
+
+
+@pytest.mark.parametrize("policy", [ANYTHING, FusionPolicy.preset("safe")], ids=["anything", "safe"])
+def test_audits_skip_what_a_cache_would(policy):
+    prompts = [near(SHARED, seed) for seed in range(4)]
+    model, pool = reusing(policy=policy)
+    done = JointCache(pool).prefill(model, *padded(*prompts))
+    rows = [prompt.tolist() for prompt in prompts]
+    batch = prefill_rows(build_model("llama"), rows, BLOCK, lambda count: None)
+    licence = Licence()
+    found = by_audits(batch, rows, policy, licence)
+    assert found.skipped_tokens == done.skipped and found.tokens == done.tokens
+    assert found.missed_blocks == 0 and found.granted is False and licence.audits == found.runs
+    assert (found.miss_limit == 1) == (found.runs == 0)
+
+
+def test_blocks_beyond_the_bounds_are_counted():
+    """Two contexts are near by luck at the entry block, and far behind it."""
+    prompts = [near(SHARED, seed) for seed in range(2)]
+    rows = [prompt.tolist() for prompt in prompts]
+    batch = prefill_rows(build_model("llama"), rows, BLOCK, lambda count: None)
+    first, second = batch.table[:, 1]
+    for side in ("key", "value"):
+        for layer in range(batch.layers):
+            batch.state[f"{side}.{layer}"][second] = batch.state[f"{side}.{layer}"][first]
+    found = by_audits(batch, rows, FusionPolicy.preset("safe"), Licence())
+    assert (found.blocks, found.runs) == (7, 1) and found.missed_blocks > 0
+    assert torch.isfinite(torch.tensor(found.miss_limit))
