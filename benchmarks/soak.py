@@ -39,6 +39,7 @@ from soak_watch import drained, keep_samples, memory_verdict, processes
 ARMS: dict[str, dict[str, Any] | None] = {
     "lossy": {"check_integrity": True},
     "exact": {"check_integrity": True, "layer_groups": 4, "max_relative_error": 0.0, "max_token_error": 0.0},
+    "reuse": {"check_integrity": True, "reuse": "probed", "reuse_audit_rate": 0.05},
     "stock": None,
 }
 POOL_TOKENS, BLOCK_SIZE, MAX_MODEL_LEN, MAX_NUM_SEQS, IN_FLIGHT = 3072, 32, 512, 24, 40
@@ -47,6 +48,9 @@ CONTEXT = 0.05
 
 WARM_UP = 0.25
 """Part of the time before memory is looked at."""
+
+REUSE = ("prompt_tokens_skipped", "reuse_runs", "reuse_helpers", "reuse_audits")
+"""Counters of reuse before compute."""
 
 NEAR_TIE = 1e-3
 """Where the first differing token had nearly the log-probability of the best one, rounding in another batch decides."""
@@ -284,6 +288,7 @@ class Soak:
                 for name, value in metrics.items()
                 if name.startswith("jointkv_blocks_rejected_total.")
             },
+            "reuse": {name: int(metrics.get(f"jointkv_{name}_total", 0)) for name in REUSE},
             "witness": witness,
         }
 

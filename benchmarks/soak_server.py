@@ -55,12 +55,13 @@ class SchedulerWitness:
     def __init__(self, side: Any, file: Path) -> None:
         self.side = side
         self.ledger = Ledger(
-            file, steps=0, merges=0, merges_of_answers=0, cross_salt=0, opted_out=0, readers_of_two_salts=0
+            file, steps=0, merges=0, merges_of_answers=0, adopted=0, cross_salt=0, opted_out=0, readers_of_two_salts=0
         )
         self._requests: dict[str, Any] = {}
         self._written_by: dict[int, Party] = {}
         self._replace = side.tables.replace
         side.tables.replace = self._replaced
+        side.sharing.adopt = _both(self._adopted, side.sharing.adopt)
         for name, seen in (("admit", self._admitted), ("next_inquiry", self._stepped), ("dismiss", self._dismissed)):
             setattr(side, name, _both(seen, getattr(side, name)))
 
@@ -84,16 +85,25 @@ class SchedulerWitness:
         self.ledger.save()
 
     def _replaced(self, request_id: str, group: int, slot: int, page: int) -> None:
-        party = self._party(request_id)
-        for other in self._readers(page) or [self._written_by[page]]:
-            self.ledger.add(cross_salt=other.salt != party.salt, opted_out=not (other.takes_part and party.takes_part))
+        self._shared(request_id, page)
         request, size = self._requests[request_id], self.side.tables.groups[group].block_size
         self.ledger.add(merges=1, merges_of_answers=(slot + 1) * size > request.num_prompt_tokens)
         self._replace(request_id, group, slot, page)
 
+    def _adopted(self, tracked: Any, group: int, first: int, pages: list[int]) -> None:
+        for page in pages:
+            self._shared(tracked.request.request_id, page)
+        self.ledger.add(adopted=len(pages))
+
+    def _shared(self, request_id: str, page: int) -> None:
+        party = self._party(request_id)
+        for other in self._readers(page) or [self._written_by[page]]:
+            self.ledger.add(cross_salt=other.salt != party.salt, opted_out=not (other.takes_part and party.takes_part))
+
     def _party(self, request_id: str) -> Party:
         request = self._requests[request_id]
-        return Party(request.cache_salt, (request.sampling_params.extra_args or {}).get("jointkv", 1) != 0)
+        opted_out = (request.sampling_params.extra_args or {}).get("jointkv", 1) == 0
+        return Party(request.cache_salt, not opted_out or request_id in self.side.helpers)
 
     def _readers(self, page: int) -> list[Party]:
         return [
