@@ -1,4 +1,4 @@
-"""Can another user's text be guessed block by block inside one key, by the time to the first token? Stock, fused, reuse.
+"""Can another's text be guessed block by block inside one key, by the time to the first token? Stock, fused, reuse.
 
 Run it in the environment with vLLM:
 `.venv-vllm/bin/python benchmarks/side_channel_blocks.py --output docs/results/side_channel/blocks.json`.
