@@ -16,7 +16,7 @@ _REGIONS = ("north", "south", "west", "coast", "valley", "island")
 MUSEUMS = ("railway", "glass", "sea", "paper", "clock", "bread", "toy", "salt", "wind", "coin", "silk", "radio")
 
 _LIST_SEED = 1
-_DRAWS_PER_REQUEST, _MOST_DRAWS = 40, 20_000
+_DRAWS_PER_REQUEST, _MOST_DRAWS = 40, 3_000
 
 
 def customer_line(rng: random.Random) -> str:
