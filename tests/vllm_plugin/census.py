@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from tests.vllm_plugin.engines import Engine
@@ -15,7 +16,7 @@ class Census:
     """Attach to an engine before the first request.
 
     Attributes:
-        merges, generated: table entries replaced, and those of them past the prompt.
+        merges, generated: table entries replaced, or to be found instead, and those of them past the prompt.
         met: per merge the request that reads a page from then on and the one that has written it.
         checks: steps whose worker tables were compared with the scheduler's.
     """
@@ -28,10 +29,16 @@ class Census:
         self._writer: dict[int, str] = {}
         tables = engine.side.tables
         replace, execute, hand_out = tables.replace, engine.runner.execute_model, engine.pool.get_new_blocks
+        adopt = engine.side.sharing.adopt
 
         def watched(request_id: str, group: int, slot: int, page: int) -> None:
             self._before_replacing(request_id, slot, page)
             replace(request_id, group, slot, page)
+
+        def adopted(tracked: Any, group: int, first: int, pages: Sequence[int]) -> None:
+            for page in pages:
+                self._before_replacing(tracked.request.request_id, first, page)
+            adopt(tracked, group, first, pages)
 
         def compared(scheduler_output: Any, *more: Any, **options: Any) -> Any:
             result = execute(scheduler_output, *more, **options)
@@ -45,6 +52,7 @@ class Census:
             return blocks
 
         patch.setattr(tables, "replace", watched)
+        patch.setattr(engine.side.sharing, "adopt", adopted)
         patch.setattr(engine.runner, "execute_model", compared)
         patch.setattr(engine.pool, "get_new_blocks", handed_out)
         engine.watchers.append(self.after_step)
@@ -86,13 +94,16 @@ class Census:
     def _party(self, request_id: str) -> Party:
         request = self.engine.vllm_scheduler.requests[request_id]
         adapter = request.lora_request and request.lora_request.lora_name
-        return request.cache_salt, adapter, (request.sampling_params.extra_args or {}).get("jointkv") is False
+        opted_out = (request.sampling_params.extra_args or {}).get("jointkv") is False
+        return request.cache_salt, adapter, opted_out and request_id not in self.engine.side.helpers
 
     def _before_replacing(self, request_id: str, slot: int, page: int) -> None:
         request = self.engine.vllm_scheduler.requests[request_id]
         held = [name for name, groups in self._tables().items() if any(page in pages for pages in groups)]
-        for party in [self._party(name) for name in held] or [self._written_by[page]]:
-            assert party == (*self._party(request_id)[:2], False)
+        parties = [self._party(name) for name in held] or [self._written_by[page]]
+        assert {party[:2] for party in parties} == {self._party(request_id)[:2]}
+        # One that opted out may have found the page of another in vLLM's own prefix cache.
+        assert not self._party(request_id)[2] and not all(opted_out for *_, opted_out in parties)
         self.merges += 1
         self.met.append((request_id, self._writer.get(page, held[0] if held else "unknown")))
         size = self.engine.vllm_scheduler.block_size

@@ -132,6 +132,7 @@ class Engine:
         salt: str | None = None,
         extra: dict[str, Any] | None = None,
         lora: Any = None,
+        priority: int = 0,
         **more: Any,
     ) -> str:
         """Add a request that produces `out` tokens, with an adapter if `lora` is given; its name."""
@@ -142,7 +143,7 @@ class Engine:
         params = SamplingParams(
             max_tokens=out, temperature=0, ignore_eos=True, detokenize=False, extra_args=extra, **more
         )
-        self.llm.llm_engine.add_request(name, text, params, lora_request=lora)
+        self.llm.llm_engine.add_request(name, text, params, lora_request=lora, priority=priority)
         return name
 
     def abort(self, name: str) -> None:

@@ -20,8 +20,8 @@ pytest_plugins = ("tests.vllm_plugin.faulty",)
 
 SCHEDULER = (
     "requests.admit",
-    "fusion.ask",
-    "fusion.settle",
+    "questions.ask",
+    "questions.settle",
     "requests.pop",
     "tables.may_replace",
     "tables.make_private",
@@ -149,7 +149,7 @@ def test_a_broken_invariant_of_a_worker(patient: Patient) -> None:
 def test_the_third_error_is_the_last(patient: Patient) -> None:
     side = patient.engine.side
     for number, wait in enumerate((60.0, 120.0), start=1):
-        break_(patient, "fusion.settle")
+        break_(patient, "questions.settle")
         patient.serve_on(seed=3 + 2 * number)
         patient.patch.undo()
         assert (patient.new("faults"), patient.engine.statistics["state"]) == (number, "recovering")
@@ -160,7 +160,7 @@ def test_the_third_error_is_the_last(patient: Patient) -> None:
         patient.clock.now += 1
         patient.serve_on(seed=4 + 2 * number)
         assert side.enabled and patient.engine.statistics["state"] == "active"
-    break_(patient, "fusion.settle")
+    break_(patient, "questions.settle")
     patient.serve_on(seed=11)
     patient.patch.undo()
     assert patient.new("faults") == len(patient.errors) == 3 and "until the engine is restarted" in patient.errors[-1]
@@ -174,7 +174,7 @@ def test_the_third_error_is_the_last(patient: Patient) -> None:
 )
 def test_those_that_ran_are_left_alone(patient: Patient) -> None:
     old = list(patient.running)
-    break_(patient, "fusion.ask")
+    break_(patient, "questions.ask")
     patient.engine.step()
     patient.patch.undo()
     held = {name: set(patient.engine.table(name)) for name in old}
@@ -204,7 +204,7 @@ def old_pages_kept(patient: Patient, held: dict[str, set[int]]) -> list[bool]:
 @pytest.mark.hazard(
     "Faults", "a hook that is slow", "requests wait; nothing else changes, and the time shows in the metrics"
 )
-@pytest.mark.parametrize("hook", ["requests.admit", "fusion.ask", "fusion.settle", "answer"])
+@pytest.mark.parametrize("hook", ["requests.admit", "questions.ask", "questions.settle", "answer"])
 def test_a_delay(patient: Patient, hook: str) -> None:
     part, _, hook = hook.rpartition(".")
     owner = getattr(patient.engine.side, part) if part else patient.worker.comparer

@@ -18,6 +18,8 @@ from tests.vllm_plugin.engines import LOSSY, Engine, Prompt, engine, near_prefix
 OUT = 4
 OPTED_OUT = {"extra": {"jointkv": False}}
 
+REUSING = {**LOSSY, "reuse": "probed", "reuse_audit_rate": 1e-9}
+
 SETUPS: dict[str, dict[str, Any]] = {
     "one table": {"fusion": LOSSY},
     "two groups": {"fusion": {**LOSSY, "layer_groups": 2}, "pages": 400},
@@ -27,8 +29,10 @@ SETUPS: dict[str, dict[str, Any]] = {
         "max_num_batched_tokens": 128,
     },
     "strict": {"fusion": {**LOSSY, "isolation": "strict"}},
+    "reuse": {"fusion": REUSING},
+    "reuse, strict": {"fusion": {**REUSING, "isolation": "strict"}},
 }
-SALTED = ("one table", "two groups", "no prefix cache", "chunks")
+SALTED = ("one table", "two groups", "no prefix cache", "chunks", "reuse")
 NEEDS_THE_PREFIX_CACHE = ("through_a_prefix_hit", "after_the_other_has_finished")
 """Without it vLLM hands the pages of a finished request out first."""
 
@@ -208,7 +212,20 @@ def test_no_salt_is_a_key_of_its_own(place: Place, first: str | None, second: st
     assert (place.meet(in_the_same_step, {"salt": first}, {"salt": second}) > 0) is merges
 
 
-@pytest.mark.parametrize("place", ["one table"], indirect=True)
+@pytest.mark.hazard(
+    "Isolation", "text of a request with another salt is reused before compute", "never; with equal salts it is"
+)
+@pytest.mark.parametrize("place", ["reuse"], indirect=True)
+def test_reuse_stays_within_a_salt(place: Place) -> None:
+    helped = place.served.statistics["reuse_helpers"]
+    for first, second in (("red", "blue"), (None, "red"), ("red", "reda")):
+        place.meet(after_the_other_has_finished, {"salt": first}, {"salt": second})
+    assert place.served.statistics["reuse_helpers"] == helped
+    place.meet(after_the_other_has_finished, {"salt": "red"}, {"salt": "red"})
+    assert place.served.statistics["reuse_helpers"] > helped
+
+
+@pytest.mark.parametrize("place", ["one table", "reuse"], indirect=True)
 @pytest.mark.hazard(
     "Isolation", "a request that opted out reads or serves a shared page", "none, whether it comes first or second"
 )
@@ -223,7 +240,7 @@ def test_who_opts_out_neither_merges_nor_serves(place: Place) -> None:
     "with isolation=strict a request without a salt shares pages",
     "none; the blocks left alone are counted; equal salts do share",
 )
-@pytest.mark.parametrize("place", ["strict"], indirect=True)
+@pytest.mark.parametrize("place", ["strict", "reuse, strict"], indirect=True)
 def test_strict_isolation_wants_a_salt(place: Place) -> None:
     assert place.meet(in_the_same_step, {}, {}) == 0
     statistics = place.served.statistics

@@ -139,7 +139,10 @@ class Candidates:
         audit = tracked.audit if member.of_prompt and tracked.private_from is None else None
         if member.fuses or audit is not None:
             self._statistics.add("blocks_considered")
-            known = [] if audit is None else [page for page in audit.pages.get(slot, ()) if page in self.residents]
+            named = [] if audit is None else audit.pages.get(slot, [])
+            # By now a page that was named may be resident with other text.
+            (same,) = self.residents.index.buckets(member.buckets[:1])
+            known = [page for page in same if page in named]
             member.candidates = known or self.residents.index.candidates(member.buckets, self._settings.max_candidates)
             member.audit = audit if member.candidates else None
 
