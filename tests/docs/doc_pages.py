@@ -21,6 +21,8 @@ VLLM_FLAGS = {
     "--num-gpu-blocks-override",
     "--kv-cache-dtype",
     "--port",
+    "--no-enable-prefix-caching",
+    "--scheduler-cls",
 }
 """Flags of vLLM's that the pages name; tests/docs/test_vllm_flags.py asks vLLM for them."""
 FENCE = re.compile(r"^```(?P<info>[^`\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
