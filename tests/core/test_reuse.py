@@ -82,7 +82,7 @@ def test_a_plan_adopts_what_is_usable_in_stretches_that_are_worth_it(
     assert sorted(covered) == list(range(max(covered, default=-1) + 1)), (
         "gaps and reused stretches fill the prompt up to the tail"
     )
-    assert plan.skipped == sum(map(len, plan.reused))
+    assert plan.skipped == sum(map(len, plan.reused)) == len(plan.pages) - plan.computed(0, len(plan.pages))
 
 
 def test_plans_of_several_runs_add_up() -> None:

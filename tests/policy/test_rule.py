@@ -109,6 +109,11 @@ def test_a_new_method_is_a_class_and_a_registration(monkeypatch):
     assert members_of(case.plans()[0]) == [(2, 0)]
 
 
+def test_without_bounds_every_ratio_is_within_them():
+    rule = FusionPolicy.preset("paper").rule()
+    assert rule.ratio([np.array([0.1, math.inf, math.nan], np.float32)] * 3).tolist() == [0, 0, 0]
+
+
 @given(pairs, st.sampled_from([0.0, 0.25, 0.5]), thresholds)
 def test_a_ratio_of_at_most_1_is_what_the_bounds_allow(found, bound, token):
     rule = FusionPolicy(max_relative_error=bound, max_token_error=token).rule()

@@ -131,6 +131,10 @@ class ReusePlan:
         """Number of slots that are not computed."""
         return int((self.pages != COMPUTED).sum())
 
+    def computed(self, first: int, end: int) -> int:
+        """Number of slots from `first` to `end` that are computed."""
+        return int((self.pages[first:end] == COMPUTED).sum())
+
     @property
     def reused(self) -> list[range]:
         """Stretches of slots that read resident pages, in order."""

@@ -136,7 +136,8 @@ class Rule(ABC):
         """The largest error over its bound of each of `n` measured pairs, `[n]`: above 1 is beyond the bounds.
 
         Args:
-            errors: as in `allows`. NaN counts as infinite; at a bound of 0 only an error of 0 is within it.
+            errors: as in `allows`. NaN counts as infinite; at a bound of 0 only an error of 0 is within it. Without a
+                bound every error is.
         """
         bounds = (self.max_relative_error, self.max_relative_error, self.max_token_error)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -145,7 +146,7 @@ class Rule(ABC):
                 for error, bound in zip(errors, bounds, strict=True)
                 if bound is not None
             ]
-        return np.nan_to_num(np.maximum.reduce(over), nan=np.inf, posinf=np.inf)
+        return np.nan_to_num(np.maximum.reduce(over or [np.zeros(np.shape(errors[0]))]), nan=np.inf, posinf=np.inf)
 
     def _with_cosines(self, allowed: Array, cosines: tuple[Array | None, Array | None]) -> Array:
         for cosine, threshold in zip(cosines, (self.key_threshold, self.value_threshold), strict=True):

@@ -56,14 +56,11 @@ class Bounds:
         At most 1 is within the bounds; infinite where an error cannot be told or a bound is 0 and missed.
         """
         ratio = np.zeros(len(groups), np.float32)
-        block = np.maximum(verdict.key_error, verdict.value_error)
         for number in np.unique(groups):
-            pairs, rule = groups == number, self._rule(self._place[int(number)])
-            for error, bound in ((block, rule.max_relative_error), (verdict.token_error, rule.max_token_error)):
-                if bound is not None:
-                    with np.errstate(divide="ignore", invalid="ignore"):
-                        ratio[pairs] = np.maximum(ratio[pairs], np.where(error[pairs] == 0, 0, error[pairs] / bound))
-        return np.where(np.isnan(ratio), np.inf, ratio).astype(np.float32)
+            pairs = groups == number
+            errors = verdict.key_error[pairs], verdict.value_error[pairs], verdict.token_error[pairs]
+            ratio[pairs] = self._rule(self._place[int(number)]).ratio(errors)
+        return ratio
 
     def served(self, group: int, block: float, token: float) -> None:
         """A block of a prompt is read from another's page with these relative errors."""

@@ -85,12 +85,14 @@ class Reuse:
                 break
             name = request.request_id
             intake = self.intakes.get(name) or self._take_in(request)
+            # Who is not looked at may start all the same, and computes everything: better too many than too few.
             if intake is not None:
-                sent[name] = self._send(intake)
-                budget -= sum(helper.num_tokens for helper in sent[name])
+                covered, sent[name] = intake.covered, self._send(intake)
+                budget -= intake.plan.computed(covered, intake.covered) * intake.tracked.block_size
                 free -= len(sent[name]) + (not intake.asked and not intake.helpers)
             else:
-                budget -= 0 if name in self.helpers or name in self.followers.held else request.num_tokens
+                if name not in self.helpers and name not in self.followers.held:
+                    budget -= request.num_tokens - self.sharing.tables.found(request)
                 free -= 1
         if any(sent.values()):
             send_ahead(scheduler, sent)
