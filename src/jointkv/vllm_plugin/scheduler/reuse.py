@@ -230,8 +230,7 @@ class Reuse:
         if not sources:
             return None
         intake = Intake(tracked, runs, found, end, ReusePlan.nothing(end), Search(found), covered=found)
-        exact = bool(self.residents.exact[sources[0].behind.pages].all())
-        if not self._granted(RunClass(tracked.isolation, exact)):
+        if not any(self._granted(self._class(intake, run.behind)) for run in sources):
             tracked.audit = Audit(self._pages(intake))
             return None
         if tracked.private_from is None and self._draw() < self.settings.reuse_audit_rate:
@@ -240,6 +239,9 @@ class Reuse:
         tracked.audit = None
         self._advance(intake)
         return intake
+
+    def _class(self, intake: Intake, run: Run) -> RunClass:
+        return RunClass(intake.tracked.isolation, bool(self.residents.exact[run.pages].all()))
 
     def _granted(self, run_class: RunClass) -> bool:
         return self.settings.reuse == "probed" or self.licences.granted(run_class)
@@ -297,7 +299,7 @@ class Reuse:
         self._advance(intake)
 
     def _adopt(self, intake: Intake, entry: int, run: Run, ratio: float) -> None:
-        usable = self.residents.usable(self.rule, intake.tracked, run, ratio)
+        usable = self.residents.usable(self.rule, intake.tracked, run, ratio) & self._granted(self._class(intake, run))
         intake.plan = intake.plan.adopting(run, usable, self.rule.least)
         new = [stretch for stretch in intake.plan.reused if stretch.start > entry]
         for stretch in new:
