@@ -18,7 +18,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from jointkv.core.reuse import ReusePlan, Run
+from jointkv.core.reuse import Integers, ReusePlan, Run
 from jointkv.policy.reuse import ReuseRule, Search
 from jointkv.vllm_plugin.engine.line import helper_of, in_line, seats, send_ahead
 from jointkv.vllm_plugin.engine.steps import started
@@ -230,7 +230,7 @@ class Reuse:
         if not sources:
             return None
         intake = Intake(tracked, runs, found, end, ReusePlan.nothing(end), Search(found), covered=found)
-        if not any(self._granted(self._class(intake, run.behind)) for run in sources):
+        if not any(self._granted(self._class(intake, run.behind.pages)) for run in sources):
             tracked.audit = Audit(self._pages(intake))
             return None
         if tracked.private_from is None and self._draw() < self.settings.reuse_audit_rate:
@@ -240,8 +240,8 @@ class Reuse:
         self._advance(intake)
         return intake
 
-    def _class(self, intake: Intake, run: Run) -> RunClass:
-        return RunClass(intake.tracked.isolation, bool(self.residents.exact[run.pages].all()))
+    def _class(self, intake: Intake, pages: Integers) -> RunClass:
+        return RunClass(intake.tracked.isolation, bool(self.residents.exact[pages].all()))
 
     def _granted(self, run_class: RunClass) -> bool:
         return self.settings.reuse == "probed" or self.licences.granted(run_class)
@@ -299,7 +299,8 @@ class Reuse:
         self._advance(intake)
 
     def _adopt(self, intake: Intake, entry: int, run: Run, ratio: float) -> None:
-        usable = self.residents.usable(self.rule, intake.tracked, run, ratio) & self._granted(self._class(intake, run))
+        usable = self.residents.usable(self.rule, intake.tracked, run, ratio)
+        usable &= self._granted(self._class(intake, run.pages[usable]))
         intake.plan = intake.plan.adopting(run, usable, self.rule.least)
         new = [stretch for stretch in intake.plan.reused if stretch.start > entry]
         for stretch in new:
