@@ -192,7 +192,7 @@ def test_sigterm_ends_the_server_and_all_its_processes(running: Server) -> None:
     assert living(running.process.pid) == []
 
 
-OPTIONS = {"max_relative_error": 0.1, "scope": "both", "key_threshold": 0.5}
+OPTIONS = {"reuse": "licensed", "max_relative_error": 0.1, "scope": "both", "key_threshold": 0.5}
 FLAGS = ["--max-relative-error", "0.1", "--scope", "both", "--fuse", "key_threshold=0.5", "--max-model-len", "64"]
 
 
@@ -209,6 +209,7 @@ def assert_same_engine(found: Any, model: str) -> None:
 
     expected = engine_args(**OPTIONS)
     assert (found.model, found.max_model_len, found.worker_cls) == (model, 64, expected["worker_cls"])
+    assert found.scheduler_cls == expected["scheduler_cls"]
     configs = [
         asdict(config) for config in (found.kv_transfer_config, KVTransferConfig(**expected["kv_transfer_config"]))
     ]
