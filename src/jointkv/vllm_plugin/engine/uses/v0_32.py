@@ -57,7 +57,8 @@ STEPS = (
 SCHEDULING = (
     Use(
         f"{CORE}.sched.scheduler:Scheduler",
-        "connector requests running waiting policy kv_cache_manager max_num_running_reqs max_num_scheduled_tokens "
+        "connector requests running waiting deferred_waiting policy kv_cache_manager max_num_running_reqs "
+        "max_num_scheduled_tokens "
         "add_request(_) finish_requests(_,_)",
     ),
     Use(f"{CORE}.sched.request_queue:SchedulingPolicy", "FCFS"),
@@ -70,7 +71,7 @@ SCHEDULING = (
     Use("vllm.sampling_params", "SamplingParams(max_tokens,temperature,ignore_eos,detokenize,extra_args)"),
     Use("vllm.v1.engine:EngineCoreOutputs", "outputs finished_requests"),
     Use("vllm.v1.engine:EngineCoreOutput", "request_id"),
-    Use("vllm.v1.metrics.stats:SchedulerStats", "num_running_reqs num_waiting_reqs"),
+    Use("vllm.v1.metrics.stats:SchedulerStats", "num_running_reqs num_waiting_reqs num_skipped_waiting_reqs"),
     Use("vllm.v1.metrics.stats:PrefixCacheStats", "requests queries hits"),
     Use(
         "vllm.v1.metrics.stats:PrefillStats",
