@@ -13,6 +13,6 @@ def test_imports(name: str) -> None:
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as missing:
-        if missing.name != "aiohttp":
+        if missing.name not in ("aiohttp", "vllm"):
             raise
-        pytest.skip("aiohttp comes with vLLM")
+        pytest.skip(f"{missing.name} is in vLLM's environment, where this runs as well")

@@ -63,10 +63,14 @@ def test_arms(written: list[str], flags: list[str]) -> None:
 
 @pytest.mark.hazard("Parsers", "wrong or hostile options on the command line", PROMISE)
 @fuzz_settings()
-@given(texts=st.lists(st.none() | NUMBERS.map(",".join) | TYPED, min_size=4, max_size=4), replay=st.booleans())
-def test_loads(texts: list[str | None], replay: bool) -> None:
+@given(
+    texts=st.lists(st.none() | NUMBERS.map(",".join) | TYPED, min_size=4, max_size=4),
+    replay=st.booleans(),
+    one_first=st.booleans(),
+)
+def test_loads(texts: list[str | None], replay: bool, one_first: bool) -> None:
     with promise(texts):
-        loads = make_loads(*texts, replay=replay, requests=20, max_running=8)
+        loads = make_loads(*texts, replay=replay, one_first=one_first, requests=20, max_running=8)
         assert len({load.label for load in loads}) == len(loads) > 0
 
 

@@ -8,7 +8,7 @@ from jointkv.evaluate.predict.similarity import prefill_rows
 from jointkv.hf.cache import JointCache
 from jointkv.policy import FusionPolicy
 from jointkv.theory.licence import Licence
-from tests.hf.reusing import ANYTHING, near, padded, reusing, text
+from tests.hf.reusing import ANYTHING, BY_ENTRY, near, padded, reusing, text
 from tests.hf.tiny_models import BLOCK, build_model
 
 SHARED = text(8 * BLOCK, 7)
@@ -32,7 +32,7 @@ def test_audits_skip_what_a_cache_would(policy):
     rows = [prompt.tolist() for prompt in prompts]
     batch = prefill_rows(build_model("llama"), rows, BLOCK, lambda count: None)
     licence = Licence()
-    found = by_audits(batch, rows, policy, licence)
+    found = by_audits(batch, rows, policy, licence, BY_ENTRY)
     assert found.skipped_tokens == done.skipped and found.tokens == done.tokens
     assert found.missed_blocks == 0 and found.granted is False and licence.audits == found.runs
     assert (found.miss_limit == 1) == (found.runs == 0)

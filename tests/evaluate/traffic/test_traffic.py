@@ -66,7 +66,7 @@ def test_packaged_sample_is_whole_and_licensed() -> None:
 
 def test_registry() -> None:
     assert traffic_names() == (
-        *("near_prefix", "names", "shuffled_examples", "tool_dialogues"),
+        *("near_prefix", "names", "shuffled_examples", "tool_dialogues", "museum"),
         *("retrieval", "long_documents", "unrelated", "random_tokens"),
     )
     assert [get_traffic(name).name for name in traffic_names()] == list(traffic_names())

@@ -50,7 +50,7 @@ class MethodRow(Record):
     counted: str | None = None
     share: float | None = None
     share_16bit: float | None = None
-    work: Work | None = None
+    work: Work | None = Field(default=None, exclude_if=lambda work: work is None)
     seconds_hold: float | None = None
     seconds_feed: float | None = None
     kl: float | None = None
