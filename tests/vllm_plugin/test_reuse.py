@@ -144,7 +144,8 @@ def test_a_page_with_a_bad_witness_is_computed(served: Served) -> None:
     served.engine.run_until_decoding()
     page = served.engine.table(donor)[6]
     served.engine.finish()
-    served.engine.side.candidates.residents.testify(page, 5.0, np.zeros(1, np.uint64))
+    residents = served.engine.side.candidates.residents
+    residents.testify(np.array([page]), np.array([5.0], np.float32), np.zeros(1, np.uint64))
     served.count_anew()
     served.engine.generate([HEAD + body + TAIL])
     assert served.new("prompt_tokens_skipped") == (11 - 1) * BLOCK

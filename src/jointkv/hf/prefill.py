@@ -20,7 +20,7 @@ from jointkv.hf.batch import Batch
 from jointkv.hf.paged_cache import PagedCache
 from jointkv.hf.residents import Matches
 from jointkv.hf.reuse import Reuse
-from jointkv.policy.reuse import Decided, decide
+from jointkv.policy.reuse import Computed, Decided, decide
 
 
 @dataclass(frozen=True)
@@ -155,17 +155,11 @@ class RowSteps:
         self.computing = False
 
 
-class _Imagined:
+class _Imagined(Computed):
     """Steps of an audit: everything is computed already, and nothing is adopted."""
 
     def __init__(self, real: RowSteps) -> None:
         self.ratios, self.usable = real.ratios, real.usable
-
-    def compute(self, slot: int) -> None:
-        return
-
-    def adopt(self, first: int, pages: Integers) -> None:
-        return
 
 
 def prefill_row(cache: PagedCache, model: PreTrainedModel, tokens: Tensor, tenant: Hashable) -> RowPrefill:

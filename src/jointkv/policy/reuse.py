@@ -100,6 +100,16 @@ class Steps(Protocol):
         """Which blocks of `run`, which follows an entry block of that ratio, `ReuseRule.usable` allows."""
 
 
+class Computed:
+    """What steps have in common where a prompt is computed already: nothing is computed and nothing adopted."""
+
+    def compute(self, slot: int) -> None:
+        return
+
+    def adopt(self, first: int, pages: Integers) -> None:
+        return
+
+
 @dataclass(frozen=True)
 class Decided:
     """What was decided on one prompt: the plan, and of each run in it from behind its entry block to its last use."""

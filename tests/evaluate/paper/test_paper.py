@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from jointkv.errors import BadInput, InvalidPolicy
 from jointkv.evaluate.datasets import base, get_dataset
@@ -19,6 +18,7 @@ from jointkv.evaluate.samples import packaged
 from jointkv.evaluate.traffic.base import encode
 from jointkv.hf.models import load_model
 from jointkv.policy import FusionPolicy
+from tests.evaluate.random_models import random_llama
 from tests.evaluate.toy_tokenizers import MAKERS
 
 LAYERS, FUSED, BLOCK = 6, 2, 4
@@ -33,13 +33,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512},
-        initializer_range=0.4,
-    )
-    return LlamaForCausalLM(config).eval()
+    return random_llama(tokenizer, LAYERS)
 
 
 @pytest.fixture(autouse=True)

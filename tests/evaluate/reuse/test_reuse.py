@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from jointkv.core.blocks import PagedKV, served_errors
 from jointkv.errors import BadInput
@@ -17,6 +16,7 @@ from jointkv.evaluate.reuse.pairs import pair_ratios, prefilled
 from jointkv.evaluate.reuse.predictors import NEVER, PREDICTORS
 from jointkv.evaluate.reuse.result import ALL, ReuseResult
 from jointkv.evaluate.reuse.setup import UNIT, ReuseSettings, samples
+from tests.evaluate.random_models import random_llama
 from tests.evaluate.toy_tokenizers import MAKERS
 
 SIZES = {"texts": 2, "headers": 8, "header_tokens": 96, "text_tokens": 96, "block_sizes": (16, 32)}
@@ -30,13 +30,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512},
-        initializer_range=0.4,
-    )
-    return LlamaForCausalLM(config).eval()
+    return random_llama(tokenizer, layers=3)
 
 
 @pytest.fixture(scope="module")

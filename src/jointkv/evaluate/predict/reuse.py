@@ -14,7 +14,7 @@ from jointkv.core.reuse import COMPUTED, Integers, Run
 from jointkv.evaluate.holding.prefilled import Prefilled
 from jointkv.hf.residents import Matches, Residents
 from jointkv.policy import FusionPolicy
-from jointkv.policy.reuse import ReuseRule, decide
+from jointkv.policy.reuse import Computed, ReuseRule, decide
 from jointkv.theory.licence import Licence
 
 Ratios = Callable[[Integers, Integers], NDArray[np.float64]]
@@ -93,18 +93,12 @@ def by_audits(
     return walk.result()
 
 
-class _Steps:
+class _Steps(Computed):
     """Nothing is computed or adopted: all is there."""
 
     def __init__(self, ratios: Ratios, residents: Residents, rule: ReuseRule, matches: Matches) -> None:
         self.ratios = ratios
         self._residents, self._rule, self._matches = residents, rule, matches
-
-    def compute(self, slot: int) -> None:
-        return
-
-    def adopt(self, first: int, pages: Integers) -> None:
-        return
 
     def usable(self, run: Run, entry: float) -> NDArray[np.bool_]:
         return self._residents.usable(self._rule, self._matches, run, entry)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jointkv.core.reuse import COMPUTED, Integers, Run, Runs
-from jointkv.policy.reuse import ReuseRule, decide
+from jointkv.policy.reuse import Computed, ReuseRule, decide
 from jointkv.vllm_plugin.scheduler.evidence import Audit, Compared
 from jointkv.vllm_plugin.scheduler.licences import Licences, RunClass
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
@@ -73,9 +73,12 @@ class Audits:
         tracked.audit = None
         for record in records(audit.compared, end, self._rule):
             self._licences.observe(RunClass(tracked.isolation, record.exact), record.missed, record.adopted)
-        for one in audit.compared:
-            if self._residents.source[one.page] == one.source:
-                self._residents.testify(one.page, one.ratio, np.array([one.seen], np.uint64))
+        held = [one for one in audit.compared if self._residents.source[one.page] == one.source]
+        self._residents.testify(
+            np.array([one.page for one in held], np.int64),
+            np.array([one.ratio for one in held], np.float32),
+            np.array([one.seen for one in held], np.uint64),
+        )
 
 
 def records(compared: list[Compared], end: int, rule: ReuseRule) -> Iterator[Record]:
@@ -90,18 +93,12 @@ def records(compared: list[Compared], end: int, rule: ReuseRule) -> Iterator[Rec
         yield Record(run.start - 1, len(used), missed, all(one.exact for one in used))
 
 
-class _Imagined:
-    """Steps of an audit: everything is computed and compared already, and nothing is adopted."""
+class _Imagined(Computed):
+    """Steps of an audit: everything is compared already."""
 
     def __init__(self, compared: list[Compared], rule: ReuseRule) -> None:
         self.known = {(one.slot, one.page): one for one in compared}
         self._rule = rule
-
-    def compute(self, slot: int) -> None:
-        return
-
-    def adopt(self, first: int, pages: Integers) -> None:
-        return
 
     def ratios(self, slots: Integers, pages: Integers) -> NDArray[np.floating]:
         return np.array([self.known[one].ratio for one in zip(slots.tolist(), pages.tolist(), strict=True)])

@@ -71,7 +71,7 @@ class Candidates:
         self._settings, self._tables, self._groups = settings, tables, groups
         self._requests, self._statistics = requests, statistics
         self._block_size = tables.groups[groups[0]].block_size
-        self.residents = Residents(tables.pool.num_gpu_blocks, self._block_size)
+        self.residents = Residents(tables.pool.num_gpu_blocks, self._block_size, settings.reuses)
         self._chunk_blocks = settings.chunk_tokens // self._block_size
         self._written = np.zeros(tables.pool.num_gpu_blocks, np.int64)
         self._hash_map = tables.pool.cached_block_hash_to_block

@@ -69,10 +69,6 @@ class Licences:
             self._statistics.add("licences_granted" if licence.granted else "licences_lost")
             logger.info("jointkv: runs of class %s: %s", self._label(run_class) or "unnumbered", licence.describe())
 
-    def all(self) -> list[Licence]:
-        """Those of all classes."""
-        return list(self._licences.values())
-
     def gauges(self, allowed: float) -> LicenceGauges:
         """What is shown of them; `allowed` is the share that may be beyond the bounds."""
         shown = ((self._label(run_class), licence) for run_class, licence in self._licences.items())

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jointkv.core.evidence import Echoes, Evidence
-from jointkv.core.reuse import Run, Runs
+from jointkv.core.reuse import Integers, Run, Runs
 from jointkv.fusion.token_index import TokenIndex
 from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
@@ -23,6 +23,7 @@ class Residents:
     Args:
         pages: of the pool.
         block_size: tokens per page.
+        reuses: whether more than the index is kept, for reuse.
 
     Attributes:
         index: finds pages by bucket.
@@ -31,8 +32,9 @@ class Residents:
         evidence: what witnesses say of each page.
     """
 
-    def __init__(self, pages: int, block_size: int) -> None:
+    def __init__(self, pages: int, block_size: int, reuses: bool = True) -> None:
         self.index = TokenIndex()
+        self._reuses = reuses
         self.source = np.full(pages, NOBODY, np.int64)
         self.exact = np.zeros(pages, bool)
         self.evidence = Evidence(pages)
@@ -45,15 +47,30 @@ class Residents:
     def add(self, tracked: TrackedRequest, slot: int, page: int, buckets: tuple[Hashable, ...]) -> None:
         """Offer `page`, which holds what `tracked` has computed at `slot`."""
         self.index.add(buckets, page)
+        if not self._reuses:
+            return
         self.source[page], self._slot[page] = tracked.number, slot
         self.exact[page] = tracked.private_from is None or (slot + 1) * tracked.block_size <= tracked.private_from
         self.evidence.start(np.array([page]), tracked.standing(slot, slot + 1))
         self._tokens[page] = tracked.tokens(slot, slot + 1)[0]
 
-    def testify(self, page: int, ratio: float, seen: Echoes) -> None:
-        """A block with the tokens of `page`, computed where `seen [1]` stood before it, is that far from it."""
-        if page in self.index:
-            self.evidence.add(np.array([page]), np.array([ratio], np.float32), seen)
+    def testify(self, pages: Integers, ratios: NDArray[np.float32], seen: Echoes) -> None:
+        """Blocks with the tokens of the resident `pages [n]` are that far from them: error over bound, `[n]`.
+
+        Args:
+            seen: what stood before each where it was computed, `[n]`.
+        """
+        # One request may have compared a page twice, and evidence takes a page once at a time.
+        again = np.ones(len(pages), bool)
+        again[np.unique(pages, return_index=True)[1]] = False
+        self.evidence.add(pages[~again], ratios[~again], seen[~again])
+        if again.any():
+            self.testify(pages[again], ratios[again], seen[again])
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when the index or the evidence is inconsistent."""
+        self.index.check_integrity()
+        self.evidence.check_integrity()
 
     def usable(self, rule: ReuseRule, tracked: TrackedRequest, run: Run, entry: float) -> NDArray[np.bool_]:
         """Which blocks of `run`, behind an entry block of that ratio, `tracked` may reuse: bool `[len(run.pages)]`."""

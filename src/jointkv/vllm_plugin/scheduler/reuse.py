@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 
+import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
@@ -291,9 +292,9 @@ class Reuse:
         intake.asked = False
         assert intake.entry is not None
         seen = intake.tracked.standing(intake.entry, intake.entry + 1)
-        for run, ratio in zip(sources, answer.ratio, strict=True):
-            if self.residents.still_holds(run)[0]:
-                self.residents.testify(int(run.pages[0]), float(ratio), seen)
+        held = np.array([self.residents.still_holds(run)[0] for run in sources], bool)
+        pages = np.array([run.pages[0] for run in sources])[held]
+        self.residents.testify(pages, answer.ratio[held], np.repeat(seen, len(pages)))
         nearest = int(answer.ratio.argmin())
         self._adopt(intake, intake.entry, sources[nearest].behind, float(answer.ratio[nearest]))
         self._advance(intake)

@@ -220,7 +220,7 @@ class SchedulerSide:
     def check_integrity(self) -> None:
         """Raises IntegrityError when tables, reference counts, index or bounds are inconsistent."""
         self.tables.check_integrity()
-        self.candidates.residents.index.check_integrity()
+        self.candidates.residents.check_integrity()
         self.licences.check_integrity()
         self.bounds.check_integrity()
         for request_id, tracked in self.requests.active.items():
