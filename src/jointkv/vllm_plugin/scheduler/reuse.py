@@ -131,6 +131,8 @@ class Reuse:
             scheduled, intake = output.num_scheduled_tokens.get(name), self.intakes.get(helper.owner)
             if scheduled is None or intake is None or intake.entry is None or helper.end != intake.entry + 1:
                 continue
+            if intake.asked:
+                continue  # it was preempted before the answer came, and computes the block again
             if helper.request.num_computed_tokens + scheduled < helper.request.num_prompt_tokens:
                 continue
             held = self.sharing.tables.block(name, GROUP, intake.entry)
@@ -289,8 +291,8 @@ class Reuse:
         """The entry block has been compared with those of `sources`: adopt what may be."""
         if self.intakes.get(intake.tracked.request.request_id) is not intake:
             return
+        assert intake.asked and intake.entry is not None
         intake.asked = False
-        assert intake.entry is not None
         seen = intake.tracked.standing(intake.entry, intake.entry + 1)
         held = np.array([self.residents.still_holds(run)[0] for run in sources], bool)
         pages = np.array([run.pages[0] for run in sources])[held]
