@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from jointkv.evaluate.calibrate.settings import CalibrationSettings
     from jointkv.evaluate.request_files import UserRequest
     from jointkv.evaluate.traffic.base import Request, Traffic
-    from jointkv.policy.profile import FrontierPoint, Measurement, Prediction, Profile
+    from jointkv.policy.profile import FrontierPoint, Measurement, Prediction, Profile, ReuseEvidence
 
 UNMET = 1
-STEPS = 5
+STEPS = 6
 AT_ONCE = 8
 PROFILE_HEADINGS = ("", "requests", "ratio", "KL", "KL worst request", "top-1", "NLL (unfused)")
 FRONTIER_HEADINGS = ("max_relative_error", "predicted ratio", "measured ratio", "KL", "KL worst request")
@@ -46,6 +46,7 @@ def calibrate(
     output: Path = typer.Option(Path("profile.json"), help="Where the profile goes."),
     requests: int = typer.Option(64, min=1, help="Requests to use; half of them choose, half check."),
     tokens: int = typer.Option(48, min=1, help="Tokens scored after each prompt."),
+    audits: int = typer.Option(0, min=0, help="Further requests on which reuse is audited, see below."),
     scope: str = typer.Option("batch", help="batch: across requests; chunk: inside one."),
     chunk_tokens: ChunkTokens = 512,
     layer_groups: int = typer.Option(1, min=1, help="Groups of layers with thresholds of their own."),
@@ -63,6 +64,9 @@ def calibrate(
 
     A changed word shows as a token that is off by 0.48 or more. A mean KL can be small while single answers have
     become another request's; --token-limit rules that out, whatever the target.
+
+    Of the held-out half and --audits further requests it is measured what reuse before compute would read, and how much
+    of that is beyond the thresholds. 172 without a miss grant a licence at 2% from the first request on.
 
     An interrupted calibration goes on where it was when the same command is run again. Exit code 1, and no profile:
     the target cannot be met (the settings that were considered are shown), or the held-out half misses it.
@@ -86,15 +90,16 @@ def calibrate(
         token_limit=token_limit,
         seed=seed,
     )
-    kind, rows = _sample(data, traffic, requests, settings)
+    kind, rows = _sample(data, traffic, requests + audits, settings)
     loaded, tokenizer = load(model, dtype)
     with progress(STEPS) as steps:
         if kind is None:
             made = _scored_requests(loaded, tokenizer, rows, tokens, block_size)
         else:
-            made = kind.requests(tokenizer, requests, continuation_tokens=tokens, seed=seed)
+            made = kind.requests(tokenizer, requests + audits, continuation_tokens=tokens, seed=seed)
+        made, further = made[:requests], made[requests:]
         folder = work or output.with_name(output.name + ".work")
-        calibration = Calibration(loaded, made, settings, work=folder, progress=steps)  # type: ignore[arg-type]
+        calibration = Calibration(loaded, made, settings, audits=further, work=folder, progress=steps)
         source = str(data) if kind is None else f"traffic {kind.name}"
         try:
             profile = calibration.run(model_identity(loaded), source, versions())
@@ -183,6 +188,8 @@ def _print_profile(profile: Profile) -> None:
     bounds = _bounds(group.max_relative_error for group in profile.groups)
     tokens = _bounds(group.max_token_error for group in profile.groups)
     stdout_console(120).print(f"max_relative_error {bounds}; max_token_error {tokens}", highlight=False)
+    if profile.reuse is not None:
+        stdout_console(120).print(_audits(profile.reuse), highlight=False, soft_wrap=True)
 
 
 def _print_frontier(frontier: Sequence[FrontierPoint]) -> None:
@@ -191,6 +198,17 @@ def _print_frontier(frontier: Sequence[FrontierPoint]) -> None:
         for point in frontier
     ]
     print_table("settings considered", FRONTIER_HEADINGS, rows, words=0, width=120)
+
+
+def _audits(reuse: ReuseEvidence) -> str:
+    from jointkv.theory.licence import Licence
+
+    found = f"{reuse.missed_blocks} of {reuse.blocks} blocks beyond the bounds in {reuse.audits} audits"
+    granted = Licence.from_profile(reuse.evidence).granted
+    so = "from the first request on" if granted else "after more audits: at 2% it takes 172 without a miss (--audits)"
+    return (
+        f"reuse would skip {reuse.skipped:.0%} of the prompt tokens; {found}, at most {reuse.limit:.2%}: licensed {so}"
+    )
 
 
 def _bounds(bounds: Iterable[float]) -> str:

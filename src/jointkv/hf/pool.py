@@ -19,7 +19,7 @@ from jointkv.hf.attention import ATTENTION_NAME, register_attention
 from jointkv.hf.identity import full_attention_layers, model_fingerprint, model_identity, takes_cache
 from jointkv.hf.reuse import Reuse, ReuseOptions
 from jointkv.policy import FusionPolicy, LayerGroups
-from jointkv.policy.profile import Profile
+from jointkv.policy.profile import Profile, ReuseEvidence
 from jointkv.theory.adapt import Adaptation
 from jointkv.theory.calibrate import effective_error
 
@@ -68,8 +68,10 @@ class JointPool:
         reuse: ReuseOptions | str = "off",
     ) -> None:
         self.adaptation: Adaptation | None = None
+        audits: ReuseEvidence | None = None
         if isinstance(policy, Profile):
             policy.check(model_identity(model), block_size)
+            audits = policy.reuse if max_relative_error is None else None  # they are of the profile's own bounds
             self.adaptation = Adaptation(policy, max_relative_error)
             policy = policy.policy()
         elif max_relative_error is not None:
@@ -92,7 +94,7 @@ class JointPool:
         self.fusers: dict[str, Fuser] = {}
         self._bound_in_force()
         self.reuse_faults = 0
-        self.reuse = self._reuse(ReuseOptions.of(reuse))
+        self.reuse = self._reuse(ReuseOptions.of(reuse), audits)
         self.faults = 0
         self.page_readers: set[int] = set()
         self._counters = Counter(blocks_considered=0, blocks_fused=0, pages_freed=0)
@@ -144,14 +146,16 @@ class JointPool:
             )
         return self.blocks
 
-    def _reuse(self, options: ReuseOptions) -> Reuse | None:
+    def _reuse(self, options: ReuseOptions, audits: ReuseEvidence | None) -> Reuse | None:
         if options.mode == "off":
             return None
         options.check(self.policy)
         if len(self.full_layers) < len(DynamicCache(config=self.config).layers):
             raise UnsupportedModel("reuse: the model has layers whose K and V are not in pages")
         # At a bound of 0 nothing but equal K and V may be read, and equality cannot be known before they are there.
-        return Reuse(options, self.block_size) if self.policy.rule(0).max_relative_error else None
+        if not self.policy.rule(0).max_relative_error:
+            return None
+        return Reuse(options, self.block_size, None if audits is None else audits.evidence)
 
     def forget(self, pages: Tensor) -> None:
         """Take `pages [n]`, which are free or about to be written, out of every index."""

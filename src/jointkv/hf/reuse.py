@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from jointkv.errors import InvalidPolicy
 from jointkv.hf.residents import Residents
@@ -76,6 +76,9 @@ class ReuseOptions:
 class Reuse:
     """What a pool knows for reuse.
 
+    Args:
+        evidence: audits of a profile, which may grant the first licences; see `Licence.from_profile`.
+
     Attributes:
         residents: which pages hold which text, and their witnesses.
         licences: by isolation key.
@@ -83,8 +86,8 @@ class Reuse:
         seconds_planning: time for finding, comparing and deciding.
     """
 
-    def __init__(self, options: ReuseOptions, block_size: int) -> None:
-        self.options, self.rule = options, options.rule
+    def __init__(self, options: ReuseOptions, block_size: int, evidence: Mapping[str, Any] | None = None) -> None:
+        self.options, self.rule, self._evidence = options, options.rule, evidence
         self.residents = Residents(block_size)
         self.licences: dict[Hashable, Licence] = {}
         self.counters: Counter[str] = Counter()
@@ -99,11 +102,15 @@ class Reuse:
 
     def licence(self, tenant: Hashable) -> Licence:
         """That of an isolation key."""
-        licence = self.licences.pop(tenant, None) or Licence(self.options.miss_rate, self.options.confidence)
+        licence = self.licences.pop(tenant, None) or self._first()
         self.licences[tenant] = licence
         if len(self.licences) > MOST_LICENCES:
             del self.licences[next(iter(self.licences))]
         return licence
+
+    def _first(self) -> Licence:
+        terms = self.options.miss_rate, self.options.confidence
+        return Licence(*terms) if self._evidence is None else Licence.from_profile(self._evidence, *terms)
 
     def observe(self, tenant: Hashable, share: float) -> None:
         """Take into account that `share` of the blocks that an audited run would have reused is beyond the bounds."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -89,6 +89,25 @@ class GroupThresholds(_Record):
     distortion: float = Field(ge=0)
 
 
+class ReuseEvidence(_Record):
+    """What audits said of reuse under the chosen bounds, of requests that these were not chosen on.
+
+    Attributes:
+        audits: requests that could have reused, and were computed and compared.
+        blocks, missed_blocks: that they would have reused, and those of them beyond the bounds.
+        skipped: share of the tokens of all these requests that would not have been computed.
+        limit: upper confidence limit of the share of blocks beyond the bounds.
+        evidence: the audits, as `jointkv.theory.confidence.UpperLimit.to_json` says them.
+    """
+
+    audits: int = Field(ge=0)
+    blocks: int = Field(ge=0)
+    missed_blocks: int = Field(ge=0)
+    skipped: float = Field(ge=0, le=1)
+    limit: float = Field(ge=0, le=1)
+    evidence: dict[str, Any]
+
+
 class FrontierPoint(_Record):
     """One of the settings that were considered; `measured` on the calibration half, where it was."""
 
@@ -116,6 +135,7 @@ class Profile(_Record):
         predicted_equal_text: the same when only blocks of equal text are compared, as a serving engine does.
         calibrated, held_out: measured on the half that the thresholds were chosen on, and on the other.
         met: whether the held-out half meets the target.
+        reuse: what audits said of reuse; None where these bounds allow none.
     """
 
     format: Literal["jointkv.profile/1"] = FORMAT
@@ -134,6 +154,7 @@ class Profile(_Record):
     frontier: tuple[FrontierPoint, ...]
     data: DataIdentity
     versions: dict[str, str]
+    reuse: ReuseEvidence | None = None
 
     @property
     def layer_groups(self) -> int:

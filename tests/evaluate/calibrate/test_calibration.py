@@ -10,6 +10,7 @@ from jointkv.evaluate.calibrate.settings import CalibrationSettings
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.identity import model_identity
 from jointkv.policy.profile import Target
+from jointkv.theory.confidence import UpperLimit
 from tests.evaluate.sharing_requests import BLOCK, VOCABULARY, requests
 
 
@@ -60,6 +61,19 @@ def test_layer_groups_get_bounds_of_their_own(model):
     assert all(len(point.max_relative_error) == 2 for point in profile.frontier)
     assert any(len(set(point.max_relative_error)) == 2 for point in profile.frontier)
     assert profile.frontier[0].max_relative_error == (0.0, 0.0)
+
+
+def test_reuse_is_audited_on_what_the_bounds_were_not_chosen_on(model):
+    profile = calibrated(model, "relative_error=0.9", token_limit=9.0)
+    found = profile.reuse
+    assert found.audits == UpperLimit.from_json(found.evidence).count and 0 < found.audits <= 12
+    assert 0 < found.skipped < 1 and found.blocks > found.missed_blocks and found.limit > 0.2
+    further = Calibration(
+        model, requests(24), settings("relative_error=0.9", token_limit=9.0), audits=requests(30, seed=9)
+    )
+    more = further.run(model_identity(model), "test", {}).reuse
+    assert more.audits > found.audits and more.limit < found.limit
+    assert calibrated(model, "kl=0.001", layer_groups=2).reuse is None
 
 
 def test_chunk_scope(model):

@@ -1,15 +1,22 @@
-"""One licence per class of run: what is counted, logged and shown of them, and nothing of their keys."""
+"""One licence per class of pages: what is counted, logged and shown of them, and nothing of their keys."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from jointkv.policy.profile import ReuseEvidence
+from jointkv.theory.confidence import UpperLimit
 from jointkv.theory.licence import Licence
 from jointkv.vllm_plugin.metrics import LICENCE_STATES, Statistics
 from jointkv.vllm_plugin.scheduler import licences as room
-from jointkv.vllm_plugin.scheduler.licences import SHOWN_KEYS, Licences, PageClass
+from jointkv.vllm_plugin.scheduler.licences import SHOWN_KEYS, Licences, PageClass, first_licences
+from jointkv.vllm_plugin.settings import PluginSettings
+from tests.core.profiles import make_profile
 
 LOOSE = 0.3
 ENOUGH = 30
@@ -23,7 +30,7 @@ def statistics() -> Statistics:
 
 @pytest.fixture
 def licences(statistics: Statistics) -> Licences:
-    return Licences(lambda: Licence(LOOSE), statistics)
+    return Licences(lambda page_class: Licence(LOOSE), statistics)
 
 
 def audit(licences: Licences, page_class: PageClass, missed: int = 0, times: int = ENOUGH) -> None:
@@ -94,3 +101,50 @@ def test_nothing_is_said_of_a_key(licences: Licences, monkeypatch: pytest.Monkey
     audit(licences, PageClass("a secret salt", True))
     assert len(said) == 1 and "exact 1" in said[0] and "granted" in said[0]
     assert "secret" not in f"{said}{licences.gauges(LOOSE)}"
+
+
+def settings_of(tmp_path: Path, reuse: ReuseEvidence | None, **options: Any) -> PluginSettings:
+    make_profile(reuse=reuse).save(tmp_path / "profile.json")
+    return PluginSettings.parse({"profile": str(tmp_path / "profile.json"), "reuse": "licensed", **options})
+
+
+def audits(count: int) -> ReuseEvidence:
+    """Without a miss."""
+    limit = UpperLimit(0.95)
+    for _ in range(count):
+        limit.observe(0.0)
+    found = {"audits": count, "blocks": 4 * count, "missed_blocks": 0, "skipped": 0.5, "limit": limit.limit}
+    return ReuseEvidence(**found, evidence=limit.to_json())
+
+
+EXACT, APPROXIMATE = PageClass("key", True), PageClass("key", False)
+
+
+def test_audits_of_the_profile_grant_the_first_licence_of_exact_pages(tmp_path: Path) -> None:
+    first = first_licences(settings_of(tmp_path, audits(172)))
+    assert first(EXACT).granted and not first(APPROXIMATE).granted
+    assert not first_licences(settings_of(tmp_path, audits(172), reuse_miss_rate=0.01))(EXACT).granted
+    foreign = first(EXACT)
+    assert [foreign.observe(0.5) for _ in range(20)].count("lost") == 1 and not foreign.granted
+
+
+@pytest.mark.parametrize(
+    ("reuse", "options", "said"),
+    [
+        (None, {}, "no audits of reuse"),
+        (audits(172), {"max_relative_error": 0.1}, "of other bounds"),
+        (audits(172), {"max_token_error": 0.9}, "of other bounds"),
+        (audits(30), {}, "licence not earned yet"),
+    ],
+    ids=["none", "bound", "token bound", "too few"],
+)
+def test_a_profile_that_grants_nothing_says_why(
+    tmp_path: Path, reuse: ReuseEvidence | None, options: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", room.logger.name)
+    room.logger.addHandler(caplog.handler)
+    try:
+        assert not first_licences(settings_of(tmp_path, reuse, **options))(EXACT).granted
+    finally:
+        room.logger.removeHandler(caplog.handler)
+    assert said in caplog.text

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jointkv.errors import BadInput, JointKVError, UnsupportedModel
+from jointkv.evaluate.calibrate.audits import audit
 from jointkv.evaluate.calibrate.half import Half
 from jointkv.evaluate.calibrate.settings import CalibrationSettings
 from jointkv.evaluate.calibrate.store import Store, digest
@@ -23,7 +24,15 @@ from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.identity import full_attention_layers
 from jointkv.policy import LayerGroups
 from jointkv.policy.identity import ModelIdentity
-from jointkv.policy.profile import DataIdentity, FrontierPoint, GroupThresholds, Measurement, Prediction, Profile
+from jointkv.policy.profile import (
+    DataIdentity,
+    FrontierPoint,
+    GroupThresholds,
+    Measurement,
+    Prediction,
+    Profile,
+    ReuseEvidence,
+)
 from jointkv.theory.calibrate import BOUNDS, Setting, acceptance_and_distortion, last_that_holds, settings_by_cost
 
 MIN_HALF = 8
@@ -46,6 +55,7 @@ class Calibration:
 
     Args:
         requests: at least twice `MIN_HALF`, each with the true tokens that follow its prompt.
+        audits: further requests, of which reuse is audited as well as of the held-out half.
         work: a folder for results in between; None keeps none.
 
     Raises:
@@ -60,6 +70,7 @@ class Calibration:
         requests: Sequence[Request],
         settings: CalibrationSettings,
         *,
+        audits: Sequence[Request] = (),
         work: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -68,6 +79,7 @@ class Calibration:
             raise BadInput("scope: calibrate batch and chunk one at a time")
         self.model, self.requests, self.settings = model, requests, settings
         self.progress = progress or Silent()
+        self.audits = audits
         count = len(requests) // 2
         order = random.Random(settings.seed).sample(range(len(requests)), len(requests))
         self._rows = (sorted(order[:count]), sorted(order[count:]))
@@ -132,6 +144,8 @@ class Calibration:
         predicted, equal_text = (self.predict(chosen, equal_text=only) for only in (False, True))
         self.progress.start("checking on the held-out half")
         calibrated, held_out = (half.measure(chosen) for half in self.halves)
+        self.progress.start("auditing reuse")
+        reuse = self._audit(chosen)
         return Profile(
             model=model,
             block_size=self.settings.block_size,
@@ -148,6 +162,7 @@ class Calibration:
             frontier=self.frontier(candidates),
             data=self._data(source),
             versions=versions,
+            reuse=reuse,
         )
 
     def clean(self) -> None:
@@ -226,6 +241,12 @@ class Calibration:
             acceptance=acceptance,
             distortion=distortion,
         )
+
+    def _audit(self, chosen: Setting) -> ReuseEvidence | None:
+        if self.settings.scope == "chunk" or len(chosen) > 1 or not all(chosen):
+            return None
+        requests = [*(self.requests[row] for row in self._rows[1]), *self.audits]
+        return audit(self.model, requests, self.settings.policy(chosen), self.settings.block_size, self.progress)
 
     def predict(self, setting: Setting, *, equal_text: bool = False) -> Prediction:
         """Ratio expected of the held-out half."""

@@ -6,15 +6,19 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
+import numpy as np
 from vllm.logger import init_logger
 
 from jointkv.theory.licence import Licence
 from jointkv.vllm_plugin.metrics import LicenceGauges, Statistics
+from jointkv.vllm_plugin.settings import PluginSettings
 
 logger = init_logger(f"vllm.{__name__}")
 
 MOST_CLASSES = 4096
 """Licences kept at the most; the one that was not used for the longest time is forgotten first."""
+
+BOUNDS = "max_relative_error", "max_token_error"
 
 SHOWN_KEYS = 8
 """Isolation keys whose licences have gauges of their own, by numbers: keys are secrets, and there may be thousands."""
@@ -37,6 +41,29 @@ class PageClass(NamedTuple):
         return "exact" if self.exact else "approximate"
 
 
+def first_licences(settings: PluginSettings) -> Callable[[PageClass], Licence]:
+    """Makes the first licence of a class: from the profile's audits, if there are any and they hold for it.
+
+    They were made of pages whose contexts were computed, under the profile's bounds.
+    """
+    profile = settings.load_profile() if settings.reuse == "licensed" else None
+    terms = settings.reuse_miss_rate, settings.reuse_confidence
+    if profile is None:
+        return lambda page_class: Licence(*terms)
+    calibrated, evidence = profile.options(), profile.reuse
+    if evidence is None:
+        logger.warning(
+            "jointkv: the profile has no audits of reuse; its licence is earned. jointkv calibrate makes them"
+        )
+        return lambda page_class: Licence(*terms)
+    if any(np.any(calibrated[name] != np.array(getattr(settings, name))) for name in BOUNDS):
+        logger.warning("jointkv: the profile's audits of reuse are of other bounds; its licence is earned")
+        return lambda page_class: Licence(*terms)
+    first = Licence.from_profile(evidence.evidence, *terms)
+    logger.info("jointkv: by %d audits of the profile, the first %s", evidence.audits, first.describe())
+    return lambda page_class: Licence.from_profile(evidence.evidence, *terms) if page_class.exact else Licence(*terms)
+
+
 class Licences:
     """Licences by class.
 
@@ -48,7 +75,7 @@ class Licences:
         changed: whether any has, since it was set to False.
     """
 
-    def __init__(self, new: Callable[[], Licence], statistics: Statistics) -> None:
+    def __init__(self, new: Callable[[PageClass], Licence], statistics: Statistics) -> None:
         self._new, self._statistics = new, statistics
         self._licences: dict[PageClass, Licence] = {}
         self._numbers: dict[Hashable, int] = {}
@@ -88,7 +115,7 @@ class Licences:
         if licence is None:
             if len(self._licences) == MOST_CLASSES:
                 self._forget(next(iter(self._licences)))
-            licence, self.changed = self._new(), True
+            licence, self.changed = self._new(page_class), True
             self._number(page_class.isolation)
         self._licences[page_class] = licence
         return licence

@@ -18,7 +18,6 @@ from vllm.v1.request import Request, RequestStatus
 
 from jointkv.errors import IntegrityError
 from jointkv.policy.reuse import ReuseRule
-from jointkv.theory.licence import Licence
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
@@ -29,7 +28,7 @@ from jointkv.vllm_plugin.scheduler.candidates import Candidates
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.fusion import Fusion
 from jointkv.vllm_plugin.scheduler.intakes import Helper
-from jointkv.vllm_plugin.scheduler.licences import Licences
+from jointkv.vllm_plugin.scheduler.licences import Licences, first_licences
 from jointkv.vllm_plugin.scheduler.questions import Questions
 from jointkv.vllm_plugin.scheduler.recovery import Recovery
 from jointkv.vllm_plugin.scheduler.requests import Requests
@@ -85,7 +84,7 @@ class SchedulerSide:
         self.candidates = Candidates(settings, self.tables, groups, self.requests, self.statistics)
         self.bounds = Bounds(settings, groups, self.statistics)
         self.sharing = Sharing(self.tables, block_size)
-        self.licences = Licences(lambda: Licence(settings.reuse_miss_rate, settings.reuse_confidence), self.statistics)
+        self.licences = Licences(first_licences(settings), self.statistics)
         rule, residents = ReuseRule(), self.candidates.residents
         self.reuse = Reuse(settings, rule, residents, self.requests, self.sharing, self.licences, self.statistics)
         audits = Audits(rule, residents, self.licences)
