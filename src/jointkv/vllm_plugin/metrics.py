@@ -28,7 +28,7 @@ COUNTERS = {
     "bounds_tightened": "Times the bound of a layer group was tightened, because errors were above the profile's.",
     "bounds_loosened": "Times it was loosened again, inside the user's bound.",
     "prompt_tokens_skipped": "Tokens of prompts that were not computed, because the same text was resident.",
-    "reuse_runs": "Runs of resident text of which blocks were reused before compute.",
+    "reuse_runs": "Stretches of prompts that were read before compute.",
     "reuse_gaps": "Stretches of prompts that were computed before or between reused blocks.",
     "reuse_helpers": "Requests of the plugin's own that computed such stretches; no client sees them.",
     "reuse_audits": "Runs that could have been reused, were computed, and were compared.",

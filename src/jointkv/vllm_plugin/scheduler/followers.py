@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from vllm.v1.request import RequestStatus
 
-from jointkv.core.reuse import stretches
+from jointkv.core.reuse import Integers, stretches
 from jointkv.vllm_plugin.scheduler.requests import Requests, TrackedRequest
 
 SHARE = 0.5
@@ -26,17 +26,19 @@ class Followers:
     def __init__(self, requests: Requests) -> None:
         self.held: set[str] = set()
         self._requests = requests
-        self._donors: dict[str, TrackedRequest] = {}
+        self._donors: dict[str, tuple[TrackedRequest, Integers]] = {}
+        """With the hashes of their prompts' blocks."""
 
     def new_step(self) -> None:
         """Nobody is held yet; who has computed its prompt, has gone or waits in line is nobody's donor any more."""
         self.held.clear()
-        self._donors = {name: donor for name, donor in self._donors.items() if self._computes(name, donor)}
+        self._donors = {name: donor for name, donor in self._donors.items() if self._computes(name, donor[0])}
 
     def add_donor(self, tracked: TrackedRequest) -> None:
         """`tracked` computes its prompt from this step on, if nothing but the pool can keep it from it."""
         if tracked.request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
-            self._donors[tracked.request.request_id] = tracked
+            blocks = tracked.request.num_prompt_tokens // tracked.block_size
+            self._donors[tracked.request.request_id] = tracked, np.array(tracked.hashes(blocks)[:blocks], np.int64)
 
     def follows(self, tracked: TrackedRequest, end: int, resident: int) -> bool:
         """Whether `tracked` is held, because most of its blocks before `end` are being computed.
@@ -44,12 +46,12 @@ class Followers:
         Args:
             resident: blocks of the longest run that is resident by now.
         """
-        name, text = tracked.request.request_id, np.array(tracked.hashes(end)[:end])
-        for donor in self._donors.values():
+        name, text = tracked.request.request_id, np.array(tracked.hashes(end)[:end], np.int64)
+        for donor, its in self._donors.values():
             if donor.isolation != tracked.isolation or donor is tracked:
                 continue
-            blocks = min(end, donor.request.num_prompt_tokens // donor.block_size)
-            same = text[:blocks] == np.array(donor.hashes(blocks)[:blocks])
+            blocks = min(end, len(its))
+            same = text[:blocks] == its[:blocks]
             # What is equal from the first token on vLLM's own prefix cache shares in the same step.
             coming = max((len(stretch) for stretch in stretches(same) if stretch.start), default=0)
             if coming >= SHARE * end and coming > resident + 1:
