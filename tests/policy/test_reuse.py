@@ -115,6 +115,16 @@ def test_what_is_witnessed_is_adopted_without_an_entry_block() -> None:
     ]
 
 
+def test_one_entry_block_stands_for_what_is_behind_a_block_that_is_too_far() -> None:
+    resident = found(*((slot, slot, 1) for slot in range(2, 12)))
+    evidence = known(*((0, 5.0 if slot in (2, 6, 11) else 0.0, False) for slot in range(2, 12)))
+    runs = ReuseRule().unwitnessed(resident, evidence, ReusePlan.nothing(12))
+    assert [(run.first, run.end) for run in runs.through(3, 12, 3, 4)] == [(3, 11)]
+    assert len(runs) == 1 and runs.next_entry(0, 12, 3) == 3
+    hopeless = known(*((0, 5.0, False) for _ in range(10)))
+    assert len(ReuseRule().unwitnessed(resident, hopeless, ReusePlan.nothing(12))) == 0
+
+
 def test_after_a_refusal_later_blocks_are_tried_at_doubling_distances() -> None:
     resident = found(*((slot, slot, 1) for slot in range(20)))
     far = {(slot, slot): 9.0 for slot in range(20)}

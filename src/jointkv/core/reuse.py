@@ -63,14 +63,13 @@ class Found:
 
     def stretches(self, least: int) -> list[range]:
         """Stretches of at least `least` slots that are resident, in whatever pages."""
-        slots = np.unique(self.slot)
+        slots = self.slot[np.diff(self.slot, prepend=-1) != 0]
         parts = np.split(slots, np.flatnonzero(np.diff(slots) > 1) + 1)
         return [range(int(part[0]), int(part[-1]) + 1) for part in parts if len(part) >= least]
 
-    @property
-    def runs(self) -> Runs:
-        """Of each source."""
-        return Runs(self.slot, self.page, self.source)
+    def runs(self, wanted: NDArray[np.bool_] | None = None) -> Runs:
+        """Of each source, see `Runs`."""
+        return Runs(self.slot, self.page, self.source, wanted)
 
 
 @dataclass(frozen=True)
@@ -105,25 +104,31 @@ class Runs:
         slot, page, source: of `n` resident blocks with the tokens, position and isolation key of a block of the
             prompt: that block's slot, the page, and the request it was computed in; int64 `[n]`. Of several pages of
             one source at one slot the first counts.
+        wanted: bool `[n]`; runs begin and end with a block of these, and those without one are none. None: all are.
 
     Raises:
-        LayoutError: the three differ in length.
+        LayoutError: they differ in length.
     """
 
-    def __init__(self, slot: Integers, page: Integers, source: Integers) -> None:
-        if not len(slot) == len(page) == len(source):
+    def __init__(
+        self, slot: Integers, page: Integers, source: Integers, wanted: NDArray[np.bool_] | None = None
+    ) -> None:
+        wanted = np.ones(len(slot), bool) if wanted is None else wanted
+        if not len(slot) == len(page) == len(source) == len(wanted):
             raise LayoutError(f"{len(slot)} slots, {len(page)} pages and {len(source)} sources")
         order = np.lexsort((slot, source))
-        slot, page, source = slot[order], page[order], source[order]
+        slot, page, source, wanted = slot[order], page[order], source[order], wanted[order]
         same_source = source[1:] == source[:-1]
         new = np.ones(len(slot), bool)
         new[1:] = ~same_source | (slot[1:] != slot[:-1])
-        slot, page, source = slot[new], page[new], source[new]
+        slot, page, source, wanted = slot[new], page[new], source[new], wanted[new]
         starts = np.ones(len(slot), bool)
         starts[1:] = (source[1:] != source[:-1]) | (slot[1:] != slot[:-1] + 1)
-        self._offset = np.flatnonzero(starts)
+        (ends,) = np.nonzero(wanted)
+        run = np.cumsum(starts)[ends]
+        self._offset = ends[np.diff(run, prepend=0) != 0]
         self._first, self._source, self._page = slot[self._offset], source[self._offset], page
-        self._end = self._first + np.diff(np.append(self._offset, len(slot)))
+        self._end = slot[ends[np.diff(run, append=0) != 0]] + 1
 
     def __len__(self) -> int:
         """Number of runs."""

@@ -88,16 +88,8 @@ class ReuseRule:
         One entry block stands for all of a source's blocks, also behind some that are too far.
         """
         unread = plan.pages[found.slot] == COMPUTED
-        usable = unread & self.usable(known, 0.0)
-        sources, source = np.unique(found.source[usable], return_inverse=True)
-        span = np.full((2, len(sources)), len(plan.pages))
-        np.minimum.at(span[0], source, found.slot[usable])
-        np.minimum.at(span[1], source, -found.slot[usable])
-        place = np.searchsorted(sources, found.source)
-        listed = unread & np.isin(found.source, sources)
-        first, last = span[0], -span[1]
-        listed[listed] = (found.slot[listed] >= first[place[listed]]) & (found.slot[listed] <= last[place[listed]])
-        return found.where(listed).runs
+        usable = self.usable(known, 0.0)
+        return found.where(unread).runs(usable[unread])
 
     def _order(self, found: Found, known: Known) -> NDArray[np.floating]:
         """Of several pages for a slot the one with the smallest number serves, `[n]`."""
