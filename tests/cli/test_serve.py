@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from jointkv.cli import serve
+from jointkv.vllm_plugin import REQUEST_CHECK
 from tests.cli.commands import refusal, run
 from tests.core.profiles import make_profile
 
@@ -61,6 +62,17 @@ def test_vllm_options_go_through_untouched(wheels: set[str]) -> None:
     assert command[-2:] == ["--worker-cls", "jointkv.vllm_plugin.worker.cpu.JointCPUWorker"]
     assert command[command.index("--scheduler-cls") + 1] == "jointkv.vllm_plugin.engine.scheduler.JointScheduler"
     assert fusion(command) == {"scope": "both", "reuse": "licensed"}
+
+
+@pytest.mark.parametrize(
+    "given", [["--logits-processors", "a:B", "c:D"], ["--logits_processors", "a:B", "c:D"], ["--logits-p=a:B"]]
+)
+def test_logits_processors_of_the_user_stay_beside_the_check_of_requests(given: list[str], wheels: set[str]) -> None:
+    command = plain("own/model", "--seed", "1", *given, "--dtype", "half")
+    place = command.index("--logits-processors")
+    expected = [REQUEST_CHECK, *(word.rpartition("=")[2] for word in given if ":" in word)]
+    assert command[place + 1 : place + 1 + len(expected)] == expected and command.count("--logits-processors") == 1
+    assert command[place + 1 + len(expected)] == "--dtype" and REQUEST_CHECK in plain("own/model")
 
 
 def test_the_wheel_whose_vllm_command_does_not_start(wheels: set[str]) -> None:

