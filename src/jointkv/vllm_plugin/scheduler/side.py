@@ -99,7 +99,7 @@ class SchedulerSide:
         self.fusion = Fusion(self.candidates, self.bounds, self.sharing, audits, self.statistics)
         self.questions = Questions(self.bounds, self.statistics)
         self._helped: list[tuple[str, int]] = []
-        self._ranks = ranks
+        self._groups, self._ranks = groups, ranks
         self._step = 0
         self._reports = 0
         logger.info(
@@ -244,7 +244,8 @@ class SchedulerSide:
     @fail_safe
     def _ask(self, inquiry: Inquiry, output: SchedulerOutput) -> None:
         if self.settings.check_integrity:
-            inquiry.tables = self.tables.of(output.num_scheduled_tokens)
+            tables = self.tables.of(output.num_scheduled_tokens)
+            inquiry.tables = {name: {group: held[group] for group in self._groups} for name, held in tables.items()}
         for request_id, _ in started(output):
             tracked = self.requests.find(request_id)
             if tracked is not None:
