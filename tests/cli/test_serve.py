@@ -50,7 +50,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execv", execute)
-    monkeypatch.setattr(serve, "require", lambda package: None)
+    monkeypatch.setattr(serve, "require_vllm", lambda: None)
     return commands
 
 
@@ -216,9 +216,23 @@ def test_the_server_takes_the_place_of_this_process(started: list[list[str]]) ->
     assert [command[5:] for command in started] == ends
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--device", "cpu"], True),
+        (["--device", "cpu", "--enforce-eager"], False),
+        (["--device", "cpu", "--enforce_eager"], False),
+        (["--device", "gpu"], False),
+    ],
+)
+def test_what_a_cold_start_takes_is_said_before(arguments: list[str], expected: bool, started: list[list[str]]) -> None:
+    _, _, err = run("serve", "own/model", *arguments)
+    assert len(started) == 1 and ("--enforce-eager starts in seconds" in err) is expected
+
+
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'jointkv[vllm]'" in refusal("serve", "own/model")
+    assert "pip install 'jointkv[vllm]' in an environment of its own" in refusal("serve", "own/model")
 
 
 def test_a_dry_run_loads_neither_vllm_nor_transformers() -> None:

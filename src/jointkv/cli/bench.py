@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.text import Text
 
-from jointkv.cli.console import named_errors, progress, require, stages, stderr_console, write_json
+from jointkv.cli.console import named_errors, progress, stages, stderr_console, write_json
 from jointkv.cli.fusion_options import fusion_options
 from jointkv.cli.options import FORMATS
+from jointkv.cli.vllm_installed import require_vllm
 
 if TYPE_CHECKING:
     from jointkv.bench.options import Model, Options
@@ -150,7 +151,7 @@ def _options(given: dict[str, Any]) -> Options:
 
 def _run(options: Options, output: Path, port: int, start_timeout: float, fresh: bool) -> ServingResult:
     """Raises `typer.Exit` when a server or a load fails, and on Ctrl-C; the runs before that are kept."""
-    require("vllm")
+    require_vllm()
     from jointkv.bench import options as options_
     from jointkv.bench.environment import server_environment
     from jointkv.bench.load_generator import LoadFailed
