@@ -22,6 +22,7 @@ VLLM_FLAGS = {
     "--kv-cache-dtype",
     "--port",
     "--no-enable-prefix-caching",
+    "--enforce-eager",
     "--logits-processors",
     "--scheduler-cls",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,8 @@ def demo(
     tokens with those of the same model unfused, on the same requests. float32 is the default because in bfloat16
     rounding alone moves this small model by more than the fusion that is to be measured.
     """
+    # Threads of torch that spin while they wait for each other take three times as long where others use the cores too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from jointkv.evaluate.compare.policies import compare_policies
     from jointkv.evaluate.holding.prefilled import prefill
     from jointkv.evaluate.traffic import get_traffic
