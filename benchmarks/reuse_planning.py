@@ -13,7 +13,7 @@ import numpy as np
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
-from jointkv.core.reuse import ReusePlan
+from jointkv.core.reuse import COMPUTED, ReusePlan
 from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest, isolation_key
 from jointkv.vllm_plugin.scheduler.residents import Residents
@@ -44,13 +44,18 @@ def header(seed: int) -> list[int]:
 
 
 def plan(residents: Residents, request: TrackedRequest) -> ReusePlan:
-    """What becomes of a request whose entry block is near its first source's."""
+    """What becomes of a request, some of whose pages have witnesses; the others' entry blocks are near."""
     end = (TOKENS - 1) // BLOCK_SIZE
-    runs, result = residents.runs(request, 0, end, 0), ReusePlan.nothing(end)
-    at, least = 0, RULE.least + 1
+    found = residents.find(request, 0, end, 0)
+    if not found.stretches(RULE.least):
+        return ReusePlan.nothing(end)
+    known = residents.known(request, found.slot, found.page)
+    result = RULE.witnessed(found, known, end)
+    runs, at, least = RULE.unwitnessed(found, known, result), 0, RULE.least + 1
     while (entry := runs.next_entry(at, end, least)) is not None:
-        run = runs.through(entry, end, least, RULE.sources)[0]
-        result = result.adopting(run.behind, residents.usable(RULE, request, run.behind, 0.3), RULE.least)
+        run = runs.through(entry, end, least, RULE.sources)[0].behind
+        usable = RULE.usable(residents.known(request, np.arange(run.first, run.end), run.pages), 0.3)
+        result = result.adopting(run.first, np.where(usable, run.pages, COMPUTED), RULE.least)
         at = run.end
     return result
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jointkv.core.reuse import COMPUTED, ReusePlan, Run, Runs, stretches
+from jointkv.core.reuse import COMPUTED, Found, ReusePlan, Run, Runs, stretches
 from jointkv.errors import LayoutError
 
 SLOTS = 12
@@ -70,7 +70,8 @@ def test_a_plan_adopts_what_is_usable_in_stretches_that_are_worth_it(
     usable: list[bool], least: int, first: int
 ) -> None:
     run = Run(first, 0, np.arange(100, 100 + SLOTS))
-    plan = ReusePlan.nothing(first + SLOTS + 3).adopting(run, np.array(usable), least)
+    pages = np.where(usable, run.pages, COMPUTED)
+    plan = ReusePlan.nothing(first + SLOTS + 3).adopting(run.first, pages, least)
     for slot, page in enumerate(plan.pages):
         assert page in (COMPUTED, 100 + slot - first)
         if page != COMPUTED:
@@ -87,8 +88,8 @@ def test_a_plan_adopts_what_is_usable_in_stretches_that_are_worth_it(
 
 def test_plans_of_several_runs_add_up() -> None:
     plan = ReusePlan.nothing(10)
-    plan = plan.adopting(Run(2, 0, np.array([20, 21])), np.ones(2, bool), 1)
-    plan = plan.adopting(Run(6, 1, np.array([30, 31, 32])), np.ones(3, bool), 1)
+    plan = plan.adopting(2, np.array([20, 21]), 1)
+    plan = plan.adopting(6, np.array([30, 31, 32]), 1)
     assert plan.reused == [range(2, 4), range(6, 9)]
     assert plan.gaps == [range(2), range(4, 6)]
 
@@ -96,7 +97,30 @@ def test_plans_of_several_runs_add_up() -> None:
 def test_what_does_not_fit_together_is_refused() -> None:
     with pytest.raises(LayoutError, match="2 slots, 1 pages and 2 sources"):
         Runs(np.zeros(2, np.int64), np.zeros(1, np.int64), np.zeros(2, np.int64))
-    with pytest.raises(LayoutError, match="up to 4 with 1 answers"):
-        ReusePlan.nothing(5).adopting(Run(2, 0, np.array([1, 2])), np.ones(1, bool), 1)
-    with pytest.raises(LayoutError, match="up to 7 with 2 answers"):
-        ReusePlan.nothing(5).adopting(Run(5, 0, np.array([1, 2])), np.ones(2, bool), 1)
+    with pytest.raises(LayoutError, match="2 pages from 5 on for 5 slots"):
+        ReusePlan.nothing(5).adopting(5, np.array([1, 2]), 1)
+    two, three = np.zeros(2, np.int64), np.zeros(3, np.int64)
+    with pytest.raises(LayoutError, match="2 slots, 3 pages, 2 sources"):
+        Found(two, three, two, two.astype(bool))
+    with pytest.raises(LayoutError, match="out of order"):
+        Found(np.array([1, 0]), two, two, two.astype(bool))
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from([0.1, 0.2, np.inf])), max_size=12))
+def test_the_first_of_each_slot_by_a_key(blocks: list[tuple[int, float]]) -> None:
+    blocks = sorted(blocks, key=lambda block: block[0])
+    slots, key = (np.array(column) for column in zip(*blocks, strict=True)) if blocks else (np.zeros(0),) * 2
+    columns = [slots.astype(np.int64)] * 3
+    chosen = Found(*columns, slots.astype(bool)).first_by(key)
+    expected = [
+        min((index for index, block in enumerate(blocks) if block[0] == slot), key=lambda index: key[index])
+        for slot in sorted({slot for slot, _ in blocks})
+    ]
+    assert chosen.tolist() == expected
+
+
+def test_stretches_of_resident_slots_do_not_care_in_whose_pages() -> None:
+    slot = np.array([0, 2, 2, 3, 7, 8, 9])
+    resident = Found(slot, slot, np.array([0, 1, 2, 2, 1, 2, 3]), slot > 0)
+    assert resident.stretches(1) == [range(1), range(2, 4), range(7, 10)]
+    assert resident.stretches(3) == [range(7, 10)] and resident.stretches(4) == []

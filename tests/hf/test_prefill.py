@@ -157,13 +157,15 @@ def test_without_a_licence_all_is_computed_until_audits_have_earned_it():
         caches.append(cache)
         if seed:
             assert (result.skipped > 0) == (granted is not None) == (not result.audits)
-            assert result.audited_blocks == (7 if granted is None else 0) and result.missed_blocks == 0
+            # The first audit makes witnesses; where there are some the entry block may be read as well.
+            assert result.audited_blocks == (0 if granted is not None else 7 if seed == 1 else 8)
+            assert result.missed_blocks == 0
         if granted is None and pool.reuse.licence("").granted:
             granted = seed
     assert granted is not None and granted >= 13, "ln(1/0.05)/-ln(0.8) audits at the least"
     stats = pool.stats()
     assert stats["reuse_audits"] == granted and stats["licences_granted"] == 1 == stats["licensed_keys"]
-    assert stats["reuse_audited_blocks"] == 7 * granted and stats["reuse_missed_blocks"] == 0
+    assert stats["reuse_audited_blocks"] == 8 * granted - 1 and stats["reuse_missed_blocks"] == 0
 
 
 def test_audits_that_miss_take_the_licence_away(monkeypatch):
@@ -179,7 +181,7 @@ def test_audits_that_miss_take_the_licence_away(monkeypatch):
     for seed in range(100, 160):
         cache, result = prefill(pool, model, near(SHARED, seed))
         caches.append(cache)
-        assert (result.audits, result.audited_blocks, result.missed_blocks) == (1, 7, 4)
+        assert (result.audits, result.audited_blocks, result.missed_blocks) == (1, 8, 4)
         if not pool.reuse.licence("").granted:
             break
     assert seed < 130 and pool.stats()["licences_lost"] == 1

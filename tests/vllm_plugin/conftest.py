@@ -53,3 +53,14 @@ def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.vllm_plugin.engines import write_model
 
     return write_model(tmp_path_factory.mktemp("lively"), context=3.0)
+
+
+@pytest.fixture(scope="module")
+def bold() -> Iterator[None]:
+    """See `engines.BOLD`."""
+    from jointkv.vllm_plugin.scheduler import side
+    from tests.vllm_plugin.engines import BOLD
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(side, "ReuseRule", BOLD)
+        yield

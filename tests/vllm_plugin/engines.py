@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
+from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin import engine_args
 
 VOCABULARY = 512
 WATCHED = {"min_pool_usage": 0.0, "check_integrity": True}
 LOSSY = {"max_relative_error": 0.9, "max_token_error": None}
 EXACT = {"max_relative_error": 0.0, "max_token_error": 0.0}
+BOLD = partial(ReuseRule, near=1.0, echoes=False)
+"""Reuses by entry blocks up to the bounds: among so few words as a random model has, everything echoes."""
 
 Prompt = list[int]
 

@@ -1,4 +1,4 @@
-"""The two faults that end the engine, with an error and before anything wrong is computed."""
+"""Faults that end an engine, or keep it from starting, with an error and before anything wrong is computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from jointkv.errors import IntegrityError
+from jointkv.errors import IntegrityError, UnsupportedEngine
 from jointkv.vllm_plugin.engine.runners.v1 import V1Tables
 from jointkv.vllm_plugin.messages import Inquiry
 from tests.vllm_plugin.engines import LOSSY, Engine, engine, near_prefix
@@ -74,3 +74,13 @@ def test_a_lost_inquiry(fused: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(IntegrityError, match="is lost, and table entries with it"):
         fused.finish()
     assert lost and steps == []
+
+
+def test_a_second_engine_in_the_process_is_refused(calm: Path) -> None:
+    """vLLM would hand it the first one's connector, and pages of the first would be compared for it."""
+    with (
+        engine(calm, fusion={}),
+        pytest.raises(UnsupportedEngine, match="another engine of this process has jointkv"),
+        engine(calm, fusion={}),
+    ):
+        pass

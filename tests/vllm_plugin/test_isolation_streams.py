@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ pytest.importorskip("vllm")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jointkv.policy.reuse import ReuseRule
-from jointkv.vllm_plugin.scheduler import side
 from tests.vllm_plugin.engines import LOSSY, Engine, Prompt, engine, near_prefix, text
 
 OUT, HEAD = 6, 16
@@ -69,12 +66,6 @@ class Neighbour:
             for _ in range(self.steps):
                 served.step()
             served.abort(name)
-
-
-@pytest.fixture
-def bold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is within the bounds is reused; among so few words everything echoes."""
-    monkeypatch.setattr(side, "ReuseRule", partial(ReuseRule, near=1.0, echoes=False))
 
 
 def shared(served: Engine) -> int:

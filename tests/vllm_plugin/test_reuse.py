@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +12,13 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm.platforms.cpu import CpuPlatform
-
-from jointkv.policy.reuse import ReuseRule
-from jointkv.vllm_plugin.scheduler import side
-from tests.vllm_plugin.census import Census
 from tests.vllm_plugin.engines import LOSSY, Engine, Prompt, engine, near_prefix, text, write_model
 
 BLOCK, OUT = 32, 8
 PROBED = {**LOSSY, "reuse": "probed", "reuse_audit_rate": 1e-9}
-EVENTS = 400
 HEAD, TAIL = text(BLOCK, 1), text(20, 2)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _bold() -> Iterator[None]:
-    """Among so few words as a random model has, everything echoes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(side, "ReuseRule", partial(ReuseRule, near=1.0, echoes=False))
-        yield
+pytestmark = pytest.mark.usefixtures("bold")
 
 
 @dataclass
@@ -149,7 +135,36 @@ def test_a_page_with_a_bad_witness_is_computed(served: Served) -> None:
     served.count_anew()
     served.engine.generate([HEAD + body + TAIL])
     assert served.new("prompt_tokens_skipped") == (11 - 1) * BLOCK
-    assert (served.new("reuse_runs"), served.new("reuse_gaps"), served.new("reuse_helpers")) == (1, 2, 2)
+    assert (served.new("reuse_runs"), served.new("reuse_gaps"), served.new("reuse_helpers")) == (2, 2, 2)
+
+
+def test_pages_with_witnesses_need_no_entry_block(served: Served) -> None:
+    body = text(12 * BLOCK, 22)
+    donor = served.engine.submit(text(BLOCK, 3) + body + TAIL, 4)
+    served.engine.run_until_decoding()
+    pages = np.array(served.engine.table(donor)[1:13])
+    served.engine.finish()
+    residents = served.engine.side.candidates.residents
+    residents.testify(pages, np.full(12, 0.1, np.float32), np.zeros(12, np.uint64))
+    served.count_anew()
+    steps = served.engine.steps
+    served.engine.generate([HEAD + body + TAIL], 1)
+    assert served.new("prompt_tokens_skipped") == 12 * BLOCK and served.computed == BLOCK + len(TAIL)
+    assert served.engine.steps - steps == 1  # the helper's header and the end of the prompt in one
+    assert (served.new("reuse_gaps"), served.new("reuse_helpers")) == (1, 1)
+
+
+def test_what_helpers_have_computed_is_fused_afterwards(served: Served) -> None:
+    """Until the helper has ended, it holds the entry block as well, and giving one entry up would free nothing."""
+    prompts = near_prefix(3)
+    served.engine.generate(prompts[:1], 2)
+    served.count_anew()
+    names = [served.engine.submit(prompt, 8) for prompt in prompts[1:]]
+    for _ in range(6):
+        served.engine.step()
+    tables = [served.engine.table(name) for name in names]
+    assert tables[0][1] == tables[1][1] and served.new("blocks_merged") >= 2
+    assert not served.engine.statistics["rejected"].get("page_shared")
 
 
 @pytest.mark.parametrize(
@@ -200,103 +215,3 @@ def test_statistics_of_requests_do_not_count_helpers(served: Served) -> None:
     assert sum(one.requests for one in cache) == 3
     assert sum(one.queries for one in cache) == 3 * len(prompts[0])
     assert sum(one.hits for one in cache) == 3 * 20 * BLOCK
-
-
-class Traffic:
-    """Random requests, aborts and resets. `private` are all hashes that only one request ever had."""
-
-    def __init__(self, served: Engine, seed: int, priorities: bool) -> None:
-        self.served, self.rng, self.priorities = served, random.Random(seed), priorities
-        self.alive: list[str] = []
-        self.asked: dict[str, int] = {}
-        self.private: set[bytes] = set()
-        make_private = served.side.tables.make_private
-
-        def watched(request: Any, start: int, *more: Any) -> None:
-            make_private(request, start, *more)
-            self.private.update(request.block_hashes[start // BLOCK :])
-
-        served.side.tables.make_private = watched
-
-    def run(self, events: int) -> None:
-        for _ in range(events):
-            dice = self.rng.random()
-            if dice < 0.35:
-                self.ask()
-            elif dice < 0.43 and self.alive:
-                self.served.abort(self.alive.pop(self.rng.randrange(len(self.alive))))
-            elif dice < 0.45:
-                self.served.llm.reset_prefix_cache(reset_running_requests=self.rng.random() < 0.5)
-            else:
-                self.served.step()
-            self.alive = [name for name in self.alive if name not in self.served.outputs]
-        self.served.finish()
-
-    def ask(self) -> None:
-        rng = self.rng
-        head, shared = text(rng.choice([16, 40]), rng.randrange(50)), text(300, rng.randrange(2))
-        prompt = head + shared[: rng.randrange(120, 300)] + text(rng.randrange(1, 40), rng.randrange(10**6))
-        out = rng.randrange(1, 12)
-        options: dict[str, Any] = {"salt": rng.choice([None, None, None, "red"])}
-        options.update(rng.choice([{}] * 8 + [{"extra": {"jointkv": False}}, {"prompt_logprobs": 1}, {"logprobs": 0}]))
-        if self.priorities:
-            options["priority"] = rng.randrange(3)
-        name = self.served.submit(prompt, out, **options)
-        self.alive.append(name)
-        self.asked[name] = out
-
-
-@pytest.mark.hazard(
-    "Reuse",
-    "some order of requests, aborts, preemptions and resets leaves a helper, a page or a private hash behind",
-    "never: requests end with all their tokens, helpers with their request, private hashes with both",
-)
-@pytest.mark.parametrize(
-    ("fusion", "options"),
-    [
-        ({"reuse_audit_rate": 0.2}, {}),
-        ({"reuse": "licensed", "reuse_miss_rate": 0.5, "reuse_confidence": 0.5}, {"scheduling_policy": "priority"}),
-        ({}, {"async_scheduling": True, "max_num_seqs": 3}),
-    ],
-    ids=["chunks", "licensed, priorities", "asynchronous, few seats"],
-)
-def test_random_requests(
-    fusion: dict[str, Any],
-    options: dict[str, Any],
-    calm: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    record_property: Any,
-) -> None:
-    if options.get("async_scheduling"):
-        _keep_asynchronous(monkeypatch)
-    settings: dict[str, Any] = {"max_num_batched_tokens": 128, "max_num_seqs": 12, **options}
-    with engine(calm, 40, {**PROBED, **fusion}, **settings) as served:
-        assert served.core.vllm_config.scheduler_config.async_scheduling == options.get("async_scheduling", False)
-        if not options.get("async_scheduling"):
-            served.watchers.append(Census(served, monkeypatch).after_step)
-        served.side.reuse._draw = random.Random(7).random  # whom an audit is drawn for changes all that follows
-        traffic = Traffic(served, 7, options.get("scheduling_policy") == "priority")
-        traffic.run(EVENTS)
-        served.assert_drained()
-        found = served.statistics
-        assert found["faults"] == 0 and found["prompt_tokens_skipped"] > 0 and found["reuse_helpers"] > 0, found
-        for name, tokens in served.outputs.items():
-            assert len(tokens) == traffic.asked[name]
-        assert not served.side.reuse.intakes and not served.side.reuse.stray()
-        keys = {key[:-4] for key in served.pool.cached_block_hash_to_block._cache}
-        assert not keys & traffic.private and not served.pool.cached_block_hashes_by_block
-        assert served.preempted > 0
-        for name in ("prompt_tokens_skipped", "reuse_helpers", "reuse_audits"):
-            record_property(name, found[name])
-
-
-def _keep_asynchronous(patch: pytest.MonkeyPatch) -> None:
-    """vLLM's CPU platform takes asynchronous scheduling back; nothing but that keeps it from it."""
-    check = CpuPlatform.check_and_update_config
-
-    def checked(config: Any) -> None:
-        wanted = config.scheduler_config.async_scheduling
-        check(config)
-        config.scheduler_config.async_scheduling = wanted
-
-    patch.setattr(CpuPlatform, "check_and_update_config", staticmethod(checked))

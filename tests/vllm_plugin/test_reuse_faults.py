@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
 
-from jointkv.policy.reuse import ReuseRule
-from jointkv.vllm_plugin.scheduler import reuse, side
+from jointkv.vllm_plugin.scheduler import reuse
 from jointkv.vllm_plugin.scheduler.recovery import Recovery
 from tests.vllm_plugin.engines import LOSSY, Engine, engine, near_prefix
 from tests.vllm_plugin.faulty import WAIT, Clock, raising
@@ -36,8 +35,8 @@ HOOKS = (
     "sharing.started",
     "tables.found",
     "tables.lead_to",
-    "candidates.residents.runs",
-    "candidates.residents.usable",
+    "candidates.residents.find",
+    "candidates.residents.known",
     "candidates.residents.still_holds",
     "candidates.residents.testify",
     "questions.ask",
@@ -47,11 +46,9 @@ HOOKS = (
 
 
 @pytest.fixture(scope="module")
-def reusing(calm: Path) -> Iterator[Engine]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(side, "ReuseRule", partial(ReuseRule, near=1.0, echoes=False))
-        with engine(calm, fusion={**LOSSY, "reuse": "probed", "reuse_audit_rate": 1e-9}) as served:
-            yield served
+def reusing(calm: Path, bold: None) -> Iterator[Engine]:
+    with engine(calm, fusion={**LOSSY, "reuse": "probed", "reuse_audit_rate": 1e-9}) as served:
+        yield served
 
 
 class Ward:

@@ -7,6 +7,8 @@ echoes under which it was compared, not for those that were never seen.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -74,6 +76,25 @@ def _bits(marked: NDArray[np.bool_]) -> Echoes:
     return np.bitwise_or.reduce(np.where(marked, bit, np.uint64(0)), axis=1)
 
 
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What evidence says of `n` pages for one request each.
+
+    Attributes:
+        count: witnesses within the bounds, int64 `[n]`.
+        worst: largest ratio of all witnesses that tell, float32 `[n]`.
+        new: whether the request has echoes that no witness covers, bool `[n]`.
+    """
+
+    count: NDArray[np.int64]
+    worst: NDArray[np.float32]
+    new: NDArray[np.bool_]
+
+    def where(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> Known:
+        """Of some of the pages: bool `[n]`, or indices."""
+        return Known(self.count[chosen], self.worst[chosen], self.new[chosen])
+
+
 class Evidence:
     """Witnesses of pages: how many were within the bounds, the worst of those that tell, and echoes they covered.
 
@@ -112,6 +133,10 @@ class Evidence:
     def new(self, pages: NDArray[np.int64], seen: Echoes) -> NDArray[np.bool_]:
         """Whether `seen [n]` has echoes under which the page was never found within the bounds, bool `[n]`."""
         return np.asarray(seen & ~self.covered[pages]) != 0
+
+    def known(self, pages: NDArray[np.int64], seen: Echoes) -> Known:
+        """What is known of `pages [n]` for blocks with the echoes `seen [n]`."""
+        return Known(self.count[pages], self.worst[pages], self.new(pages, seen))
 
     def grow(self, pages: int) -> None:
         """Room for `pages`, if there is less."""

@@ -19,6 +19,60 @@ COMPUTED = -1
 """In a plan: this slot reads a page of its own, which is computed."""
 
 
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Resident blocks with the tokens, position and isolation key of blocks of one prompt, in the order of their slots.
+
+    Attributes:
+        slot: of the prompt's block, int64 `[n]`.
+        page: that holds the text, int64 `[n]`.
+        source: number of the request that computed the page, int64 `[n]`.
+        exact: whether all before it was computed too, or an exact hit, bool `[n]`.
+
+    Raises:
+        LayoutError: they differ in length, or the slots are not in order.
+    """
+
+    slot: Integers
+    page: Integers
+    source: Integers
+    exact: NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        if len({len(self.slot), len(self.page), len(self.source), len(self.exact)}) > 1:
+            raise LayoutError(f"{len(self.slot)} slots, {len(self.page)} pages, {len(self.source)} sources")
+        if (self.slot[1:] < self.slot[:-1]).any():
+            raise LayoutError("slots out of order")
+
+    def __len__(self) -> int:
+        return len(self.slot)
+
+    def where(self, chosen: NDArray[np.bool_] | Integers) -> Found:
+        """Those of them that are `chosen`: bool `[n]`, or indices in order."""
+        return Found(self.slot[chosen], self.page[chosen], self.source[chosen], self.exact[chosen])
+
+    def first_by(self, key: NDArray[np.floating]) -> Integers:
+        """Of each slot the one with the smallest `key [n]`, of equal ones the first; indices, in O(n)."""
+        if not len(self.slot):
+            return np.zeros(0, np.int64)
+        starts = np.flatnonzero(np.diff(self.slot, prepend=-1))
+        smallest = np.repeat(np.minimum.reduceat(key, starts), np.diff(starts, append=len(key)))
+        is_it = np.flatnonzero(key == smallest)
+        first: Integers = is_it[np.diff(self.slot[is_it], prepend=-1) != 0]
+        return first
+
+    def stretches(self, least: int) -> list[range]:
+        """Stretches of at least `least` slots that are resident, in whatever pages."""
+        slots = np.unique(self.slot)
+        parts = np.split(slots, np.flatnonzero(np.diff(slots) > 1) + 1)
+        return [range(int(part[0]), int(part[-1]) + 1) for part in parts if len(part) >= least]
+
+    @property
+    def runs(self) -> Runs:
+        """Of each source."""
+        return Runs(self.slot, self.page, self.source)
+
+
 @dataclass(frozen=True)
 class Run:
     """Consecutive slots of a request whose tokens are resident in one other request's pages, in the same order.
@@ -108,23 +162,22 @@ class ReusePlan:
         """All of `slots` are computed."""
         return cls(np.full(slots, COMPUTED, np.int64))
 
-    def adopting(self, run: Run, usable: NDArray[np.bool_], least: int) -> ReusePlan:
-        """This plan, where the slots of `run` read its pages as well.
+    def adopting(self, first: int, pages: Integers, least: int) -> ReusePlan:
+        """This plan, where the slots from `first` on read `pages [n]` as well, except where these say `COMPUTED`.
 
         Args:
-            usable: which of its blocks may be reused, bool `[len(run.pages)]`.
             least: stretches of fewer blocks than that are computed.
 
         Raises:
-            LayoutError: `usable` has another length, or the run goes beyond the prompt.
+            LayoutError: the pages go beyond the prompt.
         """
-        if len(usable) != len(run.pages) or run.end > len(self.pages):
-            raise LayoutError(f"a run of {len(run.pages)} blocks up to {run.end} with {len(usable)} answers")
-        pages = self.pages.copy()
-        for stretch in stretches(usable):
+        if first + len(pages) > len(self.pages):
+            raise LayoutError(f"{len(pages)} pages from {first} on for {len(self.pages)} slots")
+        result = self.pages.copy()
+        for stretch in stretches(pages != COMPUTED):
             if len(stretch) >= least:
-                pages[run.first + stretch.start : run.first + stretch.stop] = run.pages[stretch.start : stretch.stop]
-        return replace(self, pages=pages)
+                result[first + stretch.start : first + stretch.stop] = pages[stretch.start : stretch.stop]
+        return replace(self, pages=result)
 
     @property
     def skipped(self) -> int:

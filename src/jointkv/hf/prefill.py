@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jointkv.core.blocks import served_errors
-from jointkv.core.reuse import COMPUTED, Integers, Run
+from jointkv.core.evidence import Known
+from jointkv.core.reuse import COMPUTED, Integers, ReusePlan
 from jointkv.errors import BadInput, LayoutError
 from jointkv.hf.batch import Batch
 from jointkv.hf.paged_cache import PagedCache
 from jointkv.hf.residents import Matches
 from jointkv.hf.reuse import Reuse
-from jointkv.policy.reuse import Computed, Decided, decide
+from jointkv.policy.reuse import Computed, decide
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class RowPrefill:
         exact: tokens whose K and V are resident from the first token on, in blocks; they are read as they are.
         skipped: tokens of blocks behind other contexts that are read instead of being computed.
         reused: slots of these blocks, in order.
-        runs, gaps: runs that were adopted, and stretches of computed blocks before reused ones.
+        runs, gaps: stretches of blocks that are read, and stretches of computed blocks before reused ones.
         audited: whether it was computed, and compared with what would have been reused.
         audited_blocks, missed_blocks: blocks that would have been, and those of them beyond the bounds.
     """
@@ -135,10 +136,10 @@ class RowSteps:
         errors = served_errors(batch.tables[0].pool.kv, own, torch.from_numpy(pages), rule.across_layers)
         return rule.ratio([error.numpy() for error in errors])
 
-    def usable(self, run: Run, entry: float) -> NDArray[np.bool_]:
+    def known(self, slots: Integers, pages: Integers) -> Known:
         reuse = self._cache.pool.reuse
         assert reuse is not None and self.matches is not None
-        return reuse.residents.usable(reuse.rule, self.matches, run, entry)
+        return reuse.residents.known(self.matches, slots, pages)
 
     def _compute(self, end: int) -> None:
         start = self._cache.length
@@ -159,7 +160,7 @@ class _Imagined(Computed):
     """Steps of an audit: everything is computed already, and nothing is adopted."""
 
     def __init__(self, real: RowSteps) -> None:
-        self.ratios, self.usable = real.ratios, real.usable
+        self.ratios, self.known = real.ratios, real.known
 
 
 def prefill_row(cache: PagedCache, model: PreTrainedModel, tokens: Tensor, tenant: Hashable) -> RowPrefill:
@@ -186,44 +187,42 @@ def _reusing(cache: PagedCache, steps: RowSteps, tokens: Tensor, tenant: Hashabl
     slots = (len(ids) - 1) // size
     start = time.perf_counter()
     matches = steps.matches = reuse.residents.find(tenant, ids[:-1])
-    possible = matches.runs.next_entry(len(matches.exact), slots, reuse.rule.least + 1) is not None
+    found = matches.found
+    found = found.where((found.slot >= len(matches.exact)) & (found.slot < slots))
+    possible = bool(found.stretches(reuse.rule.least))
     audited = possible and reuse.audits_next(tenant)
     reuse.seconds_planning += time.perf_counter() - start
     if len(matches.exact):
         steps.adopt(0, matches.exact, exact=True)
     if audited:
         steps.finish()
-    decided = decide(matches.runs, len(matches.exact), slots, reuse.rule, _Imagined(steps) if audited else steps)
+    plan = decide(found, len(matches.exact), slots, reuse.rule, _Imagined(steps) if audited else steps)
     steps.finish()
     start = time.perf_counter()
-    found = RowPrefill(len(ids), exact=len(matches.exact) * size)
-    plan, true_until = decided.plan, slots
+    done, true_until = RowPrefill(len(ids), exact=len(matches.exact) * size), slots
     if audited:
-        found = _audit(found, decided, steps, tenant, reuse)
+        done = _audit(done, plan, steps, tenant, reuse)
     elif plan.skipped:
         true_until = plan.reused[0].start
         reused = tuple(np.flatnonzero(plan.pages != COMPUTED).tolist())
-        found = replace(found, skipped=plan.skipped * size, reused=reused)
-        found = replace(found, runs=len(decided.runs), gaps=len(plan.gaps))
+        done = replace(done, skipped=plan.skipped * size, reused=reused)
+        done = replace(done, runs=len(plan.reused), gaps=len(plan.gaps))
     _compare(matches, true_until, steps, reuse)
     reuse.seconds_planning += time.perf_counter() - start
     own = cache.tables[0].pages[0, :true_until].numpy().copy()
     cache.fuse()
     _make_resident(cache.batch, own, ids, tenant, reuse)
-    _count(found, reuse)
-    return found
+    _count(done, reuse)
+    return done
 
 
-def _audit(found: RowPrefill, decided: Decided, steps: RowSteps, tenant: Hashable, reuse: Reuse) -> RowPrefill:
+def _audit(done: RowPrefill, plan: ReusePlan, steps: RowSteps, tenant: Hashable, reuse: Reuse) -> RowPrefill:
     """Compare what would have been reused with what was computed; the licence is told the share beyond the bounds."""
-    pages = decided.plan.pages
-    slots = np.flatnonzero(pages != COMPUTED)
-    missed = np.zeros(len(pages), bool)
-    missed[slots] = steps.ratios(slots, pages[slots]) > 1
-    for run in decided.runs:
-        inside = slots[(slots >= run.start) & (slots < run.stop)]
-        reuse.observe(tenant, float(missed[inside].mean()))
-    return replace(found, audited=True, audited_blocks=len(slots), missed_blocks=int(missed.sum()))
+    slots = np.flatnonzero(plan.pages != COMPUTED)
+    missed = int((steps.ratios(slots, plan.pages[slots]) > 1).sum())
+    if len(slots):
+        reuse.observe(tenant, missed / len(slots))
+    return replace(done, audited=True, audited_blocks=len(slots), missed_blocks=missed)
 
 
 def _compare(matches: Matches, until: int, steps: RowSteps, reuse: Reuse) -> None:

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jointkv.core.evidence import Echoes, Evidence, standing
-from jointkv.core.reuse import Integers, Run, Runs
+from jointkv.core.evidence import Echoes, Evidence, Known, standing
+from jointkv.core.reuse import Found, Integers
 from jointkv.errors import IntegrityError
 from jointkv.fusion.signature import token_hashes
-from jointkv.policy.reuse import ReuseRule
 
 MOST_SOURCES = 8
 """Earlier requests considered for one prompt: those that hold most of it."""
@@ -29,7 +28,7 @@ class Matches:
     """Resident blocks with the tokens, position and isolation key of blocks of a prompt.
 
     Attributes:
-        slot, page, source: int64 `[n]`, see `Runs`.
+        slot, page, source: int64 `[n]`, see `Found`.
         same_context: bool `[n]`: everything before the block is equal too, so its K and V are.
         exact: pages of the leading slots whose text is resident from the first token on, int64.
         standing: of every block of the prompt, see `core.evidence`.
@@ -43,9 +42,10 @@ class Matches:
     standing: Echoes
 
     @property
-    def runs(self) -> Runs:
-        """What follows the exact prefix and could be reused."""
-        return Runs(self.slot, self.page, self.source)
+    def found(self) -> Found:
+        """As planning wants it; every resident page was computed behind its own context."""
+        order = np.argsort(self.slot, kind="stable")
+        return Found(self.slot[order], self.page[order], self.source[order], np.ones(len(order), bool))
 
 
 class Residents:
@@ -137,11 +137,9 @@ class Residents:
         """Note how far the blocks `slots [n]` of a prompt, computed behind their own context, were from `pages [n]`."""
         self.evidence.add(pages, ratios.astype(np.float32), matches.standing[slots])
 
-    def usable(self, rule: ReuseRule, matches: Matches, run: Run, entry: float) -> NDArray[np.bool_]:
-        """Which blocks of `run`, behind an entry block of that ratio, a prompt may reuse: bool `[n]`."""
-        known, pages = self.evidence, run.pages
-        new = known.new(pages, matches.standing[run.first : run.end])
-        return rule.usable(entry, known.count[pages], known.worst[pages], new)
+    def known(self, matches: Matches, slots: Integers, pages: Integers) -> Known:
+        """What evidence says of `pages [n]` for the blocks `slots [n]` of a prompt."""
+        return self.evidence.known(pages, matches.standing[slots])
 
     def forget_witnesses(self) -> None:
         """Begin anew, because ratios of other bounds say little."""

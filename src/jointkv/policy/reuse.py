@@ -1,21 +1,23 @@
 """When a resident block may stand for one that is not computed.
 
-What was never computed cannot be compared. What can be known of it: how far the *entry block* of the same run is from
-the source's, and how far *witnesses* of the same page were, earlier comparisons with the same tokens behind other
-contexts. Both are ratios: error over bound, the larger one of block and token, so that 1 is what is allowed. A witness
-does not tell of *echoes* that its own context lacked: tokens of the block that also stand before the run, see
-`core.evidence`. Measured in docs/reuse.md.
+What was never computed cannot be compared. What can be known of it: how far *witnesses* of the same page were, earlier
+comparisons with the same tokens behind other contexts, and, where a page has none, how far the *entry block* of the
+same run is from the source's. Both are ratios: error over bound, the larger one of block and token, so that 1 is what
+is allowed. A witness does not tell of *echoes* that its own context lacked: tokens of the block that also stand before
+the run, see `core.evidence`. Measured in docs/reuse.md.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jointkv.core.reuse import Integers, ReusePlan, Run, Runs
+from jointkv.core.evidence import Known
+from jointkv.core.reuse import COMPUTED, Found, Integers, ReusePlan, Runs
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,67 @@ class ReuseRule:
     near: float = 0.5
     echoes: bool = True
 
-    def usable(
-        self,
-        entry: float,
-        count: NDArray[np.int64],
-        worst: NDArray[np.float32],
-        new: NDArray[np.bool_] | None = None,
-    ) -> NDArray[np.bool_]:
-        """Which blocks of a run may be reused, bool `[n]`.
+    def expected(self, known: Known, entry: float = math.inf) -> NDArray[np.floating]:
+        """Up to which ratio the blocks that pages stand for are expected, `[n]`; infinite where too little is known.
 
         Args:
-            entry: ratio of the run's entry block.
-            count, worst: witnesses of each page within the bounds, and the largest ratio of all that tell, `[n]`.
-            new: blocks with echoes that no witness covers, see `Evidence.new`, `[n]`; None where none has any.
+            known: of the pages.
+            entry: ratio of the entry block before them; infinite where none was compared.
         """
-        expected = worst * (1.0 + 1.0 / np.maximum(count, 1))
-        known = (count >= self.witnesses) | (entry <= self.near)
-        allowed = known & (expected <= self.margin)
-        return allowed if new is None or not self.echoes else allowed & ~new
+        enough = (known.count >= self.witnesses) | (entry <= self.near)
+        if self.echoes:
+            enough &= ~known.new
+        return np.where(enough, known.worst * (1.0 + 1.0 / np.maximum(known.count, 1)), np.inf)
+
+    def usable(self, known: Known, entry: float = math.inf) -> NDArray[np.bool_]:
+        """Which of the pages may be read, bool `[n]`; arguments as of `expected`."""
+        allowed: NDArray[np.bool_] = self.expected(known, entry) <= self.margin
+        return allowed
+
+    def witnessed(self, found: Found, known: Known, slots: int) -> ReusePlan:
+        """What is reused of a prompt by evidence of pages alone.
+
+        Of several pages for a slot those whose context was computed go first, so that a licence for these alone leads
+        to the same ones, then the ones that are expected nearest.
+
+        Args:
+            known: of the pages `found`.
+            slots: of the prompt that may be reused at all.
+        """
+        first = found.first_by(self._order(found, known))
+        chosen = first[self.usable(known.where(first))]
+        pages = np.full(slots, COMPUTED, np.int64)
+        pages[found.slot[chosen]] = found.page[chosen]
+        return ReusePlan.nothing(slots).adopting(0, pages, self.least)
+
+    def asked(self, found: Found, known: Known) -> Found:
+        """What an audit compares: of each slot at most `sources` pages, those that would serve first."""
+        order = np.lexsort((self._order(found, known), found.slot))
+        place = np.arange(len(order))
+        starts = np.maximum.accumulate(np.where(np.diff(found.slot[order], prepend=-1) != 0, place, 0))
+        return found.where(order[place - starts < self.sources])
+
+    def unwitnessed(self, found: Found, known: Known, plan: ReusePlan) -> Runs:
+        """Runs that `plan` does not read, and that would be read in part behind a near entry block.
+
+        One entry block stands for all of a source's blocks, also behind some that are too far.
+        """
+        unread = plan.pages[found.slot] == COMPUTED
+        usable = unread & self.usable(known, 0.0)
+        sources, source = np.unique(found.source[usable], return_inverse=True)
+        span = np.full((2, len(sources)), len(plan.pages))
+        np.minimum.at(span[0], source, found.slot[usable])
+        np.minimum.at(span[1], source, -found.slot[usable])
+        place = np.searchsorted(sources, found.source)
+        listed = unread & np.isin(found.source, sources)
+        first, last = span[0], -span[1]
+        listed[listed] = (found.slot[listed] >= first[place[listed]]) & (found.slot[listed] <= last[place[listed]])
+        return found.where(listed).runs
+
+    def _order(self, found: Found, known: Known) -> NDArray[np.floating]:
+        """Of several pages for a slot the one with the smallest number serves, `[n]`."""
+        expected = self.expected(known)
+        return np.where(expected <= self.margin, expected - found.exact * (1.0 + self.margin), np.inf)
 
 
 @dataclass
@@ -79,9 +124,13 @@ class Search:
         """Nothing behind the entry block `entry` is reused."""
         self.at, self.wait = entry + 1 + self.wait, 2 * self.wait + 1
 
-    def adopted(self, end: int) -> None:
-        """Blocks up to `end` are decided."""
-        self.at, self.wait = end, 0
+    def heard(self, entry: int, before: ReusePlan, after: ReusePlan) -> None:
+        """Behind the entry block `entry` what `after` reads is reused, `before` read without it."""
+        new = np.flatnonzero(after.pages != before.pages)
+        if len(new):
+            self.at, self.wait = int(new[-1]) + 1, 0
+        else:
+            self.refused(entry)
 
 
 class Steps(Protocol):
@@ -96,8 +145,8 @@ class Steps(Protocol):
     def ratios(self, slots: Integers, pages: Integers) -> NDArray[np.floating]:
         """How far the own blocks of `slots [n]` are from those in `pages [n]`: error over bound, `[n]`."""
 
-    def usable(self, run: Run, entry: float) -> NDArray[np.bool_]:
-        """Which blocks of `run`, which follows an entry block of that ratio, `ReuseRule.usable` allows."""
+    def known(self, slots: Integers, pages: Integers) -> Known:
+        """What evidence says of `pages [n]` for the prompt's blocks `slots [n]`."""
 
 
 class Computed:
@@ -110,32 +159,41 @@ class Computed:
         return
 
 
-@dataclass(frozen=True)
-class Decided:
-    """What was decided on one prompt: the plan, and of each run in it from behind its entry block to its last use."""
+def decide(found: Found, start: int, end: int, rule: ReuseRule, steps: Steps) -> ReusePlan:
+    """Walk through a prompt between the slots `start` and `end`, from which every stretch that is reused is adopted.
 
-    plan: ReusePlan
-    runs: tuple[range, ...]
-
-
-def decide(runs: Runs, start: int, end: int, rule: ReuseRule, steps: Steps) -> Decided:
-    """Walk through the runs of a prompt between the slots `start` and `end`; the nearest source of each is adopted."""
-    plan, found, search = ReusePlan.nothing(end), [], Search(start)
+    What witnesses allow needs no comparison. Of what has none, the nearest source of each run serves.
+    """
+    found = found.where((found.slot >= start) & (found.slot < end))
+    known = steps.known(found.slot, found.page)
+    plan = rule.witnessed(found, known, end)
+    runs, walk, search = rule.unwitnessed(found, known, plan), _Walk(start, steps), Search(start)
     while (entry := runs.next_entry(search.at, end, rule.least + 1)) is not None:
+        walk.to(plan, entry)
         steps.compute(entry + 1)
         sources = runs.through(entry, end, rule.least + 1, rule.sources)
         ratios = steps.ratios(np.full(len(sources), entry), np.array([run.pages[0] for run in sources]))
         nearest = int(np.nan_to_num(ratios, nan=np.inf).argmin())
         run = sources[nearest].behind
-        wider = plan.adopting(run, steps.usable(run, float(ratios[nearest])), rule.least)
-        new = [stretch for stretch in wider.reused if stretch.start > entry]
-        for stretch in new:
-            steps.compute(stretch.start)
-            steps.adopt(stretch.start, wider.pages[stretch.start : stretch.stop])
-        if new:
-            found.append(range(run.first, new[-1].stop))
-            search.adopted(new[-1].stop)
-        else:
-            search.refused(entry)
+        usable = rule.usable(steps.known(np.arange(run.first, run.end), run.pages), float(ratios[nearest]))
+        wider = plan.adopting(run.first, np.where(usable, run.pages, COMPUTED), rule.least)
+        search.heard(entry, plan, wider)
         plan = wider
-    return Decided(plan, tuple(found))
+    walk.to(plan, end)
+    return plan
+
+
+class _Walk:
+    """How far a prompt is computed or adopted."""
+
+    def __init__(self, start: int, steps: Steps) -> None:
+        self._at, self._steps = start, steps
+
+    def to(self, plan: ReusePlan, slot: int) -> None:
+        """Adopt what `plan` reuses before `slot`, and compute what lies between."""
+        for stretch in plan.reused:
+            first, stop = max(stretch.start, self._at), min(stretch.stop, slot)
+            if first < stop:
+                self._steps.compute(first)
+                self._steps.adopt(first, plan.pages[first:stop])
+        self._at = max(self._at, slot)

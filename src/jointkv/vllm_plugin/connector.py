@@ -15,6 +15,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
+from jointkv.errors import UnsupportedEngine
 from jointkv.vllm_plugin.engine.check import check_engine
 from jointkv.vllm_plugin.engine.groups import LayerGroupManager, LayerGroupSpec, register
 from jointkv.vllm_plugin.engine.opt_out import RequestCheck
@@ -113,7 +114,17 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
     # With every worker.
 
     def attach(self, runner: Any) -> None:
-        """Take hold of the worker's model runner, once its pages are allocated. Raises what `WorkerSide` raises."""
+        """Take hold of the worker's model runner, once its pages are allocated.
+
+        Raises:
+            UnsupportedEngine: it is another engine's: vLLM has one connector per process, that of the first engine.
+            LayoutError: see `WorkerSide`.
+        """
+        if runner.vllm_config is not self._vllm_config:
+            raise UnsupportedEngine(
+                "another engine of this process has jointkv, and vLLM would let both read its pages; end it first, or "
+                "leave VLLM_ENABLE_V1_MULTIPROCESSING on, so that each engine has a process of its own"
+            )
         tables = RUNNERS[runner_of(self._vllm_config)](runner)
         layers = self._vllm_config.compilation_config.static_forward_context
         self.worker = WorkerSide(self.settings, tables, layers, self._kv_cache_config, self.groups)

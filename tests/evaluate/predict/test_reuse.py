@@ -33,8 +33,10 @@ def test_audits_skip_what_a_cache_would(policy):
     batch = prefill_rows(build_model("llama"), rows, BLOCK, lambda count: None)
     licence = Licence()
     found = by_audits(batch, rows, policy, licence, BY_ENTRY)
-    assert found.skipped_tokens == done.skipped and found.tokens == done.tokens
-    assert found.missed_blocks == 0 and found.granted is False and licence.audits == found.runs
+    # When all are computed, the entry blocks of the third and the fourth have witnesses, and need not be.
+    entries = 2 * BLOCK if done.skipped else 0
+    assert found.skipped_tokens == done.skipped + entries and found.tokens == done.tokens
+    assert found.missed_blocks == 0 and found.granted is False and licence.audits == (3 if found.runs else 0)
     assert (found.miss_limit == 1) == (found.runs == 0)
 
 

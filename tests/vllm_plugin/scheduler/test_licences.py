@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 from jointkv.theory.licence import Licence
 from jointkv.vllm_plugin.metrics import LICENCE_STATES, Statistics
 from jointkv.vllm_plugin.scheduler import licences as room
-from jointkv.vllm_plugin.scheduler.licences import SHOWN_KEYS, Licences, RunClass
+from jointkv.vllm_plugin.scheduler.licences import SHOWN_KEYS, Licences, PageClass
 
 LOOSE = 0.3
 ENOUGH = 30
@@ -26,15 +26,15 @@ def licences(statistics: Statistics) -> Licences:
     return Licences(lambda: Licence(LOOSE), statistics)
 
 
-def audit(licences: Licences, run_class: RunClass, missed: int = 0, times: int = ENOUGH) -> None:
+def audit(licences: Licences, page_class: PageClass, missed: int = 0, times: int = ENOUGH) -> None:
     for _ in range(times):
-        licences.observe(run_class, missed, 4)
+        licences.observe(page_class, missed, 4)
 
 
 def test_a_class_earns_for_itself_alone(licences: Licences, statistics: Statistics) -> None:
-    mine, other = RunClass("mine", True), RunClass("other", True)
+    mine, other = PageClass("mine", True), PageClass("other", True)
     audit(licences, mine)
-    assert licences.granted(mine) and not licences.granted(other) and not licences.granted(RunClass("mine", False))
+    assert licences.granted(mine) and not licences.granted(other) and not licences.granted(PageClass("mine", False))
     counted = statistics.totals()
     assert (counted["reuse_audits"], counted["reuse_audited_blocks"]) == (ENOUGH, 4 * ENOUGH)
     assert (counted["licences_granted"], counted["licences_lost"], counted["reuse_missed_blocks"]) == (1, 0, 0)
@@ -44,8 +44,8 @@ def test_a_class_earns_for_itself_alone(licences: Licences, statistics: Statisti
 
 
 def test_gauges(licences: Licences) -> None:
-    audit(licences, RunClass("first", True))
-    audit(licences, RunClass("second", False), missed=1, times=1)
+    audit(licences, PageClass("first", True))
+    audit(licences, PageClass("second", False), missed=1, times=1)
     shown = licences.gauges(LOOSE)
     assert shown["allowed"] == LOOSE and shown["states"] == {"granted": 1, "earning": 1}
     assert list(shown["classes"]) == ["exact 1", "approximate 2"]
@@ -58,16 +58,16 @@ def test_it_says_when_there_is_something_new(licences: Licences) -> None:
     assert licences.changed
     licences.changed = False
     for changes in (True, False):
-        licences.granted(RunClass("first", True))
+        licences.granted(PageClass("first", True))
         assert licences.changed is changes
         licences.changed = False
-    audit(licences, RunClass("first", True), times=1)
+    audit(licences, PageClass("first", True), times=1)
     assert licences.changed
 
 
 def test_the_first_keys_are_shown_and_all_are_counted(licences: Licences) -> None:
     for key in range(SHOWN_KEYS + 3):
-        licences.granted(RunClass(key, True))
+        licences.granted(PageClass(key, True))
     shown = licences.gauges(LOOSE)
     assert list(shown["classes"]) == [f"exact {number}" for number in range(1, SHOWN_KEYS + 1)]
     assert shown["states"] == {"earning": SHOWN_KEYS + 3}
@@ -75,17 +75,22 @@ def test_the_first_keys_are_shown_and_all_are_counted(licences: Licences) -> Non
 
 def test_a_number_is_free_when_nothing_of_its_key_is_kept(licences: Licences, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "MOST_CLASSES", 3)
-    for run_class in (RunClass("old", True), RunClass("old", False), RunClass("new", True), RunClass("newer", True)):
-        licences.granted(run_class)
+    for page_class in (
+        PageClass("old", True),
+        PageClass("old", False),
+        PageClass("new", True),
+        PageClass("newer", True),
+    ):
+        licences.granted(page_class)
     assert list(licences.gauges(LOOSE)["classes"]) == ["approximate 1", "exact 2", "exact 3"]
-    licences.granted(RunClass("newest", True))
-    licences.granted(RunClass("after all", True))
+    licences.granted(PageClass("newest", True))
+    licences.granted(PageClass("after all", True))
     assert list(licences.gauges(LOOSE)["classes"]) == ["exact 3", "exact 1", "exact 2"]
 
 
 def test_nothing_is_said_of_a_key(licences: Licences, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(room.logger, "info", lambda text, *words: said.append(text % words))
-    audit(licences, RunClass("a secret salt", True))
+    audit(licences, PageClass("a secret salt", True))
     assert len(said) == 1 and "exact 1" in said[0] and "granted" in said[0]
     assert "secret" not in f"{said}{licences.gauges(LOOSE)}"

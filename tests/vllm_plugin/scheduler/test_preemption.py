@@ -8,6 +8,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from jointkv.vllm_plugin.scheduler.candidates import Member
 from tests.vllm_plugin.engines import LOSSY, Engine, engine, near_prefix
 
 PROMPTS = near_prefix(20, shared=300, seed=11)
@@ -67,3 +70,23 @@ def test_private_hashes_answer_nobody_else(lively: Path) -> None:
         names = [fused.submit(prompt, OUT, extra={"jointkv": False}) for prompt in PROMPTS]
         fused.finish()
         assert [fused.outputs[name] for name in names] == expected
+
+
+def test_the_page_of_a_preempted_request_is_compared_with_nothing(lively: Path) -> None:
+    """It waited for a second comparison; by now the page may belong to another tenant."""
+    with engine(lively, fusion=LOSSY) as fused:
+        fused.submit(PROMPTS[0], OUT)
+        fused.submit(PROMPTS[1], OUT)
+        for _ in range(4):
+            fused.step()
+        request = fused.vllm_scheduler.running.pop()
+        resident = fused.side.tables.block(fused.vllm_scheduler.running[0].request_id, 0, 1).block_id
+        assert resident in fused.side.candidates.residents
+        tracked = fused.side.requests.active[request.request_id]
+        own = fused.side.tables.block(request.request_id, 0, 0)
+        fused.side.fusion._again = [Member(tracked, 0, 0, 0, own.block_id, (), [resident])]
+        fused.vllm_scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+        fused.vllm_scheduler._preempt_request(request, 0.0, drop_stale_output=True)
+        assert not list(fused.side.fusion._to_compare(SchedulerOutput.make_empty()))
+        fused.finish()
+        fused.assert_drained()

@@ -7,7 +7,6 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -27,11 +26,11 @@ from vllm.v1.engine import core as engine_core
 from vllm.v1.request import Request
 from vllm.v1.worker import gpu_model_runner
 
-from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin import engine_args
 from jointkv.vllm_plugin.scheduler import side as scheduler_side
 from jointkv.vllm_plugin.worker import side
 from tests.effort import MACHINE_STEPS, machine_settings
+from tests.vllm_plugin.engines import BOLD, write_model
 from tests.vllm_plugin.scheduler.fake_worker import Comparer, Mail, Model, Runner, executor_of, packed_pages
 from tests.vllm_plugin.scheduler.oracle import ABORTED, Oracle
 from tests.vllm_plugin.scheduler.reuse_oracle import ReuseOracle
@@ -291,15 +290,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder; only its config is read."""
-    from tests.vllm_plugin.engines import write_model
-
     return write_model(tmp_path_factory.mktemp("unread"), 1.0, layers=1, heads=1, kv_heads=1)
 
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What needs tensors or process groups is replaced. Numbers have no echoes, and are near more often than blocks."""
-    monkeypatch.setattr(scheduler_side, "ReuseRule", partial(ReuseRule, near=1.0, echoes=False))
+    monkeypatch.setattr(scheduler_side, "ReuseRule", BOLD)
     monkeypatch.setattr(side, "packed_pages", packed_pages)
     monkeypatch.setattr(side, "PageComparer", Comparer)
     monkeypatch.setattr(gpu_model_runner, "get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
@@ -335,3 +332,22 @@ def test_scheduler_machine(variant: str, model: Path, no_model: None, record_pro
         record_property(name, count)
     record_property("violations", 0)
     assert min(totals[name] for name in expected) > 0, totals
+
+
+def test_a_helper_that_is_preempted_before_its_answer_comes_is_asked_about_once(model: Path, no_model: None) -> None:
+    config = configuration(model, *VARIANTS["reuse, asynchronous"])
+    machine = type("Machine", (SchedulerMachine,), {"config": config, "totals": Counter()})()
+    reuse, scheduler = machine.oracle.side.reuse, machine.core.scheduler
+    reuse._draw = lambda: 1.0
+    try:
+        machine.submit([700] * BLOCK + TEXTS[0], 20, None, False, 0)
+        for _ in range(8):
+            machine.advance()
+        machine.submit([701] * BLOCK + TEXTS[0], 1, None, False, 0)
+        while not any(intake.asked for intake in reuse.intakes.values()):
+            machine.advance()
+        (place,) = (place for place, one in enumerate(scheduler.running) if one.request_id in reuse.helpers)
+        machine.preempt(place)
+    finally:
+        machine.teardown()
+    assert machine.totals["reused"] and not machine.oracle.side.statistics.totals()["faults"]

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from jointkv.core.blocks import PagedKV, served_errors
-from jointkv.core.reuse import COMPUTED, Integers, Run
+from jointkv.core.evidence import Known
+from jointkv.core.reuse import COMPUTED, Integers
 from jointkv.evaluate.holding.prefilled import Prefilled
 from jointkv.hf.residents import Matches, Residents
 from jointkv.policy import FusionPolicy
@@ -30,7 +31,7 @@ class Reusable:
         exact_tokens: in blocks before which everything is equal too, as a prefix cache finds them.
         skipped_tokens: in blocks that would be read although something before them differs; entry blocks and stretches
             of few blocks are computed.
-        runs: of such blocks.
+        runs: stretches of such blocks.
         blocks, missed_blocks: such blocks, and those of them that are beyond the bounds; nothing is known of these from
             tokens alone.
         miss_limit: upper confidence limit of the share of missed blocks, see `Licence`.
@@ -76,7 +77,7 @@ def by_audits(
     Args:
         batch: the requests `rows` (token ids), whole, each prefilled on its own.
         policy: with the bounds.
-        licence: told the share of every run.
+        licence: told the share of every request.
     """
     walk = _Walk(batch.block_size, rule or ReuseRule(), licence)
     layers = range(batch.layers)
@@ -96,12 +97,12 @@ def by_audits(
 class _Steps(Computed):
     """Nothing is computed or adopted: all is there."""
 
-    def __init__(self, ratios: Ratios, residents: Residents, rule: ReuseRule, matches: Matches) -> None:
+    def __init__(self, ratios: Ratios, residents: Residents, matches: Matches) -> None:
         self.ratios = ratios
-        self._residents, self._rule, self._matches = residents, rule, matches
+        self._residents, self._matches = residents, matches
 
-    def usable(self, run: Run, entry: float) -> NDArray[np.bool_]:
-        return self._residents.usable(self._rule, self._matches, run, entry)
+    def known(self, slots: Integers, pages: Integers) -> Known:
+        return self._residents.known(self._matches, slots, pages)
 
 
 class _Walk:
@@ -123,23 +124,19 @@ class _Walk:
         tokens = np.array(row, np.int64)
         matches = self._residents.find("", tokens[:-1])
         slots = max(0, len(tokens) - 1) // self._size
-        steps = _Steps(ratios, self._residents, self._rule, matches)
-        decided = decide(matches.runs, len(matches.exact), slots, self._rule, steps)
-        pages = decided.plan.pages
-        reused = np.flatnonzero(pages != COMPUTED)
-        missed = np.zeros(slots, bool)
-        missed[reused] = ratios(reused, pages[reused]) > 1
-        if self._licence is not None:
-            for run in decided.runs:
-                inside = reused[(reused >= run.start) & (reused < run.stop)]
-                self._licence.observe(float(missed[inside].mean()))
+        steps = _Steps(ratios, self._residents, matches)
+        plan = decide(matches.found, len(matches.exact), slots, self._rule, steps)
+        reused = np.flatnonzero(plan.pages != COMPUTED)
+        missed = int((ratios(reused, plan.pages[reused]) > 1).sum())
+        if self._licence is not None and len(reused):
+            self._licence.observe(missed / len(reused))
         if evidence:
             self._witness(matches, ratios)
         self._residents.add("", tokens, np.arange(len(own)), own, self._requests)
         self._requests, self._tokens = self._requests + 1, self._tokens + len(tokens)
         self._exact += len(matches.exact) * self._size
         self._skipped += len(reused) * self._size
-        self._runs, self._missed = self._runs + len(decided.runs), self._missed + int(missed.sum())
+        self._runs, self._missed = self._runs + len(plan.reused), self._missed + missed
 
     def result(self) -> Reusable:
         """What was found."""

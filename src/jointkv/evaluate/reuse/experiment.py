@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from jointkv.core.evidence import Known
 from jointkv.evaluate.progress import Report
 from jointkv.evaluate.reuse.cases import Cases, draw_cases
 from jointkv.evaluate.reuse.features import feature_rows
@@ -133,8 +134,8 @@ def usable(case: Cases) -> NDArray[np.bool_]:
     rule, shape, evidence = ReuseRule(), case.true.shape, evidence_of(case)
     new = evidence.new(np.arange(case.true.size), case.echo.ravel()).reshape(shape)
     heard, worst = evidence.count.reshape(shape), evidence.worst.reshape(shape)
-    rows = range(len(case.true))
-    return np.stack([rule.usable(float(case.entry[row]), heard[row], worst[row], new[row]) for row in rows])
+    rows = [Known(heard[row], worst[row], new[row]) for row in range(len(case.true))]
+    return np.stack([rule.usable(row, float(entry)) for row, entry in zip(rows, case.entry, strict=True)])
 
 
 def _share(counted: Count) -> Share:

@@ -9,25 +9,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from jointkv.core.reuse import COMPUTED, Integers, Run, Runs
+from jointkv.core.evidence import Known
+from jointkv.core.reuse import COMPUTED, Found, Integers
 from jointkv.policy.reuse import Computed, ReuseRule, decide
 from jointkv.vllm_plugin.scheduler.evidence import Audit, Compared
-from jointkv.vllm_plugin.scheduler.licences import Licences, RunClass
+from jointkv.vllm_plugin.scheduler.licences import Licences, PageClass
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 from jointkv.vllm_plugin.scheduler.residents import Residents
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one run of an audit says.
+    """What an audit says of pages of one class.
 
     Attributes:
-        first: its entry block's slot.
         adopted, missed: blocks that would have been reused, and those of them beyond the bounds.
-        exact: see `RunClass`.
+        exact: see `PageClass`.
     """
 
-    first: int
     adopted: int
     missed: int
     exact: bool
@@ -72,7 +71,7 @@ class Audits:
             return
         tracked.audit = None
         for record in records(audit.compared, end, self._rule):
-            self._licences.observe(RunClass(tracked.isolation, record.exact), record.missed, record.adopted)
+            self._licences.observe(PageClass(tracked.isolation, record.exact), record.missed, record.adopted)
         held = [one for one in audit.compared if self._residents.source[one.page] == one.source]
         self._residents.testify(
             np.array([one.page for one in held], np.int64),
@@ -82,28 +81,36 @@ class Audits:
 
 
 def records(compared: list[Compared], end: int, rule: ReuseRule) -> Iterator[Record]:
-    """What would have been reused of blocks before `end`, run after run, by the decisions that reuse makes."""
-    steps = _Imagined(compared, rule)
-    columns = [np.array([getattr(one, name) for one in compared], np.int64) for name in ("slot", "page", "source")]
-    decided = decide(Runs(*columns), 0, end, rule, steps)
-    for run in decided.runs:
-        pages = decided.plan.pages[run.start : run.stop].tolist()
-        used = [steps.known[slot, page] for slot, page in zip(run, pages, strict=True) if page != COMPUTED]
-        missed = sum(one.ratio > 1 for one in used)
-        yield Record(run.start - 1, len(used), missed, all(one.exact for one in used))
+    """What would have been reused of blocks before `end`, by the decisions that reuse makes: one of each class."""
+    steps = _Imagined(compared)
+    plan = decide(steps.found, 0, end, rule, steps)
+    reused = np.flatnonzero(plan.pages != COMPUTED)
+    used = [steps.of[slot, page] for slot, page in zip(reused.tolist(), plan.pages[reused].tolist(), strict=True)]
+    for exact in (True, False):
+        ratios = [one.ratio for one in used if one.exact is exact]
+        if ratios:
+            yield Record(len(ratios), sum(ratio > 1 for ratio in ratios), exact)
 
 
 class _Imagined(Computed):
     """Steps of an audit: everything is compared already."""
 
-    def __init__(self, compared: list[Compared], rule: ReuseRule) -> None:
-        self.known = {(one.slot, one.page): one for one in compared}
-        self._rule = rule
+    def __init__(self, compared: list[Compared]) -> None:
+        self.of = {(one.slot, one.page): one for one in compared}
+        ordered = sorted(self.of.values(), key=lambda one: one.slot)
+        slot, page, source = np.array([(one.slot, one.page, one.source) for one in ordered], np.int64).reshape(-1, 3).T
+        self.found = Found(slot, page, source, np.array([one.exact for one in ordered], bool))
 
     def ratios(self, slots: Integers, pages: Integers) -> NDArray[np.floating]:
-        return np.array([self.known[one].ratio for one in zip(slots.tolist(), pages.tolist(), strict=True)])
+        return np.array([one.ratio for one in self._at(slots, pages)])
 
-    def usable(self, run: Run, entry: float) -> NDArray[np.bool_]:
-        blocks = [self.known[slot, page] for slot, page in enumerate(run.pages.tolist(), run.first)]
-        count, worst = np.array([one.witnesses for one in blocks]), np.array([one.worst for one in blocks], np.float32)
-        return self._rule.usable(entry, count, worst, np.array([one.new for one in blocks], bool))
+    def known(self, slots: Integers, pages: Integers) -> Known:
+        found = self._at(slots, pages)
+        return Known(
+            np.array([one.witnesses for one in found], np.int64),
+            np.array([one.worst for one in found], np.float32),
+            np.array([one.new for one in found], bool),
+        )
+
+    def _at(self, slots: Integers, pages: Integers) -> list[Compared]:
+        return [self.of[one] for one in zip(slots.tolist(), pages.tolist(), strict=True)]

@@ -159,10 +159,11 @@ class Candidates:
                 tracked.restart(request.num_computed_tokens // self._block_size)
             # With asynchronous scheduling the last tokens are placeholders: their text is not known yet.
             filled = min(request.num_computed_tokens + scheduled, request.num_tokens) // self._block_size
-            end = min(filled, tracked.next_slot + budget)
-            if end <= tracked.next_slot:
+            end = max(min(filled, tracked.next_slot + budget), tracked.next_slot)
+            slots = [*tracked.late, *range(tracked.next_slot, end)]
+            tracked.late = []
+            if not slots:
                 continue
-            slots = range(tracked.next_slot, end)
             budget -= len(slots)
             if self._settings.isolation == "strict" and not request.cache_salt:  # vLLM takes an empty salt for none
                 tracked.next_slot = end

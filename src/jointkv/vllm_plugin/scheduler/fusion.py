@@ -59,10 +59,14 @@ class Fusion:
         """Members with candidates: those that get others than before, then new ones. The rest become resident."""
         again, self._again = self._again, []
         for member in again:
-            if self.candidates.still_resident(member):
+            # The request may have ended or been preempted since, and its page may be another key's by now.
+            reason = self._refused(member)
+            if reason is None and not self.candidates.still_resident(member):
+                reason = "representative_gone"
+            if reason is None:
                 yield member
             else:
-                self.statistics.reject("representative_gone")
+                self.statistics.reject(reason)
         for member in self.candidates.new_members(output):
             if member.candidates:
                 yield member
@@ -96,7 +100,7 @@ class Fusion:
 
     def _settle(self, member: Member, answer: Answer) -> None:
         """Of the candidates that may serve `member`, the nearest that is still there does."""
-        reason = self.sharing.refused(member.tracked, member.epoch, member.group, member.slot, member.page)
+        reason = self._refused(member)
         if reason is not None:
             self.statistics.reject(reason)
             return
@@ -113,6 +117,9 @@ class Fusion:
         else:
             self.statistics.reject("bound")
             self._keep(member)
+
+    def _refused(self, member: Member) -> str | None:
+        return self.sharing.refused(member.tracked, member.epoch, member.group, member.slot, member.page)
 
     def _merge(self, member: Member, page: int, step: int, block: float, token: float) -> None:
         exact = max(block, token) == 0

@@ -35,7 +35,7 @@ class Intake:
     """A request that waits until what it need not compute is decided.
 
     Attributes:
-        found: blocks that vLLM's prefix cache had for it.
+        runs: of which too little is known without their entry blocks.
         end: the slot behind the last one that may be reused; one token at least is computed.
         plan: what is decided so far.
         search: where the next entry block is looked for.
@@ -49,7 +49,6 @@ class Intake:
 
     tracked: TrackedRequest
     runs: Runs
-    found: int
     end: int
     plan: ReusePlan
     search: Search

@@ -1,4 +1,4 @@
-"""Who may reuse: one licence per class of run, kept honest by audits."""
+"""Who may reuse: one licence per class of pages, kept honest by audits."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SHOWN_KEYS = 8
 """Isolation keys whose licences have gauges of their own, by numbers: keys are secrets, and there may be thousands."""
 
 
-class RunClass(NamedTuple):
-    """What runs must have in common for the audits of one to speak for another.
+class PageClass(NamedTuple):
+    """What pages must have in common for the audits of some to speak for others.
 
     Attributes:
         isolation: the isolation key: evidence does not cross tenants either.
-        exact: whether all pages of the run were computed behind nothing that was reused or fused.
+        exact: whether they were computed behind nothing that was reused or fused.
     """
 
     isolation: Hashable
@@ -50,28 +50,28 @@ class Licences:
 
     def __init__(self, new: Callable[[], Licence], statistics: Statistics) -> None:
         self._new, self._statistics = new, statistics
-        self._licences: dict[RunClass, Licence] = {}
+        self._licences: dict[PageClass, Licence] = {}
         self._numbers: dict[Hashable, int] = {}
         self.changed = True
 
-    def granted(self, run_class: RunClass) -> bool:
-        """Whether runs of that class may be reused now."""
-        return self._of(run_class).granted
+    def granted(self, page_class: PageClass) -> bool:
+        """Whether pages of that class may be read now."""
+        return self._of(page_class).granted
 
-    def observe(self, run_class: RunClass, missed: int, audited: int) -> None:
+    def observe(self, page_class: PageClass, missed: int, audited: int) -> None:
         """An audit found `missed` of `audited` blocks beyond the bounds."""
         self._statistics.add("reuse_audits")
         self._statistics.add("reuse_audited_blocks", audited)
         self._statistics.add("reuse_missed_blocks", missed)
-        licence = self._of(run_class)
+        licence = self._of(page_class)
         self.changed = True
         if licence.observe(missed / audited) is not None:
             self._statistics.add("licences_granted" if licence.granted else "licences_lost")
-            logger.info("jointkv: runs of class %s: %s", self._label(run_class) or "unnumbered", licence.describe())
+            logger.info("jointkv: pages of class %s: %s", self._label(page_class) or "unnumbered", licence.describe())
 
     def gauges(self, allowed: float) -> LicenceGauges:
         """What is shown of them; `allowed` is the share that may be beyond the bounds."""
-        shown = ((self._label(run_class), licence) for run_class, licence in self._licences.items())
+        shown = ((self._label(page_class), licence) for page_class, licence in self._licences.items())
         return {
             "allowed": allowed,
             "states": dict(Counter(licence.state for licence in self._licences.values())),
@@ -83,20 +83,20 @@ class Licences:
         for licence in self._licences.values():
             licence.check_integrity()
 
-    def _of(self, run_class: RunClass) -> Licence:
-        licence = self._licences.pop(run_class, None)
+    def _of(self, page_class: PageClass) -> Licence:
+        licence = self._licences.pop(page_class, None)
         if licence is None:
             if len(self._licences) == MOST_CLASSES:
                 self._forget(next(iter(self._licences)))
             licence, self.changed = self._new(), True
-            self._number(run_class.isolation)
-        self._licences[run_class] = licence
+            self._number(page_class.isolation)
+        self._licences[page_class] = licence
         return licence
 
-    def _forget(self, run_class: RunClass) -> None:
-        del self._licences[run_class]
-        key = run_class.isolation
-        if not any(RunClass(key, exact) in self._licences for exact in (False, True)):
+    def _forget(self, page_class: PageClass) -> None:
+        del self._licences[page_class]
+        key = page_class.isolation
+        if not any(PageClass(key, exact) in self._licences for exact in (False, True)):
             self._numbers.pop(key, None)
 
     def _number(self, isolation: Hashable) -> None:
@@ -104,6 +104,6 @@ class Licences:
         if free and isolation not in self._numbers:
             self._numbers[isolation] = min(free)
 
-    def _label(self, run_class: RunClass) -> str | None:
-        number = self._numbers.get(run_class.isolation)
-        return None if number is None else f"{run_class.words} {number}"
+    def _label(self, page_class: PageClass) -> str | None:
+        number = self._numbers.get(page_class.isolation)
+        return None if number is None else f"{page_class.words} {number}"

@@ -51,6 +51,7 @@ class TrackedRequest:
         number: of the request, as the source of the pages that it computes.
         epoch: `num_preemptions` that the rest belongs to.
         next_slot: first block not looked at yet.
+        late: blocks before that are still to be looked at.
         served: (group, slot) of blocks read from another request's page; they are never fused again, because errors
             would add up.
         private_from: first token of the blocks that only this request finds in the prefix cache; None while all are
@@ -67,6 +68,7 @@ class TrackedRequest:
     number: int = 0
     epoch: int = 0
     next_slot: int = 0
+    late: list[int] = field(default_factory=list)
     served: set[tuple[int, int]] = field(default_factory=set)
     private_from: int | None = None
     secret: bytes = field(default_factory=lambda: os.urandom(16), repr=False)
@@ -80,7 +82,7 @@ class TrackedRequest:
     def restart(self, kept: int) -> None:
         """The request was preempted: forget all blocks but the first `kept`, which it found again."""
         self.epoch = self.request.num_preemptions
-        self.next_slot = kept
+        self.next_slot, self.late = kept, []
         self.served = {(group, slot) for group, slot in self.served if slot < kept}
 
     def hashes(self, end: int) -> list[int]:

@@ -8,10 +8,9 @@ from itertools import chain, repeat
 import numpy as np
 from numpy.typing import NDArray
 
-from jointkv.core.evidence import Echoes, Evidence
-from jointkv.core.reuse import Integers, Run, Runs
+from jointkv.core.evidence import Echoes, Evidence, Known
+from jointkv.core.reuse import Found, Integers, Run
 from jointkv.fusion.token_index import TokenIndex
-from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 
 NOBODY = -1
@@ -72,14 +71,13 @@ class Residents:
         self.index.check_integrity()
         self.evidence.check_integrity()
 
-    def usable(self, rule: ReuseRule, tracked: TrackedRequest, run: Run, entry: float) -> NDArray[np.bool_]:
-        """Which blocks of `run`, behind an entry block of that ratio, `tracked` may reuse: bool `[len(run.pages)]`."""
-        known, pages = self.evidence, run.pages
-        new = known.new(pages, tracked.standing(run.first, run.end))
-        return rule.usable(entry, known.count[pages], known.worst[pages], new) & self.still_holds(run)
+    def known(self, tracked: TrackedRequest, slots: Integers, pages: Integers) -> Known:
+        """What evidence says of `pages [n]` for the blocks `slots [n]` of `tracked`."""
+        last = int(slots.max()) + 1 if len(slots) else 0
+        return self.evidence.known(pages, tracked.standing(0, last)[slots])
 
-    def runs(self, tracked: TrackedRequest, first: int, end: int, group: int) -> Runs:
-        """Runs of the tokens of blocks `first` to `end` of `tracked`, compared token by token, not by hash alone."""
+    def find(self, tracked: TrackedRequest, first: int, end: int, group: int) -> Found:
+        """Where blocks `first` to `end` of `tracked` are resident, compared token by token, not by hash alone."""
         hashes = tracked.hashes(end)[first:end]
         keys = zip(repeat(tracked.isolation), repeat(group), range(first, end), hashes, strict=False)
         found = self.index.buckets(keys)
@@ -88,7 +86,7 @@ class Residents:
         if len(page):
             equal = (self._tokens[page] == tracked.tokens(first, end)[slot - first]).all(1)
             slot, page = slot[equal], page[equal]
-        return Runs(slot, page, self.source[page])
+        return Found(slot, page, self.source[page], self.exact[page])
 
     def remove(self, page: int) -> None:
         """`page` is about to be written."""

@@ -1,9 +1,9 @@
 """Reuse before compute: of a request whose text is resident, only what is not is computed.
 
-A request with a run of resident text waits while a *helper*, an ordinary request that nobody sees, computes all up to
-the run's entry block. The workers compare that block with those of the sources. Then hashes that only the request has
-lead to the pages of the nearest source, further helpers compute the gaps, and the request itself finds everything in
-vLLM's prefix cache: workers, kernels and tables know nothing of it.
+Hashes that only the request has lead to resident pages of its text, *helpers*, ordinary requests that nobody sees,
+compute the gaps before them, and the request itself finds everything in vLLM's prefix cache: workers, kernels and
+tables know nothing of it. Where too little is known of pages, a helper first computes all up to the run's entry block,
+and the workers compare that block with those of the sources.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from jointkv.core.reuse import Integers, ReusePlan, Run
+from jointkv.core.evidence import Known
+from jointkv.core.reuse import COMPUTED, Found, Run, stretches
 from jointkv.policy.reuse import ReuseRule, Search
 from jointkv.vllm_plugin.engine.line import helper_of, in_line, seats, send_ahead
 from jointkv.vllm_plugin.engine.opt_out import OPT_OUT
@@ -28,7 +30,7 @@ from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.followers import Followers
 from jointkv.vllm_plugin.scheduler.intakes import Helper, Intake
-from jointkv.vllm_plugin.scheduler.licences import Licences, RunClass
+from jointkv.vllm_plugin.scheduler.licences import Licences, PageClass
 from jointkv.vllm_plugin.scheduler.questions import Answer, Question
 from jointkv.vllm_plugin.scheduler.requests import Requests, TrackedRequest
 from jointkv.vllm_plugin.scheduler.residents import Residents
@@ -72,6 +74,7 @@ class Reuse:
         self.intakes: dict[str, Intake] = {}
         self.helpers: dict[str, Helper] = {}
         self.followers = Followers(requests)
+        self._started: list[tuple[TrackedRequest, int, list[int]]] = []
         self._number = 0
         self._draw = random.Random(os.urandom(16)).random
 
@@ -116,6 +119,7 @@ class Reuse:
         Yields:
             Requests that reuse, and how many of the tokens that they find helpers have computed for them.
         """
+        self._look_at_started()
         for request_id, computed in started(output):
             helper = self.helpers.get(request_id)
             helped = None if helper is None else self.intakes.get(helper.owner)
@@ -125,6 +129,13 @@ class Reuse:
             if intake is not None:
                 self._start(intake, computed)
                 yield request_id, min(intake.helped, computed)
+
+    def _look_at_started(self) -> None:
+        """Blocks that helpers have computed are looked at one step after the start; in it the helpers hold them too."""
+        for tracked, epoch, slots in self._started:
+            if tracked.request.num_preemptions == epoch:
+                tracked.late = slots
+        self._started = []
 
     def questions(self, output: SchedulerOutput) -> Iterator[Question]:
         """Entry blocks that the step that `output` describes completes, and their sources' pages."""
@@ -221,45 +232,46 @@ class Reuse:
         return text and not strict and not decided and not request.skip_reading_prefix_cache
 
     def _look_up(self, tracked: TrackedRequest) -> Intake | None:
-        """Find runs; None where there is none, an audit is due, or more is being computed right now."""
-        request, least = tracked.request, self.rule.least + 1
+        """Find resident text; None where there is none, an audit is due, or more is being computed right now."""
+        request = tracked.request
         end = (request.num_tokens - 1) // tracked.block_size
-        found = self.sharing.tables.found(request) // tracked.block_size
-        runs = self.residents.runs(tracked, found, end, GROUP)
-        entry = runs.next_entry(found, end, least)
-        sources = [] if entry is None else runs.through(entry, end, least, self.rule.sources)
-        resident = max((len(run.pages) for run in sources), default=0)
-        if self._granted(RunClass(tracked.isolation, exact=True)) and self.followers.follows(tracked, end, resident):
+        start = self.sharing.tables.found(request) // tracked.block_size
+        found = self.residents.find(tracked, start, end, GROUP)
+        resident = int(np.count_nonzero(np.diff(found.slot, prepend=-1)))
+        if self._granted(PageClass(tracked.isolation, exact=True)) and self.followers.follows(tracked, end, resident):
             return None
-        if not sources:
+        if not found.stretches(self.rule.least):
             return None
-        intake = Intake(tracked, runs, found, end, ReusePlan.nothing(end), Search(found), covered=found)
-        if not any(self._granted(self._class(intake, run.behind.pages)) for run in sources):
-            tracked.audit = Audit(self._pages(intake))
+        known = self.residents.known(tracked, found.slot, found.page)
+        permitted = self._permitted(tracked, found.exact)
+        if not found.where(permitted).stretches(self.rule.least):
+            tracked.audit = Audit(self._pages(found, known))
             return None
         if tracked.private_from is None and self._draw() < self.settings.reuse_audit_rate:
-            tracked.audit = Audit(self._pages(intake), chosen=True)
+            tracked.audit = Audit(self._pages(found, known), chosen=True)
             return None
         tracked.audit = None
+        found, known = found.where(permitted), known.where(permitted)
+        plan = self.rule.witnessed(found, known, end)
+        intake = Intake(tracked, self.rule.unwitnessed(found, known, plan), end, plan, Search(start), covered=start)
+        self._adopt(intake, plan.reused)
         self._advance(intake)
         return intake
 
-    def _class(self, intake: Intake, pages: Integers) -> RunClass:
-        return RunClass(intake.tracked.isolation, bool(self.residents.exact[pages].all()))
+    def _permitted(self, tracked: TrackedRequest, exact: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which pages a licence allows `tracked` to read, by whether their contexts are exact: bool `[n]`."""
+        either = [self._granted(PageClass(tracked.isolation, value)) for value in (False, True)]
+        return np.array(either)[exact.astype(np.int64)]
 
-    def _granted(self, run_class: RunClass) -> bool:
-        return self.settings.reuse == "probed" or self.licences.granted(run_class)
+    def _granted(self, page_class: PageClass) -> bool:
+        return self.settings.reuse == "probed" or self.licences.granted(page_class)
 
-    def _pages(self, intake: Intake) -> dict[int, list[int]]:
+    def _pages(self, found: Found, known: Known) -> dict[int, list[int]]:
         """By slot, the pages that would be compared or served."""
         pages: dict[int, list[int]] = {}
-        at, least = intake.found, self.rule.least + 1
-        while (entry := intake.runs.next_entry(at, intake.end, least)) is not None:
-            sources = intake.runs.through(entry, intake.end, least, self.rule.sources)
-            for run in sources:
-                for slot, page in enumerate(run.pages.tolist(), run.first):
-                    pages.setdefault(slot, []).append(page)
-            at = max(run.end for run in sources)
+        asked = self.rule.asked(found, known)
+        for slot, page in zip(asked.slot.tolist(), asked.page.tolist(), strict=True):
+            pages.setdefault(slot, []).append(page)
         return pages
 
     def _advance(self, intake: Intake) -> None:
@@ -273,8 +285,9 @@ class Reuse:
             self._let_go(intake.tracked.request.request_id)
 
     def _new_helpers(self, intake: Intake) -> Iterator[Request]:
-        """One for each gap that is not covered yet, one up to the next entry block."""
-        ends = [gap.stop for gap in intake.plan.gaps if gap.stop > intake.covered]
+        """One for each gap that is not covered yet; up to the next entry block, while there is one."""
+        until = intake.end if intake.entry is None else intake.entry
+        ends = [gap.stop for gap in intake.plan.gaps if intake.covered < gap.stop <= until]
         if intake.entry is not None and intake.entry + 1 > intake.covered:
             ends.append(intake.entry + 1)
         request, pool = intake.tracked.request, self.sharing.tables.pool
@@ -299,22 +312,25 @@ class Reuse:
         pages = np.array([run.pages[0] for run in sources])[held]
         self.residents.testify(pages, answer.ratio[held], np.repeat(seen, len(pages)))
         nearest = int(answer.ratio.argmin())
-        self._adopt(intake, intake.entry, sources[nearest].behind, float(answer.ratio[nearest]))
+        self._follow(intake, intake.entry, sources[nearest].behind, float(answer.ratio[nearest]))
         self._advance(intake)
 
-    def _adopt(self, intake: Intake, entry: int, run: Run, ratio: float) -> None:
-        usable = self.residents.usable(self.rule, intake.tracked, run, ratio)
-        usable &= self._granted(self._class(intake, run.pages[usable]))
-        intake.plan = intake.plan.adopting(run, usable, self.rule.least)
-        new = [stretch for stretch in intake.plan.reused if stretch.start > entry]
+    def _follow(self, intake: Intake, entry: int, run: Run, ratio: float) -> None:
+        """Adopt what may be read of `run`, whose entry block is that far."""
+        known = self.residents.known(intake.tracked, np.arange(run.first, run.end), run.pages)
+        usable = self.rule.usable(known, ratio) & self.residents.still_holds(run)
+        usable &= self._permitted(intake.tracked, self.residents.exact[run.pages])
+        before = intake.plan
+        intake.plan = before.adopting(run.first, np.where(usable, run.pages, COMPUTED), self.rule.least)
+        intake.search.heard(entry, before, intake.plan)
+        self._adopt(intake, stretches(intake.plan.pages != before.pages))
+
+    def _adopt(self, intake: Intake, new: Iterable[range]) -> None:
+        """Lead the request to the pages of its plan."""
         for stretch in new:
             pages = intake.plan.pages[stretch.start : stretch.stop].tolist()
             self.sharing.adopt(intake.tracked, GROUP, stretch.start, pages)
-        if new:
             self.statistics.add("reuse_runs")
-            intake.search.adopted(new[-1].stop)
-        else:
-            intake.search.refused(entry)
 
     def _start(self, intake: Intake, computed: int) -> None:
         """The request starts and has found `computed` tokens."""
@@ -324,5 +340,8 @@ class Reuse:
         reused = [slot for stretch in plan.reused for slot in stretch if slot < blocks]
         adopted = [slot for slot in reused if table[slot] == plan.pages[slot]]
         tracked.served |= {(GROUP, slot) for slot in adopted}
+        tracked.next_slot = max(tracked.next_slot, blocks)
+        late = sorted(set(range(blocks)) - set(adopted))
+        self._started.append((tracked, tracked.request.num_preemptions, late))
         self.statistics.add("prompt_tokens_skipped", len(adopted) * tracked.block_size)
         self.statistics.add("reuse_gaps", len(intake.plan.gaps))
