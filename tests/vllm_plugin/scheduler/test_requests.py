@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from jointkv.vllm_plugin.engine.opt_out import RequestCheck
 from jointkv.vllm_plugin.metrics import LEFT_ALONE
 from jointkv.vllm_plugin.scheduler.intakes import Helper
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest, isolation_key, left_alone
-from jointkv.vllm_plugin.scheduler.side import SchedulerSide
+from jointkv.vllm_plugin.scheduler.side import SchedulerSide, logger
 from jointkv.vllm_plugin.settings import PluginSettings
 from tests.effort import fuzz_settings
 from tests.vllm_plugin.census import Census
@@ -144,22 +143,21 @@ def test_log_probabilities_of_a_prompt_are_moved_only_where_the_client_agrees() 
     ],
 )
 def test_why_nothing_was_tried_is_counted_and_logged_once(
-    settings: dict[str, Any], computed: int, reason: str | None, caplog: pytest.LogCaptureFixture
+    settings: dict[str, Any], computed: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = new_manager()
     side = SchedulerSide(PluginSettings(**settings), manager, (0,))
-    with caplog.at_level("INFO", "vllm"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logging.getLogger("vllm"), "propagate", True)
-        for number in range(2):
-            request = new_request({}, f"request-{number}")
-            side.admit(request)
-            begun = start(manager, request)
-            if computed >= BLOCK:
-                side.next_inquiry(step_of([begun]))
-            request.num_computed_tokens = computed
-            side.dismiss(request.request_id)
+    said: list[str] = []
+    monkeypatch.setattr(logger, "info", lambda line, *values: said.append(line % values))
+    for number in range(2):
+        request = new_request({}, f"request-{number}")
+        side.admit(request)
+        begun = start(manager, request)
+        if computed >= BLOCK:
+            side.next_inquiry(step_of([begun]))
+        request.num_computed_tokens = computed
+        side.dismiss(request.request_id)
     assert side.totals()["left_alone"] == ({} if reason is None else {reason: 2})
-    said = [record.message for record in caplog.records if "shared nothing" in record.message]
     assert len(said) == (reason is not None) and all(LEFT_ALONE[reason or ""] in line for line in said)
     assert reason != "pool_usage" or "min_pool_usage is 0.5, and 0 shows" in said[0]
     report = side.report()
