@@ -40,7 +40,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(run, "server_command", stub)
     monkeypatch.setattr(load_generator, "COMMAND", (sys.executable, str(STUB_LOAD)))
     monkeypatch.setattr(server, "GRACE_SECONDS", 0.5)
-    monkeypatch.setattr(bench, "require", lambda package: None)
+    monkeypatch.setattr(bench, "require_vllm", lambda: None)
     return started
 
 
@@ -244,4 +244,4 @@ def test_bad_input_is_one_line(
 def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = serve("smollm2", tmp_path)
-    assert code == 2 and "pip install 'jointkv[vllm]'" in err
+    assert code == 2 and "pip install 'jointkv[vllm]' in an environment of its own" in err

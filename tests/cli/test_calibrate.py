@@ -120,10 +120,10 @@ def test_a_target_that_cannot_be_met_shows_the_frontier_and_writes_nothing(tiny:
             "no multiple of the block size",
         ),
         (["--target", "kl=0.1", "--layer-groups", "3", "--data", "many.jsonl"], "does not divide"),
-        (["--target", "kl=0.1", "--data", "single.jsonl"], "line 1: a prompt of one token"),
+        (["--target", "kl=0.1", "--data", "single.jsonl"], "single.jsonl:1: a prompt of one token"),
         (["--target", "kl=0.1", "--data", "many.jsonl", "--block-size", "512"], "no request fills a block"),
         (["--target", "kl=0.1", "--output", "."], "is a folder"),
-        (["--target", "kl=0.1", "--data", "long.jsonl"], "line 16: .* the model reads"),
+        (["--target", "kl=0.1", "--data", "long.jsonl"], "long.jsonl:16: .* the model reads"),
     ],
 )
 def test_bad_input_is_one_line_and_overwrites_nothing(

@@ -5,15 +5,24 @@ from pathlib import Path
 
 import pytest
 
+from jointkv.cli.demo import FULL, QUICK
 from tests.cli.commands import refusal, run
 
 KEYS = {"traffic", "policy", "ratio", "pages_before", "pages_after", "bytes_before", "bytes_after", "kl", "top1"}
 KEYS |= {"nll", "nll_unfused", "seconds_fuse", "seconds_prefill"}
 
 
+def test_a_first_look_is_small(tiny_long: str, tmp_path: Path) -> None:
+    code, _, err = run("demo", "--model", tiny_long, "--requests", 2, "--output", tmp_path)
+    assert code == 0, err
+    result = json.loads((tmp_path / "demo.json").read_text())
+    assert {row["traffic"] for row in result["rows"]} == {"near_prefix", "unrelated"}
+    assert result["settings"]["requests"] == 2 and result["settings"]["tokens"] == QUICK[1] < FULL[1]
+
+
 def test_rows_table_and_chart(tiny_long: str, tmp_path: Path) -> None:
     output, target = tmp_path / "out", tmp_path / "result.json"
-    options = ("--requests", 3, "--tokens", 4, "--output", output, "--json", target)
+    options = ("--full", "--requests", 3, "--tokens", 4, "--output", output, "--json", target)
     code, out, err = run("demo", "--model", tiny_long, *options)
     assert code == 0, err
     rows = json.loads(target.read_text())["rows"]

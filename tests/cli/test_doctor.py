@@ -37,7 +37,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Callable[[Examination], list[Any]]
             return examination
 
         monkeypatch.setattr(doctor, "examine", stub)
-        monkeypatch.setattr(doctor, "require", lambda package: None)
+        monkeypatch.setattr(doctor, "require_vllm", lambda: None)
         return asked
 
     return arrange
@@ -107,7 +107,7 @@ def test_bad_input(found: Callable[[Examination], list[Any]], tmp_path: Path) ->
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'jointkv[vllm]'" in refusal("doctor")
+    assert "pip install 'jointkv[vllm]' in an environment of its own" in refusal("doctor")
 
 
 def test_advice(monkeypatch: pytest.MonkeyPatch) -> None:

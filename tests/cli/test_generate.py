@@ -159,10 +159,10 @@ def test_messages_that_the_template_cannot_take_are_refused(tiny: str, tmp_path:
     file = tmp_path / "requests.jsonl"
     file.write_text('{"prompt": "a"}\n{"messages": [{"role": "tool", "content": "x"}]}\n')
     code, _, err = run("generate", "--model", tiny, "--file", str(file))
-    assert code == 2 and "line 2: the chat template refuses the messages: no tools" in err.splitlines()[-1]
+    assert code == 2 and "requests.jsonl:2: the chat template refuses the messages: no tools" in err.splitlines()[-1]
     folder = save_tiny(tmp_path / "bare", template=None)
     code, _, err = run("generate", "--model", folder, "--file", str(file))
-    assert code == 2 and "line 2: messages, but" in err.splitlines()[-1]
+    assert code == 2 and "requests.jsonl:2: messages, but" in err.splitlines()[-1]
 
 
 class Bytes:

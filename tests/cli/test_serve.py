@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from jointkv.cli import serve
+from jointkv.vllm_plugin import REQUEST_CHECK
 from tests.cli.commands import refusal, run
 from tests.core.profiles import make_profile
 
@@ -49,7 +50,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execv", execute)
-    monkeypatch.setattr(serve, "require", lambda package: None)
+    monkeypatch.setattr(serve, "require_vllm", lambda: None)
     return commands
 
 
@@ -61,6 +62,17 @@ def test_vllm_options_go_through_untouched(wheels: set[str]) -> None:
     assert command[-2:] == ["--worker-cls", "jointkv.vllm_plugin.worker.cpu.JointCPUWorker"]
     assert command[command.index("--scheduler-cls") + 1] == "jointkv.vllm_plugin.engine.scheduler.JointScheduler"
     assert fusion(command) == {"scope": "both", "reuse": "licensed"}
+
+
+@pytest.mark.parametrize(
+    "given", [["--logits-processors", "a:B", "c:D"], ["--logits_processors", "a:B", "c:D"], ["--logits-p=a:B"]]
+)
+def test_logits_processors_of_the_user_stay_beside_the_check_of_requests(given: list[str], wheels: set[str]) -> None:
+    command = plain("own/model", "--seed", "1", *given, "--dtype", "half")
+    place = command.index("--logits-processors")
+    expected = [REQUEST_CHECK, *(word.rpartition("=")[2] for word in given if ":" in word)]
+    assert command[place + 1 : place + 1 + len(expected)] == expected and command.count("--logits-processors") == 1
+    assert command[place + 1 + len(expected)] == "--dtype" and REQUEST_CHECK in plain("own/model")
 
 
 def test_the_wheel_whose_vllm_command_does_not_start(wheels: set[str]) -> None:
@@ -204,9 +216,23 @@ def test_the_server_takes_the_place_of_this_process(started: list[list[str]]) ->
     assert [command[5:] for command in started] == ends
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--device", "cpu"], True),
+        (["--device", "cpu", "--enforce-eager"], False),
+        (["--device", "cpu", "--enforce_eager"], False),
+        (["--device", "gpu"], False),
+    ],
+)
+def test_what_a_cold_start_takes_is_said_before(arguments: list[str], expected: bool, started: list[list[str]]) -> None:
+    _, _, err = run("serve", "own/model", *arguments)
+    assert len(started) == 1 and ("--enforce-eager starts in seconds" in err) is expected
+
+
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'jointkv[vllm]'" in refusal("serve", "own/model")
+    assert "pip install 'jointkv[vllm]' in an environment of its own" in refusal("serve", "own/model")
 
 
 def test_a_dry_run_loads_neither_vllm_nor_transformers() -> None:

@@ -22,6 +22,8 @@ VLLM_FLAGS = {
     "--kv-cache-dtype",
     "--port",
     "--no-enable-prefix-caching",
+    "--enforce-eager",
+    "--logits-processors",
     "--scheduler-cls",
 }
 """Flags of vLLM's that the pages name; tests/docs/test_vllm_flags.py asks vLLM for them."""

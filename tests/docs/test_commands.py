@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_exists(command: Command) -> None:
         words = words[1:]
     program, arguments = words[0], words[1:]
     checks = {"jointkv": check_jointkv, "make": check_make, "python": check_python, "vllm": check_vllm}
-    checks |= {"curl": check_curl, "promtool": check_last_is_file, "pytest": check_last_is_file}
+    checks |= {"pip": check_pip, "curl": check_curl, "promtool": check_last_is_file, "pytest": check_last_is_file}
     assert program in checks, f"no check for the program {program}"
     checks[program](arguments)
 
@@ -126,6 +127,19 @@ def check_jointkv(arguments: list[str]) -> None:
 def check_make(arguments: list[str]) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert arguments and set(arguments) <= set(targets)
+
+
+def check_pip(arguments: list[str]) -> None:
+    """Extras exist, and what is taken away is what the Makefile takes away."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    action, *words = arguments
+    names = [word for word in words if not word.startswith("-")]
+    if action == "install":
+        for name in names:
+            package, _, extra = name.rstrip("]").partition("[")
+            assert package == "jointkv" and (not extra or extra in project["optional-dependencies"])
+    else:
+        assert action == "uninstall" and " ".join(names) in (ROOT / "Makefile").read_text()
 
 
 def check_python(arguments: list[str]) -> None:

@@ -14,4 +14,4 @@ def test_flags_exist() -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     known = make_arg_parser(FlexibleArgumentParser())._option_string_actions
-    assert not {"--kv-transfer-config", "--worker-cls", "--enforce-eager", *VLLM_FLAGS} - known.keys()
+    assert not {"--kv-transfer-config", "--worker-cls", *VLLM_FLAGS} - known.keys()

@@ -9,8 +9,13 @@ from hypothesis import strategies as st
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.request_files import UserRequest, read_requests
+from jointkv.evaluate.request_sources import Place
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi", "name": "Bo"}]
+
+
+def at(path: Path, line: int) -> Place:
+    return Place(str(path), "line", line)
 
 
 @pytest.fixture
@@ -22,10 +27,10 @@ def test_each_kind_of_line(path: Path) -> None:
     rows = [{"prompt": "a", "id": 7}, {"text": "b"}, {"question": "c", "answer": "d"}, {"messages": MESSAGES}]
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert read_requests(path) == [
-        UserRequest(1, prompt="a"),
-        UserRequest(2, prompt="b"),
-        UserRequest(3, prompt="c", answer="d"),
-        UserRequest(4, messages=tuple(MESSAGES)),
+        UserRequest(at(path, 1), prompt="a"),
+        UserRequest(at(path, 2), prompt="b"),
+        UserRequest(at(path, 3), prompt="c", answer="d"),
+        UserRequest(at(path, 4), messages=tuple(MESSAGES)),
     ]
     assert read_requests(str(path)) == read_requests(path)
 
@@ -56,7 +61,7 @@ def test_first_continuation_that_is_text_counts(path: Path) -> None:
 
 def test_byte_order_mark_windows_line_ends_and_blank_lines(path: Path) -> None:
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n  \r\n{"prompt": "b\xc3\xa9"}\r\n')
-    assert read_requests(path) == [UserRequest(1, prompt="a"), UserRequest(4, prompt="bé")]
+    assert read_requests(path) == [UserRequest(at(path, 1), prompt="a"), UserRequest(at(path, 4), prompt="bé")]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +77,7 @@ def test_byte_order_mark_windows_line_ends_and_blank_lines(path: Path) -> None:
         (b"null", "a JSON object expected, found null"),
         (b"true", "a JSON object expected, found boolean"),
         (b"3.5", "a JSON object expected, found number"),
-        (b"{}", "none of the fields 'prompt', 'text', 'question', 'messages'; found: no field"),
+        (b"{}", "none of the fields 'prompt', 'text', 'question', 'messages', 'conversations'; found: no field"),
         (b'{"promt": "a", "id": 1}', "none of the fields .*; found: 'promt', 'id'"),
         (b'{"prompt": null}', "none of the fields .*; found: 'prompt'"),
         (b'{"prompt": ["a"]}', "prompt: Input should be a valid string"),
@@ -120,7 +125,7 @@ def test_any_prompts_come_back(tmp_path_factory: pytest.TempPathFactory, prompts
     path = tmp_path_factory.mktemp("jsonl") / "requests.jsonl"
     lines = (json.dumps({"prompt": prompt}, ensure_ascii=ascii_only) + "\n" for prompt in prompts)
     path.write_bytes("".join(lines).encode("utf-8"))
-    assert read_requests(path) == [UserRequest(line, prompt=p) for line, p in enumerate(prompts, start=1)]
+    assert read_requests(path) == [UserRequest(at(path, line), prompt=p) for line, p in enumerate(prompts, start=1)]
 
 
 @settings(max_examples=100, deadline=None)

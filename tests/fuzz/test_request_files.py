@@ -24,10 +24,22 @@ from tests.fuzz.damage import PROMISE, TEXTS, damaged_bytes, json_bytes, promise
 
 LIMITS = Limits(model_tokens=2000, pool_blocks=100, block_size=16)
 MESSAGES = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+CALLS = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 LINES: tuple[dict[str, Any], ...] = (
     {"prompt": "one two three", "output_tokens": 4, "answer": "yes", "timestamp": 12.5},
     {"messages": MESSAGES, "max_tokens": 3, "timestamp": "2026-01-02T03:04:05+01:00"},
     {"question": "why", "completion": "because", "timestamp": "2026-01-02"},
+    {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, CALLS],
+        "tools": [{"type": "function"}],
+    },
+    {
+        "conversations": [
+            {"from": "system", "value": "a"},
+            {"from": "human", "value": "b"},
+            {"from": "gpt", "value": "c"},
+        ]
+    },
 )
 CONVERSATION = {
     "id": "1",

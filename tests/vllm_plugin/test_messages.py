@@ -71,15 +71,21 @@ def test_a_report_holds_what_is_new() -> None:
     statistics.add("blocks_considered", 5)
     statistics.merged(0.1)
     statistics.reject("bound")
+    assert statistics.leave_alone("short") and not statistics.leave_alone("short")
     first = statistics.take("active", Counter({1: 3, 2: 1, 40: 2})).data
     assert first["counters"] == {"blocks_considered": 5, "blocks_merged": 1, "pages_freed": 1}
     assert (first["rejected"], first["errors"], first["state"]) == ({"bound": 1}, [0.1], "active")
+    assert first["left_alone"] == {"short": 2}
     assert first["shared"] == {"1": 3, "2": 1, "3-4": 0, "5-8": 0, "9-16": 0, "17+": 2}
     statistics.merged(0.2)
     second = statistics.take("active", None).data
     assert second["counters"] == {"blocks_merged": 1, "pages_freed": 1} and second["errors"] == [0.2]
-    assert not second["rejected"] and "shared" not in second
-    assert statistics.totals()["blocks_merged"] == 2 and set(statistics.totals()) == {*COUNTERS, "rejected"}
+    assert not second["rejected"] and not second["left_alone"] and "shared" not in second
+    assert statistics.totals()["blocks_merged"] == 2 and set(statistics.totals()) == {
+        *COUNTERS,
+        "rejected",
+        "left_alone",
+    }
 
 
 def test_a_worker_reports_its_attention_now_and_then_and_errors_at_once() -> None:

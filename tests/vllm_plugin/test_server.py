@@ -182,6 +182,33 @@ def test_requests_that_keep_to_themselves(running: Server, client: Any, apart: d
 
 
 @pytest.mark.real_model
+@pytest.mark.parametrize("said", ["nonsense", "", 2, [0]])
+def test_a_wish_that_is_not_understood_is_the_clients_error(running: Server, client: Any, said: Any) -> None:
+    from openai import BadRequestError
+
+    body = {"vllm_xargs": {"jointkv": said}}
+    with pytest.raises(BadRequestError, match="'jointkv' is neither true nor false"):
+        client.completions.create(prompt=prompt(1), max_tokens=2, extra_body=body, **GENERATE)
+    messages = [{"role": "user", "content": "Hello"}]
+    with pytest.raises(BadRequestError, match="'jointkv' is neither true nor false"):
+        client.chat.completions.create(messages=messages, max_tokens=2, extra_body=body, **GENERATE)
+    assert client.completions.create(prompt="Hello", max_tokens=1, **GENERATE).choices
+
+
+@pytest.mark.real_model
+def test_who_scores_a_prompt_gets_what_the_model_says(running: Server, client: Any) -> None:
+    alone = 'jointkv_requests_left_alone_total{reason="prompt_logprobs"}'
+    before = running.metrics()
+    echo = {"max_tokens": 1, "echo": True, "logprobs": 1, **GENERATE}
+    for number in (5120, 6233):
+        client.completions.create(prompt=prompt(number), **echo)
+        client.completions.create(prompt=prompt(number), max_tokens=1, extra_body={"prompt_logprobs": 0}, **GENERATE)
+    after = running.metrics()
+    assert after[alone] == before[alone] + 4
+    assert after["jointkv_blocks_merged_total"] == before["jointkv_blocks_merged_total"]
+
+
+@pytest.mark.real_model
 def test_sigterm_ends_the_server_and_all_its_processes(running: Server) -> None:
     assert len(living(running.process.pid)) > 1
     running.process.send_signal(signal.SIGTERM)
@@ -209,7 +236,7 @@ def assert_same_engine(found: Any, model: str) -> None:
 
     expected = engine_args(**OPTIONS)
     assert (found.model, found.max_model_len, found.worker_cls) == (model, 64, expected["worker_cls"])
-    assert found.scheduler_cls == expected["scheduler_cls"]
+    assert (found.scheduler_cls, found.logits_processors) == (expected["scheduler_cls"], expected["logits_processors"])
     configs = [
         asdict(config) for config in (found.kv_transfer_config, KVTransferConfig(**expected["kv_transfer_config"]))
     ]

@@ -1,4 +1,4 @@
-"""The workload in a user's file: those of its requests that can be served, as token ids."""
+"""The workload in a user's requests: those that can be served, as token ids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from jointkv.bench.requests import Limits, ServingRequest, Workload
 from jointkv.errors import BadInput
-from jointkv.evaluate.request_files import LoggedRequest, Unusable, is_sharegpt, iter_requests, prompt_tokens
+from jointkv.evaluate.request_files import LoggedRequest, Unusable, iter_requests, prompt_tokens
 
 SHOWN = 3
 FEWEST_TOKENS = 4
@@ -26,11 +26,11 @@ def from_file(
     *,
     timed: bool = False,
 ) -> Workload:
-    """The first `count` requests (None: all) of a file that can be used; others before them are counted.
+    """The first `count` requests (None: all) of a source that can be used; others before them are counted.
 
-    See `iter_requests` for what a file may hold. How much is generated is said by `output_tokens` or `max_tokens`, or
-    by an answer whose length counts, or as last message one of the assistant; with `timed` each request has a
-    `timestamp`, in seconds or ISO 8601 (without a zone: UTC).
+    See `iter_requests` for what a source may hold. How much is generated is said by `output_tokens`, `max_tokens` or
+    `max_completion_tokens`, or else by the length of the answer; with `timed` each request has a `timestamp`, in
+    seconds or ISO 8601 (without a zone: UTC).
 
     Args:
         tokenizer: of the `transformers` library.
@@ -40,7 +40,6 @@ def from_file(
     Raises:
         BadInput: the file cannot be read, or has no request that can be used; says what is wrong with the first ones.
     """
-    fewest = FEWEST_TOKENS if is_sharegpt(path) else 0
     requests: list[ServingRequest] = []
     wrong: list[str] = []
     total = 0
@@ -51,14 +50,13 @@ def from_file(
         try:
             if isinstance(read, Unusable):
                 raise BadInput(read.reason)
-            request = _serving_request(read, tokenizer, output_tokens, default_output_tokens, fewest)
+            request = _serving_request(read, tokenizer, output_tokens, default_output_tokens)
             if timed and request.timestamp is None:
                 raise BadInput("no 'timestamp'")
             if (problem := limits.problem(request)) is not None:
                 raise BadInput(problem)
         except BadInput as reason:
-            place = read.place if isinstance(read, Unusable) else f"{'item' if fewest else 'line'} {read.line}"
-            wrong.append(f"{place}: {reason}")
+            wrong.append(f"{read.place.within}: {reason}")
         else:
             requests.append(request if timed else replace(request, timestamp=None))
     if not requests:
@@ -71,16 +69,12 @@ def from_file(
     return Workload(path.stem, description, tuple(requests))
 
 
-def _serving_request(
-    read: LoggedRequest, tokenizer: Any, output_tokens: int | None, default: int, fewest: int
-) -> ServingRequest:
-    """Raises `BadInput` for less than `fewest` tokens of prompt or answer, and as `prompt_tokens`."""
-    if len(read.messages) > 1 and read.messages[-1]["role"] == "assistant":
-        read = replace(read, messages=read.messages[:-1], answer=read.messages[-1]["content"])
+def _serving_request(read: LoggedRequest, tokenizer: Any, output_tokens: int | None, default: int) -> ServingRequest:
+    """Raises `BadInput` for a conversation with hardly any tokens of prompt or answer, and as `prompt_tokens`."""
     prompt = prompt_tokens(tokenizer, read)
     answer = len(tokenizer(read.answer, add_special_tokens=False)["input_ids"]) if read.answer else 0
-    if fewest and min(len(prompt), answer) < fewest:
-        raise BadInput(f"a prompt of {len(prompt)} tokens and an answer of {answer}; {fewest} are the least")
+    if read.from_conversation and min(len(prompt), answer) < FEWEST_TOKENS:
+        raise BadInput(f"a prompt of {len(prompt)} tokens and an answer of {answer}; {FEWEST_TOKENS} are the least")
     when = read.timestamp
     if when is not None and when.tzinfo is None:
         when = when.replace(tzinfo=UTC)

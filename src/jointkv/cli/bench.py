@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.text import Text
 
-from jointkv.cli.console import named_errors, progress, require, stages, stderr_console, write_json
+from jointkv.cli.console import named_errors, progress, stages, stderr_console, write_json
 from jointkv.cli.fusion_options import fusion_options
+from jointkv.cli.options import FORMATS
+from jointkv.cli.vllm_installed import require_vllm
 
 if TYPE_CHECKING:
     from jointkv.bench.options import Model, Options
@@ -46,10 +48,8 @@ def serve(
     traffic: str = typer.Option(
         "near_prefix", help="Kind of requests: one of jointkv's, dataset:NAME, or vLLM's random and prefix_repetition."
     ),
-    data: Path | None = typer.Option(
-        None, help="Requests from this file instead: JSONL with prompt or messages, or JSON in ShareGPT's format."
-    ),
-    replay: Path | None = typer.Option(None, help="The requests of a JSONL log, at the times of its timestamp field."),
+    data: Path | None = typer.Option(None, help=f"Your requests instead. {FORMATS}"),
+    replay: Path | None = typer.Option(None, help="Likewise, at the times of their timestamp field."),
     speed: str | None = typer.Option(None, metavar="X[,X...]", help="Replay this many times as fast. Default 1."),
     concurrency: str | None = typer.Option(
         None, metavar="N[,N...]", help="Closed loop: requests under way at once. Default: all that may run."
@@ -151,7 +151,7 @@ def _options(given: dict[str, Any]) -> Options:
 
 def _run(options: Options, output: Path, port: int, start_timeout: float, fresh: bool) -> ServingResult:
     """Raises `typer.Exit` when a server or a load fails, and on Ctrl-C; the runs before that are kept."""
-    require("vllm")
+    require_vllm()
     from jointkv.bench import options as options_
     from jointkv.bench.environment import server_environment
     from jointkv.bench.load_generator import LoadFailed

@@ -20,7 +20,7 @@ from jointkv.cli.console import (
     wrote,
 )
 from jointkv.cli.loading import load
-from jointkv.cli.options import ChunkTokens, Dtype, Json, Model
+from jointkv.cli.options import ChunkTokens, Data, Dtype, Json, Model
 from jointkv.errors import BadInput
 from jointkv.system.files import make_folder
 
@@ -40,7 +40,7 @@ FRONTIER_HEADINGS = ("max_relative_error", "predicted ratio", "measured ratio", 
 @named_errors()
 def calibrate(
     target: str = typer.Option(..., help="kl=0.005, ratio=2 or relative_error=0.2."),
-    data: Path | None = typer.Option(None, help="JSONL file of requests, best from your own log."),
+    data: Data = None,
     traffic: str = typer.Option("near_prefix", help="Without --data: built-in traffic."),
     model: Model = "smollm2",
     output: Path = typer.Option(Path("profile.json"), help="Where the profile goes."),
@@ -158,9 +158,9 @@ def _scored_requests(
     context = context_of(model)
     for row, prompt in zip(rows, prompts, strict=True):
         if len(prompt) < 2:
-            raise BadInput(f"line {row.line}: a prompt of one token")
+            raise BadInput(f"{row.place}: a prompt of one token")
         if context is not None and len(prompt) + tokens > context:
-            raise BadInput(f"line {row.line}: {len(prompt)} tokens and {tokens} to score; the model reads {context}")
+            raise BadInput(f"{row.place}: {len(prompt)} tokens and {tokens} to score; the model reads {context}")
     answers = [
         tuple(tokenizer(row.answer, add_special_tokens=False)["input_ids"][:tokens]) if row.answer else ()
         for row in rows

@@ -1,7 +1,8 @@
-"""`jointkv demo`: a real model, three traffics, unfused against `paper` and `safe`."""
+"""`jointkv demo`: a real model, kinds of traffic, unfused against `paper` and `safe`."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,20 +11,29 @@ from rich.markdown import Markdown
 
 from jointkv.cli.console import named_errors, progress, stderr_console, stdout_console, write_json
 from jointkv.cli.loading import load
-from jointkv.cli.options import BlockSize, Dtype, Json, Model, Reuse, ReuseOption, ScoredTokens, Seed
+from jointkv.cli.options import BlockSize, Dtype, Json, Model, Reuse, ReuseOption, Seed
 from jointkv.system.files import make_folder, replace_text
 
 if TYPE_CHECKING:
     from jointkv.evaluate.compare.result import PolicyRow
 
-TRAFFICS = ("near_prefix", "names", "unrelated")
+QUICK_TRAFFICS, TRAFFICS = ("near_prefix", "unrelated"), ("near_prefix", "names", "unrelated")
+QUICK, FULL = (6, 16), (24, 48)
+"""Requests per near-prefix traffic, and tokens scored after each."""
 
 
 @named_errors()
 def demo(
     model: Model = "smollm2",
-    requests: int = typer.Option(24, min=2, help="Requests per near-prefix traffic; a third more are unrelated."),
-    tokens: ScoredTokens = 48,
+    full: bool = typer.Option(
+        False, "--full", help="What is published: a third traffic, four times the requests, three times the tokens."
+    ),
+    requests: int | None = typer.Option(
+        None, min=2, help="Requests per near-prefix traffic; a third more are unrelated. Default 6; 24 with --full."
+    ),
+    tokens: int | None = typer.Option(
+        None, min=1, help="True tokens scored after each prompt. Default 16; 48 with --full."
+    ),
     key_threshold: float = typer.Option(0.8, help="Cosine threshold of the `paper` policy."),
     max_relative_error: float = typer.Option(0.2, help="Error bound of the `safe` policy."),
     reuse: Reuse = ReuseOption.PROBED,
@@ -39,6 +49,8 @@ def demo(
     tokens with those of the same model unfused, on the same requests. float32 is the default because in bfloat16
     rounding alone moves this small model by more than the fusion that is to be measured.
     """
+    # Threads of torch that spin while they wait for each other take three times as long where others use the cores too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from jointkv.evaluate.compare.policies import compare_policies
     from jointkv.evaluate.holding.prefilled import prefill
     from jointkv.evaluate.traffic import get_traffic
@@ -51,12 +63,15 @@ def demo(
         "safe": FusionPolicy.preset("safe", max_relative_error=max_relative_error),
         "paper": FusionPolicy.preset("paper", key_threshold=key_threshold),
     }
+    given = zip((requests, tokens), FULL if full else QUICK, strict=True)
+    requests, tokens = (default if value is None else value for value, default in given)
+    traffics = TRAFFICS if full else QUICK_TRAFFICS
     options = ReuseOptions(reuse.value, seed=seed)
     make_folder(output)
     loaded, tokenizer = load(model, dtype)
     rows: list[PolicyRow] = []
-    with progress(len(TRAFFICS) * (2 + len(policies) + (reuse is not ReuseOption.OFF))) as steps:
-        for name in TRAFFICS:
+    with progress(len(traffics) * (2 + len(policies) + (reuse is not ReuseOption.OFF))) as steps:
+        for name in traffics:
             count = requests if name != "unrelated" else requests * 4 // 3
             made = get_traffic(name).requests(tokenizer, count, continuation_tokens=tokens, seed=seed)
             steps.start(f"{name}: prefill of {count} requests")

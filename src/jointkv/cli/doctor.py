@@ -19,9 +19,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from jointkv.cli.console import named_errors, require, stages, stderr_console, write_json
+from jointkv.cli.console import named_errors, stages, stderr_console, write_json
 from jointkv.cli.loading import locate
 from jointkv.cli.options import Json
+from jointkv.cli.vllm_installed import require_vllm
 
 COMMAND = (sys.executable, "-P", "-m", "jointkv.vllm_plugin.doctor.examine")
 LOG_LINES = 12
@@ -69,7 +70,7 @@ def doctor(
 
     Exit code 0: all is well; 1: a check failed; 2: vLLM is missing or the input is bad.
     """
-    require("vllm")
+    require_vllm()
     from jointkv.system.machine import machine, versions
 
     patient = {"model": None if model is None else locate(model), "allow_untested": allow_untested}

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from jointkv.cli.console import named_errors, stderr_console, write_json
 from jointkv.cli.loading import load
-from jointkv.cli.options import Json, Model, Reuse, ReuseOption
+from jointkv.cli.options import FORMATS, Json, Model, Reuse, ReuseOption
 from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def generate(
     block_size: int | None = typer.Option(None, min=1, help="Tokens per KV block. Default 16, or the profile's."),
     max_pages: int | None = typer.Option(None, min=1, help="Pages in the pool; without it the pool grows."),
     chat: bool = typer.Option(True, "--chat/--raw", help="Use the model's chat template, if it has one."),
-    file: Path | None = typer.Option(None, help="JSONL file with more prompts, one object per line."),
+    file: Path | None = typer.Option(None, help=f"More prompts. {FORMATS}"),
     temperature: float = typer.Option(0.0, min=0.0, help="0 takes the most likely token, else samples."),
     seed: int = typer.Option(0, help="Seed of the sampling."),
     attention: Attention = typer.Option(Attention.JOINTKV, help="Attention on pages, or on a dense copy."),
@@ -200,13 +200,17 @@ def _fusion(
 
 def _gathered(prompts: Sequence[str], file: Path | None) -> list["UserRequest"]:
     from jointkv.evaluate.request_files import UserRequest, read_requests
+    from jointkv.evaluate.request_sources import Place
 
     if not prompts and file is None:
         raise BadInput('no prompt; give at least one, as in: jointkv generate "Why is the sky blue?"')
     for number, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
             raise BadInput(f"prompt {number} is empty")
-    requests = [UserRequest(number, prompt) for number, prompt in enumerate(prompts, start=1)]
+    requests = [
+        UserRequest(Place("the command line", "prompt", number), prompt)
+        for number, prompt in enumerate(prompts, start=1)
+    ]
     return requests + (read_requests(file) if file is not None else [])
 
 

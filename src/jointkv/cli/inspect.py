@@ -67,7 +67,7 @@ def inspect(
 
     if chunk_tokens % block_size:
         raise BadInput(f"chunk_tokens: {chunk_tokens} is no multiple of the block size {block_size}")
-    given = [] if data is None else read_requests(data)[:requests]
+    given = [] if data is None else read_requests(data, requests)
     kind = get_traffic(traffic) if data is None else None
     loaded = None
     if text_only:

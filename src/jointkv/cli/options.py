@@ -16,7 +16,13 @@ class ReuseOption(StrEnum):
 
 
 Model = Annotated[str, typer.Option(help="Known name, local folder or hub name.")]
-Data = Annotated[Path | None, typer.Option(help="JSONL file of requests; without it, built-in traffic.")]
+FORMATS = (
+    "JSONL or a JSON array of objects with prompt, messages (OpenAI's, with tools) or conversations (ShareGPT's); .txt "
+    "with a prompt on each line; .parquet; hub:OWNER/NAME[:CONFIG][:SPLIT]."
+)
+"""What holds requests of a user, as every verb reads it."""
+
+Data = Annotated[Path | None, typer.Option(help=f"Your requests, else built-in traffic. {FORMATS}")]
 ScoredTokens = Annotated[int, typer.Option(min=1, help="True tokens scored after each prompt.")]
 ChunkTokens = Annotated[int, typer.Option(min=1, help="Tokens per chunk of a request.")]
 BlockSize = Annotated[int, typer.Option(min=1, help="Tokens per KV block.")]

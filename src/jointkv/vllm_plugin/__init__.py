@@ -13,6 +13,7 @@ WORKERS = {
     "gpu": "jointkv.vllm_plugin.worker.gpu.JointGPUWorker",
 }
 SCHEDULER = "jointkv.vllm_plugin.engine.scheduler.JointScheduler"
+REQUEST_CHECK = "jointkv.vllm_plugin.engine.opt_out:RequestCheck"
 
 ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 """vLLM takes its second model runner where it can; only the first one was made to work with the plugin."""
@@ -25,8 +26,8 @@ def engine_args(**options: Any) -> dict[str, Any]:
         options: as in `PluginSettings`.
 
     Returns:
-        `kv_transfer_config`, `worker_cls` and, where the options reuse, `scheduler_cls`: for `vllm.LLM` or
-        `vllm.EngineArgs`.
+        `kv_transfer_config`, `worker_cls`, `logits_processors` (to which others may be added) and, where the options
+        reuse, `scheduler_cls`: for `vllm.LLM` or `vllm.EngineArgs`.
 
     Raises:
         BadInput, InvalidPolicy: see `PluginSettings.parse`.
@@ -48,5 +49,6 @@ def arguments_for(device: str, options: dict[str, Any]) -> dict[str, Any]:
             "kv_role": "kv_producer",
             "kv_connector_extra_config": options,
         },
+        "logits_processors": [REQUEST_CHECK],
         "worker_cls": WORKERS[device],
     }

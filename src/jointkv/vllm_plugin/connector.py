@@ -18,6 +18,7 @@ from vllm.v1.request import Request
 from jointkv.errors import UnsupportedEngine
 from jointkv.vllm_plugin.engine.check import check_engine
 from jointkv.vllm_plugin.engine.groups import LayerGroupManager, LayerGroupSpec, register
+from jointkv.vllm_plugin.engine.opt_out import RequestCheck
 from jointkv.vllm_plugin.engine.runners import RUNNERS, runner_of
 from jointkv.vllm_plugin.engine.scheduler import JointAsyncScheduler, JointScheduler
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
@@ -152,6 +153,7 @@ PARTS: dict[str, type] = {
     "scheduler": JointScheduler,
     "scheduler a step ahead": JointAsyncScheduler,
     "worker": RemappingWorker,
+    "check of requests": RequestCheck,
     "verdict": Verdict,
     "statistics": JointStats,
     "metrics": JointPromMetrics,

@@ -25,7 +25,7 @@ class Inquiry(KVConnectorMetadata):
         step: number of the scheduler step, counted from 1.
         remaps: already committed; every worker must apply them before it prepares the step.
         group, own, other: per pair the layer group, the page of the new block and the resident page, int64 `[n]`.
-        tables: block ids per request and group as the scheduler knows them, only while integrity is checked.
+        tables: block ids per request and fused group as the scheduler knows them, only while integrity is checked.
     """
 
     step: int
@@ -33,7 +33,7 @@ class Inquiry(KVConnectorMetadata):
     group: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     own: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     other: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    tables: dict[str, tuple[list[int], ...]] | None = None
+    tables: dict[str, dict[int, list[int]]] | None = None
 
 
 @dataclass

@@ -44,6 +44,16 @@ WORKER_COUNTERS = {
     "attention_shared_steps": "Those of them in which it did.",
     "attention_faults": "Errors, each of which leaves the attention of a layer group on a worker to vLLM for good.",
 }
+LEFT_ALONE = {
+    "opted_out": "it opted out",
+    "not_understood": "its extra argument jointkv is neither true nor false",
+    "prompt_logprobs": "it asks for log-probabilities of its prompt, which sharing would move",
+    "not_tokens": "its prompt is not made of tokens alone, or still grows",
+    "no_salt": "isolation is strict and it has no cache_salt",
+    "short": "it ended before a block was full",
+    "pool_usage": "less of the KV pool than min_pool_usage was in use while it ran",
+}
+"""Why a request shared nothing without being tried."""
 REPORT_EVERY = 64
 """Steps between two full reports."""
 REASONS = {
@@ -98,7 +108,7 @@ class JointStats(KVConnectorStats):
 
     def aggregate(self, other: KVConnectorStats) -> JointStats:
         """Add a later report; gauges take its value."""
-        for name in ("counters", "rejected"):
+        for name in ("counters", "rejected", "left_alone"):
             total = Counter(self.data.get(name, {}))
             total.update(other.data.get(name, {}))
             self.data[name] = dict(total)
@@ -124,6 +134,8 @@ class Statistics:
         self._rejected: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
         self._reported_rejected: Counter[str] = Counter()
+        self._left_alone: Counter[str] = Counter()
+        self._reported_left_alone: Counter[str] = Counter()
         self._reported_state: str | None = None
         self._errors: list[float] = []
 
@@ -135,6 +147,11 @@ class Statistics:
         """Count a block that keeps its page for `reason`, one of `REASONS`."""
         self._rejected[reason] += 1
 
+    def leave_alone(self, reason: str) -> bool:
+        """Count a request that shares nothing for `reason`, one of `LEFT_ALONE`; whether it is the first."""
+        self._left_alone[reason] += 1
+        return self._left_alone[reason] == 1
+
     def merged(self, error: float) -> None:
         """Count a merged block, its freed page and its relative error."""
         self.add("blocks_merged")
@@ -142,20 +159,23 @@ class Statistics:
         self._errors.append(error)
 
     def totals(self) -> dict[str, Any]:
-        """Everything counted so far, with `rejected` by reason."""
-        return {**{name: self._totals[name] for name in COUNTERS}, "rejected": dict(self._rejected)}
+        """Everything counted so far, with `rejected` blocks and `left_alone` requests by reason."""
+        by_reason = {"rejected": dict(self._rejected), "left_alone": dict(self._left_alone)}
+        return {**{name: self._totals[name] for name in COUNTERS}, **by_reason}
 
     def has_news(self, state: str) -> bool:
-        """Whether any block was looked at, reused or audited, anything went wrong or the state has changed since."""
+        """Whether a block was looked at, reused or audited, a request left alone, or an error or a state is new."""
         names = ("blocks_considered", "isolation_refusals", "prompt_tokens_skipped", "reuse_audits", "faults")
         counted = any(self._totals[name] != self._reported[name] for name in names)
-        return counted or bool(self._errors) or state != self._reported_state
+        left_alone = self._left_alone != self._reported_left_alone
+        return counted or left_alone or bool(self._errors) or state != self._reported_state
 
     def take(self, state: str, shared: Counter[int] | None, licences: LicenceGauges | None = None) -> JointStats:
         """What is new since the last call, with the present state, pages by readers and licences."""
         data: dict[str, Any] = {
             "counters": dict(self._totals - self._reported),
             "rejected": dict(self._rejected - self._reported_rejected),
+            "left_alone": dict(self._left_alone - self._reported_left_alone),
             "errors": self._errors,
             "state": state,
         }
@@ -167,7 +187,7 @@ class Statistics:
         if licences is not None:
             data["licences"] = licences
         self._reported, self._reported_rejected, self._errors = Counter(self._totals), Counter(self._rejected), []
-        self._reported_state = state
+        self._reported_left_alone, self._reported_state = Counter(self._left_alone), state
         return JointStats(data)
 
 
@@ -202,17 +222,15 @@ class JointPromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._labelnames = labelnames
         self._counters = {
             name: self._per_engine(self._counter_cls(f"jointkv_{name}", text, labelnames=labelnames))
             for name, text in {**COUNTERS, **WORKER_COUNTERS}.items()
         }
-        rejected = self._counter_cls(
-            "jointkv_blocks_rejected",
-            "Blocks that keep their own page, by reason: "
-            + "; ".join(f"{name}: {text}" for name, text in REASONS.items()),
-            labelnames=[*labelnames, "reason"],
+        self._rejected = self._by_reason("jointkv_blocks_rejected", "Blocks that keep their own page", REASONS)
+        self._left_alone = self._by_reason(
+            "jointkv_requests_left_alone", "Requests that shared nothing, untried", LEFT_ALONE
         )
-        self._rejected = {reason: self._per_engine(rejected, reason) for reason in REASONS}
         shared = self._gauge_cls(
             "jointkv_pages_shared",
             "Pages in use by how many block table entries read them.",
@@ -268,6 +286,8 @@ class JointPromMetrics(KVConnectorPromMetrics):
             self._counters[name][engine_idx].inc(amount)
         for reason, amount in transfer_stats_data.get("rejected", {}).items():
             self._rejected[reason][engine_idx].inc(amount)
+        for reason, amount in transfer_stats_data.get("left_alone", {}).items():
+            self._left_alone[reason][engine_idx].inc(amount)
         for error in transfer_stats_data.get("errors", ()):
             self._error[engine_idx].observe(error)
         for readers, pages in transfer_stats_data.get("shared", {}).items():
@@ -286,6 +306,11 @@ class JointPromMetrics(KVConnectorPromMetrics):
             self._licence_limit.labels(*engine, run_class).set(limit)
             for state in LICENCE_STATES:
                 self._licence_state.labels(*engine, run_class, state).set(float(state == present))
+
+    def _by_reason(self, name: str, meaning: str, reasons: dict[str, str]) -> dict[str, dict[int, Any]]:
+        text = f"{meaning}, by reason: " + "; ".join(f"{reason}: {why}" for reason, why in reasons.items())
+        counter = self._counter_cls(name, text, labelnames=[*self._labelnames, "reason"])
+        return {reason: self._per_engine(counter, reason) for reason in reasons}
 
     def _per_engine(self, metric: PromCounter | Gauge | Histogram, *labels: str) -> dict[int, Any]:
         values = {engine: [*values, *labels] for engine, values in self.per_engine_labelvalues.items()}

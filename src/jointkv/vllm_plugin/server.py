@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from jointkv.errors import BadInput, JointKVError
 from jointkv.vllm_plugin import ENVIRONMENT, arguments_for, engine_args
 from jointkv.vllm_plugin.settings import PluginSettings
 
+LIST = "--logits-processors"
 Device = Literal["auto", "cpu", "gpu"]
 
 
@@ -59,11 +61,28 @@ class Launch:
         if self.options is None:
             return []
         arguments = engine_args(**self.options) if self.device == "auto" else arguments_for(self.device, self.options)
-        return [
-            part
-            for name, value in arguments.items()
-            for part in (f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value))
-        ]
+        return [part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", *_words(value))]
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """`arguments` of `vllm serve` with the flags. Of a list that both have, vLLM would take the last one alone."""
+        flags = self.flags()
+        given = next((place for place, name in enumerate(arguments) if _is_list(name)), None)
+        if given is None or LIST not in flags:
+            return [*arguments, *flags]
+        ours = flags.index(LIST)
+        own, rest = flags[ours + 1], [*flags[:ours], *flags[ours + 2 :]]
+        _, separator, value = arguments[given].partition("=")
+        theirs = [value] if separator else []
+        return [*arguments[:given], LIST, own, *theirs, *arguments[given + 1 :], *rest]
+
+
+def _words(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [value if isinstance(value, str) else json.dumps(value)]
+
+
+def _is_list(argument: str) -> bool:
+    name = argument.partition("=")[0].replace("_", "-")
+    return len(name) > len("--logits") and LIST.startswith(name)
 
 
 def main() -> None:
@@ -75,7 +94,7 @@ def main() -> None:
         sys.exit(2)
     if launch.options is not None:
         os.environ.update({**ENVIRONMENT, **os.environ})
-    sys.argv = ["vllm", "serve", *sys.argv[2:], *launch.flags()]
+    sys.argv = ["vllm", "serve", *launch.command(sys.argv[2:])]
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args

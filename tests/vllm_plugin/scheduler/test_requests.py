@@ -15,10 +15,14 @@ pytest.importorskip("vllm")
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
-from jointkv.vllm_plugin.scheduler.requests import TrackedRequest, isolation_key, takes_part
-from jointkv.vllm_plugin.scheduler.side import SchedulerSide
+from jointkv.vllm_plugin.engine.opt_out import RequestCheck
+from jointkv.vllm_plugin.metrics import LEFT_ALONE
+from jointkv.vllm_plugin.scheduler.intakes import Helper
+from jointkv.vllm_plugin.scheduler.requests import TrackedRequest, isolation_key, left_alone
+from jointkv.vllm_plugin.scheduler.side import SchedulerSide, logger
 from jointkv.vllm_plugin.settings import PluginSettings
 from tests.effort import fuzz_settings
 from tests.vllm_plugin.census import Census
@@ -104,18 +108,68 @@ def test_no_coarser_than_the_prefix_cache(first: Identity, second: Identity, dif
 @pytest.mark.parametrize(
     ("extra", "more", "expected"),
     [
-        (None, {}, True),
-        ({"jointkv": True}, {}, True),
-        ({"jointkv": False}, {}, False),
-        ({"jointkv": 0}, {}, False),
-        ({"jointkv": "false"}, {}, False),
-        (None, {"prompt_embeds": torch.zeros(len(TOKENS), 8)}, False),
-        (None, {"prompt_embeds": torch.zeros(len(TOKENS), 8), "prompt_token_ids": None}, False),
-        (None, {"resumable": True}, False),
+        (None, {}, None),
+        ({"jointkv": True}, {}, None),
+        ({"jointkv": " No "}, {}, "opted_out"),
+        ({"jointkv": "nonsense"}, {}, "not_understood"),
+        (None, {"prompt_embeds": torch.zeros(len(TOKENS), 8)}, "not_tokens"),
+        (None, {"prompt_embeds": torch.zeros(len(TOKENS), 8), "prompt_token_ids": None}, "not_tokens"),
+        (None, {"resumable": True}, "not_tokens"),
     ],
 )
-def test_takes_part(extra: dict[str, Any] | None, more: dict[str, Any], expected: bool) -> None:
-    assert takes_part(new_request({}, extra=extra, **more)) is expected
+def test_who_is_left_alone(extra: dict[str, Any] | None, more: dict[str, Any], expected: str | None) -> None:
+    assert left_alone(new_request({}, extra=extra, **more)) == expected
+
+
+def test_log_probabilities_of_a_prompt_are_moved_only_where_the_client_agrees() -> None:
+    for extra, expected in ((None, "prompt_logprobs"), ({"jointkv": "on"}, None), ({"jointkv": 0}, "opted_out")):
+        request = new_request({}, extra=extra)
+        assert request.sampling_params is not None
+        request.sampling_params.logprobs = 5
+        assert left_alone(request) == (expected if expected == "opted_out" else None)
+        request.sampling_params.prompt_logprobs = 0
+        assert left_alone(request) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "computed", "reason"),
+    [
+        ({}, 4 * BLOCK, "pool_usage"),
+        ({}, BLOCK - 1, "short"),
+        ({}, 0, None),  # it ended before it began
+        ({"isolation": "strict"}, 4 * BLOCK, "no_salt"),
+        ({"min_pool_usage": 0.0}, 4 * BLOCK, None),
+        ({"reuse": "licensed"}, 4 * BLOCK, "pool_usage"),
+    ],
+)
+def test_why_nothing_was_tried_is_counted_and_logged_once(
+    settings: dict[str, Any], computed: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager()
+    side = SchedulerSide(PluginSettings(**settings), manager, (0,))
+    said: list[str] = []
+    monkeypatch.setattr(logger, "info", lambda line, *values: said.append(line % values))
+    for number in range(2):
+        request = new_request({}, f"request-{number}")
+        side.admit(request)
+        begun = start(manager, request)
+        if computed >= BLOCK:
+            side.next_inquiry(step_of([begun]))
+        request.num_computed_tokens = computed
+        side.dismiss(request.request_id)
+    assert side.totals()["left_alone"] == ({} if reason is None else {reason: 2})
+    assert len(said) == (reason is not None) and all(LEFT_ALONE[reason or ""] in line for line in said)
+    assert reason != "pool_usage" or "min_pool_usage is 0.5, and 0 shows" in said[0]
+    report = side.report()
+    assert report is not None and report.data["left_alone"] == side.totals()["left_alone"]
+
+
+def test_the_plugins_own_requests_are_not_counted_as_left_alone() -> None:
+    side = SchedulerSide(PluginSettings(reuse="probed"), new_manager(), (0,))
+    helper = new_request({}, "gap", {"jointkv": False})
+    side.helpers["gap"] = Helper(helper, "request", 1)
+    side.admit(helper)
+    assert not side.totals()["left_alone"]
 
 
 def test_text_is_hashed_once_and_a_restart_keeps_what_was_found_again() -> None:
@@ -186,3 +240,17 @@ def test_adapters_keep_requests_apart(
     assert served.statistics["faults"] == 0
     record_property("merges_with_the_same_adapter", merges[True])
     record_property("merges_across_adapters", merges[False])
+
+
+def test_a_wish_that_is_not_understood_is_refused_before_the_engine(
+    adapted: tuple[Engine, Census, list[LoRARequest]],
+) -> None:
+    served, _, _ = adapted
+    with pytest.raises(VLLMValidationError, match="'jointkv' is neither true nor false"):
+        served.submit(TOKENS, 2, extra={"jointkv": "nonsense"})
+    processors = [type(each) for each in served.runner.input_batch.logitsprocs.all]
+    assert RequestCheck not in processors and not served.runner.input_batch.logitsprocs_need_output_token_ids
+    before = served.statistics["left_alone"].get("opted_out", 0)
+    served.submit(TOKENS, 2, extra={"jointkv": "FALSE"})
+    served.finish()
+    assert served.statistics["left_alone"]["opted_out"] == before + 1 and served.statistics["faults"] == 0

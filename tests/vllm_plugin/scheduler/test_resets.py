@@ -84,6 +84,15 @@ def test_aborted_requests_give_back_what_they_share(fused: Engine) -> None:
     assert sorted(set(fused.outputs) & set(names)) == sorted([names[1], names[3]])
 
 
+def test_a_request_that_ends_before_it_begins(fused: Engine) -> None:
+    """No block was ever allocated for it, and the connector hears of its end all the same."""
+    left_alone = dict(fused.statistics["left_alone"])
+    name = fused.submit(near_prefix(1, shared=320, seed=9)[0], OUT)
+    fused.abort(name)
+    fused.finish()
+    assert not fused.side.requests.active and fused.statistics["left_alone"] == left_alone
+
+
 def test_a_served_block_is_not_fused_again(fused: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     replaced: list[tuple[str, int, int]] = []
     replace = fused.side.tables.replace

@@ -82,6 +82,7 @@ class Candidates:
         if not self._requests.active or not (fuses or self._settings.reuses):
             return
         for tracked, group, slot, buckets in self._new_blocks(output):
+            tracked.tried |= fuses
             block = self._tables.block(tracked.request.request_id, group, slot)
             if block is None or block.is_null or block.block_id in self.residents or (group, slot) in tracked.served:
                 continue

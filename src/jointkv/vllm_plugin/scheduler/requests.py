@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from vllm.v1.request import Request
 
 from jointkv.core.evidence import Echoes, standing
+from jointkv.errors import BadInput
 from jointkv.fusion.signature import token_hashes
+from jointkv.vllm_plugin.engine.opt_out import choice
 from jointkv.vllm_plugin.scheduler.evidence import Audit
-
-OPT_OUT = "jointkv"
+from jointkv.vllm_plugin.settings import PluginSettings
 
 
 class IsolationKey(NamedTuple):
@@ -57,6 +58,7 @@ class TrackedRequest:
             exact.
         secret: what tells its private hashes from all others.
         audit: what its comparisons say of reuse, while it computes its prompt exactly and reuse is on.
+        tried: whether the pool was in use enough for fusion when blocks of it were filled.
         planned: epoch in which it was decided that nothing more is reused before it starts.
     """
 
@@ -71,6 +73,7 @@ class TrackedRequest:
     private_from: int | None = None
     secret: bytes = field(default_factory=lambda: os.urandom(16), repr=False)
     audit: Audit | None = None
+    tried: bool = False
     planned: int | None = None
     _hashes: list[int] = field(default_factory=list, repr=False)
     _standing: Echoes = field(default_factory=lambda: np.zeros(0, np.uint64), repr=False)
@@ -122,14 +125,14 @@ class Requests:
     def __init__(self, block_size: int) -> None:
         self.active: dict[str, TrackedRequest] = {}
         self.left_alone: dict[str, TrackedRequest] = {}
-        self._block_size = block_size
+        self.block_size = block_size
         self._numbers = itertools.count()
 
     def admit(self, request: Request) -> TrackedRequest | None:
         """A new request; None if it does not take part."""
-        if not takes_part(request):
+        if left_alone(request) is not None:
             return None
-        tracked = TrackedRequest(request, isolation_key(request), self._block_size, next(self._numbers))
+        tracked = TrackedRequest(request, isolation_key(request), self.block_size, next(self._numbers))
         self.active[request.request_id] = tracked
         return tracked
 
@@ -154,13 +157,32 @@ class Requests:
         self.active = {}
 
 
-def takes_part(request: Request) -> bool:
-    """Whether blocks of `request` can be told apart by their tokens, and the request does not opt out."""
-    extra = request.sampling_params.extra_args if request.sampling_params is not None else None
-    # The OpenAI API knows no booleans here: JSON's false arrives as 0.
-    if (extra or {}).get(OPT_OUT, True) in (False, "false"):
-        return False
-    return request.prompt_embeds is None and request.prompt_token_ids is not None and not request.resumable
+def left_alone(request: Request) -> str | None:
+    """Why `request` takes no part, one of `metrics.LEFT_ALONE`; None if it does."""
+    params = request.sampling_params
+    try:
+        wish = choice(params.extra_args if params is not None else None)
+    except BadInput:
+        return "not_understood"  # an engine that was not started with `engine_args` may let it through
+    if wish is False:
+        return "opted_out"
+    scored = params is not None and (params.prompt_logprobs, params.prompt_logprob_token_ids) != (None, None)
+    if scored and not wish:
+        return "prompt_logprobs"
+    # Its blocks can be told apart by their tokens alone.
+    if request.prompt_embeds is not None or request.prompt_token_ids is None or request.resumable:
+        return "not_tokens"
+    return None
+
+
+def passed_over(tracked: TrackedRequest, settings: PluginSettings) -> str | None:
+    """Why no block of a request that took part and has ended was fused or tried, likewise; None if one was."""
+    request = tracked.request
+    if tracked.tried or not request.num_computed_tokens:
+        return None
+    if settings.isolation == "strict" and not request.cache_salt:
+        return "no_salt"
+    return "short" if request.num_computed_tokens < tracked.block_size else "pool_usage"
 
 
 def isolation_key(request: Request) -> IsolationKey:

@@ -24,6 +24,7 @@ from jointkv.core.evidence import Known
 from jointkv.core.reuse import COMPUTED, Found, Run, stretches
 from jointkv.policy.reuse import ReuseRule, Search
 from jointkv.vllm_plugin.engine.line import helper_of, in_line, seats, send_ahead
+from jointkv.vllm_plugin.engine.opt_out import OPT_OUT
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.evidence import Audit
@@ -31,7 +32,7 @@ from jointkv.vllm_plugin.scheduler.followers import Followers
 from jointkv.vllm_plugin.scheduler.intakes import Helper, Intake
 from jointkv.vllm_plugin.scheduler.licences import Licences, PageClass
 from jointkv.vllm_plugin.scheduler.questions import Answer, Question
-from jointkv.vllm_plugin.scheduler.requests import OPT_OUT, Requests, TrackedRequest
+from jointkv.vllm_plugin.scheduler.requests import Requests, TrackedRequest
 from jointkv.vllm_plugin.scheduler.residents import Residents
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
 from jointkv.vllm_plugin.settings import PluginSettings

@@ -21,7 +21,7 @@ from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
-from jointkv.vllm_plugin.metrics import REPORT_EVERY, JointStats, LicenceGauges, Statistics
+from jointkv.vllm_plugin.metrics import LEFT_ALONE, REPORT_EVERY, JointStats, LicenceGauges, Statistics
 from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.candidates import Candidates
@@ -31,12 +31,19 @@ from jointkv.vllm_plugin.scheduler.intakes import Helper
 from jointkv.vllm_plugin.scheduler.licences import Licences, first_licences
 from jointkv.vllm_plugin.scheduler.questions import Questions
 from jointkv.vllm_plugin.scheduler.recovery import Recovery
-from jointkv.vllm_plugin.scheduler.requests import Requests
+from jointkv.vllm_plugin.scheduler.requests import Requests, left_alone, passed_over
 from jointkv.vllm_plugin.scheduler.reuse import Reuse
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
 from jointkv.vllm_plugin.settings import PluginSettings
 
 logger = init_logger(f"vllm.{__name__}")
+
+ADVICE = {
+    "pool_usage": "; min_pool_usage is {min_pool_usage:g}, and 0 shows on a quiet server what could be shared",
+    "short": "; a block has {block_size} tokens, and --block-size takes smaller ones",
+    "prompt_logprobs": "; with the extra argument jointkv=true it takes part",
+}
+"""By reason of `LEFT_ALONE`, where there is something to do."""
 
 R = TypeVar("R")
 
@@ -91,7 +98,7 @@ class SchedulerSide:
         self.fusion = Fusion(self.candidates, self.bounds, self.sharing, audits, self.statistics)
         self.questions = Questions(self.bounds, self.statistics)
         self._helped: list[tuple[str, int]] = []
-        self._ranks = ranks
+        self._groups, self._ranks = groups, ranks
         self._step = 0
         self._reports = 0
         logger.info(
@@ -124,10 +131,13 @@ class SchedulerSide:
         if self.recovery.resume():
             self.enabled = self.settings.enabled
             logger.info("jointkv is on again, for requests that arrive from now on")
-        if self.enabled:
-            tracked = self.requests.admit(request)
-            if tracked is not None and self.settings.reuses:
-                tracked.audit = Audit()
+        if not self.enabled:
+            return
+        tracked = self.requests.admit(request)
+        if tracked is None:
+            self._leave_alone(request.request_id, left_alone(request))
+        elif self.settings.reuses:
+            tracked.audit = Audit()
 
     @fail_safe
     def prepare(self, scheduler: Scheduler) -> None:
@@ -188,6 +198,8 @@ class SchedulerSide:
     @fail_safe
     def dismiss(self, request_id: str) -> None:
         """Forget a request that has finished or was aborted. Its pages stay resident until they are reused."""
+        if request_id in self.requests.active:
+            self._leave_alone(request_id, passed_over(self.requests.active[request_id], self.settings))
         self.reuse.ended(request_id)
         self.reuse.dismiss(request_id)
         tracked = self.requests.pop(request_id)
@@ -231,7 +243,8 @@ class SchedulerSide:
     @fail_safe
     def _ask(self, inquiry: Inquiry, output: SchedulerOutput) -> None:
         if self.settings.check_integrity:
-            inquiry.tables = self.tables.of(output.num_scheduled_tokens)
+            tables = self.tables.of(output.num_scheduled_tokens)
+            inquiry.tables = {name: {group: held[group] for group in self._groups} for name, held in tables.items()}
         for request_id, _ in started(output):
             tracked = self.requests.find(request_id)
             if tracked is not None:
@@ -243,6 +256,16 @@ class SchedulerSide:
         self.fusion.conclude(self.requests.among(output.num_scheduled_tokens))
         self.candidates.forget_written(output, inquiry.step)
         self.questions.ask(inquiry, [*self.reuse.questions(output), *self.fusion.questions(output)])
+
+    def _leave_alone(self, request_id: str, reason: str | None) -> None:
+        """Count a client's request that shared nothing; log the first for each reason, or an idle plugin looks dead."""
+        if reason is None or request_id in self.helpers:
+            return
+        if self.statistics.leave_alone(reason):
+            what_to_do = ADVICE.get(reason, "").format(
+                min_pool_usage=self.settings.min_pool_usage, block_size=self.requests.block_size
+            )
+            logger.info("jointkv shared nothing of a request: %s%s (logged once)", LEFT_ALONE[reason], what_to_do)
 
     def _end_strays(self, scheduler: Scheduler) -> None:
         stray = self.reuse.stray()

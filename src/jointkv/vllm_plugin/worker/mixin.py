@@ -10,6 +10,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from jointkv.errors import UnsupportedEngine
 from jointkv.vllm_plugin import CONNECTOR_MODULE
 from jointkv.vllm_plugin.engine.groups import split_layers
+from jointkv.vllm_plugin.engine.opt_out import without_check
 from jointkv.vllm_plugin.settings import PluginSettings
 
 
@@ -25,6 +26,12 @@ class RemappingWorker:
         if transfer is None or transfer.kv_connector_module_path != CONNECTOR_MODULE:
             return None
         return PluginSettings.parse(transfer.kv_connector_extra_config)
+
+    def init_device(self) -> None:
+        """Make the model runner, without what is for requests that arrive."""
+        model = self.vllm_config.model_config
+        model.logits_processors = without_check(model.logits_processors)
+        super().init_device()  # type: ignore[misc]
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """What every layer keeps, which is also what vLLM groups layers by.

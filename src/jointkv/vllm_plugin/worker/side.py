@@ -127,9 +127,9 @@ class WorkerSide:
             logger.warning("every request reads its pages for itself%s, by vLLM's attention: %s", without, error)
             logger.debug("where it happened", exc_info=True)
 
-    def _check_tables(self, tables: dict[str, tuple[list[int], ...]]) -> None:
+    def _check_tables(self, tables: dict[str, dict[int, list[int]]]) -> None:
         """Raises IntegrityError when a scheduled request's tables differ from the scheduler's."""
         for request_id, groups in tables.items():
-            for group, pages in enumerate(groups):
+            for group, pages in groups.items():
                 if any(held != pages for held in self.tables.read(request_id, group, len(pages))):
                     raise IntegrityError(f"worker and scheduler disagree on the table of {request_id}, group {group}")

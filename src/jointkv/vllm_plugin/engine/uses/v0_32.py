@@ -40,7 +40,9 @@ REQUESTS = (
         "vllm.v1.request:RequestStatus",
         "RUNNING WAITING PREEMPTED WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR FINISHED_ABORTED",
     ),
-    Use("vllm.sampling_params:SamplingParams", "extra_args"),
+    Use("vllm.sampling_params:SamplingParams", "extra_args prompt_logprobs prompt_logprob_token_ids"),
+    Use("vllm.exceptions", "VLLMValidationError"),
+    Use("vllm.config:ModelConfig", "logits_processors"),
     Use("vllm.lora.request:LoRARequest", "lora_name lora_int_id"),
     Use("vllm.multimodal.inputs:MultiModalFeatureSpec", "identifier mm_position"),
     Use("vllm.multimodal.inputs:PlaceholderRange", "offset length"),
@@ -194,7 +196,14 @@ OVERRIDDEN = {
         Use(
             f"{WORKER}.gpu_worker:Worker",
             "model_runner vllm_config",
-            "get_kv_cache_spec initialize_from_config execute_model",
+            "init_device get_kv_cache_spec initialize_from_config execute_model",
+        ),
+    ),
+    "check of requests": (
+        Use(
+            "vllm.v1.sample.logits_processor:LogitsProcessor",
+            "",
+            "validate_params apply is_argmax_invariant update_state",
         ),
     ),
     "verdict": (Use(f"{CONNECTOR}.base:KVConnectorWorkerMetadata", "", "aggregate"),),

@@ -1,0 +1,69 @@
+"""What a client says of sharing, with the extra argument `jointkv` of a request, and where it is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import LogitsProcessor
+
+from jointkv.errors import BadInput
+from jointkv.vllm_plugin import REQUEST_CHECK
+
+OPT_OUT = "jointkv"
+YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+def choice(extra: dict[str, Any] | None) -> bool | None:
+    """Whether the request is to take part; None where it does not say.
+
+    Raises `BadInput` for what is neither yes nor no: a switch for privacy guesses nothing.
+    """
+    if not extra or OPT_OUT not in extra:
+        return None
+    said = extra[OPT_OUT]
+    # The OpenAI API knows no booleans here: JSON's false arrives as 0, or as 0.0.
+    word = said.strip().lower() if isinstance(said, str) else str(int(said)) if said in (0, 1) else None
+    if word in YES:
+        return True
+    if word in NO:
+        return False
+    raise BadInput(f"the extra argument {OPT_OUT!r} is neither true nor false")
+
+
+class RequestCheck(LogitsProcessor):
+    """Refuses a request whose wish is not understood, where vLLM takes it in: clients of the server get code 400.
+
+    vLLM asks the classes of logits processors about every request, before the engine has seen it. This one has nothing
+    else to do, and workers leave it out, see `without_check`: it would cost them the tokens of every request at every
+    step.
+    """
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Raises vLLM's error for a request that is not valid."""
+        try:
+            choice(sampling_params.extra_args)
+        except BadInput as error:
+            raise VLLMValidationError(f"{error}; leave it out, or give one of {', '.join((*YES, *NO))}") from None
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        """Nothing to keep."""
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """As they are."""
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        """Nothing changes."""
+        return True
+
+    def update_state(self, batch_update: Any) -> None:
+        """Nothing to follow."""
+
+
+def without_check(processors: list[Any] | None) -> list[Any] | None:
+    """A model's logits processors without `RequestCheck`; None if none is left."""
+    return [each for each in processors or () if each not in (REQUEST_CHECK, RequestCheck)] or None
