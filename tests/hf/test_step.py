@@ -57,4 +57,4 @@ def test_a_full_pool_leaves_the_step_as_it_was():
     step = Step()
     with pytest.raises(PoolFull):
         step.advance(batch, 1, pool.device)
-    assert batch.length == 0 and step.slots == [] and not step.fresh
+    assert batch.length == 0 and step.slots == [] and step.fresh

@@ -104,7 +104,7 @@ def paged_attention_forward(
     outputs = []
     for start in range(0, len(query), pages.rows_at_a_time()):
         rows = slice(start, start + pages.rows_at_a_time())
-        keys, values = pages.read(rows)
+        keys, values = (side.to(new.dtype) for side, new in zip(pages.read(rows), (key, value), strict=True))
         mask = attention_mask
         if mask is not None and len(mask) > 1:
             mask = mask[rows]

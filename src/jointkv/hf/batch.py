@@ -29,6 +29,7 @@ class Batch:
         padding: tokens of left padding, `[rows]`.
         considered: blocks that fusion has seen, `[rows]`.
         fusable: whether it may see more, `[rows]`; rows with masked tokens after their start are never fused.
+        differentiable_from: the first token that was computed with gradients, which pages do not keep; None without.
         tokens: ids `[rows, length]`; None where they are not known, or nobody asks for them.
     """
 
@@ -40,6 +41,7 @@ class Batch:
         self.padding = torch.zeros(rows, dtype=torch.long)
         self.considered = torch.zeros(rows, dtype=torch.long)
         self.fusable = torch.ones(rows, dtype=torch.bool)
+        self.differentiable_from: int | None = None
         self.tokens: Tensor | None = None
         self.tables: list[BlockTable] = []
         if tenants is not None:
@@ -138,6 +140,8 @@ class Batch:
         for table in self.tables:
             table.truncate(-(-left // size))
         self.considered = torch.minimum(self.considered, left // size)
+        if self.differentiable_from is not None and length <= self.differentiable_from:
+            self.differentiable_from = None
         self.tokens = None if self.tokens is None else self.tokens[:, :length]
 
     def select(self, rows: Tensor) -> None:
@@ -163,6 +167,7 @@ class Batch:
         self.length = other.length
         self.padding, self.considered = other.padding[rows], other.considered[rows]
         self.fusable = other.fusable[rows]
+        self.differentiable_from = other.differentiable_from
         self.tokens = None if other.tokens is None else other.tokens[rows]
 
     def newly_full(self) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
@@ -15,6 +16,7 @@ from jointkv.core.table import BlockTable
 from jointkv.errors import LayoutError, PoolFull
 from jointkv.hf.batch import Batch
 from jointkv.hf.fusing import fuse_filled
+from jointkv.hf.gradients import attach_gradients
 from jointkv.hf.layer import PagedCacheLayer
 from jointkv.hf.pool import JointPool
 from jointkv.hf.step import Step
@@ -77,12 +79,28 @@ class PagedCache(Cache):
         others = [(layer, copy.copy(layer.__dict__)) for layer in self.other_layers]
         self._step = Step(attention_mask, input_ids, others)
 
-    @bookkeeping
     def write_layer(self, layer: PagedCacheLayer, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new states; called by `PagedCacheLayer.update`."""
+        """Write one layer's new states; called by `PagedCacheLayer.update`. Gradients flow to these states alone."""
+        states = key_states, value_states
+        new = any(side.requires_grad for side in states)
+        if not torch.is_grad_enabled() or not (new or self.batch.differentiable_from is not None):
+            return self._write(layer, *states)
+        whole = self._write(layer, *states, dense=True)
+        if new and self.batch.differentiable_from is None:
+            self.batch.differentiable_from = self._step.start
+        if self._step.fresh:
+            return states
+        lost = self.batch.differentiable_from is not None and self.batch.differentiable_from < self._step.start
+        key, value = (attach_gradients(*sides, lost) for sides in zip(whole, states, strict=True))
+        return key, value
+
+    @bookkeeping
+    def _write(
+        self, layer: PagedCacheLayer, key_states: Tensor, value_states: Tensor, dense: bool = False
+    ) -> tuple[Tensor, Tensor]:
         if layer.length == self.length:
             self._advance(key_states, value_states)
-        whole = self._step.write(self.batch, layer.index, key_states, value_states)
+        whole = self._step.write(self.batch, layer.index, key_states, value_states, dense)
         layer.length, layer.is_initialized = self.length, True
         return whole
 
