@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections import Counter
 from typing import Any
@@ -12,24 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from jointkv.core.blocks import SUPPORTED_DTYPES
 from jointkv.core.plan import FusionPlan
 from jointkv.core.pool import BlockPool
-from jointkv.errors import InvalidPolicy, LayoutError, UnsupportedModel
+from jointkv.errors import InvalidPolicy, UnsupportedModel
 from jointkv.fusion.fuser import Fuser
 from jointkv.hf.attention import ATTENTION_NAME, register_attention
 from jointkv.hf.identity import full_attention_layers, model_fingerprint, model_identity, takes_cache
 from jointkv.hf.reuse import Reuse, ReuseOptions
+from jointkv.hf.states import check_states, widest_dtype
 from jointkv.policy import FusionPolicy, LayerGroups
 from jointkv.policy.profile import Profile
 from jointkv.theory.adapt import Adaptation
 from jointkv.theory.calibrate import effective_error
 
 logger = logging.getLogger("jointkv")
-
-_OTHER_DTYPE = (
-    "load the model in float32, bfloat16 or float16, and make a new JointPool after it was given another dtype"
-)
 
 
 class JointPool:
@@ -128,19 +123,15 @@ class JointPool:
         Raises:
             LayoutError: states of a dtype that is not supported, or that do not fit the pool that exists.
         """
-        for states in (key_states, value_states):
-            if states.dtype not in SUPPORTED_DTYPES:
-                raise LayoutError(f"K or V of {states.dtype} are not supported: {_OTHER_DTYPE}")
-        key_shape, value_shape = (
-            torch.Size((states.shape[1], states.shape[3])) for states in (key_states, value_states)
-        )
+        dtype = widest_dtype(self.dtype, key_states, value_states)
         if self.blocks is None:
+            key_shape, value_shape = ((states.shape[1], states.shape[3]) for states in (key_states, value_states))
             self.blocks = BlockPool(
                 self.groups.layers,
                 self.block_size,
                 key_shape,
                 value_shape,
-                dtype=_wide_enough(self.dtype, key_states, value_states),
+                dtype=dtype,
                 device=key_states.device,
                 max_pages=self.max_pages,
             )
@@ -149,21 +140,7 @@ class JointPool:
                 self.fusers = {scope: Fuser(self.blocks, self.policy) for scope in scopes}
             if self.reuse is not None:
                 self.blocks.on_free(self.reuse.residents.forget)
-        kv = self.blocks.kv
-        expected = (kv.keys[0].shape[2:], kv.values[0].shape[2:])
-        if (key_shape, value_shape) != expected:
-            raise LayoutError(
-                f"K {list(key_shape)} and V {list(value_shape)} do not fit pages of {list(expected[0])} and "
-                f"{list(expected[1])}: a pool serves one model"
-            )
-        for states in (key_states, value_states):
-            if torch.promote_types(states.dtype, kv.dtype) != kv.dtype:
-                raise LayoutError(f"K or V of {states.dtype} do not fit pages of {kv.dtype}: {_OTHER_DTYPE}")
-            if states.device != kv.device:
-                raise LayoutError(
-                    f"K or V on {states.device} do not fit pages on {kv.device}: all layers that have pages must be on "
-                    "one device; make a new JointPool after a model was moved"
-                )
+        check_states(self.blocks.kv, key_states, value_states)
         return self.blocks
 
     def _reuse(self, options: ReuseOptions) -> Reuse | None:
@@ -259,12 +236,6 @@ class JointPool:
             fuser.check_integrity()
         if self.reuse is not None:
             self.reuse.check_integrity()
-
-
-def _wide_enough(dtype: torch.dtype, *states: Tensor) -> torch.dtype:
-    """The narrowest dtype that holds `states` and, where pages can have it, `dtype` without loss."""
-    wanted = [side.dtype for side in states] + ([dtype] if dtype in SUPPORTED_DTYPES else [])
-    return functools.reduce(torch.promote_types, wanted)
 
 
 def _attach_hooks(model: PreTrainedModel) -> None:
