@@ -15,6 +15,7 @@ def begun(tenants=("a", "b"), max_pages=None):
     """A pool whose model reads pages, and a batch on it without tokens."""
     _, pool = joint("llama", max_pages=max_pages)
     pool.prepare(*states(1, 0))
+    pool.attention.on()
     return pool, Batch(pool, tenants)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -63,6 +63,34 @@ def watch(key: Tensor, value: Tensor, arrived: Callable[[], None]) -> None:
     is lost then, and their layers go on with dense K and V.
     """
     key.jointkv_arrived = value.jointkv_arrived = arrived  # type: ignore[attr-defined]
+
+
+class AttentionSwitch:
+    """Lets a model that uses `sdpa` attend with the function that reads pages for the time of a forward pass.
+
+    Args:
+        config: of the decoder; `on` and `off` change its attention and restore it.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        register_attention()
+        self._config = config
+        self._switched = False
+
+    @property
+    def reads_pages(self) -> bool:
+        """Whether attention reads pages at this moment."""
+        return bool(self._config._attn_implementation == ATTENTION_NAME)
+
+    def on(self) -> None:
+        """Before a forward pass."""
+        if self._config._attn_implementation == "sdpa":
+            self._config._attn_implementation, self._switched = ATTENTION_NAME, True
+
+    def off(self) -> None:
+        """After it."""
+        if self._switched:
+            self._config._attn_implementation, self._switched = "sdpa", False
 
 
 def register_attention() -> None:

@@ -24,7 +24,7 @@ USES = (
     Use("transformers:AttentionMaskInterface", "register(_,_)"),
     Use("transformers.integrations.sdpa_attention", "sdpa_attention_forward(_,_,_,_,_,dropout,scaling)"),
     Use("transformers.masking_utils", "sdpa_mask"),
-    Use("transformers:PreTrainedModel", "set_attn_implementation(_) get_decoder() base_model config"),
+    Use("transformers:PreTrainedModel", "get_decoder() base_model config"),
     Use("transformers:PreTrainedConfig", "get_text_config(decoder) to_dict() _attn_implementation"),
 )
 

@@ -78,6 +78,7 @@ class PagedCache(Cache):
             self._roll_back(written)
         others = [(layer, copy.copy(layer.__dict__)) for layer in self.other_layers]
         self._step = Step(attention_mask, input_ids, others)
+        self.pool.attention.on()
 
     def write_layer(self, layer: PagedCacheLayer, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new states; called by `PagedCacheLayer.update`. Gradients flow to these states alone."""
@@ -106,7 +107,8 @@ class PagedCache(Cache):
 
     @bookkeeping
     def end_step(self) -> None:
-        """Fuse the blocks that the forward pass has filled (called by the pool's forward hook)."""
+        """Fuse the blocks that the forward pass has filled (called by the pool's forward hook, also if it failed)."""
+        self.pool.attention.off()
         self._step.mask = self._step.input_ids = None
         if not self.waits and self.tables and all(layer.length == self.length for layer in self.paged_layers):
             self.fuse(self._step.prompt)

@@ -8,15 +8,16 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from jointkv.core.plan import FusionPlan
 from jointkv.core.pool import BlockPool
 from jointkv.errors import InvalidPolicy, UnsupportedModel
 from jointkv.fusion.fuser import Fuser
-from jointkv.hf.attention import ATTENTION_NAME, register_attention
-from jointkv.hf.identity import full_attention_layers, model_fingerprint, model_identity, takes_cache
+from jointkv.hf.attention import AttentionSwitch
+from jointkv.hf.hooks import attach_hooks
+from jointkv.hf.identity import full_attention_layers, model_fingerprint, model_identity
 from jointkv.hf.reuse import Reuse, ReuseOptions
 from jointkv.hf.states import check_states, widest_dtype
 from jointkv.policy import FusionPolicy, LayerGroups
@@ -30,8 +31,9 @@ logger = logging.getLogger("jointkv")
 class JointPool:
     """KV memory of one model, shared by its caches, so that requests fuse across calls as well as in a batch.
 
-    Creating it registers the `jointkv` attention function, switches a model that uses `sdpa` to it, and adds two
-    forward hooks that tell a `JointCache` about padding and the end of a step. Other caches are not affected.
+    Creating it registers the `jointkv` attention function and adds two forward hooks, which tell a `JointCache` about
+    padding and the end of a step. A model that uses `sdpa` is switched to `jointkv` for the time of a forward pass with
+    a `JointCache`, and back. Other caches are not affected.
 
     Args:
         model: any decoder-only model of transformers with full-attention layers.
@@ -43,6 +45,7 @@ class JointPool:
 
     Attributes:
         adaptation: the bounds in force, with a profile; else None.
+        attention: lets the model read pages.
         blocks: the `BlockPool`, None until the first forward pass has shown the shapes.
         groups: how the full-attention layers are grouped.
         page_readers: full-attention layers, by number, whose K and V reach the attention function unchanged, so that
@@ -89,6 +92,7 @@ class JointPool:
         self.config = model.config.get_text_config(decoder=True)
         self.fingerprint = model_fingerprint(model)
         self.dtype, self.device = model.dtype, model.device
+        self.attention = AttentionSwitch(self.config)
         self.blocks: BlockPool | None = None
         self.fusers: dict[str, Fuser] = {}
         self._bound_in_force()
@@ -99,15 +103,12 @@ class JointPool:
         self._counters = Counter(blocks_considered=0, blocks_fused=0, pages_freed=0)
         self.seconds_fusing = 0.0
         self._next_sequence = 0
-        register_attention()
-        if self.config._attn_implementation == "sdpa":
-            model.set_attn_implementation(ATTENTION_NAME)
-        _attach_hooks(model)
+        attach_hooks(model)
 
     @property
     def reads_pages(self) -> bool:
         """Whether the model's attention reads pages; otherwise each layer is handed a dense copy."""
-        return bool(self.config._attn_implementation == ATTENTION_NAME)
+        return self.attention.reads_pages
 
     @property
     def reads_text(self) -> bool:
@@ -236,26 +237,3 @@ class JointPool:
             fuser.check_integrity()
         if self.reuse is not None:
             self.reuse.check_integrity()
-
-
-def _attach_hooks(model: PreTrainedModel) -> None:
-    # `get_decoder` goes by the attribute `decoder`, which in some models is the output layer.
-    decoder = next(module for module in (model.get_decoder(), model.base_model, model) if takes_cache(module))
-    if getattr(decoder, "_jointkv_attached", False):
-        return
-    decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    decoder.register_forward_hook(_after_forward, with_kwargs=True)
-    decoder._jointkv_attached = True
-
-
-def _before_forward(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache: Any = kwargs.get("past_key_values")
-    if hasattr(cache, "begin_step"):
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        cache.begin_step(kwargs.get("attention_mask"), input_ids)
-
-
-def _after_forward(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-    cache: Any = kwargs.get("past_key_values")
-    if hasattr(cache, "end_step"):
-        cache.end_step()
