@@ -24,6 +24,7 @@ class Batch:
 
     Attributes:
         tables: the block table of each layer group.
+        weights: those of the model when the batch began; under others nothing of it is fused.
         sequence: a number for each row, unique in the pool.
         length: tokens of each row, left padding included.
         padding: tokens of left padding, `[rows]`.
@@ -35,6 +36,7 @@ class Batch:
 
     def __init__(self, pool: JointPool, tenants: Sequence[Hashable] | None = None) -> None:
         self.pool, self.tenants = pool, tenants or ()
+        self.weights = pool.weights
         rows = len(self.tenants)
         self.sequence = pool.new_sequences(rows)
         self.length = 0
@@ -162,7 +164,7 @@ class Batch:
 
     def _know(self, other: Batch, rows: Tensor) -> None:
         """Take over what is known of `rows` of another batch, or of this one."""
-        self.tenants = [other.tenants[row] for row in rows.tolist()]
+        self.tenants, self.weights = [other.tenants[row] for row in rows.tolist()], other.weights
         self.sequence = self.pool.new_sequences(len(rows))
         self.length = other.length
         self.padding, self.considered = other.padding[rows], other.considered[rows]
@@ -174,7 +176,7 @@ class Batch:
         """Row and slot of the blocks that may be fused and were not full before; from now on they were."""
         full = (self.length - self.padding) // self.pool.block_size
         first, self.considered = self.considered, full
-        if not (full > first).any():  # as in most steps of decoding
+        if self.weights is not self.pool.weights or not (full > first).any():  # as in most steps of decoding
             return full[:0], full[:0]
         slots = torch.arange(int(full.max()))
         filled = (slots >= first[:, None]) & (slots < full[:, None]) & self.fusable[:, None]

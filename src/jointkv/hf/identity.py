@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -67,6 +70,43 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         sample = parameter.detach().flatten()[:16].float().cpu().numpy()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
     return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The weights of a model at one moment; pages that other weights have computed are never offered to new requests.
+
+    Attributes:
+        fingerprint: see `model_fingerprint`.
+        mark: what tells cheaply that they were changed, see `weights_mark`.
+    """
+
+    fingerprint: str
+    mark: bytes
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Weights:
+        return cls(model_fingerprint(model), weights_mark(model))
+
+
+def weights_mark(model: PreTrainedModel) -> bytes:
+    """Of every parameter its place in memory, its version, and the number in its middle.
+
+    Whoever changes parameters in place raises their version; who does so through `.data` is seen by the numbers, unless
+    they are not among those that were changed.
+    """
+    places: list[int] = []
+    numbers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for parameter in model.parameters():
+        places += parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+        if parameter.numel() and not parameter.is_meta:
+            middle = sum(size // 2 * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+            number = parameter.detach().as_strided((1,), (1,), parameter.storage_offset() + middle)
+            numbers[parameter.device, parameter.dtype].append(number)
+    digest = hashlib.sha256(repr(places).encode())
+    for side in numbers.values():
+        digest.update(torch.cat(side).cpu().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
 
 
 def takes_cache(module: nn.Module) -> bool:

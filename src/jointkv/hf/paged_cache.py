@@ -124,6 +124,7 @@ class PagedCache(Cache):
         self.pool.seconds_fusing += time.perf_counter() - start
 
     def _begin(self, rows: int) -> None:
+        self.pool.notice_weights()
         self.batch = Batch(self.pool, self.tenants(rows))
 
     def tenants(self, rows: int) -> list[Hashable]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.plan import FusionPlan
 from jointkv.core.pool import BlockPool
 from jointkv.errors import InvalidPolicy, UnsupportedModel
 from jointkv.fusion.fuser import Fuser
 from jointkv.hf.attention import AttentionSwitch
 from jointkv.hf.hooks import attach_hooks
-from jointkv.hf.identity import full_attention_layers, model_fingerprint, model_identity
+from jointkv.hf.identity import Weights, full_attention_layers, model_identity, weights_mark
 from jointkv.hf.reuse import Reuse, ReuseOptions
 from jointkv.hf.states import check_states, widest_dtype
 from jointkv.policy import FusionPolicy, LayerGroups
@@ -50,7 +52,7 @@ class JointPool:
         groups: how the full-attention layers are grouped.
         page_readers: full-attention layers, by number, whose K and V reach the attention function unchanged, so that
             it may read pages instead; the others are handed dense K and V.
-        fingerprint: identifies the model in saved caches.
+        weights: those of the model, as they were when a cache was last begun.
         reuse: what is known for reuse; None where it is off, as it is at a bound of 0.
 
     Raises:
@@ -90,7 +92,8 @@ class JointPool:
         self.full_layers = full_attention_layers(model)
         self.groups = LayerGroups.of(self.policy, len(self.full_layers))
         self.config = model.config.get_text_config(decoder=True)
-        self.fingerprint = model_fingerprint(model)
+        self._model = weakref.ref(model)
+        self.weights = Weights.of(model)
         self.dtype, self.device = model.dtype, model.device
         self.attention = AttentionSwitch(self.config)
         self.blocks: BlockPool | None = None
@@ -104,6 +107,11 @@ class JointPool:
         self.seconds_fusing = 0.0
         self._next_sequence = 0
         attach_hooks(model)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the model in saved caches."""
+        return self.weights.fingerprint
 
     @property
     def reads_pages(self) -> bool:
@@ -159,6 +167,30 @@ class JointPool:
             fuser.forget(pages)
         if self.reuse is not None:
             self.reuse.residents.forget(pages)
+
+    def notice_weights(self) -> None:
+        """Call `weights_changed` if they have, see `weights_mark`; every cache does when it begins."""
+        model = self._model()
+        if model is not None and weights_mark(model) != self.weights.mark:
+            self.weights_changed()
+
+    @bookkeeping
+    def weights_changed(self) -> None:
+        """Forget what is resident, because the model computes other K and V than before.
+
+        Caches that have begun go on as they are, without taking part in fusion; licences must be earned again. Changes
+        of parameters are noticed when a cache begins. Call this after changes that are none of parameters, such as
+        another active adapter.
+        """
+        model = self._model()
+        self.weights = dataclasses.replace(self.weights) if model is None else Weights.of(model)
+        if self.blocks is not None:
+            self.forget(torch.arange(len(self.blocks.references)))
+        if self.reuse is not None:
+            self.reuse.licences.clear()
+        if self.adaptation is not None:
+            logger.warning("the model's weights have changed since the profile was made: calibrate anew")
+        logger.info("the model's weights have changed: resident pages are forgotten")
 
     def new_sequences(self, count: int) -> Tensor:
         """Numbers for `count` sequences, unique in this pool: long `[count]`."""
