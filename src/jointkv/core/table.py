@@ -37,7 +37,8 @@ class BlockTable:
         pool.register(self)
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():
+        # Of a table whose making was broken off, or followed by a compiler, there is nothing to free.
+        if not sys.is_finalizing() and hasattr(self, "pool") and hasattr(self, "pages"):
             self.pool.drop(self.held())
 
     @property

@@ -99,6 +99,7 @@ def register_attention() -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
+@torch.compiler.disable
 def paged_attention_forward(
     module: nn.Module,
     query: Tensor,

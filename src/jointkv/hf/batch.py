@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from jointkv.attention.tokens import token_scales
+from jointkv.attention.tokens import read_tokens, token_scales, token_slots
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.table import BlockTable
 from jointkv.errors import PoolFull
@@ -193,6 +193,17 @@ class Batch:
             for scale in (table.k_scale, table.v_scale)
         )
         return k, v
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """A copy of K and V `[rows, h, length, d]` of a full-attention layer, scales applied."""
+        group, member = divmod(index, self.pool.groups.layers)
+        kv = self.tables[group].pool.kv
+        slots = token_slots(self.tables[group].pages, self.pool.block_size, self.padding, self.length).to(kv.device)
+        keys, values = (
+            read_tokens(layers[member], slots, scale).contiguous()
+            for layers, scale in zip((kv.keys, kv.values), self.scales(group, member), strict=True)
+        )
+        return keys, values
 
     def state(self) -> saving.State:
         """Pages, tables and what is known of the rows, for `restore`; see `saving.pack`."""

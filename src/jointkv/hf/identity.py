@@ -8,13 +8,14 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from jointkv.errors import UnsupportedModel
+from jointkv.errors import UnsupportedModel, UnsupportedUse
 from jointkv.policy.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
 
 
@@ -22,12 +23,20 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
     """Indices of the layers whose cache is a plain growing one.
 
     Raises:
-        UnsupportedModel: see `JointPool`.
+        UnsupportedUse, UnsupportedModel: see `JointPool`.
     """
-    config = model.config
+    config: Any = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not isinstance(config, PreTrainedConfig):
+        raise UnsupportedUse(
+            f"a {type(model).__name__} is no model of transformers: load one, with "
+            "AutoModelForCausalLM.from_pretrained(name)"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{type(model).__name__} is an encoder-decoder; only decoder-only models are supported")
     decoder = config.get_text_config(decoder=True)
+    # Of the family of BERT, where the same class is both: others that have one of the fields lack the other.
+    if hasattr(decoder, "add_cross_attention") and getattr(decoder, "is_decoder", True) is False:
+        raise UnsupportedModel(f"{type(model).__name__} is an encoder; only decoder-only models are supported")
     if not takes_cache(model) or not hasattr(decoder, "num_hidden_layers"):
         raise UnsupportedModel(f"{type(model).__name__} has no KV cache")
     try:

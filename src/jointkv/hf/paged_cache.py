@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.table import BlockTable
-from jointkv.errors import LayoutError, PoolFull
+from jointkv.errors import BadInput, LayoutError, PoolFull, UnsupportedUse
 from jointkv.hf.batch import Batch
 from jointkv.hf.fusing import fuse_filled
 from jointkv.hf.gradients import attach_gradients
@@ -30,10 +30,19 @@ class PagedCache(Cache):
     """
 
     def __init__(self, pool: JointPool, isolation_key: Hashable | list[Hashable] = "") -> None:
+        if not isinstance(pool, JointPool):
+            raise UnsupportedUse(
+                f"a cache needs a JointPool, not a {type(pool).__name__}: JointCache(JointPool(model))"
+            )
+        for key in isolation_key if isinstance(isolation_key, list) else [isolation_key]:
+            try:
+                hash(key)
+            except TypeError as error:
+                raise BadInput(f"an isolation key must be hashable, such as text: {error}") from None
         self.pool, self.isolation_key = pool, isolation_key
         paged = {layer: index for index, layer in enumerate(pool.full_layers)}
         stock = DynamicCache(config=pool.config).layers
-        layers = [PagedCacheLayer(self.write_layer, paged[i]) if i in paged else layer for i, layer in enumerate(stock)]
+        layers = [PagedCacheLayer(self, paged[i]) if i in paged else layer for i, layer in enumerate(stock)]
         super().__init__(layers=layers)
         self.waits = False
         self._clear()
@@ -69,8 +78,13 @@ class PagedCache(Cache):
     # One forward pass: begin_step, write_layer once per layer, end_step.
 
     @bookkeeping
-    def begin_step(self, attention_mask: Tensor | None, input_ids: Tensor | None) -> None:
-        """Note the padding and the text of the coming forward pass (called by the pool's forward hook)."""
+    def begin_step(self, model: nn.Module, attention_mask: Tensor | None, input_ids: Tensor | None) -> None:
+        """Note the padding and the text of the coming forward pass (called by the pool's forward hook).
+
+        Raises:
+            UnsupportedUse: `model` is not the decoder of the pool's model.
+        """
+        self.pool.check_decoder(model)
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
             attention_mask = None
         written = min(layer.length for layer in self.paged_layers)
@@ -106,6 +120,14 @@ class PagedCache(Cache):
         return whole
 
     @bookkeeping
+    def read_layer(self, layer: PagedCacheLayer) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """A copy of one layer's K and V `[rows, h, length, d]`; None before there are any."""
+        if not self.tables:
+            return None, None
+        keys, values = (side[:, :, : layer.length] for side in self.batch.read(layer.index))
+        return keys, values
+
+    @bookkeeping
     def end_step(self) -> None:
         """Fuse the blocks that the forward pass has filled (called by the pool's forward hook, also if it failed)."""
         self.pool.attention.off()
@@ -132,8 +154,17 @@ class PagedCache(Cache):
         given = self.isolation_key
         tenants = given if isinstance(given, list) else [given] * rows
         if len(tenants) != rows:
-            raise LayoutError(f"{len(tenants)} isolation keys for {rows} sequences")
+            raise LayoutError(
+                f"{len(tenants)} isolation keys for {rows} sequences: one key for all, or one for each; num_beams and "
+                "num_return_sequences repeat each prompt, one copy beside the other, and its key as often"
+            )
         return tenants
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise UnsupportedUse(
+            "a JointCache cannot be pickled, because other caches read its pages: JointCache.save and JointCache.load "
+            "write and read a file, copy.deepcopy makes a second cache on the same pages"
+        )
 
     def _advance(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room for the new tokens in every group, or raise PoolFull with nothing changed."""

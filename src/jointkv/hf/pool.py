@@ -6,16 +6,16 @@ import dataclasses
 import logging
 import weakref
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.plan import FusionPlan
 from jointkv.core.pool import BlockPool
-from jointkv.errors import InvalidPolicy, UnsupportedModel
+from jointkv.errors import InvalidPolicy, UnsupportedModel, UnsupportedUse
 from jointkv.fusion.fuser import Fuser
 from jointkv.hf.attention import AttentionSwitch
 from jointkv.hf.hooks import attach_hooks
@@ -56,8 +56,9 @@ class JointPool:
         reuse: what is known for reuse; None where it is off, as it is at a bound of 0.
 
     Raises:
-        UnsupportedModel: an encoder-decoder, no cache, no full-attention layer, layers that are neither full nor
-            sliding-window attention, or, with reuse, that are not all full attention.
+        UnsupportedUse: `model` is none of transformers.
+        UnsupportedModel: an encoder, an encoder-decoder, no cache, no full-attention layer, layers that are neither
+            full nor sliding-window attention, or, with reuse, that are not all full attention.
         ModelMismatch: the profile belongs to another model.
         BadInput: the profile was made for another block size.
         InvalidPolicy: the policy does not fit the model or the block size.
@@ -74,6 +75,10 @@ class JointPool:
         reuse: ReuseOptions | str = "off",
     ) -> None:
         self.adaptation: Adaptation | None = None
+        for name, number in (("block_size", block_size), ("max_pages", 1 if max_pages is None else max_pages)):
+            if type(number) is not int or number < 1:
+                raise InvalidPolicy(f"{name}: {number!r} is not a whole number of at least 1")
+        self.full_layers = full_attention_layers(model)
         if isinstance(policy, Profile):
             policy.check(model_identity(model), block_size)
             self.adaptation = Adaptation(policy, max_relative_error)
@@ -81,15 +86,14 @@ class JointPool:
         elif max_relative_error is not None:
             raise InvalidPolicy("max_relative_error: the user's bound goes with a profile; set it in the policy")
         self.policy = FusionPolicy.preset(policy) if isinstance(policy, str) else policy
-        if block_size < 1:
-            raise InvalidPolicy(f"block_size: {block_size!r} is not a whole number of at least 1")
+        if not isinstance(self.policy, FusionPolicy):
+            raise InvalidPolicy(f"policy: {policy!r} is no FusionPolicy, no Profile and no name of a preset")
         if self.policy.scope != "batch" and self.policy.chunk_tokens % block_size:
             raise InvalidPolicy(
                 f"chunk_tokens: {self.policy.chunk_tokens} is no multiple of the block size {block_size}"
             )
         self.block_size = block_size
         self.max_pages = max_pages
-        self.full_layers = full_attention_layers(model)
         self.groups = LayerGroups.of(self.policy, len(self.full_layers))
         self.config = model.config.get_text_config(decoder=True)
         self._model = weakref.ref(model)
@@ -106,7 +110,7 @@ class JointPool:
         self._counters = Counter(blocks_considered=0, blocks_fused=0, pages_freed=0)
         self.seconds_fusing = 0.0
         self._next_sequence = 0
-        attach_hooks(model)
+        self._decoder = weakref.ref(attach_hooks(model))
 
     @property
     def fingerprint(self) -> str:
@@ -258,6 +262,27 @@ class JointPool:
             **counters,
             **(self.reuse.stats() if self.reuse else {"reuse": "faulted" if self.reuse_faults else "off"}),
         }
+
+    def check_decoder(self, module: nn.Module) -> None:
+        """Raises UnsupportedUse if `module` is not the decoder of the model whose pages these are."""
+        if module is not self._decoder():
+            raise UnsupportedUse(
+                f"this cache is one of another model than this {type(module).__name__}, whose K and V do not belong in "
+                "its pages: make a JointPool for each model"
+            )
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise UnsupportedUse(
+            "a JointPool can be neither pickled nor copied: make one in each process, and move caches with "
+            "JointCache.save and JointCache.load"
+        )
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if hasattr(Cache, name):
+                raise UnsupportedUse("a JointPool is no cache: pass past_key_values=JointCache(pool)")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when the pool or an index is inconsistent."""
