@@ -39,7 +39,7 @@ class BlockTable:
     def __del__(self) -> None:
         # Of a table whose making was broken off, or followed by a compiler, there is nothing to free.
         if not sys.is_finalizing() and hasattr(self, "pool") and hasattr(self, "pages"):
-            self.pool.drop(self.held())
+            self.pool.drop(self.pages)
 
     @property
     def num_rows(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from typing import Any, NoReturn, Protocol
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -54,7 +53,6 @@ class PagedCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
-    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new states `[rows, h, n, d]`; returns what attention needs: pages, or dense K and V."""
         return self.cache.write_layer(self, key_states, value_states)

@@ -94,6 +94,14 @@ class PagedCache(Cache):
         self._step = Step(attention_mask, input_ids, others)
         self.pool.attention.on()
 
+    # A compiled model reads and writes pages between its graphs: inside, each table would ask for a graph of its own.
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        key, value = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return key, value
+
     def write_layer(self, layer: PagedCacheLayer, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new states; called by `PagedCacheLayer.update`. Gradients flow to these states alone."""
         states = key_states, value_states

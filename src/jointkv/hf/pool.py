@@ -78,6 +78,7 @@ class JointPool:
         for name, number in (("block_size", block_size), ("max_pages", 1 if max_pages is None else max_pages)):
             if type(number) is not int or number < 1:
                 raise InvalidPolicy(f"{name}: {number!r} is not a whole number of at least 1")
+        model = getattr(model, "_orig_mod", model)  # of a compiled one
         self.full_layers = full_attention_layers(model)
         if isinstance(policy, Profile):
             policy.check(model_identity(model), block_size)
