@@ -29,7 +29,8 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     cache: Any = kwargs.get("past_key_values")
     if isinstance(cache, Cache) and hasattr(cache, "begin_step"):
         input_ids = kwargs.get("input_ids", args[0] if args else None)
-        cache.begin_step(module, kwargs.get("attention_mask"), input_ids)
+        cache.pool.check_decoder(module)
+        cache.begin_step(kwargs.get("attention_mask"), input_ids)
 
 
 @torch.compiler.disable

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn, SupportsIndex
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from jointkv.core.bookkeeping import bookkeeping
@@ -78,13 +78,8 @@ class PagedCache(Cache):
     # One forward pass: begin_step, write_layer once per layer, end_step.
 
     @bookkeeping
-    def begin_step(self, model: nn.Module, attention_mask: Tensor | None, input_ids: Tensor | None) -> None:
-        """Note the padding and the text of the coming forward pass (called by the pool's forward hook).
-
-        Raises:
-            UnsupportedUse: `model` is not the decoder of the pool's model.
-        """
-        self.pool.check_decoder(model)
+    def begin_step(self, attention_mask: Tensor | None, input_ids: Tensor | None) -> None:
+        """Note the padding and the text of the coming forward pass (called by the pool's forward hook)."""
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
             attention_mask = None
         written = min(layer.length for layer in self.paged_layers)
