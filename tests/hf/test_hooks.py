@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from jointkv.errors import PoolFull
 from jointkv.hf.attention import ATTENTION_NAME
@@ -50,7 +50,10 @@ def test_continuous_batching_serves_a_model_that_has_a_pool():
     ids, mask = prompts(9)
     expected = generate(model, (ids, mask), JointCache(pool), tokens=4).sequences[0, 9:]
     config = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
-    answers = model.generate_batch(ids.tolist(), generation_config=config)
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32)
+    answers = model.generate_batch(
+        ids.tolist(), generation_config=config, continuous_batching_config=small, warmup=False
+    )
     assert [answer.generated_tokens for answer in answers.values()] == [expected.tolist()]
     assert attentions(model) == {"sdpa"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -26,7 +26,8 @@ def bookkeeping(method: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(False), torch.no_grad(), _without_autocast():
+        autocast = [device for device in AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
+        with torch.inference_mode(False), torch.no_grad(), _without(autocast) if autocast else nullcontext():
             return method(*args, **kwargs)
 
     disabled: Callable[P, R] = torch.compiler.disable(wrapped)
@@ -34,9 +35,8 @@ def bookkeeping(method: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextmanager
-def _without_autocast() -> Iterator[None]:
+def _without(autocast: list[str]) -> Iterator[None]:
     with ExitStack() as stack:
-        for device in AUTOCAST_DEVICES:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in autocast:
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -107,11 +107,12 @@ def weights_mark(model: PreTrainedModel) -> bytes:
     places: list[int] = []
     numbers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for parameter in model.parameters():
-        places += parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
-        if parameter.numel() and not parameter.is_meta:
-            middle = sum(size // 2 * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
-            number = parameter.detach().as_strided((1,), (1,), parameter.storage_offset() + middle)
-            numbers[parameter.device, parameter.dtype].append(number)
+        held = parameter.detach()
+        plain = type(held) is Tensor  # one that is cut up or quantised by a class of its own has no place to look at
+        places += held.data_ptr() if plain else id(parameter), 0 if parameter.is_inference() else parameter._version
+        if plain and held.numel() and not held.is_meta:
+            middle = sum(size // 2 * stride for size, stride in zip(held.shape, held.stride(), strict=True))
+            numbers[held.device, held.dtype].append(held.as_strided((1,), (1,), held.storage_offset() + middle))
     digest = hashlib.sha256(repr(places).encode())
     for side in numbers.values():
         digest.update(torch.cat(side).cpu().view(torch.uint8).numpy().tobytes())
