@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from jointkv.errors import UnsupportedTransformers
 from jointkv.system.interfaces import Use, differences
 
-LAYER = "update lazy_initialization get_seq_length get_mask_sizes"
-OPERATIONS = "reset reorder_cache batch_select_indices batch_repeat_interleave crop"
+LAYER = "update lazy_initialization get_seq_length get_mask_sizes offload prefetch"
+OPERATIONS = "update reset reorder_cache batch_select_indices batch_repeat_interleave crop"
 USES = (
     Use("transformers", "DynamicCache(config) AutoModelForCausalLM AutoTokenizer AutoConfig"),
     Use("transformers.cache_utils:Cache", "layers __init__(layers) update(_,_,_) get_seq_length()"),
