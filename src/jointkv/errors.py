@@ -40,6 +40,14 @@ class UnsupportedModel(JointKVError, ValueError):
     """The model has no KV cache of a kind that can be fused. The message names the reason."""
 
 
+class UnsupportedUse(JointKVError, TypeError, AttributeError):
+    """Something that others can do, or that is done with a cache of transformers, and this cannot. Says what to do."""
+
+
+class GradientLost(JointKVError, RuntimeError):
+    """A loss depends on gradients of an earlier forward pass, which pages do not keep. Says what to do instead."""
+
+
 class UnsupportedTransformers(JointKVError, ImportError):
     """The installed transformers lacks what jointkv uses of it. The message names every difference."""
 

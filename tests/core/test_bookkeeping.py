@@ -1,5 +1,6 @@
 """What outlives a forward pass can be changed after it, and holds no graph."""
 
+import pytest
 import torch
 
 from jointkv.core.bookkeeping import bookkeeping
@@ -17,3 +18,13 @@ def test_tensors_made_in_inference_mode_can_be_changed_outside_and_hold_no_graph
     made += 1
     assert not made.is_inference() and not made.requires_grad
     assert make.__name__ == "make" and make.__doc__ == "Its name and text stay."
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_are_not_rounded_by_autocast(dtype):
+    product = bookkeeping(torch.matmul)
+    left, right = torch.randn(2, 8, 8)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.matmul(left, right).dtype == dtype
+        assert product(left, right).dtype == torch.float32
+        assert torch.is_autocast_enabled("cpu")

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from jointkv.errors import UnsupportedModel
-from jointkv.hf.attention import ATTENTION_NAME
 from jointkv.hf.cache import JointCache
 from jointkv.hf.layer import PagedCacheLayer
 from tests.effort import every_pair
@@ -41,9 +40,9 @@ def test_answers_are_those_of_the_stock_cache(kind, policy, prompt):
     stock = build_model(name, attention=attention)
     expected = generate(stock, PROMPTS[prompt], stock_cache(stock))
     model, pool = joint(name, policy, attention=attention)
-    assert pool.reads_pages == (attention == "sdpa")
     cache = JointCache(pool)
     assert_same_output(expected, generate(model, PROMPTS[prompt], cache))
+    assert bool(pool.page_readers) == (attention == "sdpa")
     cache.check_integrity()
     if policy == "off":
         assert cache.pages == cache.references and pool.stats()["fusion"] == "off"
@@ -94,7 +93,6 @@ def test_modernbert_decoder_is_noticed_step_by_step():
 def test_other_caches_of_the_model_are_not_affected():
     stock = build_model("llama")
     model, _ = joint("llama", "safe")
-    assert model.config._attn_implementation == ATTENTION_NAME
     for prompt in PROMPTS.values():
         expected = generate(stock, prompt, stock_cache(stock))
         assert_same_output(expected, generate(model, prompt, stock_cache(model)))

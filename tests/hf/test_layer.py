@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from jointkv.errors import UnsupportedUse
 from jointkv.hf.cache import JointCache
 from tests.hf.tiny_models import joint
 
@@ -24,5 +25,5 @@ def test_pages_go_back_as_soon_as_the_cache_is_dropped():
     layer.update(*torch.randn(2, 1, 2, 5, 8))
     del cache
     assert pool.stats()["pages_used"] == 0
-    with pytest.raises(AssertionError):
+    with pytest.raises(UnsupportedUse, match="keep the cache"):
         layer.update(*torch.randn(2, 1, 2, 1, 8))

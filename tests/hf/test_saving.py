@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from jointkv.errors import BadInput, ModelMismatch, PoolFull
 from jointkv.hf import JointCache, JointPool
-from jointkv.hf.saving import FORMAT
+from jointkv.hf.saving import FORMAT, KEYS
 from jointkv.policy import FusionPolicy
 from tests.hf.tiny_models import duplicates, feed, generate, joint, prompts, step
 
@@ -19,6 +20,15 @@ def filled(name="llama", policy="safe", prompt=PROMPT, isolation_key=""):
     cache = JointCache(pool, isolation_key)
     generate(model, prompt, cache)
     return model, pool, cache
+
+
+def rewrite(folder, change):
+    """The saved cache as `bad`, after `change(tensors, metadata)`."""
+    with safe_open(folder / "cache", "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(folder / "cache")
+    change(tensors, metadata)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "bad", metadata=metadata)
 
 
 def next_logits(model, cache, mask):
@@ -96,13 +106,7 @@ def test_what_belongs_to_another_model_or_layout_is_refused(tmp_path):
 def test_a_damaged_file_is_bad_input(tmp_path, change):
     _, pool, cache = filled()
     cache.save(tmp_path / "cache")
-    from safetensors import safe_open
-
-    with safe_open(tmp_path / "cache", "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(tmp_path / "cache")
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "bad", metadata=metadata)
+    rewrite(tmp_path, lambda tensors, _: change(tensors))
     used = pool.stats()["pages_used"]
     with pytest.raises(BadInput, match="damaged"):
         JointCache.load(tmp_path / "bad", pool)
@@ -153,3 +157,73 @@ def test_saved_text_does_not_disturb_a_pool_that_ignores_it(tmp_path):
     for _ in range(2 * pool.block_size):
         step(model, loaded, torch.full((2, 1), 3))
     assert other.faults == 0 and other.stats()["fusion"] == "on"
+
+
+ORDERS = [
+    ["saved", "file", "keyless"],
+    ["file", "keyless", "saved"],
+    ["keyless", "file", "saved"],
+    ["keyless", "saved"],
+]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+@pytest.mark.parametrize("key", ["tenant-a", ("tenant-a", 3), None, 7], ids=str)
+def test_a_loaded_cache_shares_with_the_tenant_it_was_saved_by_alone(tmp_path, key, order):
+    model, pool, cache = filled(isolation_key=key, prompt=duplicates(1, 16))
+    cache.save(tmp_path / "cache")
+    del cache
+    held = {}
+    for who in order:
+        if who == "file":
+            held[who] = JointCache.load(tmp_path / "cache", pool)
+        else:
+            held[who] = JointCache(pool, key if who == "saved" else "")
+            generate(model, duplicates(1, 16), held[who])
+    pages = {who: set(cache.tables[0].held().tolist()) for who, cache in held.items()}
+    assert not pages["keyless"] & set.union(*(read for who, read in pages.items() if who != "keyless"))
+    assert "file" not in pages or len(pages["file"] & pages["saved"]) == 6
+
+
+def test_each_row_has_its_own_tenant_after_loading(tmp_path):
+    _, pool, cache = filled(isolation_key=["a", "b", "a"], prompt=duplicates(3, 16))
+    cache.batch_select_indices(torch.tensor([1, 2]))
+    cache.save(tmp_path / "cache")
+    loaded = JointCache.load(tmp_path / "cache", pool)
+    assert loaded.isolation_key == ["b", "a"] == loaded.batch.tenants
+    other = JointCache.load(tmp_path / "cache", pool, ["c", "a"])
+    assert other.batch.tenants == ["c", "a"]
+
+
+def test_a_loaded_cache_that_is_reset_keeps_its_tenant(tmp_path):
+    model, pool, cache = filled(isolation_key="a", prompt=duplicates(2, 16))
+    cache.save(tmp_path / "cache")
+    loaded = JointCache.load(tmp_path / "cache", pool)
+    loaded.reset()
+    generate(model, duplicates(3, 16), loaded)
+    assert loaded.batch.tenants == ["a"] * 3
+
+
+def test_a_file_without_a_key_asks_for_one(tmp_path):
+    _, pool, cache = filled(isolation_key="a")
+    cache.save(tmp_path / "cache")
+    rewrite(tmp_path, lambda _, metadata: metadata.pop(KEYS))
+    with pytest.raises(BadInput, match="isolation_key="):
+        JointCache.load(tmp_path / "bad", pool)
+    assert JointCache.load(tmp_path / "bad", pool, "a").batch.tenants == ["a"] * 3
+
+
+def test_keys_that_a_file_cannot_hold_are_refused(tmp_path):
+    _, _, cache = filled(isolation_key=frozenset("a"))
+    with pytest.raises(BadInput, match=r"str\(key\)"):
+        cache.save(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("keys", ["", "{}", "[]", '["a"]', "[1.5, 1.5, 1.5]", '[{"a": 1}, "a", "a"]', "[" * 9999])
+def test_damaged_keys_are_bad_input(tmp_path, keys):
+    _, pool, cache = filled()
+    cache.save(tmp_path / "cache")
+    rewrite(tmp_path, lambda _, metadata: metadata.update({KEYS: keys}))
+    with pytest.raises(BadInput, match="damaged"):
+        JointCache.load(tmp_path / "bad", pool)

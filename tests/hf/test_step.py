@@ -15,6 +15,7 @@ def begun(tenants=("a", "b"), max_pages=None):
     """A pool whose model reads pages, and a batch on it without tokens."""
     _, pool = joint("llama", max_pages=max_pages)
     pool.prepare(*states(1, 0))
+    pool.attention.on()
     return pool, Batch(pool, tenants)
 
 
@@ -57,4 +58,4 @@ def test_a_full_pool_leaves_the_step_as_it_was():
     step = Step()
     with pytest.raises(PoolFull):
         step.advance(batch, 1, pool.device)
-    assert batch.length == 0 and step.slots == [] and not step.fresh
+    assert batch.length == 0 and step.slots == [] and step.fresh

@@ -1,9 +1,10 @@
-"""Keeping long-lived tensors usable whatever autograd mode the caller is in."""
+"""Keeping long-lived tensors usable, and numbers exact, whatever mode of torch the caller is in."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -11,17 +12,31 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
 
 def bookkeeping(method: Callable[P, R]) -> Callable[P, R]:
-    """Run `method` outside inference mode and without gradients.
+    """Run `method` outside inference mode, autocast and compiled graphs, and without gradients.
 
     A tensor made in `torch.inference_mode()` cannot be changed in place outside of it, but a pool outlives the
-    forward pass that made it; and nothing that the cache holds may keep an autograd graph alive.
+    forward pass that made it; nothing that the cache holds may keep an autograd graph alive; errors that are compared
+    with bounds are not to be rounded by `torch.autocast`; and `torch.compile` would follow tables that change with
+    every token.
     """
 
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(False), torch.no_grad():
+        autocast = [device for device in AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
+        with torch.inference_mode(False), torch.no_grad(), _without(autocast) if autocast else nullcontext():
             return method(*args, **kwargs)
 
-    return wrapped
+    disabled: Callable[P, R] = torch.compiler.disable(wrapped)
+    return disabled
+
+
+@contextmanager
+def _without(autocast: list[str]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for device in autocast:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield

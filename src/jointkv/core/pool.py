@@ -107,7 +107,10 @@ class BlockPool:
         self._on_free.remove(callback)
 
     def drop(self, pages: Tensor) -> None:
-        """Free `pages` at the next call: for destructors, which may run in the middle of another one."""
+        """Free `pages`, except where they are negative, at the next call.
+
+        For destructors, which may run in the middle of another call, or where a compiler has replaced all operations.
+        """
         self._dropped.append(pages)
 
     def missing(self, count: int) -> int:
@@ -198,7 +201,8 @@ class BlockPool:
 
     def _collect_dropped(self) -> None:
         while self._dropped:
-            self.free(self._dropped.popleft())
+            pages = self._dropped.popleft()
+            self.free(pages[pages >= 0])
 
     def _assert_used(self, pages: Tensor) -> None:
         if len(pages) and (self.references[pages] <= 0).any():

@@ -37,8 +37,9 @@ class BlockTable:
         pool.register(self)
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():
-            self.pool.drop(self.held())
+        # Of a table whose making was broken off, or followed by a compiler, there is nothing to free.
+        if not sys.is_finalizing() and hasattr(self, "pool") and hasattr(self, "pages"):
+            self.pool.drop(self.pages)
 
     @property
     def num_rows(self) -> int:

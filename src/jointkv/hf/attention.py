@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -65,12 +65,41 @@ def watch(key: Tensor, value: Tensor, arrived: Callable[[], None]) -> None:
     key.jointkv_arrived = value.jointkv_arrived = arrived  # type: ignore[attr-defined]
 
 
+class AttentionSwitch:
+    """Lets a model that uses `sdpa` attend with the function that reads pages for the time of a forward pass.
+
+    Args:
+        config: of the decoder; `on` and `off` change its attention and restore it.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        register_attention()
+        self._config = config
+        self._switched = False
+
+    @property
+    def reads_pages(self) -> bool:
+        """Whether attention reads pages at this moment."""
+        return bool(self._config._attn_implementation == ATTENTION_NAME)
+
+    def on(self) -> None:
+        """Before a forward pass."""
+        if self._config._attn_implementation == "sdpa":
+            self._config._attn_implementation, self._switched = ATTENTION_NAME, True
+
+    def off(self) -> None:
+        """After it."""
+        if self._switched:
+            self._config._attn_implementation, self._switched = "sdpa", False
+
+
 def register_attention() -> None:
     """Make `attn_implementation="jointkv"` known to transformers. Repeating it changes nothing."""
     AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
+@torch.compiler.disable
 def paged_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -104,7 +133,7 @@ def paged_attention_forward(
     outputs = []
     for start in range(0, len(query), pages.rows_at_a_time()):
         rows = slice(start, start + pages.rows_at_a_time())
-        keys, values = pages.read(rows)
+        keys, values = (side.to(new.dtype) for side, new in zip(pages.read(rows), (key, value), strict=True))
         mask = attention_mask
         if mask is not None and len(mask) > 1:
             mask = mask[rows]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from jointkv.attention.tokens import token_scales
+from jointkv.attention.tokens import read_tokens, token_scales, token_slots
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.table import BlockTable
 from jointkv.errors import PoolFull
@@ -24,22 +24,26 @@ class Batch:
 
     Attributes:
         tables: the block table of each layer group.
+        weights: those of the model when the batch began; under others nothing of it is fused.
         sequence: a number for each row, unique in the pool.
         length: tokens of each row, left padding included.
         padding: tokens of left padding, `[rows]`.
         considered: blocks that fusion has seen, `[rows]`.
         fusable: whether it may see more, `[rows]`; rows with masked tokens after their start are never fused.
+        differentiable_from: the first token that was computed with gradients, which pages do not keep; None without.
         tokens: ids `[rows, length]`; None where they are not known, or nobody asks for them.
     """
 
     def __init__(self, pool: JointPool, tenants: Sequence[Hashable] | None = None) -> None:
         self.pool, self.tenants = pool, tenants or ()
+        self.weights = pool.weights
         rows = len(self.tenants)
         self.sequence = pool.new_sequences(rows)
         self.length = 0
         self.padding = torch.zeros(rows, dtype=torch.long)
         self.considered = torch.zeros(rows, dtype=torch.long)
         self.fusable = torch.ones(rows, dtype=torch.bool)
+        self.differentiable_from: int | None = None
         self.tokens: Tensor | None = None
         self.tables: list[BlockTable] = []
         if tenants is not None:
@@ -138,6 +142,8 @@ class Batch:
         for table in self.tables:
             table.truncate(-(-left // size))
         self.considered = torch.minimum(self.considered, left // size)
+        if self.differentiable_from is not None and length <= self.differentiable_from:
+            self.differentiable_from = None
         self.tokens = None if self.tokens is None else self.tokens[:, :length]
 
     def select(self, rows: Tensor) -> None:
@@ -158,18 +164,19 @@ class Batch:
 
     def _know(self, other: Batch, rows: Tensor) -> None:
         """Take over what is known of `rows` of another batch, or of this one."""
-        self.tenants = [other.tenants[row] for row in rows.tolist()]
+        self.tenants, self.weights = [other.tenants[row] for row in rows.tolist()], other.weights
         self.sequence = self.pool.new_sequences(len(rows))
         self.length = other.length
         self.padding, self.considered = other.padding[rows], other.considered[rows]
         self.fusable = other.fusable[rows]
+        self.differentiable_from = other.differentiable_from
         self.tokens = None if other.tokens is None else other.tokens[rows]
 
     def newly_full(self) -> tuple[Tensor, Tensor]:
         """Row and slot of the blocks that may be fused and were not full before; from now on they were."""
         full = (self.length - self.padding) // self.pool.block_size
         first, self.considered = self.considered, full
-        if not (full > first).any():  # as in most steps of decoding
+        if self.weights is not self.pool.weights or not (full > first).any():  # as in most steps of decoding
             return full[:0], full[:0]
         slots = torch.arange(int(full.max()))
         filled = (slots >= first[:, None]) & (slots < full[:, None]) & self.fusable[:, None]
@@ -186,6 +193,17 @@ class Batch:
             for scale in (table.k_scale, table.v_scale)
         )
         return k, v
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """A copy of K and V `[rows, h, length, d]` of a full-attention layer, scales applied."""
+        group, member = divmod(index, self.pool.groups.layers)
+        kv = self.tables[group].pool.kv
+        slots = token_slots(self.tables[group].pages, self.pool.block_size, self.padding, self.length).to(kv.device)
+        keys, values = (
+            read_tokens(layers[member], slots, scale).contiguous()
+            for layers, scale in zip((kv.keys, kv.values), self.scales(group, member), strict=True)
+        )
+        return keys, values
 
     def state(self) -> saving.State:
         """Pages, tables and what is known of the rows, for `restore`; see `saving.pack`."""

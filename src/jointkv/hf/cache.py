@@ -18,6 +18,7 @@ from jointkv.hf import saving
 from jointkv.hf.paged_cache import PagedCache
 from jointkv.hf.pool import JointPool
 from jointkv.hf.prefill import PrefillResult, prefill_rows, prompts_of
+from jointkv.hf.saving import FromFile
 
 
 class JointCache(PagedCache):
@@ -154,22 +155,34 @@ class JointCache(PagedCache):
     # Leaving the pool and coming back.
 
     def save(self, path: Path | str) -> None:
-        """Write pages, tables and scales to a safetensors file. Raises BadInput: empty, or it cannot be written."""
-        if not self.tables:
-            raise BadInput(f"{path}: an empty cache cannot be saved")
-        saving.write(path, self._layout(), self.length, self.state())
-
-    @classmethod
-    def load(cls, path: Path | str, pool: JointPool, isolation_key: Hashable | list[Hashable] = "") -> JointCache:
-        """Read what `save` wrote into pages of `pool`.
+        """Write pages, tables, scales and isolation keys to a safetensors file.
 
         Raises:
-            BadInput: no saved cache, or a damaged one.
+            BadInput: the cache is empty, it cannot be written, or a key is not text, a whole number, None or a tuple.
+        """
+        if not self.tables:
+            raise BadInput(f"{path}: an empty cache cannot be saved")
+        saving.write(path, self._layout(), self.batch.tenants, self.length, self.state())
+
+    @classmethod
+    def load(
+        cls, path: Path | str, pool: JointPool, isolation_key: Hashable | list[Hashable] = FromFile.KEY
+    ) -> JointCache:
+        """Read what `save` wrote into pages of `pool`, under the isolation key it was saved with or another one.
+
+        Raises:
+            BadInput: no saved cache, or a damaged one, or one that an older release saved without its key.
             ModelMismatch: it belongs to another model, or to another block size or layer grouping.
             PoolFull: too few pages are free; nothing was taken.
         """
+        pool.notice_weights()
         cache = cls(pool, isolation_key)
-        cache.restore(*saving.read(path, cache._layout()))
+        keys, length, state = saving.read(path, cache._layout())
+        if isolation_key is FromFile.KEY:
+            if keys is None:
+                raise BadInput(f"{path}: saved without its isolation key: say load(path, pool, isolation_key=...)")
+            cache.isolation_key = keys[0] if len(set(keys)) == 1 else keys
+        cache.restore(length, state)
         return cache
 
     def state(self) -> saving.State:
@@ -206,7 +219,7 @@ class JointCache(PagedCache):
     def _layout(self) -> saving.Layout:
         pool = self.pool
         return saving.Layout(
-            model=pool.fingerprint,
+            model=self.batch.weights.fingerprint,
             block_size=pool.block_size,
             layers_per_group=pool.groups.layers,
             layer_groups=pool.groups.count,

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from jointkv.errors import UnsupportedTransformers
 from jointkv.system.interfaces import Use, differences
 
-LAYER = "update lazy_initialization get_seq_length get_mask_sizes"
-OPERATIONS = "reset reorder_cache batch_select_indices batch_repeat_interleave crop"
+LAYER = "update lazy_initialization get_seq_length get_mask_sizes offload prefetch"
+OPERATIONS = "update reset reorder_cache batch_select_indices batch_repeat_interleave crop"
 USES = (
     Use("transformers", "DynamicCache(config) AutoModelForCausalLM AutoTokenizer AutoConfig"),
     Use("transformers.cache_utils:Cache", "layers __init__(layers) update(_,_,_) get_seq_length()"),
@@ -24,7 +24,7 @@ USES = (
     Use("transformers:AttentionMaskInterface", "register(_,_)"),
     Use("transformers.integrations.sdpa_attention", "sdpa_attention_forward(_,_,_,_,_,dropout,scaling)"),
     Use("transformers.masking_utils", "sdpa_mask"),
-    Use("transformers:PreTrainedModel", "set_attn_implementation(_) get_decoder() base_model config"),
+    Use("transformers:PreTrainedModel", "get_decoder() base_model config"),
     Use("transformers:PreTrainedConfig", "get_text_config(decoder) to_dict() _attn_implementation"),
 )
 

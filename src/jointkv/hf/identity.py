@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from jointkv.errors import UnsupportedModel
+from jointkv.errors import UnsupportedModel, UnsupportedUse
 from jointkv.policy.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
 
 
@@ -19,12 +23,20 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
     """Indices of the layers whose cache is a plain growing one.
 
     Raises:
-        UnsupportedModel: see `JointPool`.
+        UnsupportedUse, UnsupportedModel: see `JointPool`.
     """
-    config = model.config
+    config: Any = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not isinstance(config, PreTrainedConfig):
+        raise UnsupportedUse(
+            f"a {type(model).__name__} is no model of transformers: load one, with "
+            "AutoModelForCausalLM.from_pretrained(name)"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{type(model).__name__} is an encoder-decoder; only decoder-only models are supported")
     decoder = config.get_text_config(decoder=True)
+    # Of the family of BERT, where the same class is both: others that have one of the fields lack the other.
+    if hasattr(decoder, "add_cross_attention") and getattr(decoder, "is_decoder", True) is False:
+        raise UnsupportedModel(f"{type(model).__name__} is an encoder; only decoder-only models are supported")
     if not takes_cache(model) or not hasattr(decoder, "num_hidden_layers"):
         raise UnsupportedModel(f"{type(model).__name__} has no KV cache")
     try:
@@ -67,6 +79,44 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         sample = parameter.detach().flatten()[:16].float().cpu().numpy()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
     return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The weights of a model at one moment; pages that other weights have computed are never offered to new requests.
+
+    Attributes:
+        fingerprint: see `model_fingerprint`.
+        mark: what tells cheaply that they were changed, see `weights_mark`.
+    """
+
+    fingerprint: str
+    mark: bytes
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Weights:
+        return cls(model_fingerprint(model), weights_mark(model))
+
+
+def weights_mark(model: PreTrainedModel) -> bytes:
+    """Of every parameter its place in memory, its version, and the number in its middle.
+
+    Whoever changes parameters in place raises their version; who does so through `.data` is seen by the numbers, unless
+    they are not among those that were changed.
+    """
+    places: list[int] = []
+    numbers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for parameter in model.parameters():
+        held = parameter.detach()
+        plain = type(held) is Tensor  # one that is cut up or quantised by a class of its own has no place to look at
+        places += held.data_ptr() if plain else id(parameter), 0 if parameter.is_inference() else parameter._version
+        if plain and held.numel() and not held.is_meta:
+            middle = sum(size // 2 * stride for size, stride in zip(held.shape, held.stride(), strict=True))
+            numbers[held.device, held.dtype].append(held.as_strided((1,), (1,), held.storage_offset() + middle))
+    digest = hashlib.sha256(repr(places).encode())
+    for side in numbers.values():
+        digest.update(torch.cat(side).cpu().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
 
 
 def takes_cache(module: nn.Module) -> bool:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
+
+from jointkv.errors import UnsupportedUse
+
+
+class Pages(Protocol):
+    """What a layer asks its cache."""
+
+    def write_layer(
+        self, layer: PagedCacheLayer, key_states: Tensor, value_states: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def read_layer(self, layer: PagedCacheLayer) -> tuple[Tensor, Tensor] | tuple[None, None]: ...
 
 
 class PagedCacheLayer(CacheLayerMixin):
     """A full-attention layer of a cache that keeps its K and V in pages.
 
     Args:
-        write: the cache's method that `update` is passed on to.
+        cache: that has the pages.
 
     Attributes:
         index: its number among the full-attention layers.
@@ -25,21 +36,26 @@ class PagedCacheLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, write: Callable[[PagedCacheLayer, Tensor, Tensor], tuple[Tensor, Tensor]], index: int) -> None:
-        super().__init__()
+    def __init__(self, cache: Pages, index: int) -> None:
         # Weak, so that pages return to the pool as soon as the cache is dropped.
-        self._write = weakref.WeakMethod(write)
+        self._cache = weakref.ref(cache)
+        self.is_initialized = False
         self.index = index
         self.length = 0
+
+    @property
+    def cache(self) -> Pages:
+        cache = self._cache()
+        if cache is None:
+            raise UnsupportedUse("the JointCache of this layer is gone, and its pages with it: keep the cache")
+        return cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new states `[rows, h, n, d]`; returns what attention needs: pages, or dense K and V."""
-        write = self._write()
-        assert write is not None
-        return write(self, key_states, value_states)
+        return self.cache.write_layer(self, key_states, value_states)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -49,3 +65,42 @@ class PagedCacheLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    # What others read and change in place.
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """A copy of K, `[rows, h, length, d]`, zeros where there is padding; None before the first forward pass."""
+        return self.cache.read_layer(self)[0]
+
+    @keys.setter
+    def keys(self, keys: Tensor) -> NoReturn:
+        _refuse_writes()
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """A copy of V, see `keys`."""
+        return self.cache.read_layer(self)[1]
+
+    @values.setter
+    def values(self, values: Tensor) -> NoReturn:
+        _refuse_writes()
+
+    def offload(self) -> NoReturn:
+        raise UnsupportedUse(
+            "pages are read by several caches and stay on their device: save the cache to a file with JointCache.save, "
+            "or use a DynamicCache(offloading=True)"
+        )
+
+    prefetch = offload
+
+    def reset(self, *_arguments: Any) -> NoReturn:
+        raise UnsupportedUse("the layers of a JointCache share their pages: call the same method of the cache")
+
+    crop = reorder_cache = batch_repeat_interleave = batch_select_indices = reset
+
+
+def _refuse_writes() -> NoReturn:
+    raise UnsupportedUse(
+        "K and V of a JointCache lie in pages that several caches read, and cannot be assigned: use a DynamicCache"
+    )

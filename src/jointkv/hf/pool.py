@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import weakref
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
+from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.plan import FusionPlan
 from jointkv.core.pool import BlockPool
-from jointkv.errors import InvalidPolicy, LayoutError, UnsupportedModel
+from jointkv.errors import InvalidPolicy, UnsupportedModel, UnsupportedUse
 from jointkv.fusion.fuser import Fuser
-from jointkv.hf.attention import ATTENTION_NAME, register_attention
-from jointkv.hf.identity import full_attention_layers, model_fingerprint, model_identity, takes_cache
+from jointkv.hf.attention import AttentionSwitch
+from jointkv.hf.hooks import attach_hooks
+from jointkv.hf.identity import Weights, full_attention_layers, model_identity, weights_mark
 from jointkv.hf.reuse import Reuse, ReuseOptions
+from jointkv.hf.states import check_states, widest_dtype
 from jointkv.policy import FusionPolicy, LayerGroups
 from jointkv.policy.profile import Profile, ReuseEvidence
 from jointkv.theory.adapt import Adaptation
@@ -29,8 +33,9 @@ logger = logging.getLogger("jointkv")
 class JointPool:
     """KV memory of one model, shared by its caches, so that requests fuse across calls as well as in a batch.
 
-    Creating it registers the `jointkv` attention function, switches a model that uses `sdpa` to it, and adds two
-    forward hooks that tell a `JointCache` about padding and the end of a step. Other caches are not affected.
+    Creating it registers the `jointkv` attention function and adds two forward hooks, which tell a `JointCache` about
+    padding and the end of a step. A model that uses `sdpa` is switched to `jointkv` for the time of a forward pass with
+    a `JointCache`, and back. Other caches are not affected.
 
     Args:
         model: any decoder-only model of transformers with full-attention layers.
@@ -42,16 +47,18 @@ class JointPool:
 
     Attributes:
         adaptation: the bounds in force, with a profile; else None.
+        attention: lets the model read pages.
         blocks: the `BlockPool`, None until the first forward pass has shown the shapes.
         groups: how the full-attention layers are grouped.
         page_readers: full-attention layers, by number, whose K and V reach the attention function unchanged, so that
             it may read pages instead; the others are handed dense K and V.
-        fingerprint: identifies the model in saved caches.
+        weights: those of the model, as they were when a cache was last begun.
         reuse: what is known for reuse; None where it is off, as it is at a bound of 0.
 
     Raises:
-        UnsupportedModel: an encoder-decoder, no cache, no full-attention layer, layers that are neither full nor
-            sliding-window attention, or, with reuse, that are not all full attention.
+        UnsupportedUse: `model` is none of transformers.
+        UnsupportedModel: an encoder, an encoder-decoder, no cache, no full-attention layer, layers that are neither
+            full nor sliding-window attention, or, with reuse, that are not all full attention.
         ModelMismatch: the profile belongs to another model.
         BadInput: the profile was made for another block size.
         InvalidPolicy: the policy does not fit the model or the block size.
@@ -69,6 +76,11 @@ class JointPool:
     ) -> None:
         self.adaptation: Adaptation | None = None
         audits: ReuseEvidence | None = None
+        for name, number in (("block_size", block_size), ("max_pages", 1 if max_pages is None else max_pages)):
+            if type(number) is not int or number < 1:
+                raise InvalidPolicy(f"{name}: {number!r} is not a whole number of at least 1")
+        model = getattr(model, "_orig_mod", model)  # of a compiled one
+        self.full_layers = full_attention_layers(model)
         if isinstance(policy, Profile):
             policy.check(model_identity(model), block_size)
             audits = policy.reuse if max_relative_error is None else None  # they are of the profile's own bounds
@@ -77,19 +89,20 @@ class JointPool:
         elif max_relative_error is not None:
             raise InvalidPolicy("max_relative_error: the user's bound goes with a profile; set it in the policy")
         self.policy = FusionPolicy.preset(policy) if isinstance(policy, str) else policy
-        if block_size < 1:
-            raise InvalidPolicy(f"block_size: {block_size!r} is not a whole number of at least 1")
+        if not isinstance(self.policy, FusionPolicy):
+            raise InvalidPolicy(f"policy: {policy!r} is no FusionPolicy, no Profile and no name of a preset")
         if self.policy.scope != "batch" and self.policy.chunk_tokens % block_size:
             raise InvalidPolicy(
                 f"chunk_tokens: {self.policy.chunk_tokens} is no multiple of the block size {block_size}"
             )
         self.block_size = block_size
         self.max_pages = max_pages
-        self.full_layers = full_attention_layers(model)
         self.groups = LayerGroups.of(self.policy, len(self.full_layers))
         self.config = model.config.get_text_config(decoder=True)
-        self.fingerprint = model_fingerprint(model)
+        self._model = weakref.ref(model)
+        self.weights = Weights.of(model)
         self.dtype, self.device = model.dtype, model.device
+        self.attention = AttentionSwitch(self.config)
         self.blocks: BlockPool | None = None
         self.fusers: dict[str, Fuser] = {}
         self._bound_in_force()
@@ -100,15 +113,17 @@ class JointPool:
         self._counters = Counter(blocks_considered=0, blocks_fused=0, pages_freed=0)
         self.seconds_fusing = 0.0
         self._next_sequence = 0
-        register_attention()
-        if self.config._attn_implementation == "sdpa":
-            model.set_attn_implementation(ATTENTION_NAME)
-        _attach_hooks(model)
+        self._decoder = weakref.ref(attach_hooks(model))
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the model in saved caches."""
+        return self.weights.fingerprint
 
     @property
     def reads_pages(self) -> bool:
         """Whether the model's attention reads pages; otherwise each layer is handed a dense copy."""
-        return bool(self.config._attn_implementation == ATTENTION_NAME)
+        return self.attention.reads_pages
 
     @property
     def reads_text(self) -> bool:
@@ -118,17 +133,21 @@ class JointPool:
     def prepare(self, key_states: Tensor, value_states: Tensor) -> BlockPool:
         """The block pool for states `[rows, h, n, d]`; made on first use.
 
+        Pages have the model's dtype, or a wider one that the first states need. States of a narrower one, as of a model
+        under `torch.autocast`, fit too: nothing of them is lost.
+
         Raises:
-            LayoutError: the states do not fit the pool that exists.
+            LayoutError: states of a dtype that is not supported, or that do not fit the pool that exists.
         """
-        key_shape, value_shape = ((states.shape[1], states.shape[3]) for states in (key_states, value_states))
+        dtype = widest_dtype(self.dtype, key_states, value_states)
         if self.blocks is None:
+            key_shape, value_shape = ((states.shape[1], states.shape[3]) for states in (key_states, value_states))
             self.blocks = BlockPool(
                 self.groups.layers,
                 self.block_size,
                 key_shape,
                 value_shape,
-                dtype=key_states.dtype,
+                dtype=dtype,
                 device=key_states.device,
                 max_pages=self.max_pages,
             )
@@ -137,13 +156,7 @@ class JointPool:
                 self.fusers = {scope: Fuser(self.blocks, self.policy) for scope in scopes}
             if self.reuse is not None:
                 self.blocks.on_free(self.reuse.residents.forget)
-        kv = self.blocks.kv
-        expected = (kv.keys[0].shape[2:], kv.values[0].shape[2:], kv.keys[0].dtype)
-        if (torch.Size(key_shape), torch.Size(value_shape), key_states.dtype) != expected:
-            raise LayoutError(
-                f"K {list(key_shape)}, V {list(value_shape)} of {key_states.dtype} do not fit pages of "
-                f"{list(expected[0])}, {list(expected[1])}, {expected[2]}"
-            )
+        check_states(self.blocks.kv, key_states, value_states)
         return self.blocks
 
     def _reuse(self, options: ReuseOptions, audits: ReuseEvidence | None) -> Reuse | None:
@@ -163,6 +176,30 @@ class JointPool:
             fuser.forget(pages)
         if self.reuse is not None:
             self.reuse.residents.forget(pages)
+
+    def notice_weights(self) -> None:
+        """Call `weights_changed` if they have, see `weights_mark`; every cache does when it begins."""
+        model = self._model()
+        if model is not None and weights_mark(model) != self.weights.mark:
+            self.weights_changed()
+
+    @bookkeeping
+    def weights_changed(self) -> None:
+        """Forget what is resident, because the model computes other K and V than before.
+
+        Caches that have begun go on as they are, without taking part in fusion; licences must be earned again. Changes
+        of parameters are noticed when a cache begins. Call this after changes that are none of parameters, such as
+        another active adapter.
+        """
+        model = self._model()
+        self.weights = dataclasses.replace(self.weights) if model is None else Weights.of(model)
+        if self.blocks is not None:
+            self.forget(torch.arange(len(self.blocks.references)))
+        if self.reuse is not None:
+            self.reuse.licences.clear()
+        if self.adaptation is not None:
+            logger.warning("the model's weights have changed since the profile was made: calibrate anew")
+        logger.info("the model's weights have changed: resident pages are forgotten")
 
     def new_sequences(self, count: int) -> Tensor:
         """Numbers for `count` sequences, unique in this pool: long `[count]`."""
@@ -231,6 +268,27 @@ class JointPool:
             **(self.reuse.stats() if self.reuse else {"reuse": "faulted" if self.reuse_faults else "off"}),
         }
 
+    def check_decoder(self, module: nn.Module) -> None:
+        """Raises UnsupportedUse if `module` is not the decoder of the model whose pages these are."""
+        if module is not self._decoder():
+            raise UnsupportedUse(
+                f"this cache is one of another model than this {type(module).__name__}, whose K and V do not belong in "
+                "its pages: make a JointPool for each model"
+            )
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise UnsupportedUse(
+            "a JointPool can be neither pickled nor copied: make one in each process, and move caches with "
+            "JointCache.save and JointCache.load"
+        )
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if hasattr(Cache, name):
+                raise UnsupportedUse("a JointPool is no cache: pass past_key_values=JointCache(pool)")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def check_integrity(self) -> None:
         """Raises IntegrityError when the pool or an index is inconsistent."""
         if self.adaptation is not None:
@@ -241,26 +299,3 @@ class JointPool:
             fuser.check_integrity()
         if self.reuse is not None:
             self.reuse.check_integrity()
-
-
-def _attach_hooks(model: PreTrainedModel) -> None:
-    # `get_decoder` goes by the attribute `decoder`, which in some models is the output layer.
-    decoder = next(module for module in (model.get_decoder(), model.base_model, model) if takes_cache(module))
-    if getattr(decoder, "_jointkv_attached", False):
-        return
-    decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    decoder.register_forward_hook(_after_forward, with_kwargs=True)
-    decoder._jointkv_attached = True
-
-
-def _before_forward(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache: Any = kwargs.get("past_key_values")
-    if hasattr(cache, "begin_step"):
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        cache.begin_step(kwargs.get("attention_mask"), input_ids)
-
-
-def _after_forward(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-    cache: Any = kwargs.get("past_key_values")
-    if hasattr(cache, "end_step"):
-        cache.end_step()

@@ -269,6 +269,7 @@ def prefill_rows(
     pool = cache.pool
     if pool.reuse is None or length < 1:
         return PrefillResult(tuple(RowPrefill(len(prompt)) for prompt in prompts))
+    pool.notice_weights()
     pool.reuse.under(pool.policy)
     rows, found = [], []
     for prompt, tenant in zip(prompts, tenants, strict=True):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import enum
+import json
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shown
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,8 +20,16 @@ from jointkv.policy.base import MOST
 from jointkv.system.files import replace_tensors
 
 FORMAT = "jointkv.cache/1"
+KEYS = "isolation_keys"
 LONGEST_COMMON_PADDING = 1 << 20
 """Tokens; the longest row of a batch may be gone while its padding is still there."""
+
+
+class FromFile(enum.Enum):
+    """In place of an isolation key: that of the file."""
+
+    KEY = "the key that was saved"
+
 
 State = dict[str, Tensor]
 """What a cache holds, by name: pages `key.LAYER` and `value.LAYER` of the layers of a group, `table.GROUP` with flags
@@ -42,14 +53,19 @@ class Layout:
         return {name: str(value) for name, value in vars(self).items() if name != "sliding"}
 
 
-def write(path: Path | str, layout: Layout, length: int, state: State) -> None:
-    """Write `state` of rows of `length` tokens to `path`. Raises BadInput: it cannot be written."""
+def write(path: Path | str, layout: Layout, tenants: Sequence[Hashable], length: int, state: State) -> None:
+    """Write `state` of rows of `length` tokens to `path`, with the isolation key of each row.
+
+    Raises:
+        BadInput: it cannot be written, or a key is not made of text, numbers, None, and tuples of them.
+    """
+    keys = json.dumps([_plain(key) for key in tenants])
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    replace_tensors(path, tensors, {"format": FORMAT, "length": str(length), **layout.metadata})
+    replace_tensors(path, tensors, {"format": FORMAT, "length": str(length), KEYS: keys, **layout.metadata})
 
 
-def read(path: Path | str, layout: Layout) -> tuple[int, State]:
-    """Length and state of what `write` wrote, made sure of.
+def read(path: Path | str, layout: Layout) -> tuple[list[Hashable] | None, int, State]:
+    """Isolation keys, length and state of what `write` wrote, made sure of; no keys: the file is of an older release.
 
     Raises:
         BadInput: no saved cache, or a damaged one.
@@ -69,9 +85,36 @@ def read(path: Path | str, layout: Layout) -> tuple[int, State]:
     try:
         length = int(metadata["length"])
         _check(layout, state, length)
-    except (KeyError, ValueError, AttributeError) as error:
+        keys = _keys(metadata[KEYS], len(state["padding"])) if KEYS in metadata else None
+    except (KeyError, ValueError, AttributeError, RecursionError) as error:
         raise BadInput(f"{path}: a damaged cache: {error}") from None
-    return length, state
+    return keys, length, state
+
+
+def _plain(key: Hashable) -> Any:
+    """`key` as JSON has it."""
+    if isinstance(key, tuple):
+        return [_plain(part) for part in key]
+    if key is None or isinstance(key, (str, int)):
+        return key
+    raise BadInput(
+        f"the isolation key {shown(key)} cannot be saved: use text, whole numbers or tuples of them, such as str(key)"
+    )
+
+
+def _keys(text: str, rows: int) -> list[Hashable]:
+    keys = json.loads(text)
+    if not isinstance(keys, list) or len(keys) != rows:
+        raise ValueError(f"isolation keys of {rows} rows")
+    return [_hashable(key) for key in keys]
+
+
+def _hashable(key: Any) -> Hashable:
+    if isinstance(key, list):
+        return tuple(_hashable(part) for part in key)
+    if key is None or isinstance(key, (str, int)):
+        return key
+    raise ValueError("isolation keys")
 
 
 def pack(tables: Sequence[BlockTable]) -> State:

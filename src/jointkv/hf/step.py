@@ -23,7 +23,7 @@ class Step:
         other_layers: layers with transformers' own cache, and what they held before.
         slots: where all tokens lie, `[rows, length]` by layer group.
         written: which of the new tokens, `[rows * new]` flattened, are no padding.
-        fresh: whether nothing was there before.
+        start: tokens of each row that were there before.
         prompt: whether more than one token a row is read.
     """
 
@@ -32,23 +32,31 @@ class Step:
     other_layers: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     slots: list[Tensor] = field(default_factory=list)
     written: Tensor | slice = field(default_factory=lambda: slice(None))
-    fresh: bool = False
+    start: int = 0
     prompt: bool = True
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing was there before."""
+        return self.start == 0
 
     def advance(self, batch: Batch, new: int, device: torch.device) -> None:
         """Give `batch` pages for `new` more tokens a row. Raises PoolFull: it is as before."""
-        fresh = batch.length == 0
+        start = batch.length
         batch.extend(new, self.mask, self.input_ids)
-        self.fresh, self.prompt = fresh, new > 1
+        self.start, self.prompt = start, new > 1
         size, padding, length = batch.pool.block_size, batch.padding, batch.length
         self.slots = [token_slots(table.pages, size, padding, length).to(device) for table in batch.tables]
         inside = torch.arange(length - new, length) >= padding[:, None]
         self.written = slice(None) if inside.all() else inside.flatten().nonzero().squeeze(1).to(device)
 
-    def write(self, batch: Batch, index: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    def write(
+        self, batch: Batch, index: int, key_states: Tensor, value_states: Tensor, dense: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Write the new states `[rows, h, n, d]` of a full-attention layer; returns what attention is to be given.
 
-        Once a layer is known to hand them on untouched, pages ride on its keys; until then K and V are dense.
+        Once a layer is known to hand them on untouched, pages ride on its keys; until then, and where `dense` asks for
+        it, K and V are dense. They have the dtypes of the states, whatever the pages have.
         """
         pool = batch.pool
         group, member = divmod(index, pool.groups.layers)
@@ -56,12 +64,13 @@ class Step:
         keys, values = kv.keys[member], kv.values[member]
         new = slots[:, -key_states.shape[2] :].flatten()[self.written]
         for pages, states in ((keys, key_states), (values, value_states)):
-            write_tokens(pages, new, states.transpose(1, 2).flatten(0, 1)[self.written])
+            write_tokens(pages, new, states.transpose(1, 2).flatten(0, 1)[self.written].to(pages.dtype))
         if not self.fresh:
             paged = PagedLayer(keys, values, slots, *batch.scales(group, member))
-            if pool.reads_pages and index in pool.page_readers:
+            if pool.reads_pages and index in pool.page_readers and not dense:
                 return attach_pages(key_states, paged), value_states
-            key_states, value_states = (states.contiguous() for states in paged.read())
-        if pool.reads_pages:
+            whole = zip(paged.read(), (key_states, value_states), strict=True)
+            key_states, value_states = (side.to(states.dtype).contiguous() for side, states in whole)
+        if pool.reads_pages and not dense:
             watch(key_states, value_states, functools.partial(pool.page_readers.add, index))
         return key_states, value_states
