@@ -121,6 +121,20 @@ def test_reuse_reads_nothing_of_other_weights():
     pool.check_integrity()
 
 
+def test_licences_must_be_earned_again_under_other_weights():
+    """Those that a profile has granted, too: it was made with the weights that are gone."""
+    _, pool = reusing(mode="licensed")
+    reuse = pool.reuse
+    assert reuse is not None
+    earned = reuse.licence("tenant")
+    while not earned.granted:
+        earned.observe(0.0)
+    reuse._evidence = earned.to_json()["evidence"]
+    assert reuse.licence("another tenant").granted
+    pool.weights_changed()
+    assert not reuse.licence("tenant").granted and not reuse.licence("another tenant").granted
+
+
 def test_a_saved_cache_belongs_to_the_weights_it_began_with(tmp_path):
     model, pool = joint("llama", "safe")
     cache = JointCache(pool)

@@ -196,7 +196,7 @@ class JointPool:
         if self.blocks is not None:
             self.forget(torch.arange(len(self.blocks.references)))
         if self.reuse is not None:
-            self.reuse.licences.clear()
+            self.reuse.forget_licences()
         if self.adaptation is not None:
             logger.warning("the model's weights have changed since the profile was made: calibrate anew")
         logger.info("the model's weights have changed: resident pages are forgotten")

@@ -120,6 +120,11 @@ class Reuse:
         self.counters["licences_granted"] += licence.granted and not before
         self.counters["licences_lost"] += before and not licence.granted
 
+    def forget_licences(self) -> None:
+        """Begin anew, also where a profile has granted them: other weights move K and V by other amounts."""
+        self.licences.clear()
+        self._evidence = None
+
     def under(self, policy: FusionPolicy) -> None:
         """Ratios are those of the bounds of `policy` from now on; witnesses under other bounds are forgotten."""
         bounds = policy.max_relative_error, policy.max_token_error
