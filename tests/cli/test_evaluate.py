@@ -56,7 +56,8 @@ def test_long_documents_are_fused_inside_one_request():
         assert each.method.in_scope(near.scope).policy_at(0.3).scope == "batch"
 
 
-def test_tasks_are_paired_with_the_unfused_model(tiny_long, tmp_path):
+def test_tasks_are_paired_with_the_unfused_model(tiny_long, tmp_path, monkeypatch):
+    monkeypatch.setattr("jointkv.evaluate.tasks.gsm8k.MAX_NEW_TOKENS", 16)
     found = evaluated(
         *(tmp_path, "--model", tiny_long, "--task", "gsm8k", "--examples", "2", "--task-batch", "2", "--policy", "safe")
     )

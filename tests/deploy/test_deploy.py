@@ -35,11 +35,9 @@ def exported() -> set[str]:
     totals = {f"jointkv_{ast.literal_eval(key)}_total" for key in keys}
     assert len(counters) == 2
     histogram = {f"jointkv_relative_error_{part}" for part in ("bucket", "count", "sum")}
+    by_reason = {"jointkv_blocks_rejected", "jointkv_requests_left_alone"}
     return (
-        totals
-        | {"jointkv_blocks_rejected_total"}
-        | histogram
-        | direct - {"jointkv_blocks_rejected", "jointkv_relative_error"}
+        totals | {f"{name}_total" for name in by_reason} | histogram | direct - by_reason - {"jointkv_relative_error"}
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 from jointkv.evaluate.calibrate.run import Calibration
 from jointkv.evaluate.calibrate.settings import CalibrationSettings
 from jointkv.evaluate.compare.policies import compare_policies
-from jointkv.evaluate.holding.prefilled import Prefilled, take
+from jointkv.evaluate.holding.prefilled import prefill
 from jointkv.evaluate.traffic import get_traffic
 from jointkv.hf.identity import model_identity
 from jointkv.hf.models import load_model
@@ -23,21 +23,17 @@ def calibration() -> Calibration:
     return Calibration(model, requests, CalibrationSettings(Target.parse("kl=0.001")))
 
 
-@pytest.fixture(scope="module")
-def whole(calibration: Calibration) -> Prefilled:
-    """All requests, prefilled: what takes the time here."""
-    return calibration.whole
-
-
-def test_near_prefix_requests_share_pages_at_no_visible_cost(calibration: Calibration, whole: Prefilled) -> None:
+def test_near_prefix_requests_share_pages_at_no_visible_cost(calibration: Calibration) -> None:
     policies = {"safe": FusionPolicy.preset("safe")}
-    _, row = compare_policies(calibration.model, take(whole, range(8)), policies, "near_prefix", print)
+    eight = prefill(calibration.model, calibration.requests[:8])
+    _, row = compare_policies(calibration.model, eight, policies, "near_prefix", print)
     # 8 requests of about 50 blocks, 2 + 5 of them their own: 4 at the most. 24 requests give 5.8 (`make demo`).
     assert row.ratio >= 3.0 and row.bytes_after * 3.0 <= row.bytes_before
     assert row.kl <= 0.001 and row.top1 >= 0.99 and row.kl_worst_request <= 0.002
 
 
-def test_a_profile_meets_its_target_on_unseen_requests(calibration: Calibration, whole: Prefilled) -> None:
+@pytest.mark.slow
+def test_a_profile_meets_its_target_on_unseen_requests(calibration: Calibration) -> None:
     identity = model_identity(calibration.model)
     profile = calibration.run(identity, "test", {})
     assert profile.met and profile.held_out.kl <= 0.001
