@@ -70,7 +70,7 @@ class Store:
             return
         for path in [*self._prefills, self._path("calibrated"), self._path("held_out")]:
             path.unlink(missing_ok=True)
-        if not any(self._folder.iterdir()):
+        if self._folder.exists() and not any(self._folder.iterdir()):
             self._folder.rmdir()
 
     def _path(self, half: str) -> Path:
