@@ -55,6 +55,7 @@ def test_a_worker_that_reads_other_pages_is_found_out(tmp_path: Path) -> None:
     assert {"worker class", "connector", "page layout", "workers answered"} <= sound
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_request_that_reuses_other_pages_is_found_out(tmp_path: Path) -> None:
     patient = {"folder": str(tmp_path), "model": None, "allow_untested": False}

@@ -171,6 +171,7 @@ class Runner:
     uses_mrope = False
 
     def __init__(self, config: Any, kv_cache_config: Any, model: Model, mail: Mail, watcher: Any) -> None:
+        self.vllm_config = config
         self.model, self.mail, self.watcher = model, mail, watcher
         self.use_async_scheduling = config.scheduler_config.async_scheduling
         self.device = torch.device("cpu")

@@ -50,7 +50,10 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks want two cores")
-@pytest.mark.parametrize("options", [{}, {"own_norms": True}], ids=["as they stand", "own norms"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, id="as they stand"), pytest.param({"own_norms": True}, id="own norms", marks=pytest.mark.slow)],
+)
 def test_two_ranks_merge(calm: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     script = tmp_path / "two_ranks.py"
     script.write_text(SCRIPT)
