@@ -333,25 +333,3 @@ def test_scheduler_machine(variant: str, model: Path, no_model: None, record_pro
         record_property(name, count)
     record_property("violations", 0)
     assert min(totals[name] for name in expected) > 0, totals
-
-
-@pytest.mark.nightly  # beside the other machines of a process it may wait for minutes until a helper is asked about
-def test_a_helper_that_is_preempted_before_its_answer_comes_is_asked_about_once(model: Path, no_model: None) -> None:
-    config = configuration(model, *VARIANTS["reuse, asynchronous"])
-    machine = type("Machine", (SchedulerMachine,), {"config": config, "totals": Counter()})()
-    reuse, scheduler = machine.oracle.side.reuse, machine.core.scheduler
-    reuse._draw = lambda: 1.0
-    try:
-        machine.submit([700] * BLOCK + TEXTS[0], 20, None, False, 0)
-        for _ in range(8):
-            machine.advance()
-        machine.submit([701] * BLOCK + TEXTS[0], 1, None, False, 0)
-        for _ in range(40):
-            if any(intake.asked for intake in reuse.intakes.values()):
-                break
-            machine.advance()
-        (place,) = (place for place, one in enumerate(scheduler.running) if one.request_id in reuse.helpers)
-        machine.preempt(place)
-    finally:
-        machine.teardown()
-    assert machine.totals["reused"] and not machine.oracle.side.statistics.totals()["faults"]
