@@ -6,15 +6,17 @@ is not in it: that is done once per request, whether it reuses or not, and measu
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
-from jointkv.core.reuse import COMPUTED, ReusePlan
-from jointkv.policy.reuse import ReuseRule
+from jointkv.core.reuse import Integers, ReusePlan
+from jointkv.policy.reuse import Computed, ReuseRule, decide
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest, isolation_key
 from jointkv.vllm_plugin.scheduler.residents import Residents
 from timing import paired, timed, write
@@ -43,21 +45,23 @@ def header(seed: int) -> list[int]:
     return np.random.default_rng(1000 + seed).integers(10, 50_000, HEADER).tolist()
 
 
+class Near(Computed):
+    """Steps of a request whose entry blocks are near."""
+
+    def __init__(self, residents: Residents, request: TrackedRequest) -> None:
+        self.known = partial(residents.known, request)
+
+    def ratios(self, slots: Integers, pages: Integers) -> NDArray[np.floating]:
+        return np.full(len(slots), 0.3)
+
+
 def plan(residents: Residents, request: TrackedRequest) -> ReusePlan:
-    """What becomes of a request, some of whose pages have witnesses; the others' entry blocks are near."""
+    """What becomes of a request whose pages have no witnesses yet."""
     end = (TOKENS - 1) // BLOCK_SIZE
     found = residents.find(request, 0, end, 0)
     if not found.stretches(RULE.least):
         return ReusePlan.nothing(end)
-    known = residents.known(request, found.slot, found.page)
-    result = RULE.witnessed(found, known, end)
-    runs, at, least = RULE.unwitnessed(found, known, result), 0, RULE.least + 1
-    while (entry := runs.next_entry(at, end, least)) is not None:
-        run = runs.through(entry, end, least, RULE.sources)[0].behind
-        usable = RULE.usable(residents.known(request, np.arange(run.first, run.end), run.pages), 0.3)
-        result = result.adopting(run.first, np.where(usable, run.pages, COMPUTED), RULE.least)
-        at = run.end
-    return result
+    return decide(found, 0, end, RULE, Near(residents, request))
 
 
 def run(output: Path) -> None:

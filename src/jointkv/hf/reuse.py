@@ -34,7 +34,7 @@ class ReuseOptions:
             shown that the share of blocks beyond the bounds is small.
         miss_rate: that share at the most, in (0, 1).
         confidence: with which the licence must show it, in (0, 1).
-        audit_rate: share of the prompts that are computed and compared, chosen at random, in (0, 1).
+        audit_rate: share of the prompts that are computed and compared, chosen at random, in (0, 1].
         rule: what counts as evidence.
         seed: of the choice; None for one that nobody can foresee.
 
@@ -54,7 +54,7 @@ class ReuseOptions:
             raise InvalidPolicy(f"reuse: {self.mode!r} is none of {', '.join(get_args(ReuseMode))}")
         for name in ("miss_rate", "confidence", "audit_rate"):
             value = getattr(self, name)
-            if not 0 < value < 1:
+            if not (0 < value < 1 or (name == "audit_rate" and value == 1)):
                 raise InvalidPolicy(f"reuse_{name}: {value!r} is not between 0 and 1")
 
     @classmethod

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jointkv.core.evidence import Known
-from jointkv.core.reuse import COMPUTED, Found, Integers, ReusePlan, Runs
+from jointkv.core.reuse import COMPUTED, Found, Integers, ReusePlan, Run, Runs
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class ReuseRule:
 
     Attributes:
         least: blocks that a reused stretch has at least.
-        sources: whose entry blocks are compared at the most; the nearest serves.
+        sources: whose entry blocks are compared at the most, of which the nearest serves; also pages of a slot that an
+            audit compares.
         witnesses: comparisons of a page that suffice without a near entry block.
         margin: up to which the expected ratio may go.
         near: ratio of the entry block up to which it stands in for missing witnesses, where nothing is new.
@@ -90,6 +91,18 @@ class ReuseRule:
         unread = plan.pages[found.slot] == COMPUTED
         usable = self.usable(known, 0.0)
         return found.where(unread).runs(usable[unread])
+
+    def behind(
+        self, plan: ReusePlan, run: Run, known: Known, entry: float, permitted: NDArray[np.bool_] | None = None
+    ) -> ReusePlan:
+        """`plan`, and what may be read of `run [n]`, whose entry block has the ratio `entry`.
+
+        Args:
+            known: of the pages of `run`.
+            permitted: which of them may be read at all, bool `[n]`; None: all.
+        """
+        usable = self.usable(known, entry) if permitted is None else self.usable(known, entry) & permitted
+        return plan.adopting(run.first, np.where(usable, run.pages, COMPUTED), self.least)
 
     def _order(self, found: Found, known: Known) -> NDArray[np.floating]:
         """Of several pages for a slot the one with the smallest number serves, `[n]`."""
@@ -167,8 +180,8 @@ def decide(found: Found, start: int, end: int, rule: ReuseRule, steps: Steps) ->
         ratios = steps.ratios(np.full(len(sources), entry), np.array([run.pages[0] for run in sources]))
         nearest = int(np.nan_to_num(ratios, nan=np.inf).argmin())
         run = sources[nearest].behind
-        usable = rule.usable(steps.known(np.arange(run.first, run.end), run.pages), float(ratios[nearest]))
-        wider = plan.adopting(run.first, np.where(usable, run.pages, COMPUTED), rule.least)
+        known = steps.known(np.arange(run.first, run.end), run.pages)
+        wider = rule.behind(plan, run, known, float(ratios[nearest]))
         search.heard(entry, plan, wider)
         plan = wider
     walk.to(plan, end)

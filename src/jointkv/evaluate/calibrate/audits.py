@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -22,15 +21,15 @@ from jointkv.theory.confidence import UpperLimit
 RESIDENT = 32
 """Requests whose pages are kept for those that follow, the latest ones."""
 
-ALL = math.nextafter(1.0, 0.0)
 CONFIDENCE = 0.95
+"""Of the limit that is shown; a licence reads the audits at its own."""
 
 
 def audit(
     model: PreTrainedModel, requests: Sequence[Request], policy: FusionPolicy, block_size: int, progress: Progress
 ) -> ReuseEvidence:
     """What reuse would do with `requests`, one after another, and how many of the blocks would be beyond the bounds."""
-    options = ReuseOptions(mode="probed", audit_rate=ALL, seed=0)
+    options = ReuseOptions(mode="probed", audit_rate=1.0, seed=0)
     pool = JointPool(model, policy, block_size=block_size, reuse=options)
     kept: deque[JointCache] = deque(maxlen=RESIDENT)
     limit, rows = UpperLimit(CONFIDENCE), list[RowPrefill]()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from vllm.logger import init_logger
 
+from jointkv.policy.profile import ReuseEvidence
 from jointkv.theory.licence import Licence
 from jointkv.vllm_plugin.metrics import LicenceGauges, Statistics
 from jointkv.vllm_plugin.settings import PluginSettings
@@ -46,22 +47,28 @@ def first_licences(settings: PluginSettings) -> Callable[[PageClass], Licence]:
 
     They were made of pages whose contexts were computed, under the profile's bounds.
     """
-    profile = settings.load_profile() if settings.reuse == "licensed" else None
-    terms = settings.reuse_miss_rate, settings.reuse_confidence
-    if profile is None:
-        return lambda page_class: Licence(*terms)
-    calibrated, evidence = profile.options(), profile.reuse
+    terms, evidence = (settings.reuse_miss_rate, settings.reuse_confidence), _audits_of_profile(settings)
     if evidence is None:
-        logger.warning(
-            "jointkv: the profile has no audits of reuse; its licence is earned. jointkv calibrate makes them"
-        )
-        return lambda page_class: Licence(*terms)
-    if any(np.any(calibrated[name] != np.array(getattr(settings, name))) for name in BOUNDS):
-        logger.warning("jointkv: the profile's audits of reuse are of other bounds; its licence is earned")
         return lambda page_class: Licence(*terms)
     first = Licence.from_profile(evidence.evidence, *terms)
     logger.info("jointkv: by %d audits of the profile, the first %s", evidence.audits, first.describe())
     return lambda page_class: Licence.from_profile(evidence.evidence, *terms) if page_class.exact else Licence(*terms)
+
+
+def _audits_of_profile(settings: PluginSettings) -> ReuseEvidence | None:
+    """What may grant a licence; None, and a line in the log, where a profile has nothing that may."""
+    profile = settings.load_profile() if settings.reuse == "licensed" else None
+    if profile is None:
+        return None
+    calibrated, lacks = profile.options(), None
+    if profile.reuse is None:
+        lacks = "has no audits of reuse, which jointkv calibrate makes"
+    elif any(np.any(calibrated[name] != np.array(getattr(settings, name))) for name in BOUNDS):
+        lacks = "has audits of reuse, but of other bounds"
+    if lacks is not None:
+        logger.warning("jointkv: the profile %s; the licence is earned", lacks)
+        return None
+    return profile.reuse
 
 
 class Licences:

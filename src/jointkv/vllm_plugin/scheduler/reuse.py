@@ -21,7 +21,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from jointkv.core.evidence import Known
-from jointkv.core.reuse import COMPUTED, Found, Run, stretches
+from jointkv.core.reuse import Found, Run, stretches
 from jointkv.policy.reuse import ReuseRule, Search
 from jointkv.vllm_plugin.engine.line import helper_of, in_line, seats, send_ahead
 from jointkv.vllm_plugin.engine.opt_out import OPT_OUT
@@ -318,10 +318,9 @@ class Reuse:
     def _follow(self, intake: Intake, entry: int, run: Run, ratio: float) -> None:
         """Adopt what may be read of `run`, whose entry block is that far."""
         known = self.residents.known(intake.tracked, np.arange(run.first, run.end), run.pages)
-        usable = self.rule.usable(known, ratio) & self.residents.still_holds(run)
-        usable &= self._permitted(intake.tracked, self.residents.exact[run.pages])
+        permitted = self._permitted(intake.tracked, self.residents.exact[run.pages]) & self.residents.still_holds(run)
         before = intake.plan
-        intake.plan = before.adopting(run.first, np.where(usable, run.pages, COMPUTED), self.rule.least)
+        intake.plan = self.rule.behind(before, run, known, ratio, permitted)
         intake.search.heard(entry, before, intake.plan)
         self._adopt(intake, stretches(intake.plan.pages != before.pages))
 
