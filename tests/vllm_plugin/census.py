@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
 from tests.vllm_plugin.engines import Engine
 
 Party = tuple[str | None, str | None, bool]
@@ -111,10 +113,8 @@ class Census:
 
     def _compare_worker(self, scheduler_output: Any) -> None:
         """The tables with which a step was computed are the scheduler's."""
-        tables, batch = self._tables(), self.engine.runner.input_batch
+        tables, worker = self._tables(), get_kv_transfer_group().worker.tables
         for request_id in scheduler_output.num_scheduled_tokens:
-            row = batch.req_id_to_index[request_id]
             for group, pages in enumerate(tables[request_id]):
-                known = batch.block_table[group].block_table.np[row, : len(pages)]
-                assert known.tolist() == pages == self.engine.runner.requests[request_id].block_ids[group]
+                assert all(known == pages for known in worker.read(request_id, group, len(pages)))
         self.checks += bool(scheduler_output.num_scheduled_tokens)

@@ -12,20 +12,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from jointkv.vllm_plugin import ENVIRONMENT
+import tests.vllm_plugin.interpreted  # noqa: F401
 
-os.environ.update({**ENVIRONMENT, "TRITON_INTERPRET": "1"})
-
-import torch
-import triton.backends
-
-# vLLM asks for a backend for the processor, which the interpreter does without; its kernels ask what GPU it is.
-triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))
-torch.cuda.get_device_capability = lambda device=None: (9, 0)
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group  # noqa: E402
 from vllm.platforms.cpu import CpuPlatform  # noqa: E402

@@ -11,7 +11,7 @@ from torch import Tensor
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.errors import IntegrityError
 from jointkv.vllm_plugin.engine.runners.base import Remap
-from jointkv.vllm_plugin.engine.steps import resumed
+from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.messages import PATIENCE, Inquiry
 
 NO_PAGE = -1
@@ -87,7 +87,7 @@ class OwnNorms:
 
     @bookkeeping
     def follow(self, output: Any, block_sizes: dict[int, int]) -> None:
-        """Forget requests that end with the scheduler's `output`, and of resumed ones what they compute again.
+        """Forget requests that end with the scheduler's `output`, and of those that come back what they compute again.
 
         Args:
             block_sizes: tokens per page of each KV-cache group that takes part.
@@ -95,7 +95,7 @@ class OwnNorms:
         for request_id in output.finished_req_ids:
             for group in block_sizes:
                 self._rows.pop((request_id, group), None)
-        for request_id, computed in resumed(output):
+        for request_id, computed in started(output):
             for group, size in block_sizes.items():
                 if (request_id, group) in self._rows:
                     self._rows[request_id, group].cut(computed // size)

@@ -20,7 +20,6 @@ from vllm.v1.kv_cache_interface import (
 from jointkv.errors import UnsupportedEngine
 from jointkv.policy.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
 from jointkv.vllm_plugin.engine.groups import LayerGroupSpec
-from jointkv.vllm_plugin.engine.runners import RUNNERS, runner_of
 from jointkv.vllm_plugin.engine.scheduler import JointScheduler
 from jointkv.vllm_plugin.engine.uses import check_interfaces, is_tested, tested_versions, vllm_version
 from jointkv.vllm_plugin.settings import PluginSettings
@@ -103,7 +102,6 @@ def _check_setup(config: Any) -> None:
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "set the context parallel sizes to 1",
         ),
-        f"model runner {runner_of(config)}": (runner_of(config) not in RUNNERS, "set VLLM_USE_V2_MODEL_RUNNER=0"),
         "KV-cache events": (
             # They would tell routers of pages that only one request can look up.
             config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events,

@@ -93,7 +93,9 @@ class WorkerSide:
         self._apply_seconds += time.perf_counter() - start
 
     def follow(self, output: SchedulerOutput) -> None:
-        """Forget the norms of blocks that are gone, before the step is prepared."""
+        """Take note of the rows of the step and forget the norms of blocks that are gone, before it is prepared."""
+        if self.readings:
+            self.tables.begin(output)
         if self.norms is not None:
             self.norms.follow(output, {number: reading.block_size for number, reading in self.readings.items()})
 

@@ -205,6 +205,7 @@ OVERRIDDEN = {
             "",
             "validate_params apply is_argmax_invariant update_state",
         ),
+        Use(f"{WORKER}.gpu.sample.logits_processor:LogitsProcessor", "", "validate_params apply"),
     ),
     "verdict": (Use(f"{CONNECTOR}.base:KVConnectorWorkerMetadata", "", "aggregate"),),
     "statistics": (Use(f"{CONNECTOR}.metrics:KVConnectorStats", "data", "reset is_empty aggregate reduce"),),
