@@ -1,7 +1,7 @@
 """Serves with vLLM's second model runner on a CPU, its Triton kernels in Triton's interpreter.
 
-Run as `python second_runner.py FOLDER CASE...`, in a process of its own. Prints a line of JSON for every case. Tables of
-scheduler and worker are compared in every step.
+Run as `python second_runner.py FOLDER CASE...`, in a process of its own. Prints a line of JSON for every case.
+Tables of scheduler and worker are compared in every step.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -22,14 +23,14 @@ from tests.vllm_plugin.conftest import ENVIRONMENT
 
 os.environ.update({**ENVIRONMENT, "VLLM_USE_V2_MODEL_RUNNER": "1"})
 
-import torch  # noqa: E402
-from vllm import SamplingParams  # noqa: E402
-from vllm.distributed.kv_transfer import get_kv_transfer_group  # noqa: E402
-from vllm.v1.worker.gpu.warmup import warmup_kernels  # noqa: E402
+import torch
+from vllm import SamplingParams
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.v1.worker.gpu.warmup import warmup_kernels
 
-from jointkv.vllm_plugin.scheduler import side  # noqa: E402
-from tests.vllm_plugin.census import Census  # noqa: E402
-from tests.vllm_plugin.engines import (  # noqa: E402
+from jointkv.vllm_plugin.scheduler import side
+from tests.vllm_plugin.census import Census
+from tests.vllm_plugin.engines import (
     BOLD,
     EXACT,
     LOSSY,
@@ -39,7 +40,7 @@ from tests.vllm_plugin.engines import (  # noqa: E402
     text,
     write_model,
 )
-from tests.vllm_plugin.test_reuse_traffic import Traffic  # noqa: E402
+from tests.vllm_plugin.test_reuse_traffic import Traffic
 
 OUT = 12
 EQUAL = [text(90, number // 2) for number in range(6)]
@@ -111,10 +112,11 @@ class Case(NamedTuple):
     play: Callable[[Engine], Found]
     fusion: dict[str, Any] | None
     pages: int = 60
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
     before: Callable[[Engine], None] = lambda served: None
 
 
+LIMITS = {"max_model_len": 416, "max_num_batched_tokens": 128, "max_num_seqs": 8}
 UNCACHED: dict[str, Any] = {"enable_prefix_caching": False}
 TIGHT = 14  # a request has three or four
 CASES = {
@@ -135,13 +137,7 @@ CASES = {
 def serve(model: Path, name: str) -> Found:
     """Play a case; `", asynchronous"` at the end of its name schedules a step ahead."""
     case, asynchronous = CASES[name.removesuffix(", asynchronous")], name.endswith(", asynchronous")
-    options = {
-        "max_model_len": 416,
-        "max_num_batched_tokens": 128,
-        "max_num_seqs": 8,
-        "async_scheduling": asynchronous,
-        **case.options,
-    }
+    options = {**LIMITS, "async_scheduling": asynchronous, **case.options}
     with pytest.MonkeyPatch.context() as monkeypatch, engine(model, case.pages, case.fusion, **options) as served:
         assert served.core.vllm_config.scheduler_config.async_scheduling == asynchronous
         case.before(served)

@@ -39,9 +39,15 @@ def both(*names: str) -> list[str]:
     return [*names, *(f"{name}, asynchronous" for name in names)]
 
 
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """All in one process: to import vLLM takes longer than to serve a case."""
+    together = ["stock", "off", "warmed up", "equal, asynchronous", "stock, crowd"]
+    return play(tmp_path_factory.mktemp("second"), *together, *both("crowd", "reuse", "norms"))
+
+
 @HAZARD
-def test_bound_zero_changes_no_token_after_a_warm_up_and_a_step_ahead(tmp_path: Path) -> None:
-    found = play(tmp_path, "stock", "off", "warmed up", "equal, asynchronous")
+def test_bound_zero_changes_no_token_after_a_warm_up_and_a_step_ahead(found: Any) -> None:
     for name in ("off", "warmed up", "equal, asynchronous"):
         assert found[name]["tokens"] == found["stock"]["tokens"]
         assert (found[name]["blocks_merged"] > 0) == (name != "off")
@@ -49,23 +55,20 @@ def test_bound_zero_changes_no_token_after_a_warm_up_and_a_step_ahead(tmp_path: 
 
 
 @HAZARD
-def test_preempted_and_aborted_requests_leave_tables_and_answers_right(tmp_path: Path) -> None:
-    found = play(tmp_path, "stock, crowd", *both("crowd"))
+def test_preempted_and_aborted_requests_leave_tables_and_answers_right(found: Any) -> None:
     for name in both("crowd"):
         assert found[name]["tokens"] == found["stock, crowd"]["tokens"]
         assert found[name]["preempted"] > 0 and found[name]["blocks_merged"] > 0
 
 
 @HAZARD
-def test_resident_text_is_not_computed(tmp_path: Path) -> None:
-    found = play(tmp_path, *both("reuse"))
-    assert all(case["prompt_tokens_skipped"] > 0 for case in found.values())
+def test_resident_text_is_not_computed(found: Any) -> None:
+    assert all(found[name]["prompt_tokens_skipped"] > 0 for name in both("reuse"))
 
 
 @HAZARD
-def test_blocks_keep_their_norms_and_shared_pages_are_read_once(tmp_path: Path) -> None:
-    found = play(tmp_path, *both("norms"))
-    for case in found.values():
+def test_blocks_keep_their_norms_and_shared_pages_are_read_once(found: Any) -> None:
+    for case in (found[name] for name in both("norms")):
         fault, steps, shared = case["attention"]
         assert fault is None and 0 < steps == shared and case["factors"] > 0
     assert found["norms"]["tokens"] == found["norms, asynchronous"]["tokens"]

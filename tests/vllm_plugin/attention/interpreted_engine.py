@@ -19,13 +19,13 @@ import tests.vllm_plugin.interpreted  # noqa: F401
 
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 
-from vllm.distributed.kv_transfer import get_kv_transfer_group  # noqa: E402
-from vllm.platforms.cpu import CpuPlatform  # noqa: E402
-from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from jointkv.vllm_plugin.attention import gpu as gpu_attention  # noqa: E402
-from jointkv.vllm_plugin.worker.cpu import JointCPUWorker  # noqa: E402
-from tests.vllm_plugin.engines import Engine, engine, near_prefix, text, write_model  # noqa: E402
+from jointkv.vllm_plugin.attention import gpu as gpu_attention
+from jointkv.vllm_plugin.worker.cpu import JointCPUWorker
+from tests.vllm_plugin.engines import Engine, engine, near_prefix, text, write_model
 
 OUT = 5
 OPTIONS = {"max_num_batched_tokens": 128, "enable_chunked_prefill": True, "enable_prefix_caching": False}
