@@ -71,7 +71,6 @@ def test_blocks_keep_their_norms_and_shared_pages_are_read_once(found: Any) -> N
     for case in (found[name] for name in both("norms")):
         fault, steps, shared = case["attention"]
         assert fault is None and 0 < steps == shared and case["factors"] > 0
-    assert found["norms"]["tokens"] == found["norms, asynchronous"]["tokens"]
 
 
 @pytest.mark.slow

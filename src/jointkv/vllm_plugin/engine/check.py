@@ -24,6 +24,9 @@ from jointkv.vllm_plugin.engine.scheduler import JointScheduler
 from jointkv.vllm_plugin.engine.uses import check_interfaces, is_tested, tested_versions, vllm_version
 from jointkv.vllm_plugin.settings import PluginSettings
 
+SPECULATORS = (None, "ngram")
+"""Methods of speculative decoding that were run; others keep K and V of drafts in layers of their own."""
+
 
 def check_engine(
     config: Any, kv_cache_config: KVCacheConfig, settings: PluginSettings, parts: Mapping[str, type]
@@ -95,17 +98,17 @@ def _model_identity(config: Any, layers: int) -> ModelIdentity:
 
 def _check_setup(config: Any) -> None:
     parallel = config.parallel_config
+    speculative = config.speculative_config
+    method = None if speculative is None else speculative.method
     refusals = {
-        "speculative decoding": (config.speculative_config is not None, "drop --speculative-config"),
+        f"speculative decoding by {method}": (
+            method not in SPECULATORS,
+            "use the method ngram, which keeps no K and V of its own, or drop --speculative-config",
+        ),
         "pipeline parallelism": (parallel.pipeline_parallel_size > 1, "use --tensor-parallel-size instead"),
         "context parallelism": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "set the context parallel sizes to 1",
-        ),
-        "KV-cache events": (
-            # They would tell routers of pages that only one request can look up.
-            config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events,
-            "drop --kv-events-config",
         ),
         "a sharing of KV between layers": (
             config.cache_config.kv_sharing_fast_prefill,

@@ -214,7 +214,8 @@ class SchedulerSide:
 
     @fail_safe
     def report(self) -> JointStats | None:
-        """What is new since the last report; None where it can wait."""
+        """What is new since the last report; None where it can wait. vLLM publishes its events right after."""
+        self.tables.events.withhold()
         self._reports += 1
         regular = self._reports % REPORT_EVERY == 1  # the count of shared pages looks at the whole pool
         if not regular and not self.statistics.has_news(self.state):
