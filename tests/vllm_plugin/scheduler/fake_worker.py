@@ -22,6 +22,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from jointkv.policy import FusionPolicy
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
+from jointkv.vllm_plugin.worker.comparer import Comparison
 from jointkv.vllm_plugin.worker.mixin import RemappingWorker
 
 LAYERS = 2
@@ -112,19 +113,31 @@ def within_bounds(own: Block, other: Block, policy: FusionPolicy) -> bool:
 
 
 class Comparer:
-    """In the place of `PageComparer`."""
+    """In the place of `PageComparer`.
+
+    Attributes:
+        is_apart: as on a GPU, verdicts come one step late.
+    """
+
+    is_apart = False
 
     def __init__(self, across_layers: str, groups: dict[int, Pages], norms: None = None) -> None:
         self.groups = groups
 
-    def answer(self, inquiry: Inquiry) -> Verdict:
+    def begin(self, inquiry: Inquiry) -> Comparison:
         """Compare the pairs of `inquiry`."""
         found = []
         for group, own, other in zip(inquiry.group.tolist(), inquiry.own.tolist(), inquiry.other.tolist(), strict=True):
             pages = self.groups[group]
             assert pages.salts[own] == pages.salts[other], "pages of different salts are compared"
             found.append((*errors(pages.block(own), pages.block(other)), 1.0, 1.0))
-        return Verdict(inquiry.step, *np.array(found, np.float32).T)
+        verdict = Verdict(inquiry.step, *np.array(found, np.float32).T)
+        return Comparison(inquiry, [(np.ones(len(found), bool), lambda: verdict)], 0.0)  # type: ignore[list-item, return-value]
+
+    def finish(self, comparison: Comparison) -> Any:
+        """The answer."""
+        ((_, take),) = comparison.parts
+        return take()
 
 
 class Mail:

@@ -60,17 +60,18 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "chunks": ({"scope": "chunk", **IN_CHUNKS}, {}),
     "two groups, chunks, strict": ({"layer_groups": 2, "scope": "both", "isolation": "strict", **IN_CHUNKS}, {}),
     "asynchronous": ({"scope": "both", **IN_CHUNKS}, {"async_scheduling": True}),
-    "asynchronous, two groups": ({"layer_groups": 2, "max_candidates": 1}, {"async_scheduling": True}),
+    "asynchronous, two groups": ({"layer_groups": 2, "max_candidates": 1}, {"async_scheduling": True, "apart": True}),
     "second runner": ({"scope": "both", **IN_CHUNKS}, {"second_runner": True}),
     "second runner, asynchronous, two groups": (
         {"layer_groups": 2},
-        {"second_runner": True, "async_scheduling": True},
+        {"second_runner": True, "async_scheduling": True, "apart": True},
     ),
     "priorities, full pool": (
         {"min_pool_usage": 0.5, "max_blocks_per_step": 3},
         {"scheduling_policy": "priority"},
     ),
     "reuse": ({"reuse": "probed", "reuse_audit_rate": 0.2}, {}),
+    "reuse, compared apart": ({"reuse": "probed", "reuse_audit_rate": 0.2}, {"apart": True}),
     "reuse, asynchronous": (
         {"reuse": "probed", "reuse_audit_rate": 0.1, "scope": "both", **IN_CHUNKS},
         {"async_scheduling": True},
@@ -78,14 +79,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "reuse, second runner": ({"reuse": "probed", "reuse_audit_rate": 0.1}, {"second_runner": True}),
     "reuse, second runner, asynchronous": (
         {"reuse": "probed", "reuse_audit_rate": 0.1, "scope": "both", **IN_CHUNKS},
-        {"second_runner": True, "async_scheduling": True},
+        {"second_runner": True, "async_scheduling": True, "apart": True},
     ),
     "reuse, priorities, licence": (
         {**EARNED_SOON, "min_pool_usage": 0.5},
         {"scheduling_policy": "priority"},
     ),
 }
-"""Options of the plugin and of the engine."""
+"""Options of the plugin, and of the engine and its worker."""
 
 FAULTS = {"lost": "is lost", "late": "is lost", "fault": "on purpose"}
 """Accidents of a verdict that switch fusion off, and what is said then."""
@@ -334,6 +335,7 @@ def test_scheduler_machine(
 ) -> None:
     totals: Counter[str] = Counter()
     config = configuration(model, *VARIANTS[variant])
+    monkeypatch.setattr(Comparer, "is_apart", VARIANTS[variant][1].get("apart", False))
     second = VARIANTS[variant][1].get("second_runner", False)
     monkeypatch.setattr(type(config), "use_v2_model_runner", second)  # vLLM would ask for Triton
     machine = type("Machine", (SchedulerMachine,), {"config": config, "totals": totals})
