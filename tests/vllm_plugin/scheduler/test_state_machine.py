@@ -25,12 +25,14 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine import core as engine_core
 from vllm.v1.request import Request
 from vllm.v1.worker import gpu_model_runner
+from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
 
 from jointkv.vllm_plugin import engine_args
 from jointkv.vllm_plugin.scheduler import side as scheduler_side
 from jointkv.vllm_plugin.worker import side
 from tests.effort import MACHINE_STEPS, machine_settings
 from tests.vllm_plugin.engines import BOLD, write_model
+from tests.vllm_plugin.scheduler.fake_second_runner import SecondRunner, write, write_all
 from tests.vllm_plugin.scheduler.fake_worker import Comparer, Mail, Model, Runner, executor_of, packed_pages
 from tests.vllm_plugin.scheduler.oracle import ABORTED, Oracle
 from tests.vllm_plugin.scheduler.reuse_oracle import ReuseOracle
@@ -58,22 +60,33 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "chunks": ({"scope": "chunk", **IN_CHUNKS}, {}),
     "two groups, chunks, strict": ({"layer_groups": 2, "scope": "both", "isolation": "strict", **IN_CHUNKS}, {}),
     "asynchronous": ({"scope": "both", **IN_CHUNKS}, {"async_scheduling": True}),
-    "asynchronous, two groups": ({"layer_groups": 2, "max_candidates": 1}, {"async_scheduling": True}),
+    "asynchronous, two groups": ({"layer_groups": 2, "max_candidates": 1}, {"async_scheduling": True, "apart": True}),
+    "second runner": ({"scope": "both", **IN_CHUNKS}, {"second_runner": True}),
+    "second runner, asynchronous, two groups": (
+        {"layer_groups": 2},
+        {"second_runner": True, "async_scheduling": True, "apart": True},
+    ),
     "priorities, full pool": (
         {"min_pool_usage": 0.5, "max_blocks_per_step": 3},
         {"scheduling_policy": "priority"},
     ),
     "reuse": ({"reuse": "probed", "reuse_audit_rate": 0.2}, {}),
+    "reuse, compared apart": ({"reuse": "probed", "reuse_audit_rate": 0.2}, {"apart": True}),
     "reuse, asynchronous": (
         {"reuse": "probed", "reuse_audit_rate": 0.1, "scope": "both", **IN_CHUNKS},
         {"async_scheduling": True},
+    ),
+    "reuse, second runner": ({"reuse": "probed", "reuse_audit_rate": 0.1}, {"second_runner": True}),
+    "reuse, second runner, asynchronous": (
+        {"reuse": "probed", "reuse_audit_rate": 0.1, "scope": "both", **IN_CHUNKS},
+        {"second_runner": True, "async_scheduling": True, "apart": True},
     ),
     "reuse, priorities, licence": (
         {**EARNED_SOON, "min_pool_usage": 0.5},
         {"scheduling_policy": "priority"},
     ),
 }
-"""Options of the plugin and of the engine."""
+"""Options of the plugin, and of the engine and its worker."""
 
 FAULTS = {"lost": "is lost", "late": "is lost", "fault": "on purpose"}
 """Accidents of a verdict that switch fusion off, and what is said then."""
@@ -123,11 +136,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         runners: list[Runner] = []
 
         def make_runner(*configs: Any) -> Runner:
-            runners.append(Runner(*configs, self.oracle.model, self.mail, self.oracle))
+            runner = SecondRunner if self.config.use_v2_model_runner else Runner
+            runners.append(runner(*configs, self.oracle.model, self.mail, self.oracle))
             return runners[0]
 
         self.core = engine_core.EngineCore(self.config, executor_of(make_runner), log_stats=False)
         self.oracle.attach(self.core, runners[0])
+        assert self.core.scheduler.use_v2_model_runner == isinstance(runners[0], SecondRunner)
         self.oracle.side.reuse._draw = random.Random(0).random
         self.names = itertools.count()
         self.sound = True
@@ -300,6 +315,8 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(side, "packed_pages", packed_pages)
     monkeypatch.setattr(side, "PageComparer", Comparer)
     monkeypatch.setattr(gpu_model_runner, "get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
+    monkeypatch.setattr(StagedWriteTensor, "apply_write", write)
+    monkeypatch.setattr(FusedStagedWriter, "apply", write_all)
     monkeypatch.setattr(engine_core, "freeze_gc_heap", lambda: None)
     gc.collect()
     gc.freeze()
@@ -313,9 +330,14 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     "pages and references always add up, no hash is answered wrongly, no salts meet, no request is lost",
 )
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_scheduler_machine(variant: str, model: Path, no_model: None, record_property: Any) -> None:
+def test_scheduler_machine(
+    variant: str, model: Path, no_model: None, record_property: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     totals: Counter[str] = Counter()
     config = configuration(model, *VARIANTS[variant])
+    monkeypatch.setattr(Comparer, "is_apart", VARIANTS[variant][1].get("apart", False))
+    second = VARIANTS[variant][1].get("second_runner", False)
+    monkeypatch.setattr(type(config), "use_v2_model_runner", second)  # vLLM would ask for Triton
     machine = type("Machine", (SchedulerMachine,), {"config": config, "totals": totals})
     # Explaining a failure runs the engine under a tracer, which takes minutes; an example kept from an earlier failure
     # need not be one any more, and would be tried for ever.
