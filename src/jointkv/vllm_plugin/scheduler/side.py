@@ -143,7 +143,7 @@ class SchedulerSide:
     def prepare(self, scheduler: Scheduler) -> None:
         """Before vLLM schedules a step: see `Reuse.prepare`."""
         self._end_strays(scheduler)
-        if self.enabled:
+        if self.enabled and self.settings.reuses:
             self._notice_reset()
             self.reuse.prepare(scheduler)
 
