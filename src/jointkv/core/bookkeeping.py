@@ -16,12 +16,12 @@ AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 def bookkeeping(method: Callable[P, R]) -> Callable[P, R]:
-    """Run `method` outside inference mode, autocast and compiled graphs, and without gradients.
+    """Run `method` outside inference mode and autocast, and without gradients.
 
     A tensor made in `torch.inference_mode()` cannot be changed in place outside of it, but a pool outlives the
-    forward pass that made it; nothing that the cache holds may keep an autograd graph alive; errors that are compared
-    with bounds are not to be rounded by `torch.autocast`; and `torch.compile` would follow tables that change with
-    every token.
+    forward pass that made it; nothing that the cache holds may keep an autograd graph alive; and errors that are
+    compared with bounds are not to be rounded by `torch.autocast`. What a compiled model calls is kept out of its
+    graphs where it calls it: torch's compiler takes a second to import.
     """
 
     @functools.wraps(method)
@@ -30,8 +30,7 @@ def bookkeeping(method: Callable[P, R]) -> Callable[P, R]:
         with torch.inference_mode(False), torch.no_grad(), _without(autocast) if autocast else nullcontext():
             return method(*args, **kwargs)
 
-    disabled: Callable[P, R] = torch.compiler.disable(wrapped)
-    return disabled
+    return wrapped
 
 
 @contextmanager
