@@ -27,6 +27,8 @@ def bookkeeping(method: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         autocast = [device for device in AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
+        if not (autocast or torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
+            return method(*args, **kwargs)  # as in most calls: what calls it is wrapped as well
         with torch.inference_mode(False), torch.no_grad(), _without(autocast) if autocast else nullcontext():
             return method(*args, **kwargs)
 
