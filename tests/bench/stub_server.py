@@ -47,6 +47,7 @@ REUSE = "".join(
         "licences_granted",
     )
 )
+REUSE += '# TYPE jointkv_licences gauge\njointkv_licences{{state="granted"}} 1.0\n'
 served = {"done": 0, "prompt": 0, "generated": 0}
 lock = threading.Lock()
 resets = 0

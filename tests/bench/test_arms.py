@@ -12,7 +12,7 @@ def test_every_built_in_arm_has_the_same_bytes_but_the_large_pool() -> None:
     arms = make_arms(list(BUILT_IN), POOL, {"max_relative_error": 0.1})
     sizes = {arm.name: arm.pool_blocks * block_bytes(arm, POOL) for arm in arms}
     bytes_asked_for = 100 * 32 * 600 * 4
-    assert sizes.pop(LARGE_POOL) == 8 * bytes_asked_for
+    assert sizes.pop(LARGE_POOL) == sizes.pop("reuse_large_pool") == 8 * bytes_asked_for
     assert set(sizes.values()) == {bytes_asked_for}
     by_name = {arm.name: arm for arm in arms}
     assert by_name["fp8"].pool_blocks == 400 and by_name["fp8_fused"].pool_blocks == 400
@@ -21,10 +21,11 @@ def test_every_built_in_arm_has_the_same_bytes_but_the_large_pool() -> None:
     assert fused == {
         "fused": {"max_relative_error": 0.1, "reuse": "off"},
         "reuse": {"max_relative_error": 0.1, "reuse": "licensed"},
+        "reuse_large_pool": {"max_relative_error": 0.1, "reuse": "licensed"},
         "fp8_fused": {"max_relative_error": 0.1, "reuse": "off"},
         "layer_groups": {"max_relative_error": 0.1, "reuse": "off", "layer_groups": 2},
     }
-    assert [arm.name for arm in arms if arm.reuses] == ["reuse"]
+    assert [arm.name for arm in arms if arm.reuses] == ["reuse", "reuse_large_pool"]
 
 
 def test_half_precision_has_twice_the_blocks_in_fp8() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from jointkv.bench.reuse import COUNTERS, PLAN_SECONDS, SKIPPED, reuse_of, total
+from jointkv.bench.reuse import COUNTERS, HELD, PLAN_SECONDS, SKIPPED, reuse_of, total
 
-AUDITS, GRANTED, LOST = COUNTERS["audits"], COUNTERS["licences_granted"], COUNTERS["licences_lost"]
+AUDITS, GRANTED = COUNTERS["audits"], COUNTERS["licences_granted"]
 
 
 def page(**counts: float) -> dict[str, float]:
-    names = {**COUNTERS, "plan_seconds": PLAN_SECONDS}
+    names = {**COUNTERS, "plan_seconds": PLAN_SECONDS, "held": HELD}
     return {SKIPPED: 0.0, **{names[field]: value for field, value in counts.items()}}
 
 
@@ -23,7 +23,7 @@ def test_nothing_counted() -> None:
 
 def test_counts_are_of_this_time_and_licences_of_its_end() -> None:
     before = page(skipped_tokens=100, audits=160, licences_granted=2, plan_seconds=0.5)
-    after = page(skipped_tokens=900, audits=164, licences_granted=2, licences_lost=1, plan_seconds=0.75)
+    after = page(skipped_tokens=900, audits=164, licences_granted=2, licences_lost=1, held=1, plan_seconds=0.75)
     found = reuse_of([before, {**after, COUNTERS["audited_blocks"]: 50.0, COUNTERS["missed_blocks"]: 2.0}])
     assert found is not None
     assert (found.skipped_tokens, found.audits, found.plan_seconds) == (800, 4, 0.25)
@@ -40,5 +40,5 @@ def test_a_licence_that_is_earned_meanwhile() -> None:
 def test_labels_are_added_up() -> None:
     labelled = {SKIPPED: 0.0, f"{AUDITS}.short": 3.0, f"{AUDITS}.long": 4.0, "jointkv_reuse_audits_total_seconds": 9.0}
     assert total(labelled, AUDITS) == 7.0
-    found = reuse_of([page(), {**labelled, f"{GRANTED}.short": 1.0, f"{LOST}.long": 1.0}])
+    found = reuse_of([page(), {**labelled, f"{GRANTED}.short": 1.0}])
     assert found is not None and (found.audits, found.licences, found.audits_until_licence) == (7, 0, 7)

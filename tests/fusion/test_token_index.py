@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from jointkv.errors import IntegrityError
-from jointkv.fusion.token_index import TokenIndex
+from jointkv.fusion.token_index import TokenIndex, places
 from tests.effort import machine_settings
 
-BUCKETS = [("alice", 0, 0, 1), ("alice", 0, 1, 1), ("bob", 0, 0, 1), "chunk", 7]
+BUCKETS = [(("alice", 0), 1), (("alice", 0), 2), (("alice", 1), 1), (("bob", 0), 1), ("chunk", 7)]
 PAGES = st.integers(0, 12)
 SOME = st.lists(st.sampled_from(BUCKETS), min_size=1, max_size=3)
 
@@ -53,7 +54,9 @@ class TokenIndexMachine(RuleBasedStateMachine):
         for bucket in buckets:
             expected += [page for page in self.pages[bucket] if page not in expected]
         assert self.index.candidates(buckets, count) == expected[:count]
-        assert [list(pages) for pages in self.index.buckets(buckets)] == [self.pages[bucket] for bucket in buckets]
+        for bucket in buckets:
+            owner, place = bucket
+            assert [list(pages) for pages in self.index.pages(owner, [place, 99])] == [self.pages[bucket], []]
 
     @rule()
     def clear(self) -> None:
@@ -65,7 +68,7 @@ class TokenIndexMachine(RuleBasedStateMachine):
         self.index.check_integrity()
         assert len(self.index) == len(self.known())
         assert {page for page in range(13) if page in self.index} == self.known()
-        assert not self.index.candidates(["never used"], 3)
+        assert not self.index.candidates([("never used", 1)], 3)
 
 
 TestTokenIndex = TokenIndexMachine.TestCase
@@ -81,26 +84,37 @@ TestTokenIndex.pytestmark = [
 
 
 def damage_list(index: TokenIndex) -> None:
-    index._pages["chunk"].append(9)
+    index._pages["chunk"][7].append(9)
 
 
 def damage_twice(index: TokenIndex) -> None:
-    index._pages["chunk"].append(1)
+    index._pages["chunk"][7].append(1)
 
 
 def damage_empty(index: TokenIndex) -> None:
-    index._pages["other"] = []
+    index._pages["chunk"][8] = []
 
 
 def damage_missing(index: TokenIndex) -> None:
     del index._buckets[1]
 
 
-@pytest.mark.parametrize("damage", [damage_list, damage_twice, damage_empty, damage_missing])
+def damage_owner(index: TokenIndex) -> None:
+    index._pages["other"] = {}
+
+
+@pytest.mark.parametrize("damage", [damage_list, damage_twice, damage_empty, damage_owner, damage_missing])
 def test_damage_is_found(damage) -> None:
     index = TokenIndex()
-    index.add(["chunk"], 1)
+    index.add([("chunk", 7)], 1)
     index.check_integrity()
     damage(index)
     with pytest.raises(IntegrityError):
         index.check_integrity()
+
+
+def test_places_differ_with_text_and_with_position() -> None:
+    hashes, positions = np.array([5, 5, -(2**63), 2**63 - 1]), np.array([0, 1, 100_000, 100_000])
+    found = places(hashes, positions)
+    assert len(set(found)) == 4 and found == places(hashes, positions)
+    assert len(set(places(np.full(200_000, 7), np.arange(200_000)))) == 200_000

@@ -56,7 +56,7 @@ def check_indices(server: Server, owner: dict[int, tuple[str, int]]) -> None:
             assert owner[page] == (tenant, group)
     server.prefixes.check_integrity()
     layers = server.pool.groups.layers
-    for page, ((tenant, _, group),) in server.prefixes._buckets.items():  # type: ignore[misc]
+    for page, (((tenant, group), _),) in server.prefixes._buckets.items():  # type: ignore[misc]
         assert owner[page] == (tenant, group)
     for group in range(server.pool.groups.count):
         known = [page for page in server.exact if page in server.prefixes and owner[page][1] == group]

@@ -127,7 +127,7 @@ class Server:
                 context = self.contexts.after(context, token)
                 contexts.append(context)
             groups = range(self.pool.groups.count)
-            found = [self.prefixes.candidates([(tenant, context, group)], 1) for group in groups]
+            found = [self.prefixes.candidates([((tenant, group), context)], 1) for group in groups]
             if not all(found):
                 break
             pages.append([page for (page,) in found])
@@ -213,7 +213,7 @@ class Server:
                     if table.scaled(torch.tensor([row]), torch.tensor([slot])):
                         self.prefixes.remove(page)
                     elif self.contexts.public[context] and not served[row][slot] and page not in self.prefixes:
-                        self.prefixes.add([(batch.tenants[row], context, group)], page)
+                        self.prefixes.add([((batch.tenants[row], group), context)], page)
                         self.exact[page] = contexts[slot * BLOCK : (slot + 1) * BLOCK]
 
     def follow(self) -> None:

@@ -6,6 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
+
+from jointkv.fusion.signature import token_hashes
+from jointkv.fusion.token_index import places
 from tests.vllm_plugin.engines import Engine
 
 Party = tuple[str | None, str | None, bool]
@@ -71,9 +76,9 @@ class Census:
             for pages in groups:
                 entries.update(pages)
                 for slot, page in enumerate(pages):
-                    for isolation, _, place, _ in engine.side.candidates.residents.index._buckets.get(page, ()):
+                    for (isolation, _), place in engine.side.candidates.residents.index._buckets.get(page, ()):
                         if len(isolation) == 3:  # that of a chunk names its request
-                            moved = place != slot and engine.side.settings.scope == "batch"
+                            moved = place != self._place(request_id, slot) and engine.side.settings.scope == "batch"
                             known = isolation[0] == party[0] and not moved
                             assert known, "the index holds a page that was handed out again"
                     readers.setdefault(page, set()).add((*party[:2], False))
@@ -90,6 +95,12 @@ class Census:
         managers = self.engine.vllm_scheduler.kv_cache_manager.coordinator.single_type_managers
         names = managers[0].req_to_blocks
         return {name: [[block.block_id for block in one.req_to_blocks[name]] for one in managers] for name in names}
+
+    def _place(self, request_id: str, slot: int) -> int:
+        """Where a page with this block belongs in the index."""
+        size, tokens = self.engine.vllm_scheduler.block_size, self.engine.vllm_scheduler.requests[request_id]
+        block = torch.tensor(tokens.all_token_ids[slot * size : (slot + 1) * size])
+        return places(token_hashes(block, size).numpy(), np.array([slot]))[0] if len(block) == size else 0
 
     def _party(self, request_id: str) -> Party:
         request = self.engine.vllm_scheduler.requests[request_id]

@@ -154,6 +154,35 @@ def test_pages_with_witnesses_need_no_entry_block(served: Served) -> None:
     assert (served.new("reuse_gaps"), served.new("reuse_helpers")) == (1, 1)
 
 
+def test_of_many_that_come_at_once_the_first_need_not_wait_for_the_last(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They begin in the order in which they came, as many at a time as one step can bring to their first answers.
+
+    Nobody computes what is resident meanwhile, and who reuses nothing does not wait behind them.
+    """
+    scheduler, budget, many = served.engine.vllm_scheduler, 24 * BLOCK, 24
+    monkeypatch.setattr(scheduler, "max_num_scheduled_tokens", budget)
+    donor, *prompts = near_prefix(many + 1)
+    served.engine.generate([donor])
+    served.count_anew()
+    prompts.insert(budget // (2 * BLOCK), text(3 * BLOCK, 77))
+    names = [served.engine.submit(prompt, 2) for prompt in prompts]
+    other = names.pop(budget // (2 * BLOCK))
+    seen: list[set[str]] = []
+    served.engine.watchers.append(
+        lambda _: seen.append({one.request_id.rsplit("-", 1)[0] for one in scheduler.running})
+    )
+    try:
+        served.engine.finish()
+    finally:
+        served.engine.watchers.pop()
+    assert served.new("prompt_tokens_skipped") == many * 20 * BLOCK
+    started = [next(step for step, running in enumerate(seen) if name in running) for name in (*names, other)]
+    assert started == [*sorted(started[:-1]), 0]
+    assert started.count(started[0]) == budget // (len(donor) - 20 * BLOCK)
+
+
 def test_what_helpers_have_computed_is_fused_afterwards(served: Served) -> None:
     """Until the helper has ended, it holds the entry block as well, and giving one entry up would free nothing."""
     prompts = near_prefix(3)

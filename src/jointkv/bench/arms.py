@@ -36,7 +36,7 @@ SHARED = (
 
 @dataclass(frozen=True)
 class PoolSize:
-    """The KV pool that is the same, in bytes, for all arms but `large_pool`.
+    """The KV pool that is the same, in bytes, for all arms but those with a large one.
 
     Attributes:
         blocks: of an arm with one block table and the cache in `dtype`.
@@ -76,6 +76,12 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "fused": BuiltIn("with jointkv", fused=True),
     "reuse": BuiltIn("with jointkv and compute reuse", fused=True, reuse="licensed"),
     LARGE_POOL: BuiltIn(f"stock vLLM, {LARGE_POOL_FACTOR} times the pool", pool_factor=LARGE_POOL_FACTOR),
+    "reuse_large_pool": BuiltIn(
+        f"with jointkv and compute reuse, {LARGE_POOL_FACTOR} times the pool",
+        pool_factor=LARGE_POOL_FACTOR,
+        fused=True,
+        reuse="licensed",
+    ),
     "no_prefix_caching": BuiltIn("stock vLLM, prefix caching off", flags=("--no-enable-prefix-caching",)),
     "fp8": BuiltIn("stock vLLM, fp8 cache", flags=(CACHE_DTYPE, "fp8")),
     "fp8_fused": BuiltIn("with jointkv, fp8 cache", fused=True, flags=(CACHE_DTYPE, "fp8")),

@@ -18,6 +18,7 @@ COUNTERS = {
     "licences_granted": "jointkv_licences_granted_total",
     "licences_lost": "jointkv_licences_lost_total",
 }
+HELD = "jointkv_licences.granted"
 PLAN_SECONDS = "jointkv_reuse_plan_seconds_total"
 
 
@@ -30,7 +31,7 @@ class Reuse(Record):
         audits: runs that were computed all the same and compared.
         audited_blocks, missed_blocks: of them, and how many of these were beyond the bounds.
         licences_granted, licences_lost: in this time.
-        licences: held at the end of those that audits have earned; a profile's are not counted until they are lost.
+        licences: held at the end, whether audits here have earned them or those of a profile.
         audits_until_licence: all since the server's start when its first licence was seen, which is granted here; at
             most those of one reading too many. None where none was granted, or one before.
         plan_seconds: spent on plans.
@@ -74,11 +75,11 @@ def reuse_of(pages: Sequence[Mapping[str, float]]) -> Reuse | None:
     if not any(_is(name, SKIPPED) for name in last):
         return None
     counts = {field: round(total(last, name) - total(first, name)) for field, name in COUNTERS.items()}
-    granted, lost = COUNTERS["licences_granted"], COUNTERS["licences_lost"]
+    granted = COUNTERS["licences_granted"]
     licensed = next((page for page in pages if total(page, granted)), None)
     return Reuse(
         **counts,
-        licences=max(0, round(total(last, granted) - total(last, lost))),
+        licences=round(total(last, HELD)),
         audits_until_licence=None
         if licensed is None or total(first, granted)
         else round(total(licensed, COUNTERS["audits"])),

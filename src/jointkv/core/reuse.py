@@ -98,16 +98,16 @@ class Run:
 
 
 class Runs:
-    """All runs of a prompt, found in O(n log n) from where its blocks are resident.
+    """All runs of a prompt, found in O(n) from where its blocks are resident.
 
     Args:
         slot, page, source: of `n` resident blocks with the tokens, position and isolation key of a block of the
-            prompt: that block's slot, the page, and the request it was computed in; int64 `[n]`. Of several pages of
-            one source at one slot the first counts.
+            prompt: that block's slot, in order, the page, and the request it was computed in; int64 `[n]`. Of several
+            pages of one source at one slot the first counts.
         wanted: bool `[n]`; runs begin and end with a block of these, and those without one are none. None: all are.
 
     Raises:
-        LayoutError: they differ in length.
+        LayoutError: they differ in length, or the slots are not in order.
     """
 
     def __init__(
@@ -116,12 +116,13 @@ class Runs:
         wanted = np.ones(len(slot), bool) if wanted is None else wanted
         if not len(slot) == len(page) == len(source) == len(wanted):
             raise LayoutError(f"{len(slot)} slots, {len(page)} pages and {len(source)} sources")
-        order = np.lexsort((slot, source))
+        if (slot[1:] < slot[:-1]).any():
+            raise LayoutError("slots out of order")
+        order = _grouped(source)
+        new = np.ones(len(order), bool)
+        new[1:] = (np.diff(source[order]) != 0) | (np.diff(slot[order]) != 0)
+        order = order[new]
         slot, page, source, wanted = slot[order], page[order], source[order], wanted[order]
-        same_source = source[1:] == source[:-1]
-        new = np.ones(len(slot), bool)
-        new[1:] = ~same_source | (slot[1:] != slot[:-1])
-        slot, page, source, wanted = slot[new], page[new], source[new], wanted[new]
         starts = np.ones(len(slot), bool)
         starts[1:] = (source[1:] != source[:-1]) | (slot[1:] != slot[:-1] + 1)
         (ends,) = np.nonzero(wanted)
@@ -203,6 +204,13 @@ class ReusePlan:
         """Stretches of computed slots before a reused one, in order; what comes behind the last is the tail."""
         last = max((stretch.stop for stretch in self.reused), default=0)
         return list(stretches(self.pages[:last] == COMPUTED))
+
+
+def _grouped(numbers: Integers) -> Integers:
+    """Indices that bring equal `numbers [n]` together and leave the order of equal ones."""
+    if len(numbers) and numbers.max() - numbers.min() < 2**16:
+        numbers = (numbers - numbers.min()).astype(np.uint16)  # sorted in linear time
+    return np.argsort(numbers, kind="stable")
 
 
 def stretches(mask: NDArray[np.bool_]) -> Iterator[range]:

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from itertools import repeat
+
+import numpy as np
+from numpy.typing import NDArray
 
 from jointkv.errors import IntegrityError
+
+Bucket = tuple[Hashable, int]
+"""Owner and place, all that blocks must have in common before they are compared: isolation key and layer group, and
+what `places` makes of position and text."""
+
+POSITION = np.int64(0x1B873593CC9E2D51)
+"""An odd number, so that no two positions of a text get the same place."""
+
+
+def places(hashes: NDArray[np.int64], positions: NDArray[np.int64]) -> list[int]:
+    """One number for position and text of each of `n` blocks; different ones are equal but for about 2^-64.
+
+    Args:
+        hashes: of their tokens, see `token_hashes`, `[n]`.
+        positions: `[n]`.
+    """
+    found: list[int] = (hashes + positions * POSITION).tolist()
+    return found
 
 
 class TokenIndex:
     """Resident pages by bucket, those that served last first.
 
-    A bucket names everything that blocks must have in common before they are compared: isolation key, layer group,
-    position and the hash of their tokens. Candidates are only candidates: K and V decide. For schedulers, which know
-    tokens and pages but not their content; where signatures of the content are at hand, see `ResidentIndex`.
+    Candidates are only candidates: tokens, or K and V, decide. For schedulers, which know tokens and pages but not
+    their content; where signatures of the content are at hand, see `ResidentIndex`.
     """
 
     def __init__(self) -> None:
-        self._pages: dict[Hashable, list[int]] = {}
-        self._buckets: dict[int, tuple[Hashable, ...]] = {}
+        self._pages: dict[Hashable, dict[int, list[int]]] = {}
+        self._buckets: dict[int, tuple[Bucket, ...]] = {}
 
     def __len__(self) -> int:
         return len(self._buckets)
@@ -25,41 +46,42 @@ class TokenIndex:
     def __contains__(self, page: int) -> bool:
         return page in self._buckets
 
-    def buckets(self, buckets: Iterable[Hashable]) -> list[Sequence[int]]:
-        """All resident pages of each of many buckets."""
-        pages = self._pages
-        return [pages.get(bucket, ()) for bucket in buckets]
+    def pages(self, owner: Hashable, places: Iterable[int]) -> list[Sequence[int]]:
+        """All resident pages of an owner at each of many places."""
+        return list(map(self._pages.get(owner, {}).get, places, repeat(())))  # type: ignore[arg-type]
 
-    def candidates(self, buckets: Sequence[Hashable], count: int) -> list[int]:
+    def candidates(self, buckets: Iterable[Bucket], count: int) -> list[int]:
         """At most `count` resident pages of `buckets`, each once."""
         found: dict[int, None] = {}
         for bucket in buckets:
-            found.update(dict.fromkeys(self._pages.get(bucket, ())))
+            found.update(dict.fromkeys(self._of(bucket)))
         return list(found)[:count]
 
-    def add(self, buckets: Sequence[Hashable], page: int) -> None:
+    def add(self, buckets: Iterable[Bucket], page: int) -> None:
         """Make `page` resident in `buckets`. Raises IntegrityError when it is already."""
         if page in self._buckets:
             raise IntegrityError("a page is added to the index twice")
         self._buckets[page] = tuple(dict.fromkeys(buckets))
-        for bucket in self._buckets[page]:
-            self._pages.setdefault(bucket, []).append(page)
+        for owner, place in self._buckets[page]:
+            self._pages.setdefault(owner, {}).setdefault(place, []).append(page)
 
     def prefer(self, page: int) -> None:
         """Offer `page` first from now on: it has just served a block."""
         for bucket in self._buckets.get(page, ()):
-            pages = self._pages[bucket]
+            pages = self._of(bucket)
             if pages[0] != page:
                 pages.remove(page)
                 pages.insert(0, page)
 
     def remove(self, page: int) -> None:
         """Forget `page`, for example because it is about to be written. Unknown pages are passed over."""
-        for bucket in self._buckets.pop(page, ()):
-            pages = self._pages[bucket]
-            pages.remove(page)
-            if not pages:
-                del self._pages[bucket]
+        for owner, place in self._buckets.pop(page, ()):
+            places = self._pages[owner]
+            places[place].remove(page)
+            if not places[place]:
+                del places[place]
+            if not places:
+                del self._pages[owner]
 
     def clear(self) -> None:
         """Forget everything."""
@@ -68,9 +90,14 @@ class TokenIndex:
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when pages and buckets disagree."""
-        listed = {(bucket, page) for bucket, pages in self._pages.items() for page in pages}
+        held = [((owner, place), pages) for owner, places in self._pages.items() for place, pages in places.items()]
+        listed = {(bucket, page) for bucket, pages in held for page in pages}
         known = {(bucket, page) for page, buckets in self._buckets.items() for bucket in buckets}
-        if listed != known or sum(map(len, self._pages.values())) != len(known):
+        if listed != known or sum(len(pages) for _, pages in held) != len(known):
             raise IntegrityError("a page is in a bucket it does not know of, twice, or missing")
-        if not all(self._pages.values()):
+        if not all(self._pages.values()) or not all(pages for _, pages in held):
             raise IntegrityError("an empty bucket was kept")
+
+    def _of(self, bucket: Bucket) -> list[int]:
+        owner, place = bucket
+        return self._pages.get(owner, {}).get(place, [])

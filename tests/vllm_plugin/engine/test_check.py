@@ -133,8 +133,8 @@ def test_a_foreign_class_on_top_of_ours_is_welcome() -> None:
 
 
 def test_an_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_check, "vllm_version", lambda: "0.33.0")
-    with pytest.raises(UnsupportedEngine, match=r"vLLM 0\.33\.0 was never run.*0\.32.*allow_untested"):
+    monkeypatch.setattr(engine_check, "vllm_version", lambda: "0.34.0")
+    with pytest.raises(UnsupportedEngine, match=r"vLLM 0\.34\.0 was never run.*0\.32.*allow_untested"):
         check(config())
     assert check(config(), allow_untested=True) == (0,)
     assert check(config(device_config__device_type="cuda"), allow_untested=True) == (0,)

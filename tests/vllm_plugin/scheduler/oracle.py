@@ -7,11 +7,13 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 from vllm.v1.request import Request, RequestStatus
 
 from jointkv.fusion.signature import token_hashes
+from jointkv.fusion.token_index import places
 from tests.vllm_plugin.scheduler.fake_worker import Block, Model, Runner, within_bounds
 
 ABORTED = "abort"
@@ -331,12 +333,11 @@ class Oracle:
                 continue
             self._indexed[page] = buckets, self.pages.generation[page]
             start = self.pages.text[page][0][0] // self.size
-            text = token_hashes(torch.tensor([token for _, token in self.pages.text[page]]), self.size).tolist()
-            for owner, _, slot, tokens in buckets:
-                assert [tokens] == text, "the index knows a page by another text"
-                if len(owner) == 3:  # an isolation key
+            text = token_hashes(torch.tensor([token for _, token in self.pages.text[page]]), self.size).numpy()
+            for (owner, _), place in buckets:
+                by_position = len(owner) == 3  # an isolation key
+                slot = start if by_position else start % (self.settings.chunk_tokens // self.size)
+                assert [place] == places(text, np.array([slot])), "the index knows a page by another text or position"
+                if by_position:
                     assert owner[0] == self.pages.salts[page], "the index knows a page by another salt"
-                    assert slot == start, "the index knows a page by another position"
-                else:
-                    assert slot == start % (self.settings.chunk_tokens // self.size)
         self._indexed = {page: self._indexed[page] for page in index}

@@ -10,14 +10,14 @@ changed is copied there, once for all layers, and where factors that have change
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import (
@@ -37,12 +37,15 @@ from jointkv.errors import LayoutError
 from jointkv.vllm_plugin.attention.backend import JointAttention, JointBuilder, JointMetadata
 from jointkv.vllm_plugin.attention.install import override
 from jointkv.vllm_plugin.engine.pages import PROBED_PAGE
+from jointkv.vllm_plugin.engine.uses import used
+
+is_quantized: Callable[[str], bool] = resolve_obj_by_qualname(used().QUANTIZED)
 
 
 def unsupported(config: Any) -> str | None:
     """What an engine's `VllmConfig` asks for that this backend cannot do; more is found once the model is loaded."""
     size, pages = config.model_config.get_head_size(), config.cache_config.cache_dtype
-    if is_quantized_kv_cache(pages):
+    if is_quantized(pages):
         return f"pages of {pages}"
     if size % 16 or size > gpu.MOST_SIZE or not TritonAttentionBackend.supports_head_size(size):
         return f"heads of {size}"
@@ -91,7 +94,7 @@ class JointGPUAttention(JointAttention, TritonAttentionImpl):
     def special(self, layer: Any) -> dict[str, bool]:
         """What Triton attention can do besides; and the kernels multiply numbers of one dtype."""
         return {
-            "fp8 and other quantized pages": is_quantized_kv_cache(self.kv_cache_dtype),
+            "fp8 and other quantized pages": is_quantized(self.kv_cache_dtype),
             "pages of another dtype than the model's": layer.kv_cache.dtype != layer.dtype,
             "chunked local attention": self.chunk_lookback != -1,
             "images that are read in both directions": layer.use_mm_prefix,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -67,3 +68,15 @@ def send_ahead(scheduler: Scheduler, helpers: Mapping[str, Sequence[Request]]) -
     scheduler.waiting.remove_requests(line)
     for request in line:
         scheduler.waiting.add_request(request)
+
+
+@contextmanager
+def without(scheduler: Scheduler, requests: Sequence[Request]) -> Iterator[None]:
+    """Inside, `requests`, the last ones in the line, are not in it, so that a step does not even look at them."""
+    if requests:
+        scheduler.waiting.remove_requests(requests)
+    try:
+        yield
+    finally:
+        for request in requests:
+            scheduler.waiting.add_request(request)

@@ -17,6 +17,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from jointkv.errors import UnsupportedEngine
+from jointkv.vllm_plugin.engine.line import without
 from jointkv.vllm_plugin.settings import PluginSettings
 
 
@@ -37,8 +38,8 @@ class JointScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Send helpers ahead, then schedule as vLLM does."""
-        self._side.prepare(self)
-        output = super().schedule(throttle_prefills)
+        with without(self, self._side.prepare(self) or ()):
+            output = super().schedule(throttle_prefills)
         self._count_as_one(output)
         return output
 

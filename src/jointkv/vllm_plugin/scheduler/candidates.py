@@ -6,8 +6,10 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from jointkv.fusion.token_index import Bucket, places
 from jointkv.vllm_plugin.engine.steps import pages_to_write
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.metrics import Statistics
@@ -33,7 +35,7 @@ class Member:
     group: int
     slot: int
     page: int
-    buckets: tuple[Hashable, ...]
+    buckets: tuple[Bucket, ...]
     candidates: list[int]
     fuses: bool = True
     audit: Audit | None = None
@@ -142,12 +144,12 @@ class Candidates:
             self._statistics.add("blocks_considered")
             named = [] if audit is None else audit.pages.get(slot, [])
             # By now a page that was named may be resident with other text.
-            (same,) = self.residents.index.buckets(member.buckets[:1])
+            same = self.residents.index.candidates(member.buckets[:1], len(self._written))
             known = [page for page in same if page in named]
             member.candidates = known or self.residents.index.candidates(member.buckets, self._settings.max_candidates)
             member.audit = audit if member.candidates else None
 
-    def _new_blocks(self, output: SchedulerOutput) -> Iterator[tuple[TrackedRequest, int, int, tuple[Hashable, ...]]]:
+    def _new_blocks(self, output: SchedulerOutput) -> Iterator[tuple[TrackedRequest, int, int, tuple[Bucket, ...]]]:
         """Request, group, slot and buckets of blocks that count as looked at from now on."""
         budget = self._settings.max_blocks_per_step
         for request_id, scheduled in output.num_scheduled_tokens.items():
@@ -169,16 +171,16 @@ class Candidates:
                 tracked.next_slot = end
                 self._statistics.add("isolation_refusals", len(slots))
                 continue
-            tracked.next_slot, hashes = end, tracked.hashes(end)
-            for slot in slots:
+            tracked.next_slot = end
+            for slot, *at in zip(slots, *self._places(tracked, np.array(slots)), strict=True):
                 for group in self._groups:
-                    yield tracked, group, slot, self._buckets(tracked, group, slot, hashes[slot])
+                    yield tracked, group, slot, tuple(((owner, group), place) for owner, place in at)
 
-    def _buckets(self, tracked: TrackedRequest, group: int, slot: int, tokens: int) -> tuple[Hashable, ...]:
-        buckets: list[Hashable] = []
+    def _places(self, tracked: TrackedRequest, slots: NDArray[np.int64]) -> Iterator[list[tuple[Hashable, int]]]:
+        """For each scope that counts, whose pages may serve the blocks `slots [n]`, and at which place each."""
+        hashes = tracked.hashes(int(slots.max()) + 1)[slots]
         if self._settings.scope != "chunk":
-            buckets.append((tracked.isolation, group, slot, tokens))
+            yield [(tracked.isolation, place) for place in places(hashes, slots)]
         if self._settings.scope != "batch":
             owner = tracked.request.request_id, tracked.epoch
-            buckets.append((owner, group, slot % self._chunk_blocks, tokens))
-        return tuple(buckets)
+            yield [(owner, place) for place in places(hashes, slots % self._chunk_blocks)]

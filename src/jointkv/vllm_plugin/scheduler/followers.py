@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 from vllm.v1.request import RequestStatus
 
 from jointkv.core.reuse import Integers, stretches
@@ -38,7 +37,7 @@ class Followers:
         """`tracked` computes its prompt from this step on, if nothing but the pool can keep it from it."""
         if tracked.request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
             blocks = tracked.request.num_prompt_tokens // tracked.block_size
-            self._donors[tracked.request.request_id] = tracked, np.array(tracked.hashes(blocks)[:blocks], np.int64)
+            self._donors[tracked.request.request_id] = tracked, tracked.hashes(blocks)[:blocks]
 
     def follows(self, tracked: TrackedRequest, end: int, resident: int) -> bool:
         """Whether `tracked` is held, because most of its blocks before `end` are being computed.
@@ -46,7 +45,7 @@ class Followers:
         Args:
             resident: blocks of the longest run that is resident by now.
         """
-        name, text = tracked.request.request_id, np.array(tracked.hashes(end)[:end], np.int64)
+        name, text = tracked.request.request_id, tracked.hashes(end)[:end]
         for donor, its in self._donors.values():
             if donor.isolation != tracked.isolation or donor is tracked:
                 continue

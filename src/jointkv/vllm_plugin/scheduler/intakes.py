@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 from vllm.v1.request import Request
 
-from jointkv.core.reuse import ReusePlan, Run, Runs
+from jointkv.core.reuse import Integers, ReusePlan, Run, Runs
 from jointkv.policy.reuse import Search
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 
@@ -36,6 +37,7 @@ class Intake:
 
     Attributes:
         runs: of which too little is known without their entry blocks.
+        resident: slots that may be reused, int64 `[n]`.
         end: the slot behind the last one that may be reused; one token at least is computed.
         plan: what is decided so far.
         search: where the next entry block is looked for.
@@ -45,10 +47,12 @@ class Intake:
         covered: blocks that were found or that helpers have computed.
         asked: whether its entry block is being compared.
         helped: tokens that helpers have computed.
+        begun: whether its turn has come.
     """
 
     tracked: TrackedRequest
     runs: Runs
+    resident: Integers
     end: int
     plan: ReusePlan
     search: Search
@@ -58,8 +62,15 @@ class Intake:
     covered: int = 0
     asked: bool = False
     helped: int = 0
+    begun: bool = False
 
     @property
     def needs(self) -> int:
         """Blocks that the request is to find when it starts."""
         return max((stretch.stop for stretch in self.plan.reused), default=0)
+
+    @property
+    def ahead(self) -> int:
+        """Tokens still to be computed before its first answer, if all that is undecided is reused."""
+        blocks = self.covered + int(np.count_nonzero(self.resident >= self.covered)) - (self.entry is not None)
+        return self.tracked.request.num_tokens - blocks * self.tracked.block_size

@@ -75,7 +75,7 @@ class TrackedRequest:
     audit: Audit | None = None
     tried: bool = False
     planned: int | None = None
-    _hashes: list[int] = field(default_factory=list, repr=False)
+    _hashes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
     _standing: Echoes = field(default_factory=lambda: np.zeros(0, np.uint64), repr=False)
     _tokens: NDArray[np.int32] | None = field(default=None, repr=False)
 
@@ -85,12 +85,13 @@ class TrackedRequest:
         self.next_slot, self.late = kept, []
         self.served = {(group, slot) for group, slot in self.served if slot < kept}
 
-    def hashes(self, end: int) -> list[int]:
+    def hashes(self, end: int) -> NDArray[np.int64]:
         """Hashes of the tokens of each block, of at least the first `end`, which must be full of known tokens."""
         known = len(self._hashes)
         if end > known:
             tokens = self.request.all_token_ids[known * self.block_size : end * self.block_size]
-            self._hashes += token_hashes(torch.tensor(tokens), self.block_size).tolist()
+            new = token_hashes(torch.tensor(tokens), self.block_size).numpy()
+            self._hashes = np.concatenate([self._hashes, new])
         return self._hashes
 
     def tokens(self, first: int, end: int) -> NDArray[np.int32]:

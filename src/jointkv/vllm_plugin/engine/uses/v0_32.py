@@ -141,6 +141,10 @@ CPU_ATTENTION = (
     Use(f"{BACKENDS}.cpu_attn:CPUAttentionMetadataBuilder", "vllm_config layer_names", "build"),
     Use(f"{BACKENDS}.cpu_attn:CPUAttentionBackend", "get_impl_cls() get_builder_cls()"),
 )
+QUANTIZED = "vllm.utils.torch_utils.is_quantized_kv_cache"
+"""Whether pages are of 8 or 4 bits, by the name of their dtype."""
+
+QUANTIZED_PAGES = Use(QUANTIZED.rpartition(".")[0], "is_quantized_kv_cache(_)")
 GPU_ATTENTION = (
     *ANY_ATTENTION,
     Use(f"{BACKENDS}.registry:AttentionBackendEnum", "CUSTOM"),
@@ -149,7 +153,7 @@ GPU_ATTENTION = (
     Use("vllm.config.attention:AttentionConfig", "backend_per_kind"),
     Use("vllm.v1.kv_cache_interface:KVCacheSpecKind", "FULL_ATTENTION"),
     Use("vllm.v1.kv_cache_interface:KVCacheLayout", "LBHNC BLHNC"),
-    Use("vllm.utils.torch_utils", "is_quantized_kv_cache(_)"),
+    QUANTIZED_PAGES,
     Use("vllm.model_executor.layers.attention.attention:Attention", "use_mm_prefix"),
     Use(
         f"{BACKENDS}.triton_attn:TritonAttentionMetadata",
