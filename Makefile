@@ -64,9 +64,10 @@ test: setup
 	$(BIN)/jointkv model fetch smollm2
 	$(BIN)/pytest $(QUICK)
 
-test-slow: setup
+test-slow: setup setup-vllm
 	$(BIN)/jointkv model fetch smollm2
 	$(BIN)/pytest -m "slow and not gpu"
+	$(VLLM_BIN)/pytest -m "slow and not gpu" $(ENGINE_TESTS)
 
 test-vllm: setup-vllm
 	$(VLLM_BIN)/jointkv model fetch smollm2

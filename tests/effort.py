@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, settings
 MACHINE_STEPS = int(os.environ.get("JOINTKV_TEST_STEPS", "3000"))
 """Steps of every state machine: 100,000 with `make nightly`."""
 
+FIRST_SEED = int(os.environ.get("JOINTKV_TEST_SEED", "0"))
+"""Of tests that try one seed after the other."""
+
 FUZZ_EXAMPLES = int(os.environ.get("JOINTKV_FUZZ_EXAMPLES", "200"))
 """Inputs for every parser: 20,000 with `make fuzz`."""
 

@@ -61,7 +61,7 @@ def test_vllm_options_go_through_untouched(wheels: set[str]) -> None:
     assert command[3 : 3 + len(given)] == given
     assert command[-2:] == ["--worker-cls", "jointkv.vllm_plugin.worker.cpu.JointCPUWorker"]
     assert command[command.index("--scheduler-cls") + 1] == "jointkv.vllm_plugin.engine.scheduler.JointScheduler"
-    assert fusion(command) == {"scope": "both", "reuse": "licensed"}
+    assert fusion(command) == {"scope": "both", "reuse": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_options_of_the_plugin(wheels: set[str], tmp_path: Path, monkeypatch: py
         (["--min-pool-usage", "1.5"], "min_pool_usage"),
         (["--profile", "missing.json"], "missing.json"),
         (["--max-relative-error", "0.1,0.2"], "layer"),
-        (["--reuse", "always"], "'off', 'licensed' or 'probed'"),
+        (["--reuse", "always"], "'off', 'auto', 'licensed' or 'probed'"),
         (["--reuse-miss-rate", "0"], "reuse_miss_rate"),
         (["--reuse-miss-rate", "1"], "reuse_miss_rate"),
         (["--fuse", "reuse_confidence=1"], "reuse_confidence"),
@@ -168,7 +168,7 @@ def test_options_of_reuse(wheels: set[str]) -> None:
 def test_a_profile_without_evidence_of_reuse_serves_with_reuse(wheels: set[str], tmp_path: Path) -> None:
     make_profile((0.2,)).save(tmp_path / "profile.json")
     command = plain("own/model", "--profile", str(tmp_path / "profile.json"))
-    assert fusion(command)["reuse"] == "licensed"
+    assert fusion(command)["reuse"] == "auto"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_the_server_takes_the_place_of_this_process(started: list[list[str]]) ->
     assert all(command[1:4] == ["-P", "-m", "jointkv.vllm_plugin.server"] for command in started)
     assert [json.loads(command[4]) for command in started] == [
         {"options": {"enabled": False}, "device": "auto"},
-        {"options": {"reuse": "licensed"}, "device": "gpu"},
+        {"options": {"reuse": "auto"}, "device": "gpu"},
         {"options": None, "device": "auto"},
         {"options": None, "device": "auto"},
     ]

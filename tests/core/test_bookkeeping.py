@@ -1,5 +1,8 @@
 """What outlives a forward pass can be changed after it, and holds no graph."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -28,3 +31,11 @@ def test_products_are_not_rounded_by_autocast(dtype):
         assert torch.matmul(left, right).dtype == dtype
         assert product(left, right).dtype == torch.float32
         assert torch.is_autocast_enabled("cpu")
+
+
+def test_what_runs_without_a_model_imports_no_compiler():
+    """It takes a second, and transformers alone needs it."""
+    modules = ("core.table", "fusion.fuser", "fusion.resident", "theory.licence", "attention.paged", "cli.main")
+    imports = ", ".join(f"jointkv.{name}" for name in modules)
+    command = [sys.executable, "-c", f"import sys, {imports}; print('torch._dynamo' in sys.modules)"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "False"

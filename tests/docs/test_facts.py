@@ -52,10 +52,9 @@ def test_options_and_their_defaults() -> None:
 
 def test_every_metric_is_explained() -> None:
     literals = constants()
-    counters, workers, reasons, left_alone, states, licences = (
-        literals[name] for name in ("COUNTERS", "WORKER_COUNTERS", "REASONS", "LEFT_ALONE", "STATES", "LICENCE_STATES")
-    )
-    assert isinstance(left_alone, dict)
+    named_constants = ("COUNTERS", "WORKER_COUNTERS", "REASONS", "LEFT_ALONE", "NO_REUSE", "STATES", "LICENCE_STATES")
+    counters, workers, reasons, left_alone, no_reuse, states, licences = (literals[name] for name in named_constants)
+    assert isinstance(left_alone, dict) and isinstance(no_reuse, dict)
     assert isinstance(counters, dict) and isinstance(workers, dict)
     assert isinstance(reasons, dict) and isinstance(states, tuple) and isinstance(licences, tuple)
     page = (DOCS / "metrics.md").read_text()
@@ -64,14 +63,14 @@ def test_every_metric_is_explained() -> None:
         "jointkv_blocks_rejected_total",
         "jointkv_requests_left_alone_total",
     }
-    expected |= {"jointkv_pages_shared", "jointkv_relative_error", "jointkv_state"}
+    expected |= {"jointkv_pages_shared", "jointkv_relative_error", "jointkv_state", "jointkv_no_reuse"}
     expected |= {"jointkv_licences", "jointkv_licence_state", "jointkv_licence_limit", "jointkv_licence_allowed"}
     assert {name for name in named if name.startswith("jointkv_")} == expected
     assert expected >= set(re.findall(r'"(jointkv_\w+[a-z])"', METRICS.read_text())) - {
         "jointkv_blocks_rejected",
         "jointkv_requests_left_alone",
     }
-    assert set(reasons) | set(left_alone) | set(states) | set(licences) <= named
+    assert set(reasons) | set(left_alone) | set(no_reuse) | set(states) | set(licences) <= named
     for name, text in reasons.items():
         assert f"| `{name}` | {text} |" in page
 

@@ -44,6 +44,26 @@ def test_attention_is_restored_when_a_forward_pass_breaks_off(fault):
     assert attentions(model) == {"sdpa"}
 
 
+@pytest.mark.parametrize("pass_after", ["without a cache", "in another pool"])
+def test_attention_is_restored_by_the_next_forward_pass_after_an_interrupt(pass_after):
+    """No hook of torch is called then."""
+    model, pool = joint("llama", "off")
+    interrupt = model.model.layers[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        step(model, JointCache(pool), prompts(2)[0])
+    interrupt.remove()
+    step(model, None if pass_after == "without a cache" else JointCache(JointPool(model)), prompts(2)[0])
+    assert attentions(model) == {"sdpa"}
+
+
+def test_attention_that_was_chosen_after_an_interrupt_stays():
+    model, pool = joint("llama", "off")
+    pool.attention.on()
+    model.set_attn_implementation("eager")
+    step(model, JointCache(pool), prompts(2)[0])
+    assert attentions(model) == {"eager"}
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_continuous_batching_serves_a_model_that_has_a_pool():
     model, pool = joint("llama", "safe", attention="sdpa")

@@ -32,7 +32,8 @@ def _vllm_environment() -> Iterator[None]:
 
     # vLLM binds no threads of an engine inside the test's own process; two that share a busy core wait for each other.
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
+    # vLLM compiles some functions also where it runs eagerly; for a few tokens that takes longest.
+    with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, os.environ.get(name, value))
         if "PYTEST_XDIST_WORKER" in os.environ:  # else all processes would be bound to one core

@@ -51,6 +51,11 @@ def test_without_reuse_there_are_no_licences(metrics: JointPromMetrics, registry
     assert not [series for metric in registry.collect() for series in metric.samples if "licence_" in series.name]
 
 
+def test_why_an_engine_cannot_reuse(metrics: JointPromMetrics, registry: CollectorRegistry) -> None:
+    metrics.observe({"no_reuse": "kv_cache_groups"}, 1)
+    assert [shown(registry, "jointkv_no_reuse", reason=reason) for reason in ("kv_cache_groups", "scheduler")] == [1, 0]
+
+
 def test_the_latest_report_of_licences_counts() -> None:
     total = JointStats({"licences": licences()})
     total.aggregate(JointStats({"counters": {"reuse_audits": 1}}))

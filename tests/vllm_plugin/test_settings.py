@@ -80,7 +80,9 @@ def test_a_wrong_value_names_its_option(options: dict[str, Any], named: str) -> 
 def test_what_reuse_does_not_go_with(reuse: str, options: dict[str, Any], cause: str) -> None:
     with pytest.raises(BadInput, match=cause):
         PluginSettings.parse({"reuse": reuse, **options})
-    assert not PluginSettings.parse({"reuse": "off", **options}).reuses
+    for least in ("off", "auto"):
+        settings = PluginSettings.parse({"reuse": least, **options})
+        assert not settings.reuses and settings.with_reuse_decided(possible=True).reuse == "off"
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,13 @@ def test_what_reuse_does_not_go_with(reuse: str, options: dict[str, Any], cause:
 def test_within_a_bound_of_zero_nothing_is_reused(options: dict[str, Any], reuses: bool) -> None:
     assert PluginSettings.parse({"reuse": "licensed", **options}).reuses is reuses
     assert ("scheduler_cls" in engine_args(reuse="licensed", **options)) is reuses
+
+
+def test_the_engine_decides_where_nobody_has_asked() -> None:
+    settings = PluginSettings.parse({"reuse": "auto"})
+    assert settings.reuses and "scheduler_cls" in engine_args(reuse="auto")
+    assert [settings.with_reuse_decided(possible).reuse for possible in (True, False)] == ["licensed", "off"]
+    assert PluginSettings.parse({"reuse": "probed"}).with_reuse_decided(possible=True).reuse == "probed"
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan")])

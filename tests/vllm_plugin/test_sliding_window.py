@@ -38,13 +38,15 @@ def write_windowed(folder: Path) -> Path:
     return folder
 
 
-def test_tables_of_windows_are_no_fault(tmp_path: Path) -> None:
+def test_tables_of_windows_are_no_fault_and_nothing_is_reused(tmp_path: Path) -> None:
     """Windows give pages back while the request runs, which workers need not hear of."""
-    with engine(write_windowed(tmp_path), fusion=LOSSY) as served:
+    with engine(write_windowed(tmp_path), fusion={**LOSSY, "reuse": "auto"}) as served:
+        assert served.side.report().data["no_reuse"] == "kv_cache_groups"
         for prompt in near_prefix(3, shared=8 * WINDOW):
             served.submit(prompt, WINDOW)
             served.step()
         served.finish()
         assert len(served.side.tables.groups) > 1, "the model has windows"
-        assert served.statistics["blocks_merged"] > 0 and served.side.recovery.cause is None
+        assert served.statistics["blocks_merged"] > 0 and served.statistics["reuse_plan_seconds"] == 0
+        assert served.side.recovery.cause is None
         served.assert_drained()

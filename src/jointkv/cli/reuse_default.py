@@ -10,7 +10,8 @@ from jointkv.errors import BadInput
 if TYPE_CHECKING:
     from jointkv.vllm_plugin.settings import PluginSettings
 
-DEFAULT = "licensed"
+DEFAULT = "auto"
+ASKED = "licensed"  # where another option of reuse is given
 # Written with any prefix that is still unique, and perhaps with underscores.
 FLAGS = {
     "--no-enable-pre": "reuse finds pages by vLLM's prefix cache",
@@ -31,8 +32,8 @@ def with_reuse(options: Mapping[str, Any], arguments: Sequence[str]) -> tuple[di
     """
     from jointkv.vllm_plugin.settings import PluginSettings
 
-    asked = any(name.startswith("reuse") for name in options)
-    wanted = {"reuse": DEFAULT, **options}
+    asked = any(name.startswith("reuse") for name in options) and options.get("reuse") != DEFAULT
+    wanted = {"reuse": ASKED if asked else DEFAULT, **options}
     settings = PluginSettings.parse(wanted if asked else dict(options))
     flag = _obstacle_in(arguments)
     if not settings.enabled or wanted["reuse"] == "off":

@@ -63,7 +63,7 @@ def serve(
     reuse: str | None = typer.Option(
         None,
         help="Do not compute prompt text that is resident. licensed: where audits allow it; probed: where a first "
-        "block does; off. Default licensed, or off where other options leave no room for it.",
+        "block does; auto: licensed, or off where model or other options leave no room for it; off. Default auto.",
     ),
     reuse_miss_rate: float | None = typer.Option(
         None, help="Share of reused blocks that may be beyond the bounds, above 0 and below 1. Default 0.02."

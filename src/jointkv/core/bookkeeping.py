@@ -16,22 +16,23 @@ AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 def bookkeeping(method: Callable[P, R]) -> Callable[P, R]:
-    """Run `method` outside inference mode, autocast and compiled graphs, and without gradients.
+    """Run `method` outside inference mode and autocast, and without gradients.
 
     A tensor made in `torch.inference_mode()` cannot be changed in place outside of it, but a pool outlives the
-    forward pass that made it; nothing that the cache holds may keep an autograd graph alive; errors that are compared
-    with bounds are not to be rounded by `torch.autocast`; and `torch.compile` would follow tables that change with
-    every token.
+    forward pass that made it; nothing that the cache holds may keep an autograd graph alive; and errors that are
+    compared with bounds are not to be rounded by `torch.autocast`. What a compiled model calls is kept out of its
+    graphs where it calls it: torch's compiler takes a second to import.
     """
 
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         autocast = [device for device in AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
+        if not (autocast or torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
+            return method(*args, **kwargs)  # as in most calls: what calls it is wrapped as well
         with torch.inference_mode(False), torch.no_grad(), _without(autocast) if autocast else nullcontext():
             return method(*args, **kwargs)
 
-    disabled: Callable[P, R] = torch.compiler.disable(wrapped)
-    return disabled
+    return wrapped
 
 
 @contextmanager

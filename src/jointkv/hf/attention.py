@@ -88,9 +88,10 @@ class AttentionSwitch:
             self._config._attn_implementation, self._switched = ATTENTION_NAME, True
 
     def off(self) -> None:
-        """After it."""
-        if self._switched:
-            self._config._attn_implementation, self._switched = "sdpa", False
+        """After it; what somebody else has set meanwhile stays."""
+        if self._switched and self.reads_pages:
+            self._config._attn_implementation = "sdpa"
+        self._switched = False
 
 
 def register_attention() -> None:

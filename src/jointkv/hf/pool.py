@@ -17,8 +17,7 @@ from jointkv.core.plan import FusionPlan
 from jointkv.core.pool import BlockPool
 from jointkv.errors import InvalidPolicy, UnsupportedModel, UnsupportedUse
 from jointkv.fusion.fuser import Fuser
-from jointkv.hf.attention import AttentionSwitch
-from jointkv.hf.hooks import attach_hooks
+from jointkv.hf.hooks import attach_hooks, attention_of
 from jointkv.hf.identity import Weights, full_attention_layers, model_identity, weights_mark
 from jointkv.hf.reuse import Reuse, ReuseOptions
 from jointkv.hf.states import check_states, widest_dtype
@@ -102,7 +101,6 @@ class JointPool:
         self._model = weakref.ref(model)
         self.weights = Weights.of(model)
         self.dtype, self.device = model.dtype, model.device
-        self.attention = AttentionSwitch(self.config)
         self.blocks: BlockPool | None = None
         self.fusers: dict[str, Fuser] = {}
         self._bound_in_force()
@@ -113,7 +111,9 @@ class JointPool:
         self._counters = Counter(blocks_considered=0, blocks_fused=0, pages_freed=0)
         self.seconds_fusing = 0.0
         self._next_sequence = 0
-        self._decoder = weakref.ref(attach_hooks(model))
+        decoder = attach_hooks(model)
+        self.attention = attention_of(decoder)
+        self._decoder = weakref.ref(decoder)
 
     @property
     def fingerprint(self) -> str:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from jointkv.errors import UnsupportedEngine
-from jointkv.vllm_plugin.engine.check import check_engine
+from jointkv.vllm_plugin.engine.check import check_engine, reuse_obstacle
 from jointkv.vllm_plugin.engine.groups import LayerGroupManager, LayerGroupSpec, register
 from jointkv.vllm_plugin.engine.opt_out import RequestCheck
 from jointkv.vllm_plugin.engine.runners import RUNNERS, runner_of
@@ -27,6 +28,8 @@ from jointkv.vllm_plugin.scheduler.side import SchedulerSide
 from jointkv.vllm_plugin.settings import PluginSettings
 from jointkv.vllm_plugin.worker.mixin import RemappingWorker
 from jointkv.vllm_plugin.worker.side import WorkerSide
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class JointConnector(KVConnectorBase_V1, SupportsHMA):
@@ -42,8 +45,10 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self.settings = PluginSettings.parse(self._kv_transfer_config.kv_connector_extra_config)
-        self.groups = check_engine(vllm_config, kv_cache_config, self.settings, PARTS)
+        settings = PluginSettings.parse(self._kv_transfer_config.kv_connector_extra_config)
+        self.groups = check_engine(vllm_config, kv_cache_config, settings, PARTS)
+        self._no_reuse = reuse_obstacle(vllm_config, kv_cache_config) if settings.reuse == "auto" else None
+        self.settings = settings.with_reuse_decided(self._no_reuse is None)
         register()  # vLLM makes its block tables after this
         self._at_scheduler = role == KVConnectorRole.SCHEDULER
 
@@ -74,6 +79,9 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         ranks = self._vllm_config.parallel_config.world_size
         batches = self._vllm_config.max_concurrent_batches
         self.scheduler = SchedulerSide(self.settings, kv_cache_manager, self.groups, ranks, batches)
+        if self._no_reuse is not None:
+            logger.info("jointkv serves without reuse: %s", self._no_reuse.why)
+            self.scheduler.statistics.no_reuse = self._no_reuse.reason
 
     def on_new_request(self, request: Request) -> None:
         """See `SchedulerSide.admit`."""

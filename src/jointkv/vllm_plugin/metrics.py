@@ -54,6 +54,12 @@ LEFT_ALONE = {
     "pool_usage": "less of the KV pool than min_pool_usage was in use while it ran",
 }
 """Why a request shared nothing without being tried."""
+NO_REUSE = {
+    "scheduler": "the scheduler is another class",
+    "prefix_caching": "prefix caching is off",
+    "kv_cache_groups": "the model has several KV-cache groups, such as sliding windows beside full attention",
+}
+"""What keeps an engine from reuse where nobody has switched it off."""
 REPORT_EVERY = 64
 """Steps between two full reports."""
 REASONS = {
@@ -67,7 +73,7 @@ REASONS = {
 ERROR_BUCKETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0)
 READERS = ("1", "2", "3-4", "5-8", "9-16", "17+")
 STATES = ("inert", "active", "recovering", "disabled", "off")
-GAUGES = ("shared", "state", "licences")
+GAUGES = ("shared", "state", "licences", "no_reuse")
 LICENCE_STATES = ("earning", "granted", "lost")
 
 
@@ -127,9 +133,14 @@ class JointStats(KVConnectorStats):
 
 
 class Statistics:
-    """Totals since the start, and what is new since the last report."""
+    """Totals since the start, and what is new since the last report.
+
+    Attributes:
+        no_reuse: why the engine cannot reuse, one of `NO_REUSE`; None where it can or need not.
+    """
 
     def __init__(self) -> None:
+        self.no_reuse: str | None = None
         self._totals: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
@@ -184,6 +195,8 @@ class Statistics:
             for count, number in shared.items():
                 pages[readers_of(count)] += number
             data["shared"] = {label: pages[label] for label in READERS}
+            if self.no_reuse is not None:
+                data["no_reuse"] = self.no_reuse
         if licences is not None:
             data["licences"] = licences
         self._reported, self._reported_rejected, self._errors = Counter(self._totals), Counter(self._rejected), []
@@ -237,6 +250,12 @@ class JointPromMetrics(KVConnectorPromMetrics):
             labelnames=[*labelnames, "readers"],
         )
         self._shared = {readers: self._per_engine(shared, readers) for readers in READERS}
+        no_reuse = self._gauge_cls(
+            "jointkv_no_reuse",
+            _by_reason("1 where the engine cannot reuse", NO_REUSE),
+            labelnames=[*labelnames, "reason"],
+        )
+        self._no_reuse = {reason: self._per_engine(no_reuse, reason) for reason in NO_REUSE}
         state = self._gauge_cls(
             "jointkv_state",
             "1 for the present state. inert: nothing was ever considered; recovering: off for a while after an error; "
@@ -295,6 +314,8 @@ class JointPromMetrics(KVConnectorPromMetrics):
         if "state" in transfer_stats_data:
             for name, per_engine in self._state.items():
                 per_engine[engine_idx].set(float(name == transfer_stats_data["state"]))
+        if "no_reuse" in transfer_stats_data:
+            self._no_reuse[transfer_stats_data["no_reuse"]][engine_idx].set(1)
         if "licences" in transfer_stats_data:
             self._show(transfer_stats_data["licences"], self.per_engine_labelvalues[engine_idx])
 
@@ -308,10 +329,13 @@ class JointPromMetrics(KVConnectorPromMetrics):
                 self._licence_state.labels(*engine, run_class, state).set(float(state == present))
 
     def _by_reason(self, name: str, meaning: str, reasons: dict[str, str]) -> dict[str, dict[int, Any]]:
-        text = f"{meaning}, by reason: " + "; ".join(f"{reason}: {why}" for reason, why in reasons.items())
-        counter = self._counter_cls(name, text, labelnames=[*self._labelnames, "reason"])
+        counter = self._counter_cls(name, _by_reason(meaning, reasons), labelnames=[*self._labelnames, "reason"])
         return {reason: self._per_engine(counter, reason) for reason in reasons}
 
     def _per_engine(self, metric: PromCounter | Gauge | Histogram, *labels: str) -> dict[int, Any]:
         values = {engine: [*values, *labels] for engine, values in self.per_engine_labelvalues.items()}
         return create_metric_per_engine(metric, values)
+
+
+def _by_reason(meaning: str, reasons: dict[str, str]) -> str:
+    return f"{meaning}, by reason: " + "; ".join(f"{reason}: {why}" for reason, why in reasons.items())

@@ -46,8 +46,9 @@ class PluginSettings(BaseModel):
         reuse: text that is resident is not computed. `"off"`: it is, and fused after. `"licensed"`: only where audits
             have shown that of reused blocks at most `reuse_miss_rate` are beyond the bounds; until then, and for ever
             at `reuse_audit_rate`, requests are computed and compared. `"probed"`: without that limit, by the entry
-            blocks of runs and by witnesses alone. With `max_relative_error` 0 nothing is reused: that two blocks are
-            equal cannot be known before they are computed.
+            blocks of runs and by witnesses alone. `"auto"`: `"licensed"` where options and engine leave room for it,
+            else off, with a line in the log and in `/metrics`; the others are refused there. With `max_relative_error`
+            0 nothing is reused: that two blocks are equal cannot be known before they are computed.
         reuse_miss_rate: share of reused blocks that may be beyond the bounds, in (0, 1).
         reuse_confidence: of the limit on that share, at all times together, in (0, 1).
         reuse_audit_rate: share of requests that could reuse and are computed and compared all the same, in (0, 1].
@@ -78,7 +79,7 @@ class PluginSettings(BaseModel):
     isolation: Literal["salt", "strict"] = "salt"
     attention: Literal["engine", "auto", "shared"] = "engine"
     own_norms: bool = False
-    reuse: Literal["off", "licensed", "probed"] = "off"
+    reuse: Literal["off", "auto", "licensed", "probed"] = "off"
     reuse_miss_rate: float = Field(default=0.02, gt=0.0, lt=1.0)
     reuse_confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
     reuse_audit_rate: float = Field(default=0.02, gt=0.0, le=1.0)
@@ -111,14 +112,20 @@ class PluginSettings(BaseModel):
             name = ".".join(str(part) for part in problem["loc"])
             raise BadInput(f"jointkv: option {name}: {problem['msg']}, got {shown(problem['input'])}") from None
         settings.policy()
-        if settings.reuse != "off" and settings.reuse_obstacle is not None:
+        if settings.reuse not in ("off", "auto") and settings.reuse_obstacle is not None:
             raise BadInput(f"jointkv: reuse={settings.reuse} does not go with {settings.reuse_obstacle}; set reuse=off")
         return settings
 
     @property
     def reuses(self) -> bool:
         """Whether anything may be reused before it is computed."""
-        return self.enabled and self.reuse != "off" and not self.only_equal
+        return self.enabled and self.reuse != "off" and not self.only_equal and self.reuse_obstacle is None
+
+    def with_reuse_decided(self, possible: bool) -> Self:
+        """Without `"auto"`: where the engine leaves room for reuse, and where it does not."""
+        if self.reuse != "auto":
+            return self
+        return self.model_copy(update={"reuse": "licensed" if possible and self.reuses else "off"})
 
     @property
     def only_equal(self) -> bool:

@@ -19,6 +19,7 @@ from jointkv.vllm_plugin.connector import PARTS
 from jointkv.vllm_plugin.engine import check as engine_check
 from jointkv.vllm_plugin.engine.scheduler import JointScheduler
 from jointkv.vllm_plugin.engine.uses import is_tested, vllm_version
+from jointkv.vllm_plugin.metrics import NO_REUSE
 from jointkv.vllm_plugin.settings import PluginSettings
 from tests.vllm_plugin.engines import engine, released_at_exit
 
@@ -117,7 +118,11 @@ def test_reuse_in_engines_that_it_was_not_written_for(changes: dict[str, Any], h
     for reuse in ("licensed", "probed"):
         with pytest.raises(UnsupportedEngine, match=cause):
             check(config(**changes), held, reuse=reuse)
-    assert check(config(**changes), held) == (len(held.kv_cache_groups) - 1,)
+    for reuse in ("off", "auto"):
+        assert check(config(**changes), held, reuse=reuse) == (len(held.kv_cache_groups) - 1,)
+    obstacle = engine_check.reuse_obstacle(config(**changes), held)
+    assert obstacle is not None and obstacle.reason in NO_REUSE
+    assert engine_check.reuse_obstacle(config(), groups(FULL)) is None
 
 
 def test_a_foreign_class_on_top_of_ours_is_welcome() -> None:
@@ -151,10 +156,10 @@ def test_a_real_engine_with_a_foreign_scheduler(calm: Path) -> None:
         pass
 
 
-def test_a_real_engine_with_our_scheduler_and_no_reuse(calm: Path) -> None:
+def test_a_real_engine_with_our_scheduler_and_no_connector(calm: Path) -> None:
     with (
-        pytest.raises(UnsupportedEngine, match=r"or with reuse off.*drop --scheduler-cls"),
-        engine(calm, **engine_args(), scheduler_cls=SCHEDULER),
+        pytest.raises(UnsupportedEngine, match=r"without its connector.*drop --scheduler-cls"),
+        engine(calm, scheduler_cls=SCHEDULER),
     ):
         pass
 

@@ -1,4 +1,4 @@
-"""Two ranks: a merge happens only where both are within the bound, in a process of its own."""
+"""Two ranks: a merge happens only where both are within the bound, and so does reuse, in a process of its own."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ import json, os, sys
 os.sched_setaffinity(0, range(os.cpu_count()))
 from vllm import LLM, SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
-from tests.vllm_plugin.engines import WATCHED, near_prefix
+from tests.vllm_plugin.engines import BOLD, WATCHED, near_prefix
 from jointkv.vllm_plugin import engine_args
+from jointkv.vllm_plugin.scheduler import side
 
 def attention(worker):
     readings = get_kv_transfer_group().worker.readings
     return [(reading.fault, reading.steps, reading.shared_steps) for reading in readings.values()]
 
 def main():
+    side.ReuseRule = BOLD
     llm = LLM(
         sys.argv[1], dtype="float32", enforce_eager=True, num_gpu_blocks_override=200, max_model_len=1024,
         block_size=32, skip_tokenizer_init=True, tensor_parallel_size=2,
@@ -34,7 +36,7 @@ def main():
     )
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": prompt} for prompt in near_prefix(4, shared=320)]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    outputs = [one for part in (prompts[:1], prompts[1:]) for one in llm.generate(part, params, use_tqdm=False)]
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     print("FOUND", json.dumps({
         "lengths": [len(output.outputs[0].token_ids) for output in outputs],
@@ -52,7 +54,11 @@ if __name__ == "__main__":
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks want two cores")
 @pytest.mark.parametrize(
     "options",
-    [pytest.param({}, id="as they stand"), pytest.param({"own_norms": True}, id="own norms", marks=pytest.mark.slow)],
+    [
+        pytest.param({}, id="as they stand"),
+        pytest.param({"own_norms": True}, id="own norms", marks=pytest.mark.slow),
+        pytest.param({"reuse": "probed", "reuse_audit_rate": 1e-9}, id="reuse", marks=pytest.mark.slow),
+    ],
 )
 def test_two_ranks_merge(calm: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     script = tmp_path / "two_ranks.py"
@@ -68,8 +74,12 @@ def test_two_ranks_merge(calm: Path, tmp_path: Path, options: dict[str, Any]) ->
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")] or [done.stderr[-3000:]]
     found = json.loads(line.removeprefix("FOUND "))
     assert found["lengths"] == [8] * 4 and found["references"] == 0
-    assert found["statistics"]["faults"] == 0 and found["statistics"]["blocks_merged"] > 20
-    if options:
+    assert found["statistics"]["faults"] == 0
+    if "reuse" in options:
+        assert found["statistics"]["prompt_tokens_skipped"] > 500
+    else:
+        assert found["statistics"]["blocks_merged"] > 20
+    if "own_norms" in options:
         for ((fault, steps, shared_steps),) in found["attention"]:
             assert fault is None and shared_steps == steps >= 8
     assert len(found["attention"]) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.kv_cache_interface import (
@@ -26,6 +26,20 @@ from jointkv.vllm_plugin.settings import PluginSettings
 
 SPECULATORS = (None, "ngram")
 """Methods of speculative decoding that were run; others keep K and V of drafts in layers of their own."""
+
+
+class ReuseObstacle(NamedTuple):
+    """What keeps an engine from reuse.
+
+    Attributes:
+        reason: one of `metrics.NO_REUSE`.
+        why: in words.
+        remedy: what to do, if there is anything.
+    """
+
+    reason: str
+    why: str
+    remedy: str = ""
 
 
 def check_engine(
@@ -50,8 +64,10 @@ def check_engine(
             f"the worker is {worker}, which cannot replace blocks of running requests; start with `jointkv serve`, or "
             "add --worker-cls jointkv.vllm_plugin.worker.cpu.JointCPUWorker"
         )
-    if settings.reuses:
-        _check_reuse(config)
+    if settings.reuse != "auto" and settings.reuses:
+        obstacle = reuse_obstacle(config, kv_cache_config)
+        if obstacle is not None:
+            raise UnsupportedEngine(f"{obstacle.why}; {obstacle.remedy}set reuse=off")
     if not settings.allow_untested:
         _check_tested(config)
     groups = tuple(
@@ -67,11 +83,6 @@ def check_engine(
     if settings.scope != "batch" and settings.chunk_tokens % block_size:
         raise UnsupportedEngine(
             f"chunk_tokens={settings.chunk_tokens} is not a multiple of the engine's block size {block_size}"
-        )
-    if settings.reuses and len(kv_cache_config.kv_cache_groups) > 1:
-        raise UnsupportedEngine(
-            f"reuse={settings.reuse} works with one KV-cache group, and this model has "
-            f"{len(kv_cache_config.kv_cache_groups)}; set reuse=off"
         )
     if settings.layer_groups != len(groups):
         raise UnsupportedEngine(
@@ -120,19 +131,25 @@ def _check_setup(config: Any) -> None:
             raise UnsupportedEngine(f"jointkv does not work with {name}; {remedy}, or serve without jointkv")
 
 
-def _check_reuse(config: Any) -> None:
+def reuse_obstacle(config: Any, kv_cache_config: KVCacheConfig) -> ReuseObstacle | None:
+    """What keeps the engine from reuse, however the plugin is set; arguments as of `check_engine`."""
     scheduler = config.scheduler_config.scheduler_cls
     found = resolve_obj_by_qualname(scheduler) if isinstance(scheduler, str) else scheduler
     if found is None or not issubclass(found, JointScheduler):
         name = "vLLM's own" if found is None else f"{found.__module__}.{found.__qualname__}"
-        raise UnsupportedEngine(
-            f"the scheduler is {name}, which sends no helpers ahead; start with `jointkv serve` and without "
-            "--scheduler-cls, take the arguments of `engine_args`, or set reuse=off"
+        return ReuseObstacle(
+            "scheduler",
+            f"the scheduler is {name}, which sends no helpers ahead",
+            "start with `jointkv serve` and without --scheduler-cls, take the arguments of `engine_args`, or ",
         )
     if not config.cache_config.enable_prefix_caching:
-        raise UnsupportedEngine(
-            "reuse finds pages by vLLM's prefix cache; drop --no-enable-prefix-caching, or set reuse=off"
+        return ReuseObstacle(
+            "prefix_caching", "reuse finds pages by vLLM's prefix cache", "drop --no-enable-prefix-caching, or "
         )
+    count = len(kv_cache_config.kv_cache_groups)
+    if count > 1:
+        return ReuseObstacle("kv_cache_groups", f"reuse works with one KV-cache group, and this model has {count}")
+    return None
 
 
 def _check_tested(config: Any) -> None:

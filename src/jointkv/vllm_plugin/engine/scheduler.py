@@ -22,7 +22,7 @@ from jointkv.vllm_plugin.settings import PluginSettings
 
 
 class JointScheduler(Scheduler):
-    """See the module. Raises `UnsupportedEngine` where the plugin's connector is missing or does not reuse."""
+    """See the module. Raises `UnsupportedEngine` where the plugin's connector is missing."""
 
     def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Self:
         asynchronous = vllm_config.scheduler_config.async_scheduling
@@ -30,11 +30,9 @@ class JointScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        settings = getattr(self.connector, "settings", None)
-        if not isinstance(settings, PluginSettings) or not settings.reuses:
+        if not isinstance(getattr(self.connector, "settings", None), PluginSettings):
             raise UnsupportedEngine(
-                "jointkv's scheduler runs without its connector, or with reuse off; start with `jointkv serve`, or "
-                "drop --scheduler-cls"
+                "jointkv's scheduler runs without its connector; start with `jointkv serve`, or drop --scheduler-cls"
             )
         self._side: Any = self.connector.scheduler
 

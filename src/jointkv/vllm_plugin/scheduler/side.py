@@ -149,7 +149,7 @@ class SchedulerSide:
     def prepare(self, scheduler: Scheduler) -> Sequence[Request]:
         """Before vLLM schedules a step: see `Reuse.prepare`."""
         self._end_strays(scheduler)
-        if not self.enabled:
+        if not (self.enabled and self.settings.reuses):
             return ()
         self._notice_reset()
         return self.reuse.prepare(scheduler)

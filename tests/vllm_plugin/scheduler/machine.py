@@ -1,0 +1,275 @@
+"""One engine core whose requests meet random events, and a worker that has no model. Everything is checked always."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.engine import core as engine_core
+from vllm.v1.request import Request
+
+from jointkv.vllm_plugin import engine_args
+from tests.vllm_plugin.scheduler.fake_second_runner import SecondRunner
+from tests.vllm_plugin.scheduler.fake_worker import Mail, Model, Runner, executor_of
+from tests.vllm_plugin.scheduler.oracle import ABORTED, Oracle
+from tests.vllm_plugin.scheduler.reuse_oracle import ReuseOracle
+
+BLOCK = 4
+PAGES = 30
+"""For every layer group; a request of `LONGEST` tokens needs 16."""
+
+LONGEST = 64
+MOST = 12
+"""Requests at a time."""
+
+CHUNK = 16
+TEXTS = [[100 * (number + 1) + place % CHUNK for place in range(40)] for number in range(2)]
+"""They repeat themselves, so that chunks of one request are alike."""
+
+SALTS = (None, None, "red", "blue")
+IN_CHUNKS = {"chunk_tokens": CHUNK}
+
+EARNED_SOON = {"reuse": "licensed", "reuse_miss_rate": 0.9, "reuse_confidence": 0.3, "reuse_audit_rate": 0.2}
+
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "one table": ({}, {}),
+    "two groups": ({"layer_groups": 2}, {}),
+    "chunks": ({"scope": "chunk", **IN_CHUNKS}, {}),
+    "two groups, chunks, strict": ({"layer_groups": 2, "scope": "both", "isolation": "strict", **IN_CHUNKS}, {}),
+    "asynchronous": ({"scope": "both", **IN_CHUNKS}, {"async_scheduling": True}),
+    "asynchronous, two groups": ({"layer_groups": 2, "max_candidates": 1}, {"async_scheduling": True, "apart": True}),
+    "second runner": ({"scope": "both", **IN_CHUNKS}, {"second_runner": True}),
+    "second runner, asynchronous, two groups": (
+        {"layer_groups": 2},
+        {"second_runner": True, "async_scheduling": True, "apart": True},
+    ),
+    "priorities, full pool": (
+        {"min_pool_usage": 0.5, "max_blocks_per_step": 3},
+        {"scheduling_policy": "priority"},
+    ),
+    "reuse": ({"reuse": "probed", "reuse_audit_rate": 0.2}, {}),
+    "reuse, compared apart": ({"reuse": "probed", "reuse_audit_rate": 0.2}, {"apart": True}),
+    "reuse, asynchronous": (
+        {"reuse": "probed", "reuse_audit_rate": 0.1, "scope": "both", **IN_CHUNKS},
+        {"async_scheduling": True},
+    ),
+    "reuse, second runner": ({"reuse": "probed", "reuse_audit_rate": 0.1}, {"second_runner": True}),
+    "reuse, second runner, asynchronous": (
+        {"reuse": "probed", "reuse_audit_rate": 0.1, "scope": "both", **IN_CHUNKS},
+        {"second_runner": True, "async_scheduling": True, "apart": True},
+    ),
+    "reuse, priorities, licence": (
+        {**EARNED_SOON, "min_pool_usage": 0.5},
+        {"scheduling_policy": "priority"},
+    ),
+}
+"""Options of the plugin, and of the engine and its worker."""
+
+FAULTS = {"lost": "is lost", "late": "is lost", "fault": "on purpose"}
+"""Accidents of a verdict that switch fusion off, and what is said then."""
+
+
+def configuration(model: Path, fusion: dict[str, Any], options: dict[str, Any]) -> Any:
+    """What the engine makes of its arguments."""
+    attached = engine_args(**{"min_pool_usage": 0.0, "retry_after": 0.0, "max_faults": 16, **fusion})
+    config = EngineArgs(
+        str(model),
+        dtype="float32",
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        block_size=BLOCK,
+        num_gpu_blocks_override=1 + PAGES * fusion.get("layer_groups", 1),
+        max_model_len=LONGEST,
+        max_num_seqs=8,
+        max_num_batched_tokens=24,
+        scheduling_policy=options.get("scheduling_policy", "fcfs"),
+        kv_transfer_config=KVTransferConfig(**attached["kv_transfer_config"]),
+        worker_cls=attached["worker_cls"],
+        scheduler_cls=attached.get("scheduler_cls"),
+    ).create_engine_config()
+    # vLLM takes it back on the CPU.
+    config.scheduler_config.async_scheduling = options.get("async_scheduling", False)
+    return config
+
+
+class SchedulerMachine:
+    """One engine core and its requests. Everything is checked after every step and every event.
+
+    Args:
+        config: of the engine.
+        totals: what happens is added to it.
+
+    Attributes:
+        history: names of events so far.
+    """
+
+    def __init__(self, config: Any, totals: Counter[str]) -> None:
+        self.config, self.totals = config, totals
+        self.history: list[str] = []
+        self.mail = Mail()
+        reuses = config.scheduler_config.scheduler_cls is not None
+        self.oracle = (ReuseOracle if reuses else Oracle)(Model(), totals)
+        runners: list[Runner] = []
+
+        def make_runner(*configs: Any) -> Runner:
+            runner = SecondRunner if config.use_v2_model_runner else Runner
+            runners.append(runner(*configs, self.oracle.model, self.mail, self.oracle))
+            return runners[0]
+
+        self.core = engine_core.EngineCore(config, executor_of(make_runner), log_stats=False)
+        self.oracle.attach(self.core, runners[0])
+        assert self.core.scheduler.use_v2_model_runner == isinstance(runners[0], SecondRunner)
+        self.oracle.side.reuse._draw = random.Random(0).random
+        self.names = itertools.count()
+
+    @property
+    def requests(self) -> list[Request]:
+        """Of clients."""
+        return [one for name, one in self.core.scheduler.requests.items() if name not in self.oracle.side.helpers]
+
+    def event(self, rng: random.Random) -> None:
+        """Let one of those happen that can, as `rng` draws."""
+        events = []
+        if len(self.requests) < MOST:
+            events += 3 * [self.admit] + [self.next_turn]
+        if self.requests:
+            events += [*3 * [self.steps], self.abort, self.reset, self.evict, self.mishap]
+        if self.core.scheduler.running:
+            events.append(self.preempt_one)
+        event = rng.choice(events)
+        self.history.append(event.__name__)
+        event(rng)
+
+    def submit(
+        self, prompt: list[int], out: int, salt: str | None = None, alone: bool = False, priority: int = 0
+    ) -> None:
+        number = next(self.names)
+        params = SamplingParams(
+            max_tokens=min(out, LONGEST - len(prompt)),
+            temperature=0,
+            ignore_eos=True,
+            extra_args={"jointkv": False} if alone else None,
+        )
+        request = Request(
+            f"request-{number}",
+            prompt,
+            params,
+            None,
+            arrival_time=float(number),
+            cache_salt=salt,
+            priority=priority,
+            block_hasher=self.core.request_block_hasher,
+        )
+        self.oracle.admit(request)
+        self.core.add_request(request)
+        self.oracle.check()
+
+    def advance(self) -> None:
+        """One step of the engine core."""
+        outputs, _ = self.core.step_fn()
+        for batch in (outputs or {}).values():
+            for output in batch.outputs:
+                self.oracle.deliver(output)
+            if batch.scheduler_stats is not None:
+                self.oracle.check_statistics(batch.scheduler_stats)
+        for name, account in self.oracle.accounts.items():
+            if account.ended is None and name not in self.core.scheduler.requests:
+                assert self.oracle.may_disappear(name), "a request disappeared"
+                account.ended = ABORTED
+        self.oracle.check()
+
+    def preempt(self, request: Request) -> None:
+        """As a reset does with every running request."""
+        scheduler = self.core.scheduler
+        scheduler.running.remove(request)
+        scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+        scheduler._preempt_request(request, 0.0, drop_stale_output=True)
+        self.oracle.check()
+
+    def finish(self) -> None:
+        """Every request is finished, then nothing is left."""
+        for _ in range(4000):
+            if not self.core.scheduler.has_requests() and not self.core.batch_queue:
+                break
+            self.advance()
+        self.oracle.check_drained()
+
+    def close(self) -> None:
+        """Another machine of this process can start."""
+        ensure_kv_transfer_shutdown()
+
+    # Events.
+
+    def admit(self, rng: random.Random) -> None:
+        """Requests with the same text behind other heads are near; behind the same head they hit the prefix cache."""
+        text, head, length = rng.choice(TEXTS), rng.randrange(700, 706), rng.randint(1, 40)
+        tail, out, salt = _tail(rng), rng.randint(1, 20), rng.choice(SALTS)
+        alone, priority = rng.random() < 0.1, rng.randrange(3)
+        for number in range(rng.randint(1, 3)):
+            self.submit([head + number] * BLOCK + text[:length] + tail, out, salt, alone, priority)
+        self.advance()
+
+    def next_turn(self, rng: random.Random) -> None:
+        """An earlier request again, with its answer so far and a new tail, under the same salt."""
+        clients = self.oracle.clients
+        if not clients:
+            return
+        earlier = rng.choice(clients).request
+        prompt = [*earlier.all_token_ids, *_tail(rng)]
+        if len(prompt) < LONGEST:
+            self.submit(prompt, rng.randint(1, 20), earlier.cache_salt, rng.random() < 0.1, 1)
+
+    def steps(self, rng: random.Random) -> None:
+        for _ in range(rng.randint(1, 8)):
+            self.advance()
+
+    def abort(self, rng: random.Random) -> None:
+        """Between two steps, or while the worker computes one."""
+        request = rng.choice(self.requests)
+        self.oracle.aborting.add(request.request_id)
+        self.totals["aborted"] += 1
+        if rng.random() < 0.5:
+            self.core.aborts_queue.put_nowait([request.request_id])
+            self.advance()
+        else:
+            self.core.abort_requests([request.request_id])
+            self.oracle.accounts[request.request_id].ended = ABORTED
+            self.oracle.check()
+
+    def preempt_one(self, rng: random.Random) -> None:
+        self.preempt(rng.choice(self.core.scheduler.running))
+
+    def reset(self, rng: random.Random) -> None:
+        """Empty the prefix cache for new weights, which works only while nobody runs; the connector may be told."""
+        if self.core.reset_prefix_cache(rng.random() < 0.25, rng.random() < 0.5):
+            self.totals["resets"] += 1
+            self.oracle.new_weights()
+        self.oracle.check()
+
+    def evict(self, rng: random.Random) -> None:
+        """Pages answer for no hash any more, in use or not."""
+        pages = {rng.randint(1, PAGES) for _ in range(rng.randrange(7))}
+        if self.config.scheduler_config.policy == "priority":
+            # Without fusion as well, vLLM preempts what it has scheduled in the same step, and the hash of a block that
+            # was never computed stays. Only the order in which it reuses pages hides that, unless they lose hashes.
+            pages = {page for page in pages if not self.oracle.pool.blocks[page].ref_cnt}
+        self.core.scheduler.kv_cache_manager.evict_blocks(pages)
+        self.oracle.check()
+
+    def mishap(self, rng: random.Random) -> None:
+        """To the next verdict."""
+        accident = rng.choice(["twice"] * 6 + list(FAULTS))
+        self.mail.accident = accident
+        self.totals["accidents"] += 1
+        self.oracle.expected_faults.add(FAULTS.get(accident, "nothing"))
+
+
+def _tail(rng: random.Random) -> list[int]:
+    return [rng.randint(500, 502) for _ in range(rng.randrange(4))]
