@@ -1,7 +1,7 @@
 """Serves with vLLM's second model runner on a CPU, its Triton kernels in Triton's interpreter.
 
 Run as `python second_runner.py FOLDER CASE...`, in a process of its own. Prints a line of JSON for every case.
-Tables of scheduler and worker are compared in every step.
+Tables of scheduler and worker are compared in every step. With `JOINTKV_TEST_DEVICE=cuda` a GPU does the same.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from unittest.mock import patch
 
 import pytest
 
-import tests.vllm_plugin.interpreted  # noqa: F401
 from tests.vllm_plugin.conftest import ENVIRONMENT
 
-os.environ.update({**ENVIRONMENT, "VLLM_USE_V2_MODEL_RUNNER": "1"})
+if os.environ.get("JOINTKV_TEST_DEVICE") != "cuda":
+    import tests.vllm_plugin.interpreted  # noqa: F401
+os.environ.update(ENVIRONMENT)
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
 
 import torch
 from vllm import SamplingParams
@@ -48,6 +50,9 @@ ALIKE = near_prefix(6, shared=160, head=32)
 NORMS = {"max_relative_error": 0.5, "max_token_error": None, "own_norms": True}
 PROBED = {**LOSSY, "reuse": "probed", "reuse_audit_rate": 1e-9}
 EVENTS = int(os.environ.get("JOINTKV_TEST_EVENTS", "60"))
+
+torch.set_num_threads(1)
+side.ReuseRule = BOLD
 
 Found = dict[str, Any]
 
@@ -134,11 +139,22 @@ CASES = {
 }
 
 
-def serve(model: Path, name: str) -> Found:
-    """Play a case; `", asynchronous"` at the end of its name schedules a step ahead."""
+def model_in(folder: Path) -> Path:
+    """A small random model, written once."""
+    return folder if (folder / "config.json").exists() else write_model(folder, context=0.15, layers=2)
+
+
+def serve(model: Path, name: str, more: Mapping[str, Any] = MappingProxyType({}), **others: Any) -> Found:
+    """Play a case; `", asynchronous"` at the end of its name schedules a step ahead.
+
+    Args:
+        more: options of the plugin.
+        others: of the engine.
+    """
     case, asynchronous = CASES[name.removesuffix(", asynchronous")], name.endswith(", asynchronous")
-    options = {**LIMITS, "async_scheduling": asynchronous, **case.options}
-    with pytest.MonkeyPatch.context() as monkeypatch, engine(model, case.pages, case.fusion, **options) as served:
+    options = {**LIMITS, "async_scheduling": asynchronous, **case.options, **others}
+    fusion = None if case.fusion is None else {**case.fusion, **more}
+    with pytest.MonkeyPatch.context() as monkeypatch, engine(model, case.pages, fusion, **options) as served:
         assert served.core.vllm_config.scheduler_config.async_scheduling == asynchronous
         case.before(served)
         if case.fusion is None:
@@ -153,9 +169,7 @@ def serve(model: Path, name: str) -> Found:
 
 def main(folder: Path, names: list[str]) -> None:
     """Serve the cases."""
-    torch.set_num_threads(1)
-    side.ReuseRule = BOLD
-    model = write_model(folder, context=0.15, layers=2)
+    model = model_in(folder)
     for name in names:
         print(json.dumps({"case": name, **serve(model, name)}), flush=True)
 
