@@ -114,17 +114,16 @@ def test_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jointkv.system.machine.fast_dtype", lambda: "bfloat16")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setenv("CC", sys.executable)
-    assert doctor.environment_advice({}) == []
+    assert doctor.environment_advice() == []
     monkeypatch.setattr("jointkv.system.machine.fast_dtype", lambda: "float32")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("CC", "no-such-compiler --flag")
-    said = " ".join(doctor.environment_advice({"VLLM_USE_V2_MODEL_RUNNER": "1"}))
-    assert all(word in said for word in ("bfloat16", "compiler", "VLLM_USE_V2_MODEL_RUNNER", "Triton"))
+    said = " ".join(doctor.environment_advice())
+    assert all(word in said for word in ("bfloat16", "compiler", "Triton"))
 
 
 def test_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = {"VLLM_CPU_OMP_THREADS_BIND": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "PATH": os.defpath}
+    mine = {"VLLM_CPU_OMP_THREADS_BIND": "1", "PATH": os.defpath}
     environment = doctor._environment(mine, offline=True)
     assert mine.items() <= environment.items()
     assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and environment["HF_HUB_OFFLINE"] == "1"
-    assert doctor._environment({}, offline=False)["VLLM_USE_V2_MODEL_RUNNER"] == "0"

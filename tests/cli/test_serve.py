@@ -57,8 +57,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_vllm_options_go_through_untouched(wheels: set[str]) -> None:
     given = ["-tp", "2", "--dtype", "float32", "-O.mode=3", "--seed", "-1", "--api-key=a b", "--enforce_eager"]
     command = plain("own/model", *given, "--device", "cpu", "--scope", "both")
-    assert command[:4] == ["VLLM_USE_V2_MODEL_RUNNER=0", "vllm", "serve", "own/model"]
-    assert command[4 : 4 + len(given)] == given
+    assert command[:3] == ["vllm", "serve", "own/model"]
+    assert command[3 : 3 + len(given)] == given
     assert command[-2:] == ["--worker-cls", "jointkv.vllm_plugin.worker.cpu.JointCPUWorker"]
     assert command[command.index("--scheduler-cls") + 1] == "jointkv.vllm_plugin.engine.scheduler.JointScheduler"
     assert fusion(command) == {"scope": "both", "reuse": "auto"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from jointkv.fusion.signature import token_hashes
 from jointkv.fusion.token_index import places
@@ -122,10 +123,8 @@ class Census:
 
     def _compare_worker(self, scheduler_output: Any) -> None:
         """The tables with which a step was computed are the scheduler's."""
-        tables, batch = self._tables(), self.engine.runner.input_batch
+        tables, worker = self._tables(), get_kv_transfer_group().worker.tables
         for request_id in scheduler_output.num_scheduled_tokens:
-            row = batch.req_id_to_index[request_id]
             for group, pages in enumerate(tables[request_id]):
-                known = batch.block_table[group].block_table.np[row, : len(pages)]
-                assert known.tolist() == pages == self.engine.runner.requests[request_id].block_ids[group]
+                assert all(known == pages for known in worker.read(request_id, group, len(pages)))
         self.checks += bool(scheduler_output.num_scheduled_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ ENVIRONMENT = {  # unless set outside
 @pytest.fixture(scope="session", autouse=True)
 def _vllm_environment() -> Iterator[None]:
     import torch
+    from vllm.platforms.cpu import CpuPlatform
 
     # vLLM binds no threads of an engine inside the test's own process; two that share a busy core wait for each other.
     torch.set_num_threads(1)
@@ -37,6 +39,10 @@ def _vllm_environment() -> Iterator[None]:
         if "PYTEST_XDIST_WORKER" in os.environ:  # else all processes would be bound to one core
             core = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % (os.cpu_count() or 1)
             patch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(core))
+        # For every engine vLLM looks through all modules for kernels to replace, and falls over one of llvmlite's,
+        # which speculative decoding brings.
+        register = functools.cache(CpuPlatform.register_triton_kernel_overrides)
+        patch.setattr(CpuPlatform, "register_triton_kernel_overrides", staticmethod(register))
         yield
 
 

@@ -7,11 +7,12 @@ import itertools
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+from vllm.platforms.cpu import CpuPlatform
 
 from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin import engine_args
@@ -230,11 +232,26 @@ def engine(model: Path, pages: int = 200, fusion: dict[str, Any] | None = None, 
             "seed": 0,
         }
         attached = {} if fusion is None else engine_args(**{**WATCHED, **fusion})
-        llm = LLM(str(model), **{**settings, **attached, **options})
+        with kept_asynchronous() if options.get("async_scheduling") else nullcontext():
+            llm = LLM(str(model), **{**settings, **attached, **options})
         try:
             yield Engine(llm)
         finally:
             llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def kept_asynchronous() -> Iterator[None]:
+    """vLLM's CPU platform takes asynchronous scheduling back; nothing but that keeps it from it."""
+    check = CpuPlatform.check_and_update_config
+
+    def checked(config: Any) -> None:
+        wanted = config.scheduler_config.async_scheduling
+        check(config)
+        config.scheduler_config.async_scheduling = wanted
+
+    with patch.object(CpuPlatform, "check_and_update_config", staticmethod(checked)):
+        yield
 
 
 @contextmanager

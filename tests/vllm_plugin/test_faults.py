@@ -68,9 +68,10 @@ def test_in_the_scheduler(patient: Patient, hook: str) -> None:
 
 
 @ERROR
-def test_in_the_worker(patient: Patient) -> None:
+@pytest.mark.parametrize("hook", ["begin", "finish"])
+def test_in_the_worker(patient: Patient, hook: str) -> None:
     """A worker once dropped its comparer after an error, so that it could never answer again."""
-    patient.patch.setattr(patient.worker.comparer, "answer", raising)
+    patient.patch.setattr(patient.worker.comparer, hook, raising)
     patient.serve_on()
     patient.assert_off("a worker gave up: Injected: on purpose")
     patient.assert_comes_back()
@@ -204,7 +205,7 @@ def old_pages_kept(patient: Patient, held: dict[str, set[int]]) -> list[bool]:
 @pytest.mark.hazard(
     "Faults", "a hook that is slow", "requests wait; nothing else changes, and the time shows in the metrics"
 )
-@pytest.mark.parametrize("hook", ["requests.admit", "questions.ask", "questions.settle", "answer"])
+@pytest.mark.parametrize("hook", ["requests.admit", "questions.ask", "questions.settle", "finish"])
 def test_a_delay(patient: Patient, hook: str) -> None:
     part, _, hook = hook.rpartition(".")
     owner = getattr(patient.engine.side, part) if part else patient.worker.comparer
@@ -216,11 +217,11 @@ def test_a_delay(patient: Patient, hook: str) -> None:
 
     patient.patch.setattr(owner, hook, slow)
     patient.serve_on()
-    clock = "compare_seconds" if hook == "answer" else "schedule_seconds"
+    clock = "compare_seconds" if hook == "finish" else "schedule_seconds"
     spent = patient.engine.statistics[clock] - patient.before[clock]
     assert patient.new("blocks_merged") > 0
     # A comparison times itself inside the delay.
-    assert hook == "answer" or spent >= 0.02
+    assert hook == "finish" or spent >= 0.02
     patient.patch.undo()
     patient.assert_unharmed()
 

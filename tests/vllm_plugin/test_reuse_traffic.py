@@ -10,8 +10,6 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm.platforms.cpu import CpuPlatform
-
 from tests.vllm_plugin.census import Census
 from tests.vllm_plugin.engines import LOSSY, Engine, engine, text
 
@@ -87,8 +85,6 @@ def test_random_requests(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Any,
 ) -> None:
-    if options.get("async_scheduling"):
-        _keep_asynchronous(monkeypatch)
     settings: dict[str, Any] = {"max_num_batched_tokens": 128, "max_num_seqs": 12, **options}
     with engine(calm, 40, {**PROBED, **fusion}, **settings) as served:
         assert served.core.vllm_config.scheduler_config.async_scheduling == options.get("async_scheduling", False)
@@ -110,15 +106,3 @@ def test_random_requests(
         assert served.preempted > 0
         for name in ("prompt_tokens_skipped", "reuse_helpers", "reuse_audits"):
             record_property(name, found[name])
-
-
-def _keep_asynchronous(patch: pytest.MonkeyPatch) -> None:
-    """vLLM's CPU platform takes asynchronous scheduling back; nothing but that keeps it from it."""
-    check = CpuPlatform.check_and_update_config
-
-    def checked(config: Any) -> None:
-        wanted = config.scheduler_config.async_scheduling
-        check(config)
-        config.scheduler_config.async_scheduling = wanted
-
-    patch.setattr(CpuPlatform, "check_and_update_config", staticmethod(checked))

@@ -64,8 +64,9 @@ def serve(
     arm: list[str] | None = typer.Option(
         None,
         metavar="NAME | NAME=ARM [KEY=VALUE...] [--FLAG...]",
-        help="stock, fused, reuse, large_pool, reuse_large_pool, no_prefix_caching, fp8, fp8_fused, layer_groups, or one "
-        "of these with options of the plugin and flags of vLLM: 'tight=fused max_relative_error=0.1'. May be repeated. "
+        help="stock, fused, reuse, large_pool, reuse_large_pool, no_prefix_caching, fp8, fp8_fused, layer_groups, or "
+        "one of these with options of the plugin and flags of vLLM: 'tight=fused max_relative_error=0.1'. May be "
+        "repeated. "
         "(default: stock and fused)",
     ),
     flags: str | None = typer.Option(None, help="Further flags of vLLM for all arms, in one string."),
@@ -76,9 +77,7 @@ def serve(
     output_tokens: int | None = typer.Option(
         None, min=1, help="Tokens generated for every request. Default 96, or what a file says."
     ),
-    pool_blocks: int = typer.Option(
-        200, min=2, help="Blocks in the KV pool; arms with a large pool have 8 times as many."
-    ),
+    pool_blocks: int = typer.Option(200, min=2, help="Blocks in the KV pool; 8 times as many in a large pool."),
     block_size: int | None = typer.Option(None, min=1, help="Tokens per KV block. Default 32, or the profile's."),
     repeats: int = typer.Option(3, min=1, max=16, help="Rounds; each runs every arm, with the same requests."),
     max_running: int = typer.Option(64, min=1, help="Requests the engine may run at once."),

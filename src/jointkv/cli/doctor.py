@@ -76,7 +76,7 @@ def doctor(
     patient = {"model": None if model is None else locate(model), "allow_untested": allow_untested}
     with stages("looking at this machine") as show, tempfile.TemporaryDirectory(prefix="jointkv-doctor-") as folder:
         examination = examine({"folder": folder, **patient}, show, timeout)
-    advice = environment_advice(os.environ)
+    advice = environment_advice()
     result = {
         "format": "jointkv.doctor/1",
         "ok": examination.ok,
@@ -165,10 +165,9 @@ def _complete(done: Mapping[str, Check], crash: str | None) -> list[Check]:
 def _environment(inherited: Mapping[str, str], offline: bool) -> dict[str, str]:
     """The engine in one process, where all of it can be looked at; settings of the user's stay."""
     from jointkv.system.machine import allowed_cores, core_list
-    from jointkv.vllm_plugin import ENVIRONMENT
 
     cores = core_list(allowed_cores())
-    defaults = {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores}
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores}
     fixed = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "PYTHONWARNINGS": "ignore"}
     return {**defaults, **inherited, **fixed, **({"HF_HUB_OFFLINE": "1"} if offline else {})}
 
@@ -178,7 +177,7 @@ def _tail(log: IO[str]) -> list[str]:
     return [line.rstrip() for line in log if line.strip()][-LOG_LINES:]
 
 
-def environment_advice(environment: Mapping[str, str]) -> list[str]:
+def environment_advice() -> list[str]:
     """What to know about this machine; none of it keeps fusion from working."""
     from jointkv.system.machine import fast_dtype
     from jointkv.system.settings import Settings
@@ -189,8 +188,6 @@ def environment_advice(environment: Mapping[str, str]) -> list[str]:
     compiler = Settings.from_environment().cc.split()
     if not compiler or shutil.which(compiler[0]) is None:
         advice.append("no C compiler: comparing pages is some fifty times slower; install gcc or clang, or set CC")
-    if environment.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0"):
-        advice.append("VLLM_USE_V2_MODEL_RUNNER is set; jointkv needs the V1 model runner, set it to 0")
     if importlib.util.find_spec("triton") is None:
         advice.append("vLLM logs that Triton is not installed; jointkv does not need it")
     return advice

@@ -160,7 +160,6 @@ def _with_model(arguments: Sequence[str], fetch: bool) -> list[str]:
 
 
 def _plain_command(options: dict[str, Any], device: Device, arguments: Sequence[str]) -> str:
-    from jointkv.vllm_plugin import ENVIRONMENT
     from jointkv.vllm_plugin.server import Launch
 
     chosen = device if device != Device.AUTO else _likely_device()
@@ -169,8 +168,7 @@ def _plain_command(options: dict[str, Any], device: Device, arguments: Sequence[
         # The `vllm` command of this wheel does not start; its server module takes the model by name only.
         command = ["python", "-m", "vllm.entrypoints.launchers.api_server.entry"]
         command += ["--model"] if _names_model(arguments) else []
-    assignments = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
-    return shlex.join([*assignments, *command, *Launch(options, chosen.value).command(arguments)])
+    return shlex.join([*command, *Launch(options, chosen.value).command(arguments)])
 
 
 def _likely_device() -> Device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,11 +39,33 @@ def pair_sums(pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
         IndexError: a page number is out of range.
         LayoutError: `own` and `other` are not two vectors of one length.
     """
+    return start_pair_sums(pages, own, other)()
+
+
+def start_pair_sums(pages: PackedPages, own: Tensor, other: Tensor) -> Callable[[], Tensor]:
+    """As `pair_sums`, but nothing waits for the pages' device before the sums are asked for."""
     own, other = (checked_pages(pages, index) for index in (own, other))
     if own.shape != other.shape:
         raise LayoutError(f"pairs of {len(own)} and {len(other)} pages")
     kernels = kernels_for(pages.device.type)
-    return (kernels.pair_sums if kernels else pair_sums_reference)(pages, own, other)
+    return _to_host((kernels.pair_sums if kernels else pair_sums_reference)(pages, own, other))
+
+
+def _to_host(sums: Tensor) -> Callable[[], Tensor]:
+    """Send `sums` on their way to the host; what takes them there."""
+    if sums.device.type != "cuda":
+        host = sums.cpu()
+        return lambda: host
+    host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+    host.copy_(sums, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(sums.device))
+
+    def take() -> Tensor:
+        arrived.synchronize()
+        return host
+
+    return take
 
 
 def pair_sums_reference(pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:

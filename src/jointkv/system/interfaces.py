@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -55,7 +55,7 @@ def _of_use(use: Use) -> Iterator[str]:
     owner = getattr(owner, class_name) if class_name else owner
     members = use.members.split()
     missing = [name for member in members if not hasattr(owner, name := member.partition("(")[0])]
-    missing = sorted(set(missing) - _of_objects(owner)) if missing else []
+    missing = sorted(set(missing) - _of_objects(owner, missing)) if missing else []
     for member in members:
         name, called, arguments = member.rstrip(")").partition("(")
         if name in missing:
@@ -66,16 +66,16 @@ def _of_use(use: Use) -> Iterator[str]:
         yield from _of_overrides(use, owner, use.by)
 
 
-def _of_objects(owner: Any) -> set[str]:
-    """What objects of a class have that the class has not: fields, and what `__init__` sets, as its code shows."""
-    classes = owner.__mro__ if isinstance(owner, type) else ()
+def _of_objects(owner: Any, names: Sequence[str]) -> set[str]:
+    """What of `names` objects of a class have that the class has not: fields, and what its methods set."""
     found: set[str] = set()
-    for each in classes:
+    for each in owner.__mro__ if isinstance(owner, type) else ():
         found.update(vars(each).get("__annotations__", ()))
-        code = getattr(inspect.unwrap(vars(each).get("__init__", _of_objects)), "__code__", None)
-        if code is not None:
-            found.update(step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR")
-    return found
+        for method in vars(each).values():
+            code = getattr(inspect.unwrap(method), "__code__", None) if isinstance(method, FunctionType) else None
+            if code is not None and not found.issuperset(set(names).intersection(code.co_names)):
+                found.update(step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR")
+    return found.intersection(names)
 
 
 def _refusal(owner: Any, name: str, arguments: str) -> str | None:

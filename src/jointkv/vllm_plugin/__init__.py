@@ -15,9 +15,6 @@ WORKERS = {
 SCHEDULER = "jointkv.vllm_plugin.engine.scheduler.JointScheduler"
 REQUEST_CHECK = "jointkv.vllm_plugin.engine.opt_out:RequestCheck"
 
-ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-"""vLLM takes its second model runner where it can; only the first one was made to work with the plugin."""
-
 
 def engine_args(**options: Any) -> dict[str, Any]:
     """Engine arguments that turn fusion on: `LLM(model, **engine_args(max_relative_error=0.1))`.

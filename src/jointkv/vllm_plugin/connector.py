@@ -77,7 +77,8 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         """Take hold of the block tables."""
         super().bind_kv_cache_manager(kv_cache_manager)
         ranks = self._vllm_config.parallel_config.world_size
-        self.scheduler = SchedulerSide(self.settings, kv_cache_manager, self.groups, ranks)
+        batches = self._vllm_config.max_concurrent_batches
+        self.scheduler = SchedulerSide(self.settings, kv_cache_manager, self.groups, ranks, batches)
         if self._no_reuse is not None:
             logger.info("jointkv serves without reuse: %s", self._no_reuse.why)
             self.scheduler.statistics.no_reuse = self._no_reuse.reason

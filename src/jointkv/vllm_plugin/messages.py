@@ -10,11 +10,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from jointkv.errors import IntegrityError, LayoutError
 from jointkv.vllm_plugin.engine.runners.base import Remap
 
-PATIENCE = 16
-"""Steps that the verdict on one may take. vLLM schedules two steps ahead at the most."""
-
 ERRORS = ("key_error", "value_error", "token_error")
 COSINES = ("key_cosine", "value_cosine")
+
+
+def patience(batches: int) -> int:
+    """Steps that the verdict on one may take, of which `batches` are in flight at a time.
+
+    It comes with that step or the next, and before so many later ones are scheduled; twice that is not to be seen.
+    """
+    return 2 * (batches + 1)
 
 
 @dataclass

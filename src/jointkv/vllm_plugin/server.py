@@ -11,7 +11,6 @@ with a `Launch` as JSON. It is imported again by every process that vLLM spawns,
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from jointkv.errors import BadInput, JointKVError
-from jointkv.vllm_plugin import ENVIRONMENT, arguments_for, engine_args
+from jointkv.vllm_plugin import arguments_for, engine_args
 from jointkv.vllm_plugin.settings import PluginSettings
 
 LIST = "--logits-processors"
@@ -92,8 +91,6 @@ def main() -> None:
     except JointKVError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if launch.options is not None:
-        os.environ.update({**ENVIRONMENT, **os.environ})
     sys.argv = ["vllm", "serve", *launch.command(sys.argv[2:])]
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup

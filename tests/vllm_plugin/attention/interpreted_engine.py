@@ -12,28 +12,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from jointkv.vllm_plugin import ENVIRONMENT
+import tests.vllm_plugin.interpreted  # noqa: F401
 
-os.environ.update({**ENVIRONMENT, "TRITON_INTERPRET": "1"})
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 
-import torch
-import triton.backends
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-# vLLM asks for a backend for the processor, which the interpreter does without; its kernels ask what GPU it is.
-triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))
-torch.cuda.get_device_capability = lambda device=None: (9, 0)
-
-from vllm.distributed.kv_transfer import get_kv_transfer_group  # noqa: E402
-from vllm.platforms.cpu import CpuPlatform  # noqa: E402
-from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
-
-from jointkv.vllm_plugin.attention import gpu as gpu_attention  # noqa: E402
-from jointkv.vllm_plugin.worker.cpu import JointCPUWorker  # noqa: E402
-from tests.vllm_plugin.engines import Engine, engine, near_prefix, text, write_model  # noqa: E402
+from jointkv.vllm_plugin.attention import gpu as gpu_attention
+from jointkv.vllm_plugin.worker.cpu import JointCPUWorker
+from tests.vllm_plugin.engines import Engine, engine, near_prefix, text, write_model
 
 OUT = 5
 OPTIONS = {"max_num_batched_tokens": 128, "enable_chunked_prefill": True, "enable_prefix_caching": False}

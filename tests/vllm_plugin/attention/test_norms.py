@@ -54,18 +54,18 @@ class Auditor:
                 self.written[remap.request_id, remap.slot] = self.proposed[remap.step, remap.own]
 
         comparer = get_kv_transfer_group().worker.comparer
-        answer = comparer.answer
+        begin = comparer.begin
 
-        def answered(inquiry: Any) -> Any:
+        def begun(inquiry: Any) -> Any:
             for page in inquiry.own.tolist():
                 self.proposed[inquiry.step, page] = [
                     tuple(side[page].clone() for side in layer.impl.pages.read()) for layer in layers(served)
                 ]
-            return answer(inquiry)
+            return begin(inquiry)
 
         self.proposed: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         norms.commit = committed
-        comparer.answer = answered
+        comparer.begin = begun
 
     def look(self, impl: JointAttention, query: Tensor, metadata: Any) -> None:
         self.calls += 1

@@ -33,8 +33,6 @@ def config(**changes: Any) -> Any:
     """A stand-in for `VllmConfig` that is accepted; dotted names are set on top."""
     made = SimpleNamespace(
         speculative_config=None,
-        kv_events_config=None,
-        use_v2_model_runner=False,
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1,
             decode_context_parallel_size=1,
@@ -66,17 +64,19 @@ def check(changed: Any, held: Any = None, **options: Any) -> tuple[int, ...]:
 def test_the_usual_engine_is_accepted() -> None:
     assert check(config()) == (0,)
     assert check(config(), groups(SLIDING, FULL)) == (1,)
+    assert check(config(speculative_config=SimpleNamespace(method="ngram"))) == (0,)
 
 
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        ({"speculative_config": object()}, "speculative decoding; drop --speculative-config"),
+        (
+            {"speculative_config": SimpleNamespace(method="eagle")},
+            "speculative decoding by eagle; use",
+        ),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
-        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
-        ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "KV-cache events"),
         ({"cache_config__kv_sharing_fast_prefill": True}, "sharing of KV between layers"),
         ({"parallel_config__worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls"),
         ({"device_config__device_type": "cuda"}, "never run on cuda"),

@@ -22,6 +22,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from jointkv.policy import FusionPolicy
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
+from jointkv.vllm_plugin.worker.comparer import Comparison
 from jointkv.vllm_plugin.worker.mixin import RemappingWorker
 
 LAYERS = 2
@@ -112,19 +113,31 @@ def within_bounds(own: Block, other: Block, policy: FusionPolicy) -> bool:
 
 
 class Comparer:
-    """In the place of `PageComparer`."""
+    """In the place of `PageComparer`.
+
+    Attributes:
+        is_apart: as on a GPU, verdicts come one step late.
+    """
+
+    is_apart = False
 
     def __init__(self, across_layers: str, groups: dict[int, Pages], norms: None = None) -> None:
         self.groups = groups
 
-    def answer(self, inquiry: Inquiry) -> Verdict:
+    def begin(self, inquiry: Inquiry) -> Comparison:
         """Compare the pairs of `inquiry`."""
         found = []
         for group, own, other in zip(inquiry.group.tolist(), inquiry.own.tolist(), inquiry.other.tolist(), strict=True):
             pages = self.groups[group]
             assert pages.salts[own] == pages.salts[other], "pages of different salts are compared"
             found.append((*errors(pages.block(own), pages.block(other)), 1.0, 1.0))
-        return Verdict(inquiry.step, *np.array(found, np.float32).T)
+        verdict = Verdict(inquiry.step, *np.array(found, np.float32).T)
+        return Comparison(inquiry, [(np.ones(len(found), bool), lambda: verdict)], 0.0)  # type: ignore[list-item, return-value]
+
+    def finish(self, comparison: Comparison) -> Any:
+        """The answer."""
+        ((_, take),) = comparison.parts
+        return take()
 
 
 class Mail:
@@ -195,9 +208,13 @@ class Runner:
     def synchronize_input_prep(self) -> Any:
         return nullcontext()
 
+    def take_in(self, output: Any) -> None:
+        """Requests and tables as the step has them."""
+        self._update_states(output)
+
     def execute_model(self, output: Any) -> ModelRunnerOutput | None:
         """One step, in the order of vLLM's runner; the result is asked for by `sample_tokens` unless there is none."""
-        self._update_states(output)
+        self.take_in(output)
         self.watcher.begin(output)
         connector: Any = get_kv_transfer_group()
         connector.bind_connector_metadata(output.kv_connector_metadata)
@@ -207,7 +224,7 @@ class Runner:
         connector.clear_connector_metadata()
         if not sampled:
             return ModelRunnerOutput.with_kv_conn_output_only(arrived)
-        names = list(self.input_batch.req_ids)
+        names = list(sampled)
         self._output = ModelRunnerOutput(
             names,
             {name: row for row, name in enumerate(names)},
@@ -222,10 +239,7 @@ class Runner:
 
     def _compute(self, name: str, count: int) -> list[int]:
         """Write the next `count` tokens of a request; the sampled token, if its last known one is among them."""
-        request = self.requests[name]
-        first = int(self.input_batch.num_computed_tokens_cpu[self.input_batch.req_id_to_index[name]])
-        tokens = [*request.prompt_token_ids, *request.output_token_ids]
-        tables = self._tables(name)
+        first, tokens, tables = self._computed(name), self._known(name), self._tables(name)
         past = [self.pages.read(table, first) for table in tables]
         self.model.extend(past, tokens[first : first + count])
         by = name, self.watcher.salt(name), self.model.version
@@ -236,8 +250,21 @@ class Runner:
         self.watcher.computed(name, first, past)
         if first + count < len(tokens):
             return []
-        request.output_token_ids.append(self.model.sample(past))
-        return request.output_token_ids[-1:]
+        token = self.model.sample(past)
+        self._sampled(name, token)
+        return [token]
+
+    def _computed(self, name: str) -> int:
+        """Tokens of a request that are computed before the step."""
+        return int(self.input_batch.num_computed_tokens_cpu[self.input_batch.req_id_to_index[name]])
+
+    def _known(self, name: str) -> list[int]:
+        """Its tokens."""
+        request = self.requests[name]
+        return [*request.prompt_token_ids, *request.output_token_ids]
+
+    def _sampled(self, name: str, token: int) -> None:
+        self.requests[name].output_token_ids.append(token)
 
     def _tables(self, name: str) -> list[list[int]]:
         """The rows of the batch, which attention reads."""

@@ -16,6 +16,7 @@ from vllm.v1.engine import core as engine_core
 from vllm.v1.request import Request
 
 from jointkv.vllm_plugin import engine_args
+from tests.vllm_plugin.scheduler.fake_second_runner import SecondRunner
 from tests.vllm_plugin.scheduler.fake_worker import Mail, Model, Runner, executor_of
 from tests.vllm_plugin.scheduler.oracle import ABORTED, Oracle
 from tests.vllm_plugin.scheduler.reuse_oracle import ReuseOracle
@@ -43,22 +44,33 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "chunks": ({"scope": "chunk", **IN_CHUNKS}, {}),
     "two groups, chunks, strict": ({"layer_groups": 2, "scope": "both", "isolation": "strict", **IN_CHUNKS}, {}),
     "asynchronous": ({"scope": "both", **IN_CHUNKS}, {"async_scheduling": True}),
-    "asynchronous, two groups": ({"layer_groups": 2, "max_candidates": 1}, {"async_scheduling": True}),
+    "asynchronous, two groups": ({"layer_groups": 2, "max_candidates": 1}, {"async_scheduling": True, "apart": True}),
+    "second runner": ({"scope": "both", **IN_CHUNKS}, {"second_runner": True}),
+    "second runner, asynchronous, two groups": (
+        {"layer_groups": 2},
+        {"second_runner": True, "async_scheduling": True, "apart": True},
+    ),
     "priorities, full pool": (
         {"min_pool_usage": 0.5, "max_blocks_per_step": 3},
         {"scheduling_policy": "priority"},
     ),
     "reuse": ({"reuse": "probed", "reuse_audit_rate": 0.2}, {}),
+    "reuse, compared apart": ({"reuse": "probed", "reuse_audit_rate": 0.2}, {"apart": True}),
     "reuse, asynchronous": (
         {"reuse": "probed", "reuse_audit_rate": 0.1, "scope": "both", **IN_CHUNKS},
         {"async_scheduling": True},
+    ),
+    "reuse, second runner": ({"reuse": "probed", "reuse_audit_rate": 0.1}, {"second_runner": True}),
+    "reuse, second runner, asynchronous": (
+        {"reuse": "probed", "reuse_audit_rate": 0.1, "scope": "both", **IN_CHUNKS},
+        {"second_runner": True, "async_scheduling": True, "apart": True},
     ),
     "reuse, priorities, licence": (
         {**EARNED_SOON, "min_pool_usage": 0.5},
         {"scheduling_policy": "priority"},
     ),
 }
-"""Options of the plugin and of the engine."""
+"""Options of the plugin, and of the engine and its worker."""
 
 FAULTS = {"lost": "is lost", "late": "is lost", "fault": "on purpose"}
 """Accidents of a verdict that switch fusion off, and what is said then."""
@@ -107,11 +119,13 @@ class SchedulerMachine:
         runners: list[Runner] = []
 
         def make_runner(*configs: Any) -> Runner:
-            runners.append(Runner(*configs, self.oracle.model, self.mail, self.oracle))
+            runner = SecondRunner if config.use_v2_model_runner else Runner
+            runners.append(runner(*configs, self.oracle.model, self.mail, self.oracle))
             return runners[0]
 
         self.core = engine_core.EngineCore(config, executor_of(make_runner), log_stats=False)
         self.oracle.attach(self.core, runners[0])
+        assert self.core.scheduler.use_v2_model_runner == isinstance(runners[0], SecondRunner)
         self.oracle.side.reuse._draw = random.Random(0).random
         self.names = itertools.count()
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 from vllm.v1.request import Request, RequestStatus
 
 from jointkv.fusion.signature import token_hashes
 from jointkv.fusion.token_index import places
+from jointkv.vllm_plugin.engine.steps import started
 from tests.vllm_plugin.scheduler.fake_worker import Block, Model, Runner, within_bounds
 
 ABORTED = "abort"
@@ -83,7 +85,7 @@ class Oracle:
         self.side = self.connector.scheduler
         self.settings = self.connector.settings
         self.policy = self.settings.policy()
-        self.runner, self.pages = runner, runner.pages
+        self.pages = runner.pages
         self.size = runner.pages.size
         replace = self.side.tables.replace
 
@@ -110,15 +112,12 @@ class Oracle:
         """A worker's step: its tables are the scheduler's."""
         self.totals["steps"] += 1
         for name in output.num_scheduled_tokens:
-            row = self.runner.input_batch.req_id_to_index[name]
             for number, group in enumerate(self.groups):
                 table = [block.block_id for block in group.req_to_blocks[name]]
-                found = self.runner.input_batch.block_table[number].block_table.np[row, : len(table)].tolist()
-                assert found == table, f"the worker's table of {name}, group {number}, is not the scheduler's"
-                assert self.runner.requests[name].block_ids[number] == table
-        resumed = output.scheduled_cached_reqs.resumed_req_ids
-        self.totals["resumed"] += len(resumed)
-        self._starting = {new.req_id for new in output.scheduled_new_reqs} | resumed
+                for found in get_kv_transfer_group().worker.tables.read(name, number, len(table)):
+                    assert found == table, f"the worker's table of {name}, group {number}, is not the scheduler's"
+        self._starting = {name for name, _ in started(output)}
+        self.totals["resumed"] += sum(self.accounts[name].request.num_preemptions > 0 for name in self._starting)
 
     def computed(self, name: str, first: int, numbers: list[list[int]]) -> None:
         """A worker has read the numbers of a request before token `first`, and written those from there on."""

@@ -21,11 +21,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import core as engine_core
 from vllm.v1.request import Request
 from vllm.v1.worker import gpu_model_runner
+from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
 
 from jointkv.vllm_plugin.scheduler import side as scheduler_side
 from jointkv.vllm_plugin.worker import side
 from tests.effort import FIRST_SEED, MACHINE_STEPS, machine_settings
 from tests.vllm_plugin.engines import BOLD, write_model
+from tests.vllm_plugin.scheduler.fake_second_runner import write, write_all
 from tests.vllm_plugin.scheduler.fake_worker import Comparer, packed_pages
 from tests.vllm_plugin.scheduler.machine import BLOCK, TEXTS, VARIANTS, SchedulerMachine, configuration
 
@@ -49,11 +51,24 @@ def _no_model() -> Iterator[None]:
         patch.setattr(side, "packed_pages", packed_pages)
         patch.setattr(side, "PageComparer", Comparer)
         patch.setattr(gpu_model_runner, "get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
+        patch.setattr(StagedWriteTensor, "apply_write", write)
+        patch.setattr(FusedStagedWriter, "apply", write_all)
         patch.setattr(engine_core, "freeze_gc_heap", lambda: None)
         gc.collect()
         gc.freeze()
         yield
         gc.unfreeze()
+
+
+@pytest.fixture
+def config(variant: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of the engine of a variant."""
+    fusion, options = VARIANTS[variant]
+    found = configuration(model, fusion, options)
+    monkeypatch.setattr(Comparer, "is_apart", options.get("apart", False))
+    # vLLM would ask for Triton.
+    monkeypatch.setattr(type(found), "use_v2_model_runner", options.get("second_runner", False))
+    return found
 
 
 def play(config: Any, totals: Counter[str], rng: random.Random) -> None:
@@ -79,8 +94,8 @@ HAZARD = pytest.mark.hazard(
 
 @HAZARD
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_random_events(variant: str, model: Path, record_property: Any) -> None:
-    config, totals = configuration(model, *VARIANTS[variant]), Counter[str]()
+def test_random_events(config: Any, record_property: Any) -> None:
+    totals = Counter[str]()
     expected = {"approximate merges", "hits", "resumed", "finished", "aborted"}
     if config.scheduler_config.scheduler_cls is not None:
         expected |= {"helpers", "adopted", "reused"}
@@ -100,9 +115,9 @@ def test_random_events(variant: str, model: Path, record_property: Any) -> None:
 @HAZARD
 @pytest.mark.nightly
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_random_events_made_few(variant: str, model: Path, record_property: Any) -> None:
+def test_random_events_made_few(config: Any, record_property: Any) -> None:
     """Slower by far; but of a failure the shortest history is looked for."""
-    config, totals = configuration(model, *VARIANTS[variant]), Counter[str]()
+    totals = Counter[str]()
     # Explaining a failure runs the engine under a tracer, which takes minutes; an example kept from an earlier failure
     # need not be one any more, and would be tried for ever.
     effort = settings(machine_settings(1000), derandomize=False, database=None, phases=set(Phase) - {Phase.explain})

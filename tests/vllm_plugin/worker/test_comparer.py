@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 from jointkv.core.blocks import PagedKV
 from jointkv.core.packed import PackedPages
 from jointkv.vllm_plugin.attention.norms import OwnNorms
-from jointkv.vllm_plugin.messages import COSINES, ERRORS, Inquiry
+from jointkv.vllm_plugin.messages import COSINES, ERRORS, Inquiry, Verdict
 from jointkv.vllm_plugin.worker.comparer import PageComparer
 from tests.core.packings import pack, row_major
 from tests.core.shadow import naive_error, naive_token_error
@@ -25,6 +25,10 @@ def cache(layers: int, seed: int) -> tuple[PagedKV, PackedPages]:
     return pack(*sides, torch.float32, row_major(TOKENS, HEADS * SIZE, HEADS * SIZE))
 
 
+def answer(comparer: PageComparer, asked: Inquiry) -> Verdict:
+    return comparer.finish(comparer.begin(asked))
+
+
 def inquiry(pairs: list[tuple[int, int, int]]) -> Inquiry:
     return Inquiry(3, [], *np.array(pairs, np.int64).T)
 
@@ -34,7 +38,7 @@ def test_errors_and_cosines_are_those_of_the_definition(across_layers: str) -> N
     plain = {0: cache(3, 0), 2: cache(2, 1)}
     comparer = PageComparer(across_layers, {number: packed for number, (_, packed) in plain.items()})  # type: ignore[arg-type]
     asked = [(2, 1, 4), (0, 1, 2), (0, 3, 3), (2, 2, 1)]
-    verdict = comparer.answer(inquiry(asked))
+    verdict = answer(comparer, inquiry(asked))
     assert verdict.step == 3 and verdict.fault is None
     verdict.check(len(asked))
     for pair, (group, own, other) in enumerate(asked):
@@ -56,7 +60,7 @@ def test_what_is_no_number_is_measured_as_none() -> None:
     _, packed = cache(2, 0)
     for layer in packed.layers:
         layer[4] = torch.nan
-    found = PageComparer("rms", {0: packed}).answer(inquiry([(0, 1, 4), (0, 4, 1), (0, 1, 1)]))
+    found = answer(PageComparer("rms", {0: packed}), inquiry([(0, 1, 4), (0, 4, 1), (0, 1, 1)]))
     for name in (*ERRORS, *COSINES):
         assert not np.isfinite(getattr(found, name)[:2]).any() or name in COSINES, name
     assert [getattr(found, name)[2] for name in ERRORS] == [0, 0, 0]
@@ -68,8 +72,8 @@ def test_own_norms_are_proposed_by_the_pages_they_were_measured_for() -> None:
         layer[4] = 1.5 * layer[1]
     norms = OwnNorms(layers=2)
     comparer = PageComparer("rms", {0: packed}, norms)
-    verdict = comparer.answer(inquiry([(0, 4, 1), (0, 2, 3)]))
+    verdict = answer(comparer, inquiry([(0, 4, 1), (0, 2, 3)]))
     assert verdict.key_error[0] == pytest.approx(0, abs=1e-3) and verdict.key_cosine[0] == pytest.approx(1)
     assert torch.allclose(norms._proposed[3][0, 4, 1], torch.tensor(1.5))
     norms.enabled = False
-    assert comparer.answer(inquiry([(0, 4, 1)])).key_error[0] == pytest.approx(1 / 3, rel=1e-4)
+    assert answer(comparer, inquiry([(0, 4, 1)])).key_error[0] == pytest.approx(1 / 3, rel=1e-4)

@@ -27,7 +27,10 @@ class Kernels(Protocol):
     """What the module of a device has. Making one raises NativeUnavailable where it cannot be built."""
 
     def pair_sums(self, pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:
-        """What `jointkv.fusion.pair_sums.pair_sums` returns; `own` and `other` are known to be right."""
+        """What `jointkv.fusion.pair_sums.pair_sums` returns, on the pages' device, for which nothing waits.
+
+        `own` and `other` are on the CPU, and known to be right.
+        """
 
     def signatures(self, dtype: torch.dtype, projections: Sequence[Tensor]) -> SignatureKernel:
         """The kernel for pages of `dtype`.

@@ -118,19 +118,19 @@ class Kernels:
         device, tokens = pages.device, pages.block_size
         sums = torch.empty(len(own), pages.num_layers, 2, tokens, 3, device=device)
         if not len(own):
-            return sums.cpu()
+            return sums
         first, order = pages.layers[0], pages.order
         key_numbers, value_numbers = (len(side) // tokens for side in order)
         with torch.cuda.device_of(first):
             add_up[(len(own), pages.num_layers, 2 * triton.cdiv(tokens, TOKENS))](
                 *(_bits_of(first), _addresses(pages.layers), first.stride(0)),
-                *(torch.cat(order).int(), own.to(device), other.to(device), sums),
+                *(torch.cat(order).int(), *(pair.to(device, non_blocking=True) for pair in (own, other)), sums),
                 *(tokens, key_numbers, value_numbers, RESOLUTION, SMALLEST),
                 unpacked=UNPACKED.get(pages.dtype, ""),
                 tile=TOKENS,
                 width=NUMBERS,
             )
-        return sums.cpu()
+        return sums
 
     def signatures(self, dtype: torch.dtype, projections: Sequence[Tensor]) -> SignatureKernel:
         columns = projections[0].shape[1]

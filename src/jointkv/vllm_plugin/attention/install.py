@@ -87,7 +87,8 @@ def share_reading(
         raise LayoutError("shared-page attention was not written for batches that are cut in two")
     layers = {number: _layers(runner, config, number) for number in groups}
     pages = {number: [_pages(layer) for layer in held] for number, held in layers.items()}
-    norms = OwnNorms(max(map(len, layers.values()))) if settings.own_norms else None
+    batches = runner.vllm_config.max_concurrent_batches
+    norms = OwnNorms(max(map(len, layers.values())), batches) if settings.own_norms else None
     timed = settings.attention == "auto" and not settings.own_norms
     readings = {}
     for number, held in layers.items():

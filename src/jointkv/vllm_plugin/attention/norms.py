@@ -11,8 +11,8 @@ from torch import Tensor
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.errors import IntegrityError
 from jointkv.vllm_plugin.engine.runners.base import Remap
-from jointkv.vllm_plugin.engine.steps import resumed
-from jointkv.vllm_plugin.messages import PATIENCE, Inquiry
+from jointkv.vllm_plugin.engine.steps import started
+from jointkv.vllm_plugin.messages import Inquiry, patience
 
 NO_PAGE = -1
 
@@ -45,13 +45,15 @@ class OwnNorms:
 
     Args:
         layers: of every layer group.
+        batches: steps in flight at a time.
 
     Attributes:
         enabled: whether blocks may be given factors from now on.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, batches: int = 1) -> None:
         self.layers = layers
+        self._kept = 2 * patience(batches)
         self.enabled = True
         self._proposed: dict[int, dict[tuple[int, int, int], Tensor]] = {}
         self._rows: dict[tuple[str, int], _Row] = {}
@@ -65,7 +67,7 @@ class OwnNorms:
         """Keep `factors [pairs, layers, 2]` until the scheduler has followed the answer to `inquiry`, or never will."""
         pairs = zip(inquiry.group.tolist(), inquiry.own.tolist(), inquiry.other.tolist(), strict=True)
         self._proposed[inquiry.step] = dict(zip(pairs, factors, strict=True))
-        for old in [known for known in self._proposed if known <= inquiry.step - 2 * PATIENCE]:
+        for old in [known for known in self._proposed if known <= inquiry.step - self._kept]:
             del self._proposed[old]
 
     @bookkeeping
@@ -87,7 +89,7 @@ class OwnNorms:
 
     @bookkeeping
     def follow(self, output: Any, block_sizes: dict[int, int]) -> None:
-        """Forget requests that end with the scheduler's `output`, and of resumed ones what they compute again.
+        """Forget requests that end with the scheduler's `output`, and of those that come back what they compute again.
 
         Args:
             block_sizes: tokens per page of each KV-cache group that takes part.
@@ -95,7 +97,7 @@ class OwnNorms:
         for request_id in output.finished_req_ids:
             for group in block_sizes:
                 self._rows.pop((request_id, group), None)
-        for request_id, computed in resumed(output):
+        for request_id, computed in started(output):
             for group, size in block_sizes.items():
                 if (request_id, group) in self._rows:
                     self._rows[request_id, group].cut(computed // size)

@@ -60,7 +60,7 @@ class SharedReading:
         """The work of a step, None where the engine's attention is to do it, and the factors of its tables.
 
         Tables and lengths are vLLM's on the host, from which it makes those on the device: taking them waits for
-        nothing. The lengths are exact without speculative decoding, which `check_engine` refuses.
+        nothing. The lengths are exact: `check_engine` refuses drafts that are accepted on the device alone.
 
         Raises:
             IntegrityError: nobody knows which blocks of the step have factors, or factors are lost.

@@ -20,10 +20,12 @@ from vllm.v1.kv_cache_interface import (
 from jointkv.errors import UnsupportedEngine
 from jointkv.policy.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
 from jointkv.vllm_plugin.engine.groups import LayerGroupSpec
-from jointkv.vllm_plugin.engine.runners import RUNNERS, runner_of
 from jointkv.vllm_plugin.engine.scheduler import JointScheduler
 from jointkv.vllm_plugin.engine.uses import check_interfaces, is_tested, tested_versions, vllm_version
 from jointkv.vllm_plugin.settings import PluginSettings
+
+SPECULATORS = (None, "ngram")
+"""Methods of speculative decoding that were run; others keep K and V of drafts in layers of their own."""
 
 
 class ReuseObstacle(NamedTuple):
@@ -107,18 +109,17 @@ def _model_identity(config: Any, layers: int) -> ModelIdentity:
 
 def _check_setup(config: Any) -> None:
     parallel = config.parallel_config
+    speculative = config.speculative_config
+    method = None if speculative is None else speculative.method
     refusals = {
-        "speculative decoding": (config.speculative_config is not None, "drop --speculative-config"),
+        f"speculative decoding by {method}": (
+            method not in SPECULATORS,
+            "use the method ngram, which keeps no K and V of its own, or drop --speculative-config",
+        ),
         "pipeline parallelism": (parallel.pipeline_parallel_size > 1, "use --tensor-parallel-size instead"),
         "context parallelism": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "set the context parallel sizes to 1",
-        ),
-        f"model runner {runner_of(config)}": (runner_of(config) not in RUNNERS, "set VLLM_USE_V2_MODEL_RUNNER=0"),
-        "KV-cache events": (
-            # They would tell routers of pages that only one request can look up.
-            config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events,
-            "drop --kv-events-config",
         ),
         "a sharing of KV between layers": (
             config.cache_config.kv_sharing_fast_prefill,

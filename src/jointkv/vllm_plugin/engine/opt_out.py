@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 from jointkv.errors import BadInput
 from jointkv.vllm_plugin import REQUEST_CHECK
@@ -33,12 +33,12 @@ def choice(extra: dict[str, Any] | None) -> bool | None:
     raise BadInput(f"the extra argument {OPT_OUT!r} is neither true nor false")
 
 
-class RequestCheck(LogitsProcessor):
+class RequestCheck(LogitsProcessor, LogitsProcessorV2):
     """Refuses a request whose wish is not understood, where vLLM takes it in: clients of the server get code 400.
 
     vLLM asks the classes of logits processors about every request, before the engine has seen it. This one has nothing
     else to do, and workers leave it out, see `without_check`: it would cost them the tokens of every request at every
-    step.
+    step. It is one for both of vLLM's model runners: the engine's arguments are there before the runner is chosen.
     """
 
     @classmethod
@@ -49,10 +49,10 @@ class RequestCheck(LogitsProcessor):
         except BadInput as error:
             raise VLLMValidationError(f"{error}; leave it out, or give one of {', '.join((*YES, *NO))}") from None
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to keep."""
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+    def apply(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
         """As they are."""
         return logits
 

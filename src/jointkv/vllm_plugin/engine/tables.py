@@ -16,6 +16,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.request import Request, RequestStatus
 
 from jointkv.errors import IntegrityError
+from jointkv.vllm_plugin.engine.events import PrivateEvents
 
 
 class BlockTables:
@@ -30,6 +31,7 @@ class BlockTables:
         self.pool = manager.block_pool
         self.groups = manager.coordinator.single_type_managers
         self.prefix_caching = manager.enable_caching
+        self.events = PrivateEvents(self.pool)
 
     def block(self, request_id: str, group: int, slot: int) -> KVCacheBlock | None:
         """The block that `request_id` holds at `slot`, or None."""
@@ -77,6 +79,7 @@ class BlockTables:
         last = len(hashes) if end is None else end // size
         for number in range(start // size, last):
             hashes[number] = BlockHash(sha256(secret + number.to_bytes(8, "big")).digest())
+        self.events.hide(hashes[start // size :])
 
     def answer_for(self, request: Request, start: int, end: int | None) -> None:
         """Of tokens `start` to `end` (or all) the pages that `request` holds answer for its hashes, and no others."""
@@ -109,6 +112,11 @@ class BlockTables:
         for private in request.block_hashes[start // self.pool.hash_block_size :]:
             for group in range(len(self.groups)):
                 self._forget(make_block_hash_with_group_id(private, group))
+
+    def dismiss(self, request: Request, start: int) -> None:
+        """As `forget`, for a request that has ended: no event names its private hashes any more."""
+        self.forget(request, start)
+        self.events.forget(request.block_hashes[start // self.pool.hash_block_size :])
 
     def _forget(self, key: BlockHashWithGroupId) -> None:
         cached, more = self.pool.cached_block_hash_to_block, self.pool.cached_block_hashes_by_block

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jointkv.vllm_plugin.messages import PATIENCE, Inquiry, Verdict
+from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 
@@ -54,10 +54,11 @@ class Questions:
     Args:
         bounds: decide what is allowed.
         statistics: counts seconds.
+        patience: steps that a verdict may take.
     """
 
-    def __init__(self, bounds: Bounds, statistics: Statistics) -> None:
-        self.bounds, self.statistics = bounds, statistics
+    def __init__(self, bounds: Bounds, statistics: Statistics, patience: int) -> None:
+        self.bounds, self.statistics, self._patience = bounds, statistics, patience
         self.asked: dict[int, tuple[Sequence[Question], np.ndarray]] = {}
         """By step, the oldest first: the questions, and the KV-cache group of each of their pairs, `[n]`."""
 
@@ -67,7 +68,7 @@ class Questions:
         Raises:
             RuntimeError: a verdict is lost.
         """
-        self._expect_none_before(inquiry.step - PATIENCE)
+        self._expect_none_before(inquiry.step - self._patience)
         pairs = [pair for question in questions for pair in question.pairs]
         if pairs:
             inquiry.group, inquiry.own, inquiry.other = np.array(pairs, np.int64).T

@@ -85,4 +85,4 @@ class Sharing:
     def forget(self, tracked: TrackedRequest) -> None:
         """No page answers for the private hashes of a request that has ended."""
         if tracked.private_from is not None:
-            self.tables.forget(tracked.request, tracked.private_from)
+            self.tables.dismiss(tracked.request, tracked.private_from)

@@ -20,7 +20,7 @@ from jointkv.errors import IntegrityError
 from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.engine.tables import BlockTables
-from jointkv.vllm_plugin.messages import Inquiry, Verdict
+from jointkv.vllm_plugin.messages import Inquiry, Verdict, patience
 from jointkv.vllm_plugin.metrics import LEFT_ALONE, REPORT_EVERY, JointStats, LicenceGauges, Statistics
 from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
@@ -73,13 +73,19 @@ class SchedulerSide:
         manager: vLLM's; its block tables and pool are what is changed.
         groups: KV-cache groups that take part, by number.
         ranks: workers that answer.
+        batches: steps in flight at a time.
 
     Attributes:
         enabled: whether anything is fused now.
     """
 
     def __init__(
-        self, settings: PluginSettings, manager: KVCacheManager, groups: tuple[int, ...], ranks: int = 1
+        self,
+        settings: PluginSettings,
+        manager: KVCacheManager,
+        groups: tuple[int, ...],
+        ranks: int = 1,
+        batches: int = 1,
     ) -> None:
         self.settings = settings
         self.enabled = settings.enabled
@@ -96,7 +102,7 @@ class SchedulerSide:
         self.reuse = Reuse(settings, rule, residents, self.requests, self.sharing, self.licences, self.statistics)
         audits = Audits(rule, residents, self.licences)
         self.fusion = Fusion(self.candidates, self.bounds, self.sharing, audits, self.statistics)
-        self.questions = Questions(self.bounds, self.statistics)
+        self.questions = Questions(self.bounds, self.statistics, patience(batches))
         self._helped: list[tuple[str, int]] = []
         self._groups, self._ranks = groups, ranks
         self._step = 0
@@ -215,7 +221,8 @@ class SchedulerSide:
 
     @fail_safe
     def report(self) -> JointStats | None:
-        """What is new since the last report; None where it can wait."""
+        """What is new since the last report; None where it can wait. vLLM publishes its events right after."""
+        self.tables.events.withhold()
         self._reports += 1
         regular = self._reports % REPORT_EVERY == 1  # the count of shared pages looks at the whole pool
         if not regular and not self.statistics.has_news(self.state):

@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from jointkv.core.blocks import LayerAggregate
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.packed import PackedPages
-from jointkv.fusion.pair_sums import pair_cosines, pair_errors, pair_sums, with_own_norms
+from jointkv.fusion.pair_sums import (
+    pair_cosines,
+    pair_errors,
+    pair_sums,
+    start_pair_sums,
+    with_own_norms,
+)
 from jointkv.vllm_plugin.attention.norms import OwnNorms
 from jointkv.vllm_plugin.messages import COSINES, ERRORS, Inquiry, Verdict
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What has begun for an inquiry.
+
+    Attributes:
+        parts: which pairs, bool `[n]`, and what takes their sums from the device.
+        seconds: spent so far.
+    """
+
+    inquiry: Inquiry
+    parts: list[tuple[np.ndarray, Callable[[], Tensor]]]
+    seconds: float
 
 
 class PageComparer:
@@ -36,19 +59,32 @@ class PageComparer:
             for pages in groups.values():
                 pair_sums(pages, torch.tensor([0]), torch.tensor([0]))
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether pages are on a device that compares while the host does something else."""
+        return any(pages.device.type != "cpu" for pages in self.groups.values())
+
     @bookkeeping
-    def answer(self, inquiry: Inquiry) -> Verdict:
-        """Compare the pairs of `inquiry`. Changes nothing but what `norms` proposes."""
-        start = time.perf_counter()
+    def begin(self, inquiry: Inquiry) -> Comparison:
+        """Have the pairs of `inquiry` compared as their pages are once all that was asked of the device is done."""
+        start, parts = time.perf_counter(), []
+        for number in np.unique(inquiry.group):
+            chosen = inquiry.group == number
+            own, other = (torch.from_numpy(pages[chosen]) for pages in (inquiry.own, inquiry.other))
+            parts.append((chosen, start_pair_sums(self.groups[int(number)], own, other)))
+        return Comparison(inquiry, parts, time.perf_counter() - start)
+
+    @bookkeeping
+    def finish(self, comparison: Comparison) -> Verdict:
+        """The answer. Changes nothing but what `norms` proposes."""
+        start, inquiry = time.perf_counter(), comparison.inquiry
         count = len(inquiry.group)
         errors = np.full((len(ERRORS), count), np.inf, np.float32)
         cosines = np.zeros((len(COSINES), count), np.float32)
         norms = self.norms
         factors = torch.ones(count, 0 if norms is None else norms.layers, 2)
-        for number in np.unique(inquiry.group):
-            chosen = inquiry.group == number
-            own, other = (torch.from_numpy(pages[chosen]) for pages in (inquiry.own, inquiry.other))
-            sums = pair_sums(self.groups[int(number)], own, other)
+        for chosen, take in comparison.parts:
+            sums = take()
             cosines[:, chosen] = torch.stack(pair_cosines(sums)).numpy()
             if norms is not None and norms.enabled:
                 sums, found = with_own_norms(sums)
@@ -56,4 +92,4 @@ class PageComparer:
             errors[:, chosen] = torch.stack(pair_errors(sums, self.across_layers)).numpy()
         if norms is not None:
             norms.propose(inquiry, factors)
-        return Verdict(inquiry.step, *errors, *cosines, seconds=time.perf_counter() - start)
+        return Verdict(inquiry.step, *errors, *cosines, seconds=comparison.seconds + time.perf_counter() - start)

@@ -68,9 +68,10 @@ class RemappingWorker:
         return result
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Replace table entries, then run the step."""
-        side = get_kv_transfer_group().worker
-        with side.tables.between_steps():
-            side.apply(scheduler_output.kv_connector_metadata)
-            side.follow(scheduler_output)
+        """Replace table entries, then run the step. vLLM warms up by steps of its own, with the connector put away."""
+        if has_kv_transfer_group():
+            side = get_kv_transfer_group().worker
+            with side.tables.between_steps():
+                side.apply(scheduler_output.kv_connector_metadata)
+                side.follow(scheduler_output)
         return super().execute_model(scheduler_output)  # type: ignore[misc]

@@ -19,7 +19,7 @@ from jointkv.vllm_plugin.engine.runners.base import WorkerTables
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.metrics import JointStats, WorkerStatistics
 from jointkv.vllm_plugin.settings import PluginSettings
-from jointkv.vllm_plugin.worker.comparer import PageComparer
+from jointkv.vllm_plugin.worker.comparer import Comparison, PageComparer
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -55,6 +55,7 @@ class WorkerSide:
         self.comparer: PageComparer | None = None
         self.readings: dict[int, SharedReading] = {}
         self.norms: OwnNorms | None = None
+        self._begun: Comparison | Verdict | None = None
         self._statistics = WorkerStatistics()
         self._last_step = 0
         self._apply_seconds = 0.0
@@ -93,30 +94,44 @@ class WorkerSide:
         self._apply_seconds += time.perf_counter() - start
 
     def follow(self, output: SchedulerOutput) -> None:
-        """Forget the norms of blocks that are gone, before the step is prepared."""
+        """Take note of the rows of the step and forget the norms of blocks that are gone, before it is prepared."""
+        if self.readings:
+            self.tables.begin(output)
         if self.norms is not None:
             self.norms.follow(output, {number: reading.block_size for number, reading in self.readings.items()})
 
     def answer(self, inquiry: Inquiry) -> Verdict | None:
         """Measure what the scheduler asked for, after the step has been computed.
 
-        A worker that cannot says so and is ready for the next inquiry: only the scheduler stops asking.
+        A worker that cannot says so and is ready for the next inquiry: only the scheduler stops asking. Where a device
+        compares, no step waits for it: the answer, or that there is none, comes with the next step, on every rank.
         """
-        try:
-            if inquiry.tables is not None:
-                self._check_tables(inquiry.tables)
-            if self.comparer is None or not len(inquiry.group):
-                return None
-            verdict = self.comparer.answer(inquiry)
-        except Exception as error:
-            logger.debug("comparing pages failed", exc_info=True)  # the scheduler says it once for all ranks
-            return Verdict.failed(inquiry.step, error)
-        verdict.apply_seconds, self._apply_seconds = self._apply_seconds, 0.0
+        begun = self._begin(inquiry)
+        if self.comparer is not None and self.comparer.is_apart:
+            begun, self._begun = self._begun, begun
+        verdict = self._finish(begun) if isinstance(begun, Comparison) else begun
+        if verdict is not None:
+            verdict.apply_seconds, self._apply_seconds = self._apply_seconds, 0.0
         return verdict
 
     def report(self) -> JointStats | None:
         """What is new of attention since the last report; None where it can wait."""
         return self._statistics.take(reading.counts for reading in self.readings.values())
+
+    def _begin(self, inquiry: Inquiry) -> Comparison | Verdict | None:
+        try:
+            if inquiry.tables is not None:
+                self._check_tables(inquiry.tables)
+            return None if self.comparer is None or not len(inquiry.group) else self.comparer.begin(inquiry)
+        except Exception as error:
+            return _failed(inquiry, error)
+
+    def _finish(self, begun: Comparison) -> Verdict:
+        assert self.comparer is not None
+        try:
+            return self.comparer.finish(begun)
+        except Exception as error:
+            return _failed(begun.inquiry, error)
 
     def _share_reading(self, config: KVCacheConfig, groups: tuple[int, ...], settings: PluginSettings) -> None:
         """Let attention read shared pages once; where that cannot be, the engine's own attention stays."""
@@ -133,3 +148,8 @@ class WorkerSide:
             for group, pages in groups.items():
                 if any(held != pages for held in self.tables.read(request_id, group, len(pages))):
                     raise IntegrityError(f"worker and scheduler disagree on the table of {request_id}, group {group}")
+
+
+def _failed(inquiry: Inquiry, error: Exception) -> Verdict:
+    logger.debug("comparing pages failed", exc_info=True)  # the scheduler says it once for all ranks
+    return Verdict.failed(inquiry.step, error)

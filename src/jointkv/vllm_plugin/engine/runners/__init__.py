@@ -9,8 +9,9 @@ from typing import Any
 
 from jointkv.vllm_plugin.engine.runners.base import WorkerTables
 from jointkv.vllm_plugin.engine.runners.v1 import V1Tables
+from jointkv.vllm_plugin.engine.runners.v2 import V2Tables
 
-RUNNERS: dict[str, type[WorkerTables]] = {"V1": V1Tables}
+RUNNERS: dict[str, type[WorkerTables]] = {"V1": V1Tables, "V2": V2Tables}
 
 
 def runner_of(config: Any) -> str:

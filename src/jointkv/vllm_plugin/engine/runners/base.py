@@ -60,5 +60,9 @@ class WorkerTables(ABC):
         """The first `slots` pages of a scheduled request, as everything that keeps its table has them."""
 
     @abstractmethod
+    def begin(self, output: Any) -> None:
+        """Take note of the step that the scheduler's `output` describes, before it is prepared, for `batch`."""
+
+    @abstractmethod
     def batch(self, group: int) -> tuple[list[str], np.ndarray]:
         """The requests of the step's rows and their tables, integers `[rows, slots]`, on the host; not copied."""

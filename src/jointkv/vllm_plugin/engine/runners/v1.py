@@ -50,6 +50,9 @@ class V1Tables(WorkerTables):
         row = self.runner.input_batch.req_id_to_index[request_id]
         return [self.runner.requests[request_id].block_ids[group], self._rows(group)[row, :slots].tolist()]
 
+    def begin(self, output: Any) -> None:
+        """See `WorkerTables`. The runner keeps its tables on the host."""
+
     def batch(self, group: int) -> tuple[list[str], np.ndarray]:
         """See `WorkerTables`."""
         names = self.runner.input_batch.req_ids

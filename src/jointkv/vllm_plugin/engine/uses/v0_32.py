@@ -17,6 +17,10 @@ TABLES = (
         "blocks num_gpu_blocks hash_block_size free_block_queue cached_block_hash_to_block "
         "cached_block_hashes_by_block touch(_) free_blocks(_) _insert_block_hash(_,_,num_tokens) get_usage()",
     ),
+    Use(f"{CORE}.block_pool:BlockPool", "enable_kv_cache_events kv_event_queue"),
+    Use(f"{CORE}.kv_cache_utils", "maybe_convert_block_hash(_)"),
+    Use("vllm.distributed.kv_events:BlockStored", "block_hashes parent_block_hash token_ids block_size extra_keys"),
+    Use("vllm.distributed.kv_events:BlockRemoved", "block_hashes"),
     Use(f"{CORE}.block_pool:BlockHashToBlockMap", "get_one_block(_) pop(_,_)"),
     Use(
         f"{CORE}.kv_cache_utils:KVCacheBlock",
@@ -92,7 +96,7 @@ CONFIGURATION = (
     Use(
         "vllm.config:VllmConfig",
         "model_config parallel_config scheduler_config cache_config device_config compilation_config "
-        "speculative_config kv_transfer_config kv_events_config use_v2_model_runner",
+        "speculative_config kv_transfer_config use_v2_model_runner max_concurrent_batches",
     ),
     Use(
         "vllm.config:ParallelConfig",
@@ -103,7 +107,7 @@ CONFIGURATION = (
     Use("vllm.config:DeviceConfig", "device_type"),
     Use("vllm.config:ModelConfig", "model revision get_total_num_kv_heads() get_head_size()"),
     Use("vllm.config:KVTransferConfig", "kv_connector_module_path kv_connector_extra_config"),
-    Use("vllm.config:KVEventsConfig", "enable_kv_cache_events"),
+    Use("vllm.config:SpeculativeConfig", "method"),
 )
 METRICS = (
     Use(f"{CONNECTOR}.metrics:KVConnectorPromMetrics", "_counter_cls _gauge_cls _histogram_cls"),
@@ -209,6 +213,7 @@ OVERRIDDEN = {
             "",
             "validate_params apply is_argmax_invariant update_state",
         ),
+        Use(f"{WORKER}.gpu.sample.logits_processor:LogitsProcessor", "", "validate_params apply"),
     ),
     "verdict": (Use(f"{CONNECTOR}.base:KVConnectorWorkerMetadata", "", "aggregate"),),
     "statistics": (Use(f"{CONNECTOR}.metrics:KVConnectorStats", "data", "reset is_empty aggregate reduce"),),

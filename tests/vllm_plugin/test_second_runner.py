@@ -1,0 +1,84 @@
+"""vLLM's second model runner, which it takes on GPUs by default, in real engines without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
+
+SCRIPT = Path(__file__).with_name("second_runner.py")
+HAZARD = pytest.mark.hazard(
+    "State",
+    "vLLM's second model runner, or a scheduler that is a step ahead, reads a page that is another's by now",
+    "tables of scheduler and worker are equal in every step, answers at bound 0 are stock's, all pages come back",
+)
+
+
+def play(folder: Path, *names: str, **environment: str) -> dict[str, dict[str, Any]]:
+    """What `second_runner.py` found in each case."""
+    command = [sys.executable, SCRIPT, folder, *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    cases = {case.pop("case"): case for case in said}
+    assert cases.keys() == set(names), done.stderr[-4000:]
+    for case in cases.values():
+        assert case.get("runner", "V2Tables") == "V2Tables" and case.get("faults", 0) == 0
+    return cases
+
+
+def both(*names: str) -> list[str]:
+    """Each as it is and with a scheduler that is a step ahead."""
+    return [*names, *(f"{name}, asynchronous" for name in names)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """All in one process: to import vLLM takes longer than to serve a case."""
+    together = ["stock", "off", "warmed up", "equal, asynchronous", "stock, crowd"]
+    return play(tmp_path_factory.mktemp("second"), *together, *both("crowd", "reuse", "norms"))
+
+
+@HAZARD
+def test_bound_zero_changes_no_token_after_a_warm_up_and_a_step_ahead(found: Any) -> None:
+    for name in ("off", "warmed up", "equal, asynchronous"):
+        assert found[name]["tokens"] == found["stock"]["tokens"]
+        assert (found[name]["blocks_merged"] > 0) == (name != "off")
+    assert found["warmed up"]["checks"] == found["warmed up"]["steps"]
+
+
+@HAZARD
+def test_preempted_and_aborted_requests_leave_tables_and_answers_right(found: Any) -> None:
+    for name in both("crowd"):
+        assert found[name]["tokens"] == found["stock, crowd"]["tokens"]
+        assert found[name]["preempted"] > 0 and found[name]["blocks_merged"] > 0
+
+
+@HAZARD
+def test_resident_text_is_not_computed(found: Any) -> None:
+    assert all(found[name]["prompt_tokens_skipped"] > 0 for name in both("reuse"))
+
+
+@HAZARD
+def test_blocks_keep_their_norms_and_shared_pages_are_read_once(found: Any) -> None:
+    for case in (found[name] for name in both("norms")):
+        fault, steps, shared = case["attention"]
+        assert fault is None and 0 < steps == shared and case["factors"] > 0
+
+
+@pytest.mark.slow
+@HAZARD
+@pytest.mark.parametrize("name", both("crowd, two groups", "anything", "anything, reuse"))
+def test_anything_may_happen(name: str, tmp_path: Path) -> None:
+    (case,) = play(tmp_path, name, JOINTKV_TEST_EVENTS="400").values()
+    assert case["preempted"] > 0 and case["blocks_merged"] > 0
+    if name.startswith("anything"):
+        assert case["answered"] > 0 and not case["short"] and not case["private"]
+        assert ("reuse" in name) == (case["prompt_tokens_skipped"] > 0)
