@@ -34,6 +34,21 @@ def test_a_prompt_that_was_computed_with_gradients_can_be_copied_for_each_questi
     assert caches[1].length == 3 * BLOCK
 
 
+@pytest.mark.parametrize("policy", ["off", "safe"])
+def test_a_prompt_that_was_computed_once_serves_endings_of_unequal_length_with_padding_between(policy):
+    model, pool = joint("llama", policy)
+    prompt, _ = prompts(2 * BLOCK + 1)
+    endings, mask = prompts(6, 3, seed=2)
+    ids = torch.cat((prompt.repeat(2, 1), endings), 1)
+    mask = torch.cat((torch.ones_like(ids)[:, : prompt.shape[1]], mask), 1)
+    answers = []
+    for cache in (stock_cache(model), JointCache(pool)):
+        step(model, cache, prompt)
+        cache.batch_repeat_interleave(2)
+        answers.append(generate(model, (ids, mask), cache, tokens=4))
+    assert_same_output(*answers)
+
+
 def test_the_output_has_the_very_cache_that_was_given():
     model, pool = joint("llama", "off")
     cache = JointCache(pool)

@@ -148,8 +148,15 @@ class SchedulerMachine:
         event(rng)
 
     def submit(
-        self, prompt: list[int], out: int, salt: str | None = None, alone: bool = False, priority: int = 0
+        self,
+        prompt: list[int],
+        out: int,
+        salt: str | None = None,
+        alone: bool = False,
+        priority: int = 0,
+        arrival: float | None = None,
     ) -> None:
+        """A request; each arrives after the one before unless `arrival` says when."""
         number = next(self.names)
         params = SamplingParams(
             max_tokens=min(out, LONGEST - len(prompt)),
@@ -162,7 +169,7 @@ class SchedulerMachine:
             prompt,
             params,
             None,
-            arrival_time=float(number),
+            arrival_time=float(number) if arrival is None else arrival,
             cache_salt=salt,
             priority=priority,
             block_hasher=self.core.request_block_hasher,

@@ -17,7 +17,9 @@ pytest.importorskip("vllm")
 
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import core as engine_core
+from vllm.v1.request import Request
 from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
 
@@ -27,10 +29,12 @@ from tests.effort import FIRST_SEED, MACHINE_STEPS, machine_settings
 from tests.vllm_plugin.engines import BOLD, write_model
 from tests.vllm_plugin.scheduler.fake_second_runner import write, write_all
 from tests.vllm_plugin.scheduler.fake_worker import Comparer, packed_pages
-from tests.vllm_plugin.scheduler.machine import BLOCK, VARIANTS, SchedulerMachine, configuration
+from tests.vllm_plugin.scheduler.machine import BLOCK, TEXTS, VARIANTS, SchedulerMachine, configuration
 
 EVENTS = 120
 """In the life of one engine core; some steps each."""
+
+PROBED = {"reuse": "probed", "reuse_audit_rate": 1e-9}
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +135,7 @@ def test_random_events_made_few(config: Any, record_property: Any) -> None:
 
 def test_a_helper_that_is_preempted_before_the_answer_to_its_entry_block_is_not_asked_about_twice(model: Path) -> None:
     """The second answer would be taken for that to the entry block of the next run."""
-    config = configuration(model, {"reuse": "probed", "reuse_audit_rate": 1e-9}, {"async_scheduling": True})
+    config = configuration(model, PROBED, {"async_scheduling": True})
     machine = SchedulerMachine(config, Counter())
     side, scheduler = machine.oracle.side, machine.core.scheduler
     first, second = list(range(100, 116)), list(range(200, 216))
@@ -152,3 +156,46 @@ def test_a_helper_that_is_preempted_before_the_answer_to_its_entry_block_is_not_
         machine.close()
     assert machine.totals["helpers"] > 1 and machine.totals["reused"]
     assert not side.statistics.totals()["faults"]
+
+
+@pytest.fixture
+def priorities(model: Path) -> Iterator[SchedulerMachine]:
+    config = configuration(model, PROBED, {"scheduling_policy": "priority"})
+    machine = SchedulerMachine(config, Counter())
+    try:
+        yield machine
+        machine.finish()
+    finally:
+        machine.close()
+    assert not machine.oracle.side.statistics.totals()["faults"]
+
+
+def test_a_request_that_was_scheduled_may_be_preempted_for_a_more_important_one_in_the_same_step(
+    priorities: SchedulerMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preempt, scheduler, before = Scheduler._preempt_request, priorities.core.scheduler, []
+
+    def watched(self: Scheduler, request: Request, *args: Any, **options: Any) -> None:
+        before.append((request.request_id, len(self.running)))
+        preempt(self, request, *args, **options)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", watched)
+    priorities.submit([700] * BLOCK + TEXTS[0], out=20, priority=2)
+    priorities.advance()
+    priorities.submit([701] * BLOCK + TEXTS[1] + [500] * BLOCK, out=16, priority=0)
+    while not before:
+        priorities.advance()
+        assert priorities.requests, "the pool was never full"
+    # It stands first in line, so it was scheduled when the other one asked for a page.
+    assert before[0] == ("request-0", 1) and scheduler.running[0].request_id == "request-1"
+
+
+def test_requests_of_one_priority_may_arrive_at_the_same_moment(priorities: SchedulerMachine) -> None:
+    """Several answers to one prompt do; so do their helpers."""
+    priorities.submit([700] * BLOCK + TEXTS[0], out=1, arrival=0.0)
+    while priorities.requests:
+        priorities.advance()
+    for number in range(4):
+        priorities.submit([701 + number // 2] * BLOCK + TEXTS[0], out=2, arrival=1.0)
+    priorities.finish()
+    assert priorities.totals["finished"] == 5 and priorities.totals["helpers"] >= 2, priorities.totals
