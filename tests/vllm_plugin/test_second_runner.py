@@ -78,7 +78,7 @@ def test_blocks_keep_their_norms_and_shared_pages_are_read_once(found: Any) -> N
 @HAZARD
 @pytest.mark.parametrize("name", [*both("crowd, two groups", "anything", "anything, reuse"), "norms, drafts"])
 def test_anything_may_happen(name: str, tmp_path: Path) -> None:
-    (case,) = play(tmp_path, name, JOINTKV_TEST_EVENTS="400").values()
+    (case,) = play(tmp_path, name, JOINTKV_TEST_EVENTS="200").values()
     assert case["blocks_merged"] > 0 and (case["preempted"] > 0 or name == "norms, drafts")
     assert (case["drafted"] > 0) == ("drafts" in name)
     if name.startswith("anything"):
