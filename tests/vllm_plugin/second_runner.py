@@ -45,6 +45,7 @@ from tests.vllm_plugin.engines import (
 from tests.vllm_plugin.test_reuse_traffic import Traffic
 
 OUT = 12
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 EQUAL = [text(90, number // 2) for number in range(6)]
 ALIKE = near_prefix(6, shared=160, head=32)
 NORMS = {"max_relative_error": 0.5, "max_token_error": None, "own_norms": True}
@@ -94,13 +95,13 @@ def together(served: Engine) -> Found:
 
 
 def warm_up(served: Engine) -> None:
-    """By the steps that vLLM takes for it on a GPU, with the connector put away; some kernels cannot be interpreted."""
+    """By the steps that vLLM takes for it on a GPU, with the connector put away; its sampler cannot be interpreted."""
     worker = served.core.model_executor.driver_worker.worker
     with (
         patch.object(torch.accelerator, "synchronize"),
         patch.object(SamplingParams, "for_sampler_warmup", lambda: SamplingParams(temperature=0)),
     ):
-        warmup_kernels(worker.model_runner, worker.execute_model, lambda grammar: worker.sample_tokens(None))
+        warmup_kernels(worker.model_runner, worker.execute_model, worker.sample_tokens)
 
 
 def anything(served: Engine) -> Found:
@@ -134,6 +135,8 @@ CASES = {
     "crowd, two groups": Case(crowd, {**EXACT, "layer_groups": 2}, 2 * TIGHT, UNCACHED),
     "reuse": Case(one_after_the_other, PROBED),
     "norms": Case(together, NORMS, options=UNCACHED),
+    "crowd, drafts": Case(crowd, EXACT, TIGHT, {**UNCACHED, "speculative_config": DRAFTS}),
+    "norms, drafts": Case(together, NORMS, options={**UNCACHED, "speculative_config": DRAFTS}),
     "anything": Case(anything, LOSSY, 30),
     "anything, reuse": Case(anything, PROBED, 40),
 }
@@ -164,7 +167,8 @@ def serve(model: Path, name: str, more: Mapping[str, Any] = MappingProxyType({})
         served.assert_drained()
         counted = {name: served.statistics[name] for name in ("blocks_merged", "faults", "prompt_tokens_skipped")}
         checks = None if census is None else census.checks
-        return {**found, **counted, "preempted": served.preempted, "checks": checks, "steps": served.steps}
+        counted |= {"preempted": served.preempted, "drafted": served.drafted}
+        return {**found, **counted, "checks": checks, "steps": served.steps}
 
 
 def main(folder: Path, names: list[str]) -> None:
