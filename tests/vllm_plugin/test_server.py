@@ -219,7 +219,7 @@ def test_sigterm_ends_the_server_and_all_its_processes(running: Server) -> None:
     assert living(running.process.pid) == []
 
 
-OPTIONS = {"reuse": "licensed", "max_relative_error": 0.1, "scope": "both", "key_threshold": 0.5}
+OPTIONS = {"reuse": "auto", "max_relative_error": 0.1, "scope": "both", "key_threshold": 0.5}
 FLAGS = ["--max-relative-error", "0.1", "--scope", "both", "--fuse", "key_threshold=0.5", "--max-model-len", "64"]
 
 

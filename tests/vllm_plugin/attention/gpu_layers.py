@@ -88,6 +88,7 @@ class Group:
             input_batch=self.batch,
             kv_cache_config=config,
             max_model_len=64,
+            vllm_config=SimpleNamespace(max_concurrent_batches=1),
             parallel_config=SimpleNamespace(use_ubatching=ubatches),
             compilation_config=self.compilation_config,
         )
