@@ -1,16 +1,16 @@
 """The tables of the hazards are those of the committed runs."""
 
 from tests import hazards
-from tests.docs.doc_pages import ROOT
 
-NAMES = ("core", "vllm", "vllm_nightly", "fuzz", "fuzz_again", "soak", "soak_exact")
-FILES = [ROOT / "docs" / "results" / "reliability" / f"{name}.json" for name in NAMES]
+NAMES = ("runs", "core", "vllm", "vllm_nightly", "fuzz", "fuzz_again", "soak", "soak_exact")
+FILES = [hazards.FOLDER / f"{name}.json" for name in NAMES]
 
 
 def test_the_tables_are_those_of_the_committed_runs() -> None:
-    assert hazards.tables(FILES) == hazards.PAGE.read_text(encoding="utf-8")
+    assert hazards.tables(FILES) == (hazards.FOLDER / "hazards.md").read_text(encoding="utf-8")
+    assert hazards.what_runs_where(FILES) == (hazards.FOLDER / "runs.md").read_text(encoding="utf-8")
 
 
 def test_no_committed_run_has_failed() -> None:
     table = hazards.tables(FILES).removeprefix(hazards.HEAD)
-    assert "failed" not in table and "passed" in table and "| 0 violations" in table
+    assert "failed" not in table + hazards.what_runs_where(FILES) and "passed" in table and "| 0 violations" in table

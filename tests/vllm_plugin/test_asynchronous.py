@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from tests.hazards import FIRST_AHEAD, runs
 from tests.vllm_plugin.engines import EXACT, Engine, Prompt, engine, near_prefix, text
 
 OUT = 40
@@ -36,7 +37,13 @@ def stock(calm: Path) -> dict[str, Prompt]:
         return crowd(served)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        pytest.param(1, marks=runs("fusion", FIRST_AHEAD)),
+        pytest.param(2, marks=runs("layer groups", FIRST_AHEAD)),
+    ],
+)
 def test_bound_zero_changes_no_token_though_requests_are_preempted_and_aborted(
     groups: int, calm: Path, stock: dict[str, Prompt]
 ) -> None:
@@ -48,6 +55,7 @@ def test_bound_zero_changes_no_token_though_requests_are_preempted_and_aborted(
         served.assert_drained()
 
 
+@pytest.mark.runs("own norms", *FIRST_AHEAD)
 def test_blocks_keep_their_norms(calm: Path) -> None:
     """Norms that are another page's end the engine."""
     fusion = {"max_relative_error": 0.5, "max_token_error": None, "own_norms": True}

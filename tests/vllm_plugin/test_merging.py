@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from tests.hazards import FIRST
 from tests.vllm_plugin.engines import EXACT, Engine, Prompt, engine, near_prefix, text
 
 OUT = 24
@@ -50,6 +51,7 @@ def test_off_is_the_stock_engine(calm: Path, stock: dict) -> None:
         off.assert_drained()
 
 
+@pytest.mark.runs("fusion", *FIRST)
 def test_bound_zero_frees_exact_duplicates_and_changes_no_token(calm: Path, stock: dict) -> None:
     outputs, pages, steps = stock["duplicates False"]
     with engine(calm, fusion=EXACT, enable_prefix_caching=False) as fused:
@@ -65,6 +67,7 @@ def test_bound_zero_frees_exact_duplicates_and_changes_no_token(calm: Path, stoc
         fused.assert_drained()
 
 
+@pytest.mark.runs("fusion", *FIRST)
 def test_near_prefix_traffic_gives_most_pages_back(calm: Path, stock: dict) -> None:
     _, pages, _ = stock["near True"]
     with engine(calm, fusion={}) as fused:
@@ -100,6 +103,7 @@ def test_a_pool_that_is_empty_enough_is_left_alone(calm: Path) -> None:
         assert sum(block.ref_cnt for block in fused.pool.blocks[1:]) == 0
 
 
+@pytest.mark.runs("chunks of one request", *FIRST)
 @pytest.mark.parametrize("scope", ["chunk", "both"])
 def test_chunks_of_one_request_share_pages(calm: Path, scope: str) -> None:
     repeated = [text(96, number) * 4 + text(8, number) for number in range(3)]

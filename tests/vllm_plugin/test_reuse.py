@@ -12,13 +12,14 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from tests.hazards import FIRST
 from tests.vllm_plugin.engines import LOSSY, Engine, Prompt, engine, near_prefix, text, write_model
 
 BLOCK, OUT = 32, 8
 PROBED = {**LOSSY, "reuse": "probed", "reuse_audit_rate": 1e-9}
 HEAD, TAIL = text(BLOCK, 1), text(20, 2)
 
-pytestmark = pytest.mark.usefixtures("bold")
+pytestmark = [pytest.mark.usefixtures("bold"), pytest.mark.runs("reuse", *FIRST)]
 
 
 @dataclass

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from tests.hazards import FIRST, FIRST_AHEAD, runs
 from tests.vllm_plugin.census import Census
 from tests.vllm_plugin.engines import LOSSY, Engine, engine, text
 
@@ -72,9 +73,13 @@ class Traffic:
 @pytest.mark.parametrize(
     ("fusion", "options"),
     [
-        ({"reuse_audit_rate": 0.2}, {}),
-        ({"reuse": "licensed", "reuse_miss_rate": 0.5, "reuse_confidence": 0.5}, {"scheduling_policy": "priority"}),
-        ({}, {"async_scheduling": True, "max_num_seqs": 3}),
+        pytest.param({"reuse_audit_rate": 0.2}, {}, marks=runs("reuse", FIRST)),
+        pytest.param(
+            {"reuse": "licensed", "reuse_miss_rate": 0.5, "reuse_confidence": 0.5},
+            {"scheduling_policy": "priority"},
+            marks=runs("reuse", FIRST),
+        ),
+        pytest.param({}, {"async_scheduling": True, "max_num_seqs": 3}, marks=runs("reuse", FIRST_AHEAD)),
     ],
     ids=["chunks", "licensed, priorities", "asynchronous, few seats"],
 )

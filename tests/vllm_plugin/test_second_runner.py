@@ -14,6 +14,8 @@ import pytest
 pytest.importorskip("vllm")
 pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
 
+from tests.hazards import SECOND, SECOND_AHEAD, runs
+
 SCRIPT = Path(__file__).with_name("second_runner.py")
 HAZARD = pytest.mark.hazard(
     "State",
@@ -46,7 +48,19 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return play(tmp_path_factory.mktemp("second"), *together, *both("crowd", "reuse", "norms"))
 
 
+def everywhere(what: str) -> Any:
+    """With the second runner, as it is and a step ahead."""
+
+    def decorate(test: Any) -> Any:
+        for mark in runs(what, SECOND, SECOND_AHEAD):
+            test = mark(test)
+        return test
+
+    return decorate
+
+
 @HAZARD
+@everywhere("fusion")
 def test_bound_zero_changes_no_token_after_a_warm_up_and_a_step_ahead(found: Any) -> None:
     for name in ("off", "warmed up", "equal, asynchronous"):
         assert found[name]["tokens"] == found["stock"]["tokens"]
@@ -55,6 +69,8 @@ def test_bound_zero_changes_no_token_after_a_warm_up_and_a_step_ahead(found: Any
 
 
 @HAZARD
+@everywhere("fusion")
+@pytest.mark.runs("drafts by ngram", *SECOND)
 def test_preempted_and_aborted_requests_leave_tables_and_answers_right(found: Any) -> None:
     for name in [*both("crowd"), "crowd, drafts"]:
         assert found[name]["tokens"] == found["stock, crowd"]["tokens"]
@@ -63,11 +79,13 @@ def test_preempted_and_aborted_requests_leave_tables_and_answers_right(found: An
 
 
 @HAZARD
+@everywhere("reuse")
 def test_resident_text_is_not_computed(found: Any) -> None:
     assert all(found[name]["prompt_tokens_skipped"] > 0 for name in both("reuse"))
 
 
 @HAZARD
+@everywhere("own norms")
 def test_blocks_keep_their_norms_and_shared_pages_are_read_once(found: Any) -> None:
     for case in (found[name] for name in both("norms")):
         fault, steps, shared = case["attention"]

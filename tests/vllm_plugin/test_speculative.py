@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from tests.hazards import FIRST
 from tests.vllm_plugin.engines import EXACT, LOSSY, Engine, Prompt, engine, near_prefix, text
 
 OUT = 60
@@ -20,7 +21,7 @@ PROMPTS = [text(100, number // 2) + text(60, 99) for number in range(12)]
 ALIKE = near_prefix(5, shared=300, head=32)
 PROBED = {**LOSSY, "reuse": "probed", "reuse_audit_rate": 1e-9}
 
-pytestmark = pytest.mark.usefixtures("bold")
+pytestmark = [pytest.mark.usefixtures("bold"), pytest.mark.runs("drafts by ngram", *FIRST)]
 
 
 def crowd(served: Engine) -> dict[str, Prompt]:

@@ -22,6 +22,7 @@ from jointkv.vllm_plugin.attention.backend import JointAttention
 from jointkv.vllm_plugin.attention.norms import OwnNorms
 from jointkv.vllm_plugin.engine.runners.base import Remap
 from jointkv.vllm_plugin.messages import Inquiry
+from tests.hazards import FIRST
 from tests.vllm_plugin.engines import Engine, engine, near_prefix, text
 
 BOUND = 0.3
@@ -110,6 +111,7 @@ def audited(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Auditor]]:
     "blocks are read with their own norms while requests are preempted and resumed",
     "every block, its norms included, is within its bound of what was written",
 )
+@pytest.mark.runs("own norms", *FIRST)
 def test_blocks_are_read_with_their_own_norms(calm: Path, audited: list[Auditor]) -> None:
     with engine(calm, pages=40, fusion={**NORMS, "across_layers": "max"}, **CHUNKED) as own:
         audited.append(Auditor(own))
@@ -127,6 +129,7 @@ def test_blocks_are_read_with_their_own_norms(calm: Path, audited: list[Auditor]
         assert len(get_kv_transfer_group().worker.norms) == 0
 
 
+@pytest.mark.runs("own norms", *FIRST)
 def test_more_blocks_are_within_a_bound(calm: Path) -> None:
     merged = {}
     for own_norms in (False, True):

@@ -34,6 +34,7 @@ from vllm.v1.request import Request
 
 from jointkv.errors import UnsupportedEngine
 from jointkv.vllm_plugin.engine.groups import LayerGroupManager, LayerGroupSpec, register, split_layers
+from tests.hazards import FIRST
 from tests.vllm_plugin.engines import Engine, engine, near_prefix
 
 BLOCK = 32
@@ -232,6 +233,7 @@ def test_off_is_stock(lively: Path, expected: list[list[int]], groups: int) -> N
         served.assert_drained()
 
 
+@pytest.mark.runs("layer groups", *FIRST)
 @pytest.mark.parametrize("groups", [2, 4])
 def test_every_group_decides_alone(lively: Path, expected: list[list[int]], groups: int) -> None:
     """In the first layer, equal tokens at equal positions have equal K and V; in the others they depend on the head."""
@@ -245,6 +247,7 @@ def test_every_group_decides_alone(lively: Path, expected: list[list[int]], grou
         served.assert_drained()
 
 
+@pytest.mark.runs("layer groups", *FIRST)
 def test_thresholds_belong_to_their_group(lively: Path) -> None:
     for bounds, merging in (((0.0, 2.0, 0.0, 2.0), {0, 1, 3}), ((0.0, 0.0, 2.0, 0.0), {0, 2})):
         options = {"layer_groups": 4, "max_relative_error": bounds, "max_token_error": None}

@@ -26,6 +26,7 @@ from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
 from jointkv.vllm_plugin.scheduler import side as scheduler_side
 from jointkv.vllm_plugin.worker import side
 from tests.effort import FIRST_SEED, MACHINE_STEPS, machine_settings
+from tests.hazards import WHERE, runs
 from tests.vllm_plugin.engines import BOLD, write_model
 from tests.vllm_plugin.scheduler.fake_second_runner import write, write_all
 from tests.vllm_plugin.scheduler.fake_worker import Comparer, packed_pages
@@ -92,8 +93,17 @@ HAZARD = pytest.mark.hazard(
 )
 
 
+def marked(variant: str) -> Any:
+    """With what it shows of what runs where."""
+    fusion, options = VARIANTS[variant]
+    place = WHERE[2 * options.get("second_runner", False) + options.get("async_scheduling", False)]
+    whats = {"reuse": "reuse", "layer_groups": "layer groups", "scope": "chunks of one request"}
+    found = [what for option, what in whats.items() if option in fusion] or ["fusion"]
+    return pytest.param(variant, marks=[mark for what in found for mark in runs(what, place)])
+
+
 @HAZARD
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", map(marked, VARIANTS))
 def test_random_events(config: Any, record_property: Any) -> None:
     totals = Counter[str]()
     expected = {"approximate merges", "hits", "resumed", "finished", "aborted"}
