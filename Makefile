@@ -92,7 +92,7 @@ matrix: setup-vllm
 nightly: setup setup-vllm
 	$(BIN)/jointkv model fetch smollm2
 	JOINTKV_TEST_STEPS=100000 $(BIN)/pytest --timeout=0 -m "hazard and not gpu" --hazards=$(HAZARDS)/core.json
-	JOINTKV_TEST_STEPS=100000 $(VLLM_BIN)/pytest --timeout=0 -m "hazard and not gpu" --hazards=$(HAZARDS)/vllm.json \
+	JOINTKV_TEST_STEPS=100000 $(VLLM_BIN)/pytest --timeout=0 -m "(hazard or runs) and not gpu" --hazards=$(HAZARDS)/vllm.json \
 	  $(ENGINE_TESTS)
 	$(BIN)/python tests/hazards.py $(HAZARDS)/runs.json $(HAZARDS)/core.json $(HAZARDS)/vllm.json $(HAZARDS)/fuzz.json $(wildcard $(HAZARDS)/soak*.json)
 

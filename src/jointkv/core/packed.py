@@ -120,6 +120,16 @@ class PackedPages:
         order, num_keys = self.slots.argsort(stable=True).to(self.device), int((~self.is_value).sum())
         return order[:num_keys], order[num_keys:]
 
+    @cached_property
+    def offsets(self) -> Tensor:
+        """`order` as one table, int32 on the pages' device, where it stays."""
+        return torch.cat(self.order).int()
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """See `addresses`; on the device, where it stays."""
+        return addresses(self.layers)
+
     def vectors(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """See `KVPages`. The order inside a token is that of the page."""
         index, dtype = pages.to(self.device), self.layers[0].dtype
@@ -152,6 +162,11 @@ class PackedPages:
             run_row=run_row,
             run_length=lengths[by_pattern],
         )
+
+
+def addresses(layers: Sequence[Tensor]) -> Tensor:
+    """Where the layers begin in their device's memory, `[layers]` long on that device."""
+    return torch.tensor([layer.data_ptr() for layer in layers]).to(layers[0].device, non_blocking=True)
 
 
 def lane_order(dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jointkv.core.blocks import RESOLUTION, SMALLEST, PagedKV
-from jointkv.core.packed import BITS, PackedPages
+from jointkv.core.packed import BITS, PackedPages, addresses
 from jointkv.fusion.kernels import SignatureKernel
 
 TOKENS, NUMBERS = 16, 64
@@ -119,12 +119,12 @@ class Kernels:
         sums = torch.empty(len(own), pages.num_layers, 2, tokens, 3, device=device)
         if not len(own):
             return sums
-        first, order = pages.layers[0], pages.order
-        key_numbers, value_numbers = (len(side) // tokens for side in order)
+        first = pages.layers[0]
+        key_numbers, value_numbers = (len(side) // tokens for side in pages.order)
         with torch.cuda.device_of(first):
             add_up[(len(own), pages.num_layers, 2 * triton.cdiv(tokens, TOKENS))](
-                *(_bits_of(first), _addresses(pages.layers), first.stride(0)),
-                *(torch.cat(order).int(), *(pair.to(device, non_blocking=True) for pair in (own, other)), sums),
+                *(_bits_of(first), pages.starts, first.stride(0)),
+                *(pages.offsets, *(pair.to(device, non_blocking=True) for pair in (own, other)), sums),
                 *(tokens, key_numbers, value_numbers, RESOLUTION, SMALLEST),
                 unpacked=UNPACKED.get(pages.dtype, ""),
                 tile=TOKENS,
@@ -142,7 +142,7 @@ class Kernels:
             for side, (layers, projection) in enumerate(zip((kv.keys, kv.values), projections, strict=True)):
                 with torch.cuda.device_of(layers[0]):
                     project[grid](
-                        *(_bits_of(layers[0]), _addresses(layers), projection, pages),
+                        *(_bits_of(layers[0]), addresses(layers), projection, pages),
                         *(signatures, len(pages), len(projection), columns, side),
                         unpacked=UNPACKED.get(dtype, ""),
                         tile=BLOCKS,
@@ -152,11 +152,6 @@ class Kernels:
             return signatures
 
         return take
-
-
-def _addresses(layers: Sequence[Tensor]) -> Tensor:
-    """Where the layers begin, `[layers]` long on their device."""
-    return torch.tensor([layer.data_ptr() for layer in layers]).to(layers[0].device, non_blocking=True)
 
 
 def _bits_of(layer: Tensor) -> Tensor:
