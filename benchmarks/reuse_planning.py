@@ -84,7 +84,7 @@ def run(output: Path) -> None:
     skipped = plan(residents, known).skipped * BLOCK_SIZE
     assert skipped > 0.99 * TOKENS - 2 * HEADER and plan(residents, unknown).skipped == 0
     owner, looked_up = (known.isolation, 0), at(known)
-    pages = np.array([found[0] for found in residents.index.pages(owner, looked_up[8:])])
+    pages = np.array([residents.index.pages(owner, [place])[0] for place in looked_up[8:]])
     kept = residents._tokens
 
     def floor() -> None:

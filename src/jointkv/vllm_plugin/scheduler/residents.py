@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -77,15 +75,16 @@ class Residents:
 
     def find(self, tracked: TrackedRequest, first: int, end: int, group: int) -> Found:
         """Where blocks `first` to `end` of `tracked` are resident, compared token by token, not by hash alone."""
-        slots = np.arange(first, end)
-        found = self.index.pages((tracked.isolation, group), places(tracked.hashes(end)[first:end], slots))
-        slot = np.repeat(slots, np.fromiter(map(len, found), np.int64, len(found)))
-        page = np.fromiter(chain.from_iterable(found), np.int64, len(slot))
+        at = places(tracked.hashes(end)[first:end], np.arange(first, end))
+        page = self.index.pages((tracked.isolation, group), at)
+        slot = self._slot[page]
         if len(page):
-            tokens = self._tokens.take(page, axis=0) != tracked.tokens(first, end).take(slot - first, axis=0)
-            equal = self._slot[page] == slot
-            equal[np.flatnonzero(tokens) // tokens.shape[1]] = False  # all are, but for clashes of hashes
-            slot, page = slot[equal], page[equal]
+            tokens = tracked.tokens(first, end).take(slot - first, axis=0, mode="clip")
+            differ = np.flatnonzero(self._tokens.take(page, axis=0) != tokens) // tokens.shape[1]
+            clash = (slot < first) | (slot >= end)
+            clash[differ] = True
+            if clash.any():  # of hashes; next to never
+                slot, page = slot[~clash], page[~clash]
         return Found(slot, page, self.source[page], self.exact[page])
 
     def remove(self, page: int) -> None:
