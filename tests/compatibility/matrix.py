@@ -5,9 +5,9 @@
 Releases are those that the package index offers: of transformers the oldest supported, the newest supported, the two
 newest minors, and the newest of the major before; of vLLM's CPU build the one supported and the one before; of vLLM
 itself the newest of every supported minor of which there is no CPU build: its Python code with the compiled kernels of
-the CPU build that is installed here, since its own are for GPUs. The newest supported release of transformers and of the CPU build runs on
-every Python of `PYTHONS` that is installed, the others on this one; the result names those that are not. What jointkv
-refuses has its refusal in the result. Environments are removed unless `--keep`.
+the CPU build that is installed here, since its own are for GPUs. The newest supported release of transformers and of
+the CPU build runs on every Python of `PYTHONS` that is installed, the others on this one; the result names those that
+are not. What jointkv refuses has its refusal in the result. Environments are removed unless `--keep`.
 """
 
 from __future__ import annotations
