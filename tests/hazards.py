@@ -157,7 +157,9 @@ def _shown(row: dict[str, Any]) -> str:
     outcomes, numbers = row["outcomes"], row["numbers"]
     engines, steps = outcomes.get("passed", 0) - numbers.get("machines", 0), numbers.get("steps", 0)
     parts = [f"{engines} in engines"] * (engines > 0) + [f"{steps:,} random steps"] * (steps > 0)
-    return ", ".join(parts + [f"**{outcomes['failed']} failed**"] * ("failed" in outcomes)) or "-"
+    if outcomes.get("failed"):
+        parts.append(f"**{outcomes['failed']} failed**")
+    return ", ".join(parts) or "-"
 
 
 def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:

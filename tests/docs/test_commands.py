@@ -96,7 +96,7 @@ def test_exists(command: Command) -> None:
         words = words[1:]
     program, arguments = words[0], words[1:]
     checks = {"jointkv": check_jointkv, "make": check_make, "python": check_python, "vllm": check_vllm}
-    checks |= {"pip": check_pip, "curl": check_curl, "promtool": check_last_is_file, "pytest": check_last_is_file}
+    checks |= {"pip": check_pip, "curl": check_curl, "promtool": check_last_is_there, "pytest": check_last_is_there}
     assert program in checks, f"no check for the program {program}"
     checks[program](arguments)
 
@@ -165,8 +165,8 @@ def check_curl(arguments: list[str]) -> None:
             json.loads(value)
 
 
-def check_last_is_file(arguments: list[str]) -> None:
-    assert (ROOT / arguments[-1]).is_file()
+def check_last_is_there(arguments: list[str]) -> None:
+    assert (ROOT / arguments[-1]).exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
