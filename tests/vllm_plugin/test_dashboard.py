@@ -259,6 +259,7 @@ def test_the_dashboard_shows_what_happened(prometheus: Prometheus) -> None:
         "missed",
         "licence",
         "left_alone",
+        "no_reuse",
     )
     for expression in dashboard_expressions():
         if not any(name in expression for name in (*zero_on_a_healthy_server, "kv_cache_usage_perc")):
