@@ -283,7 +283,7 @@ class BareWorker:
     def get_supported_kv_cache_layouts(self) -> list[str]:
         return ["LBHNC"]
 
-    def set_kv_cache_layout(self, layout: str) -> None:
+    def set_kv_cache_layout(self, *_: Any) -> None:
         pass
 
     def get_kv_cache_spec(self) -> dict[str, FullAttentionSpec]:
