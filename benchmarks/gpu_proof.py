@@ -1,4 +1,4 @@
-"""What one GPU proves of jointkv, in eight minutes and without internet.
+"""What one GPU proves of jointkv, without internet; meant for eight minutes, which no GPU has measured yet.
 
 `python benchmarks/gpu_proof.py --output out/gpu_proof` on a machine with a GPU; `--interpret` on any other, where the
 same runs small, with Triton's kernels in its interpreter. Stages run in order, each in a process of its own with a

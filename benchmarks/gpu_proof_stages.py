@@ -159,6 +159,9 @@ ARMS: dict[str, Found | None] = {
 }
 """Options of the plugin; None is stock."""
 
+SECONDS = ("compare_seconds", "schedule_seconds", "apply_seconds")
+"""What the plugin counts of its own work."""
+
 
 class Load:
     """Near prefixes and an engine of a realistic shape on a GPU, tiny ones elsewhere."""
@@ -214,23 +217,16 @@ def steps(folder: Path) -> Found:
             for prompt in load.prompts:
                 served.submit(prompt, load.out)
             served.run_until_decoding()
-            taken = []
+            before, taken = {} if arm == "stock" else served.statistics, []
             while served.vllm_scheduler.requests:
                 start = time.perf_counter()
                 served.step()
                 taken.append(time.perf_counter() - start)
+            after = {} if arm == "stock" else served.statistics
+            shares = {f"{name}_share": (after[name] - before[name]) / sum(taken) for name in SECONDS if name in after}
             taken = taken[1 : max(len(taken) - 2, 2)]
-            found[arm] = {"decode_ms": 1e3 * median(taken), "steps": len(taken), **shares(served, arm, sum(taken))}
+            found[arm] = {"decode_ms": 1e3 * median(taken), "steps": len(taken), **shares}
     return {"requests": load.requests, "context": len(load.prompts[0]), "arms": found}
-
-
-def shares(served: Any, arm: str, seconds: float) -> Found:
-    """Of the time, what went into comparing, scheduling and applying."""
-    if arm == "stock":
-        return {}
-    counted = served.statistics
-    names = ("compare_seconds", "schedule_seconds", "apply_seconds")
-    return {f"{name}_share": counted[name] / seconds for name in names}
 
 
 def contended(folder: Path) -> Found:

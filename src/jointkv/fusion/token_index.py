@@ -16,6 +16,7 @@ Bucket = tuple[Hashable, int]
 what `places` makes of position and text."""
 
 NONE = array("q")
+"""The pages of a bucket that there is not; never written."""
 
 POSITION = np.int64(0x1B873593CC9E2D51)
 """An odd number, so that no two positions of a text get the same place."""
@@ -50,7 +51,10 @@ class TokenIndex:
         return page in self._buckets
 
     def pages(self, owner: Hashable, places: Iterable[int]) -> NDArray[np.int64]:
-        """All resident pages of an owner at these places, in their order; which is where, the caller knows."""
+        """All resident pages of an owner at these places, in their order, int64 `[n]`, not to be written.
+
+        Which page is where, the caller knows.
+        """
         return np.frombuffer(b"".join(map(self._pages.get(owner, {}).get, places, repeat(NONE))), np.int64)
 
     def candidates(self, buckets: Iterable[Bucket], count: int) -> list[int]:
