@@ -167,12 +167,12 @@ def test_blocks_are_filled_from_the_right_tokens(first: int, tokens: int, skip: 
     run = MovedRun(first, tokens, 0, skip, pages, first - skip)
     fills = run.fills(BLOCK)
     whole = [slot for slot in range(30) if first <= slot * BLOCK and (slot + 1) * BLOCK <= run.end]
-    assert fills.slots.tolist() == whole and len(fills) == len(whole)
-    for slot, one, two in zip(fills.slots.tolist(), fills.first.tolist(), fills.second.tolist(), strict=True):
+    assert fills.slots.tolist() == whole and len(fills) == len(whole) and (fills.shift == first - skip).all()
+    columns = (fills.slots, fills.first, fills.second, fills.offset)
+    for slot, one, two, offset in np.stack(columns).T.tolist():
         place = slot * BLOCK - first + skip
-        read = [
-            (one if fills.offset + token < BLOCK else two, (fills.offset + token) % BLOCK) for token in range(BLOCK)
-        ]
+        ahead = [offset + token for token in range(BLOCK)]
+        read = [(one if token < BLOCK else two, token % BLOCK) for token in ahead]
         assert read == [(100 + (place + token) // BLOCK, (place + token) % BLOCK) for token in range(BLOCK)]
 
 

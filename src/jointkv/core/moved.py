@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jointkv.core.reuse import Integers
 from jointkv.errors import LayoutError
@@ -56,26 +58,39 @@ class MovedRun:
         """The prompt's whole blocks that can be written from it."""
         slots = np.arange(-(-self.first // block_size), self.end // block_size)
         place = slots * block_size - self.first + self.skip
-        before = place // block_size
+        before, offset = place // block_size, place % block_size
         # The second page of a block that needs one only is the first.
-        after = np.where(place % block_size, before + 1, before)
-        return Fills(slots, self.pages[before], self.pages[after], int(place[0] % block_size) if len(slots) else 0)
+        after = np.where(offset, before + 1, before)
+        return Fills(slots, self.pages[before], self.pages[after], offset, np.full(len(slots), self.shift))
 
 
 @dataclass(frozen=True, eq=False)
 class Fills:
-    """Whole blocks of a prompt, each written from one page or two.
+    """Whole blocks of a prompt, each to be written from one page or two that hold its text at another position.
 
     Attributes:
         slots: of the prompt, int64 `[n]`.
         first, second: pages that hold the beginning and the rest, int64 `[n]`; equal where one holds all.
-        offset: of the first token in the page `first`, the same for all.
+        offset: of the block's first token in the page `first`, int64 `[n]`.
+        shift: by how many tokens the block stands later than in the pages, int64 `[n]`.
     """
 
     slots: Integers
     first: Integers
     second: Integers
-    offset: int
+    offset: Integers
+    shift: Integers
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    def where(self, chosen: NDArray[np.bool_] | Integers) -> Fills:
+        """Those of them that are `chosen`: bool `[n]`, or indices."""
+        return Fills(*(column[chosen] for column in (self.slots, self.first, self.second, self.offset, self.shift)))
+
+    @classmethod
+    def join(cls, parts: Sequence[Fills]) -> Fills:
+        """All of `parts`, in their order."""
+        none = np.zeros(0, np.int64)
+        columns = ([getattr(part, field.name) for part in parts] for field in fields(cls))
+        return cls(*(np.concatenate([none, *column]) for column in columns))

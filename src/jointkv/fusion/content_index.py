@@ -208,7 +208,7 @@ class ContentIndex:
         ]
 
     def _extended(self, pages: Integers, tokens: Integers, shift: int, first: int, end: int, source: int) -> MovedRun:
-        """The run from token `first` to `end` of the source, and what is equal before and behind it, less than a window."""
+        """The run from token `first` to `end` of the source, and what is equal before and behind it, not a window."""
         size = self.block_size
         before, behind = pages[(first - 1) // size] if first else NOWHERE, NOWHERE
         if end // size < len(pages):
