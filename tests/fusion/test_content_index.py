@@ -114,10 +114,26 @@ def test_pages_come_and_go_without_the_table_growing() -> None:
     for turn in range(1, 400):
         for page in put(index, strange(40, turn), 10, turn):
             index.remove(page)
-    assert len(index._owners["key"].table) <= 4 * len(index) + 1024 + 40
+    assert len(index._owners["key"].table) <= 4 * len(index) + rolling_hash.MOST_WAITING
     assert index.find("key", strange(40, 0), BLOCK)[0].tokens == 40
     index.clear()
     assert not len(index) and not index.find("key", strange(40, 0), 1)
+    index.check_integrity()
+
+
+@pytest.mark.parametrize("looked_up", [True, False], ids=["looked up between", "at once"])
+def test_pages_that_are_gone_hide_no_older_ones(looked_up: bool) -> None:
+    index, others = ContentIndex(BLOCK), 10 * room.SOURCES
+    put(index, strange(400, 1), 0, 0)
+    for turn in range(others):
+        put(index, strange(40, 0), 100 + 10 * turn, 1 + turn)
+    for turn in [0, *range(2, others)]:
+        if looked_up:
+            assert index.find("key", strange(40, 0), BLOCK)[0].tokens == 40
+        for page in range(100 + 10 * turn, 110 + 10 * turn):
+            index.remove(page)
+    (run,) = index.find("key", strange(40, 0), BLOCK)
+    assert run.source == 2 and run.tokens == 40
     index.check_integrity()
 
 

@@ -128,4 +128,4 @@ def test_what_depends_on_more_than_the_position_is_refused(model: Any, said: str
 
 def test_bfloat16() -> None:
     model = build_model("llama", dtype=torch.bfloat16)
-    assert_turned_keys_are_those_of_another_position(model, tolerance=2e-2)
+    assert_turned_keys_are_those_of_another_position(model, tolerance=4e-2)

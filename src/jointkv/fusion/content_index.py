@@ -53,7 +53,7 @@ class _Owner:
 class ContentIndex:
     """Resident text by content, wherever it stands; the tokens decide, hashes only propose.
 
-    A page costs 8 bytes per token, 32 for each of its two windows and some 30 for its place.
+    A page costs 8 bytes per token, 40 for each of its two windows and some 30 for its place.
 
     Args:
         block_size: tokens per page, even: windows are halves of a page.
@@ -68,7 +68,7 @@ class ContentIndex:
         self._owner_of: dict[int, Hashable] = {}
         self._tokens = np.zeros((0, block_size), np.int64)
         self._source, self._slot = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        self._number = np.zeros(0, np.int64)
+        self._number, self._hashes = np.zeros(0, np.int64), np.zeros((0, 2), np.uint64)
         self._owners_so_far = 0
 
     def __len__(self) -> int:
@@ -97,10 +97,9 @@ class ContentIndex:
         held = self._owners.get(owner) or self._new_owner(owner)
         self._number[pages] = held.number
         self._place(held, slots, pages, source)
-        hashes = self._rolling(tokens)
         starts = slots[:, None] * self.block_size + np.array([0, self._half])
-        windows = pages[:, None] * 2 + np.array([0, 1])
-        held.table.add(hashes[starts].reshape(-1), windows.reshape(-1))
+        self._hashes[pages] = self._rolling(tokens)[starts]
+        held.table.add(self._hashes[pages].reshape(-1), _windows(pages))
         held.pages += len(numbers)
 
     def remove(self, page: int) -> None:
@@ -116,10 +115,10 @@ class ContentIndex:
             del held.texts[source]
         held.pages -= 1
         self._number[page] = NOWHERE
-        if not held.pages:
+        if held.pages:
+            held.table.drop(self._hashes[page], _windows(np.array([page])))
+        else:
             del self._owners[owner]
-        elif len(held.table) > 4 * held.pages + 1024:  # half of the windows at the least are of pages that are gone
-            held.table.keep(np.repeat(self._number == held.number, 2))
 
     def clear(self) -> None:
         """Forget everything."""
@@ -138,8 +137,6 @@ class ContentIndex:
             return []
         offset, window = held.table.find(self._rolling(tokens), SOURCES)
         page, part = window // 2, window % 2 * self._half
-        alive = self._number[page] == held.number  # a page that was handed out anew may be another owner's
-        offset, page, part = offset[alive], page[alive], part[alive]
         equal = self._equal(tokens, offset, page, part)
         return self._without_overlap(self._runs(held, tokens, offset[equal], page[equal], part[equal]), least)
 
@@ -166,6 +163,7 @@ class ContentIndex:
             return
         more = max(page + 1, 2 * len(self._source)) - len(self._source)
         self._tokens = np.concatenate((self._tokens, np.zeros((more, self.block_size), np.int64)))
+        self._hashes = np.concatenate((self._hashes, np.zeros((more, 2), np.uint64)))
         self._source, self._slot, self._number = (
             np.concatenate((old, np.full(more, NOWHERE, np.int64))) for old in (self._source, self._slot, self._number)
         )
@@ -270,3 +268,9 @@ class _Taken:
         if start < end:
             left.append((start, end))
         return left
+
+
+def _windows(pages: Integers) -> Integers:
+    """Numbers of the halves of `pages [n]`, `[2 n]`."""
+    windows: Integers = (pages[:, None] * 2 + np.array([0, 1])).reshape(-1)
+    return windows

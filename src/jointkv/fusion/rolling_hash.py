@@ -11,6 +11,12 @@ from jointkv.core.reuse import Integers
 
 Hashes = NDArray[np.uint64]
 
+GONE = -1
+"""In the place of a window that was dropped."""
+
+MOST_WAITING = 1024
+"""New windows that are not sorted in before somebody looks for them."""
+
 
 class RollingHash:
     """Hashes of all windows of `size` tokens: a polynomial in an odd base, modulo 2^64, of mixed tokens.
@@ -60,26 +66,42 @@ def _mixed(numbers: Hashes) -> Hashes:
 class WindowTable:
     """Windows by hash: sorted, with a filter before, so that a prompt's many strangers cost one look each.
 
-    Windows are numbers; the length is that of all that were added and not dropped.
+    Windows are numbers. Dropped ones stay in their places, before all others with their hash, until they are half.
     """
 
     def __init__(self) -> None:
         self._hashes, self._windows = np.zeros(0, np.uint64), np.zeros(0, np.int64)
         self._new: list[tuple[Hashes, Integers]] = []
         self._filter, self._bits = np.zeros(2, bool), np.uint64(63)
+        self._dropped = self._waiting = 0
 
     def __len__(self) -> int:
-        return len(self._hashes) + sum(len(hashes) for hashes, _ in self._new)
+        """Windows that are held, dropped ones included."""
+        return len(self._hashes) + self._waiting
 
     def add(self, hashes: Hashes, windows: Integers) -> None:
         """More `windows [n]` with these `hashes [n]`."""
         self._new.append((hashes, windows))
+        self._waiting += len(hashes)
+        if self._waiting > MOST_WAITING + len(self._hashes) // 8:
+            self._sort()
 
-    def keep(self, alive: NDArray[np.bool_]) -> None:
-        """Drop windows that are not `alive`, bool by window."""
-        self._sort()
-        kept = alive[self._windows]
-        self._hashes, self._windows = self._hashes[kept], self._windows[kept]
+    def drop(self, hashes: Hashes, windows: Integers) -> None:
+        """These `windows [n]` are no longer there."""
+        for hash_, window in zip(hashes, windows, strict=True):
+            begin, end = (int(np.searchsorted(self._hashes, hash_, side)) for side in ("left", "right"))
+            (place,) = np.nonzero(self._windows[begin:end] == window)
+            if len(place):
+                at = begin + int(place[0])
+                self._windows[begin + 1 : at + 1] = self._windows[begin:at].copy()
+                self._windows[begin] = GONE
+                self._dropped += 1
+                continue
+            for _, new in self._new:
+                new[new == window] = GONE
+        if self._dropped > len(self._hashes) // 2:
+            kept = self._windows != GONE
+            self._hashes, self._windows, self._dropped = self._hashes[kept], self._windows[kept], 0
 
     def find(self, hashes: Hashes, most: int) -> tuple[Integers, Integers]:
         """Indices of `hashes [n]` that are there, and windows that have them, at most `most` each, the latest."""
@@ -90,13 +112,16 @@ class WindowTable:
         begin = np.maximum(begin, end - most)
         count = end - begin
         where = np.repeat(begin - np.cumsum(count) + count, count) + np.arange(int(count.sum()))
-        return np.repeat(maybe, count), self._windows[where]
+        found, windows = np.repeat(maybe, count), self._windows[where]
+        there = windows != GONE
+        return found[there], windows[there]
 
     def _sort(self) -> None:
         if not self._new:
             return
         hashes, windows = (np.concatenate(parts) for parts in zip(*self._new, strict=True))
-        self._new = []
+        self._new, self._waiting = [], 0
+        hashes, windows = hashes[windows != GONE], windows[windows != GONE]
         order = np.argsort(hashes, kind="stable")
         # Of equal ones those that came last are last.
         place = np.searchsorted(self._hashes, hashes[order], "right")

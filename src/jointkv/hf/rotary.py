@@ -75,7 +75,7 @@ def _alone(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> Dynamic
 def _that_turns(before: object, after: object, shifts: Tensor, candidates: Sequence[Rotary], layer: int) -> Rotary:
     values = before.values, after.values  # type: ignore[attr-defined]
     keys, turned = before.keys, after.keys  # type: ignore[attr-defined]
-    tolerance = 30 * torch.finfo(keys.dtype).eps
+    tolerance = 10 * torch.finfo(keys.dtype).eps
     if _far(*values) <= tolerance:
         for candidate in candidates:
             fits = 2 * len(candidate.frequencies) <= keys.shape[-1]
