@@ -39,17 +39,20 @@ class Rotary:
         angle = shift.to(torch.float64)[:, None] * self.frequencies
         angle = angle.view(len(shift), *(1,) * (keys.dim() - 2), pairs)
         cos, sin = angle.cos().float().to(keys.device), angle.sin().float().to(keys.device)
-        one, two = self._pairs(keys[..., : 2 * pairs].float())
-        turned = torch.stack((one * cos - two * sin, two * cos + one * sin), -1 if self.interleaved else -2)
-        result = keys.clone()
-        result[..., : 2 * pairs] = turned.flatten(-2).to(keys.dtype)
-        return result
+        numbers = keys.float()
+        turned = torch.empty_like(numbers)
+        turned[..., 2 * pairs :] = numbers[..., 2 * pairs :]
+        (one, two), (to_one, to_two) = self._pairs(numbers), self._pairs(turned)
+        torch.mul(one, cos, out=to_one).addcmul_(two, sin, value=-1)
+        torch.mul(two, cos, out=to_two).addcmul_(one, sin)
+        return turned.to(keys.dtype)
 
     def _pairs(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the first and of the second numbers of all pairs."""
+        pairs = len(self.frequencies)
         if self.interleaved:
-            return numbers[..., 0::2], numbers[..., 1::2]
-        one, two = numbers.chunk(2, -1)
-        return one, two
+            return numbers[..., 0 : 2 * pairs : 2], numbers[..., 1 : 2 * pairs : 2]
+        return numbers[..., :pairs], numbers[..., pairs : 2 * pairs]
 
 
 def moved_blocks(kv: PagedKV, fills: Fills, rotary: Sequence[Rotary]) -> PagedKV:
@@ -58,10 +61,14 @@ def moved_blocks(kv: PagedKV, fills: Fills, rotary: Sequence[Rotary]) -> PagedKV
     Args:
         rotary: of each layer of `kv`.
     """
-    token = torch.from_numpy(fills.offset)[:, None] + torch.arange(kv.block_size)
+    size, token = kv.block_size, torch.from_numpy(fills.offset)[:, None] + torch.arange(kv.block_size)
     first, second = torch.from_numpy(fills.first), torch.from_numpy(fills.second)
-    page = torch.where(token < kv.block_size, first[:, None], second[:, None]).to(kv.device)
-    token = (token % kv.block_size).to(kv.device)
+    page = torch.where(token < size, first[:, None], second[:, None])
+    place = (page * size + token % size).flatten().to(kv.device)
     shift = torch.from_numpy(fills.shift)
-    keys = [layer.turn(side[page, token], shift) for side, layer in zip(kv.keys, rotary, strict=True)]
-    return PagedKV(keys, [side[page, token] for side in kv.values])
+
+    def read(side: Tensor) -> Tensor:
+        return side.view(-1, *side.shape[2:]).index_select(0, place).view(len(fills), *side.shape[1:])
+
+    keys = [layer.turn(read(side), shift) for side, layer in zip(kv.keys, rotary, strict=True)]
+    return PagedKV(keys, [read(side) for side in kv.values])
