@@ -19,7 +19,7 @@ from jointkv.errors import IntegrityError, InvalidPolicy
 from jointkv.fusion.rolling_hash import RollingHash, WindowTable
 
 SOURCES = 4
-"""Pages with the same window that are followed, the latest ones."""
+"""Pages with the same window that are followed, those that have been resident longest: most is known of them."""
 
 NOWHERE = -1
 
@@ -129,8 +129,9 @@ class ContentIndex:
     def find(self, owner: Hashable, tokens: Integers, least: int) -> list[MovedRun]:
         """Runs of at least `least` of the prompt's `tokens [n]`, none of which overlap, in their order.
 
-        The longest first: of what a longer one covers, a shorter one has only the rest. Runs that contain no window of
-        a resident page as a whole are not found; one of `block_size - 1` tokens or more always contains one.
+        The longest first, of equal ones the oldest source: of what a longer one covers, a shorter one has only the
+        rest. Runs that contain no window of a resident page as a whole are not found; one of `block_size - 1` tokens or
+        more always contains one.
         """
         held = self._owners.get(owner)
         if held is None:
@@ -190,7 +191,7 @@ class ContentIndex:
         return (ours == theirs).all(1)
 
     def _runs(self, held: _Owner, tokens: Integers, offset: Integers, page: Integers, part: Integers) -> list[MovedRun]:
-        """Windows that follow each other in one source, put together and extended, the later sources first."""
+        """Windows that follow each other in one source, put together and extended."""
         source, place = self._source[page], self._slot[page] * self.block_size + part
         shift = offset - place
         order = np.lexsort((place, shift, source))
@@ -226,7 +227,7 @@ class ContentIndex:
 
     def _without_overlap(self, runs: list[MovedRun], least: int) -> list[MovedRun]:
         """The longest of them, then what is left of the others."""
-        heap = [(-run.tokens, -run.source, number, run) for number, run in enumerate(runs) if run.tokens >= least]
+        heap = [(-run.tokens, run.source, number, run) for number, run in enumerate(runs) if run.tokens >= least]
         heapq.heapify(heap)
         number, taken, chosen = len(heap), _Taken(), list[MovedRun]()
         while heap:
@@ -240,7 +241,7 @@ class ContentIndex:
                 part = run.within(start, end, self.block_size) if end - start >= least else None
                 if part is not None:
                     number += 1
-                    heapq.heappush(heap, (-part.tokens, -part.source, len(runs) + number, part))
+                    heapq.heappush(heap, (-part.tokens, part.source, len(runs) + number, part))
         return sorted(chosen, key=lambda run: run.first)
 
 

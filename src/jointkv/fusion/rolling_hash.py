@@ -66,7 +66,7 @@ def _mixed(numbers: Hashes) -> Hashes:
 class WindowTable:
     """Windows by hash: sorted, with a filter before, so that a prompt's many strangers cost one look each.
 
-    Windows are numbers. Dropped ones stay in their places, before all others with their hash, until they are half.
+    Windows are numbers. Dropped ones stay in their places, behind all others with their hash, until they are half.
     """
 
     def __init__(self) -> None:
@@ -93,8 +93,8 @@ class WindowTable:
             (place,) = np.nonzero(self._windows[begin:end] == window)
             if len(place):
                 at = begin + int(place[0])
-                self._windows[begin + 1 : at + 1] = self._windows[begin:at].copy()
-                self._windows[begin] = GONE
+                self._windows[at : end - 1] = self._windows[at + 1 : end].copy()
+                self._windows[end - 1] = GONE
                 self._dropped += 1
                 continue
             for _, new in self._new:
@@ -104,13 +104,12 @@ class WindowTable:
             self._hashes, self._windows, self._dropped = self._hashes[kept], self._windows[kept], 0
 
     def find(self, hashes: Hashes, most: int) -> tuple[Integers, Integers]:
-        """Indices of `hashes [n]` that are there, and windows that have them, at most `most` each, the latest."""
+        """Indices of `hashes [n]` that are there, and windows that have them, at most `most` each, the earliest."""
         self._sort()
         maybe = np.flatnonzero(self._filter[hashes >> self._bits])
         begin = np.searchsorted(self._hashes, hashes[maybe], "left")
         end = np.searchsorted(self._hashes, hashes[maybe], "right")
-        begin = np.maximum(begin, end - most)
-        count = end - begin
+        count = np.minimum(end - begin, most)
         where = np.repeat(begin - np.cumsum(count) + count, count) + np.arange(int(count.sum()))
         found, windows = np.repeat(maybe, count), self._windows[where]
         there = windows != GONE

@@ -28,11 +28,13 @@ class MovedText:
         fills: one per block, slots in order.
         run: which of the runs each belongs to, int64 `[n]`.
         rotary: of each layer.
+        block_size: tokens per page.
     """
 
     fills: Fills
     run: Integers
     rotary: Sequence[Rotary]
+    block_size: int
 
     @classmethod
     def of(cls, runs: Sequence[MovedRun], start: int, end: int, block_size: int, rotary: Sequence[Rotary]) -> MovedText:
@@ -40,7 +42,7 @@ class MovedText:
         parts = [run.within(start * block_size, end * block_size, block_size) for run in runs if run.shift]
         fills = [part.fills(block_size) for part in parts if part is not None]
         number = np.repeat(np.arange(len(fills)), [len(part) for part in fills])
-        return cls(Fills.join(fills), number, rotary)
+        return cls(Fills.join(fills), number, rotary, block_size)
 
     @property
     def found(self) -> Found:
@@ -63,24 +65,38 @@ class MovedText:
         )
         return served_errors(joined, torch.arange(len(pages)), len(pages) + torch.arange(len(pages)), aggregate)
 
-    def known(self, evidence: Evidence, pages: Integers, standing: Echoes, block_size: int) -> Known:
+    def known(self, moved: Evidence, still: Evidence, pages: Integers, standing: Echoes) -> Known:
         """What evidence says of `pages [n]` for blocks with the echoes `standing [n]`.
 
-        Witnesses were compared at the source's position, so none counts for a block that has moved; what they say
-        against a page does.
+        Args:
+            moved: of witnesses at other positions, which count as far as both pages of a block have them.
+            still: of witnesses at the source's position: what they say against a page holds here too.
         """
         fills = self.fills.where(pages - UNWRITTEN)
-        worst = np.maximum(evidence.worst[fills.first], evidence.worst[fills.second])
-        covered = _shifted(evidence.covered[fills.first], evidence.covered[fills.second], fills.offset, block_size)
-        return Known(np.zeros(len(pages), np.int64), worst, np.asarray(standing & ~covered) != 0)
+        worst = [evidence.worst[side] for evidence in (moved, still) for side in (fills.first, fills.second)]
+        first, second = moved.covered[fills.first], moved.covered[fills.second]
+        by, rest = self._shifts(fills)
+        covered = (first >> by) | np.where(fills.offset > 0, second << rest, np.uint64(0))
+        count = np.minimum(moved.count[fills.first], moved.count[fills.second])
+        return Known(count, np.maximum.reduce(worst), np.asarray(standing & ~covered) != 0)
 
+    def testify(self, moved: Evidence, pages: Integers, ratios: NDArray[np.floating], standing: Echoes) -> None:
+        """Blocks with the echoes `standing [n]` were computed, and `ratios [n]` from `pages [n]`."""
+        fills, ratios = self.fills.where(pages - UNWRITTEN), ratios.astype(np.float32)
+        by, rest = self._shifts(fills)
+        whole = np.uint64((1 << self.block_size) - 1)
+        for side, seen, said in (
+            (fills.first, standing << by & whole, slice(None)),
+            (fills.second, standing >> rest, fills.offset > 0),
+        ):
+            one, first = np.unique(side[said], return_index=True)  # a text may stand in a prompt twice
+            moved.add(one, ratios[said][first], seen[said][first])
 
-def _shifted(first: Echoes, second: Echoes, offset: Integers, block_size: int) -> Echoes:
-    """Bits of a block whose first token is token `offset [n]` of one page, and whose rest begins another."""
-    by = offset.astype(np.uint64)
-    # Of a shift by 64 numpy gives anything.
-    rest = np.where(offset > 0, second << (np.uint64(block_size) - np.maximum(by, np.uint64(1))), np.uint64(0))
-    return np.asarray((first >> by) | rest)
+    def _shifts(self, fills: Fills) -> tuple[Echoes, Echoes]:
+        """By how many bits echoes of a block are shifted against those of its first page and, there, of its second."""
+        by = fills.offset.astype(np.uint64)
+        # By a whole word numpy shifts in any way; where the second page holds nothing it does not count.
+        return by, np.minimum(np.uint64(self.block_size) - by, np.uint64(PLACES - 1))
 
 
 def check_block_size(block_size: int) -> None:

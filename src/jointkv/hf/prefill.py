@@ -161,8 +161,8 @@ class RowSteps:
         if self.moved is None or not moved.any():
             return reuse.residents.known(matches, slots, pages)
         known = reuse.residents.known(matches, slots, np.where(moved, 0, pages))
-        evidence, standing = reuse.residents.evidence, matches.standing[slots[moved]]
-        elsewhere = self.moved.known(evidence, pages[moved], standing, self._size)
+        known_of = reuse.residents.evidence_moved, reuse.residents.evidence
+        elsewhere = self.moved.known(*known_of, pages[moved], matches.standing[slots[moved]])
         for column in ("count", "worst", "new"):
             getattr(known, column)[moved] = getattr(elsewhere, column)
         return known
@@ -268,6 +268,11 @@ def _compare(matches: Matches, until: int, steps: RowSteps, reuse: Reuse) -> Non
     slot, page = matches.slot[chosen], matches.page[chosen]
     if len(slot):
         reuse.residents.witness(matches, slot, page, steps.ratios(slot, page))
+    if steps.moved is not None:
+        found = steps.moved.found
+        computed = found.where(found.slot < until)
+        ratios, standing = steps.ratios(computed.slot, computed.page), matches.standing[computed.slot]
+        steps.moved.testify(reuse.residents.evidence_moved, computed.page, ratios, standing)
 
 
 def _make_resident(batch: Batch, own: Integers, ids: Integers, tenant: Hashable, reuse: Reuse) -> None:

@@ -61,12 +61,13 @@ class Residents:
 
     Attributes:
         evidence: what witnesses say of each page.
+        evidence_moved: the same, of witnesses at other positions.
     """
 
     def __init__(self, block_size: int, moved: bool = False) -> None:
         self.block_size = block_size
         self._content = ContentIndex(block_size) if moved else None
-        self.evidence = Evidence(0)
+        self.evidence, self.evidence_moved = Evidence(0), Evidence(0)
         self._tokens = np.zeros((0, block_size), np.int64)
         self._slot, self._source, self._tenant, self._hash, self._context = (
             np.full(0, NOBODY, np.int64) for _ in range(5)
@@ -127,7 +128,8 @@ class Residents:
         rows, hashes, contexts = self._keys(tokens[: blocks * self.block_size])
         self._slot[pages], self._source[pages], self._tenant[pages] = slots, source, number
         self._tokens[pages], self._hash[pages], self._context[pages] = rows[slots], hashes[slots], contexts[slots]
-        self.evidence.start(pages, standing(rows.ravel(), self.block_size)[slots])
+        for evidence in (self.evidence, self.evidence_moved):
+            evidence.start(pages, standing(rows.ravel(), self.block_size)[slots])
         self._held[number] += len(pages)
         if self._content is not None:
             self._content.add(tenant, tokens, slots, pages, source)
@@ -156,7 +158,8 @@ class Residents:
 
     def forget_witnesses(self) -> None:
         """Begin anew, because ratios of other bounds say little."""
-        self.evidence.forget_witnesses()
+        for evidence in (self.evidence, self.evidence_moved):
+            evidence.forget_witnesses()
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when the columns, or the counts by isolation key, disagree."""
@@ -191,7 +194,8 @@ class Residents:
         extra = max(extra, len(self._slot))
         for name in ("_slot", "_source", "_tenant", "_hash", "_context"):
             setattr(self, name, np.pad(getattr(self, name), (0, extra), constant_values=NOBODY))
-        self.evidence.grow(len(self._slot))
+        for evidence in (self.evidence, self.evidence_moved):
+            evidence.grow(len(self._slot))
         self._tokens = np.pad(self._tokens, ((0, extra), (0, 0)))
 
     def _drop_empty(self, numbers: Integers) -> None:
