@@ -27,6 +27,7 @@ SIZES = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.fl
 FULL = FullAttentionSpec(**SIZES)
 FOREIGN = "vllm.v1.core.sched.scheduler.Scheduler"
 SLIDING = SlidingWindowSpec(**SIZES, sliding_window=64)
+RECURRENT = MambaSpec(block_size=32, shapes=((1,),), dtypes=(torch.float32,))
 
 
 def config(**changes: Any) -> Any:
@@ -63,7 +64,7 @@ def check(changed: Any, held: Any = None, **options: Any) -> tuple[int, ...]:
 
 def test_the_usual_engine_is_accepted() -> None:
     assert check(config()) == (0,)
-    assert check(config(), groups(SLIDING, FULL)) == (1,)
+    assert check(config(), groups(SLIDING, FULL)) == check(config(), groups(RECURRENT, FULL)) == (1,)
     assert check(config(speculative_config=SimpleNamespace(method="ngram"))) == (0,)
 
 
@@ -93,8 +94,8 @@ def test_setups_that_are_refused(changes: dict[str, Any], cause: str) -> None:
         (groups(FULL), {"layer_groups": 2}, "layer_groups=2, but the engine keeps 1"),
         (groups(FULL, FULL), {}, "layer_groups=1, but the engine keeps 2"),
         (groups(SLIDING), {}, "no layer of this model has full attention"),
+        (groups(RECURRENT), {}, "no layer of this model has full attention"),
         (groups(MLAAttentionSpec(**SIZES)), {}, "latent attention"),
-        (groups(FULL, MambaSpec(block_size=32, shapes=((1,),), dtypes=(torch.float32,))), {}, "Mamba"),
         (groups(object()), {}, "kind object"),
         (groups(FULL), {"scope": "chunk", "chunk_tokens": 100}, "chunk_tokens=100 is not a multiple"),
     ],

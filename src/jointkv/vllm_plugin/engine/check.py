@@ -167,13 +167,11 @@ def _check_tested(config: Any) -> None:
 
 
 def _can_fuse(spec: KVCacheSpec) -> bool:
-    """Full attention is fused; sliding windows, which recycle their blocks, are left alone; others are refused."""
+    """Full attention is fused; windows, which recycle blocks, and recurrent states are left alone; others are refused."""
     if isinstance(spec, MLAAttentionSpec):
         raise UnsupportedEngine("multi-head latent attention keeps no K and V per head; serve without jointkv")
-    if isinstance(spec, MambaSpec):
-        raise UnsupportedEngine("Mamba and other recurrent layers were never run with jointkv; serve without it")
     if type(spec) in (FullAttentionSpec, LayerGroupSpec):
         return True
-    if isinstance(spec, SlidingWindowSpec | RSWASpec):
+    if isinstance(spec, SlidingWindowSpec | RSWASpec | MambaSpec):
         return False
     raise UnsupportedEngine(f"KV-cache layers of kind {type(spec).__name__} were never run with jointkv")
