@@ -75,7 +75,6 @@ def test_the_usual_engine_is_accepted() -> None:
             {"speculative_config": SimpleNamespace(method="eagle")},
             "speculative decoding by eagle; use",
         ),
-        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
         ({"cache_config__kv_sharing_fast_prefill": True}, "sharing of KV between layers"),
@@ -124,6 +123,13 @@ def test_reuse_in_engines_that_it_was_not_written_for(changes: dict[str, Any], h
     obstacle = engine_check.reuse_obstacle(config(**changes), held)
     assert obstacle is not None and obstacle.reason in NO_REUSE
     assert engine_check.reuse_obstacle(config(), groups(FULL)) is None
+
+
+def test_pipeline_stages_share_one_table() -> None:
+    stages = config(parallel_config__pipeline_parallel_size=2)
+    assert check(stages) == (0,)
+    with pytest.raises(UnsupportedEngine, match="several pipeline stages.*layer_groups=1"):
+        check(stages, groups(FULL, FULL), layer_groups=2)
 
 
 def test_a_foreign_class_on_top_of_ours_is_welcome() -> None:

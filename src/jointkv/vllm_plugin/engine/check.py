@@ -57,7 +57,7 @@ def check_engine(
         ModelMismatch, BadInput: the profile belongs to another model, or to blocks of another size.
     """
     check_interfaces(parts)
-    _check_setup(config)
+    _check_setup(config, settings)
     worker = config.parallel_config.worker_cls
     if not issubclass(resolve_obj_by_qualname(worker), parts["worker"]):
         raise UnsupportedEngine(
@@ -92,6 +92,8 @@ def check_engine(
     profile = settings.load_profile()
     if profile is not None:
         layers = sum(len(kv_cache_config.kv_cache_groups[number].layer_names) for number in groups)
+        if config.parallel_config.pipeline_parallel_size > 1 and layers < profile.model.layers:
+            layers = profile.model.layers  # a stage knows of its own alone, but its checkpoint is that of all
         profile.check(_model_identity(config.model_config, layers), block_size)
     return groups
 
@@ -107,7 +109,7 @@ def _model_identity(config: Any, layers: int) -> ModelIdentity:
     )
 
 
-def _check_setup(config: Any) -> None:
+def _check_setup(config: Any, settings: PluginSettings) -> None:
     parallel = config.parallel_config
     speculative = config.speculative_config
     method = None if speculative is None else speculative.method
@@ -116,7 +118,10 @@ def _check_setup(config: Any) -> None:
             method not in SPECULATORS,
             "use the method ngram, which keeps no K and V of its own, or drop --speculative-config",
         ),
-        "pipeline parallelism": (parallel.pipeline_parallel_size > 1, "use --tensor-parallel-size instead"),
+        "layer groups in several pipeline stages, each of which would split its own layers": (
+            parallel.pipeline_parallel_size > 1 and settings.layer_groups > 1,
+            "set layer_groups=1, or use --tensor-parallel-size instead",
+        ),
         "context parallelism": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "set the context parallel sizes to 1",
@@ -167,7 +172,7 @@ def _check_tested(config: Any) -> None:
 
 
 def _can_fuse(spec: KVCacheSpec) -> bool:
-    """Full attention is fused; windows, which recycle blocks, and recurrent states are left alone; others are refused."""
+    """Full attention is fused; windows and recurrent states, which come and go, are left alone; others are refused."""
     if isinstance(spec, MLAAttentionSpec):
         raise UnsupportedEngine("multi-head latent attention keeps no K and V per head; serve without jointkv")
     if type(spec) in (FullAttentionSpec, LayerGroupSpec):
