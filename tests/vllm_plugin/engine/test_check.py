@@ -128,7 +128,7 @@ def test_reuse_in_engines_that_it_was_not_written_for(changes: dict[str, Any], h
 def test_pipeline_stages_share_one_table() -> None:
     stages = config(parallel_config__pipeline_parallel_size=2)
     assert check(stages) == (0,)
-    with pytest.raises(UnsupportedEngine, match="several pipeline stages.*layer_groups=1"):
+    with pytest.raises(UnsupportedEngine, match=r"several pipeline stages.*layer_groups=1"):
         check(stages, groups(FULL, FULL), layer_groups=2)
 
 

@@ -1,4 +1,4 @@
-"""Two ranks, of tensors or of layers: a merge happens only where both are within the bound, and so does reuse, in a process of its own."""
+"""Two ranks, of heads or of layers: merged and reused is only what is within the bound on both."""
 
 from __future__ import annotations
 
