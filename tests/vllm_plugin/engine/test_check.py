@@ -65,6 +65,7 @@ def check(changed: Any, held: Any = None, **options: Any) -> tuple[int, ...]:
 def test_the_usual_engine_is_accepted() -> None:
     assert check(config()) == (0,)
     assert check(config(), groups(SLIDING, FULL)) == check(config(), groups(RECURRENT, FULL)) == (1,)
+    assert check(config(), groups(MLAAttentionSpec(**SIZES))) == (0,)
     assert check(config(speculative_config=SimpleNamespace(method="ngram"))) == (0,)
 
 
@@ -94,7 +95,6 @@ def test_setups_that_are_refused(changes: dict[str, Any], cause: str) -> None:
         (groups(FULL, FULL), {}, "layer_groups=1, but the engine keeps 2"),
         (groups(SLIDING), {}, "no layer of this model has full attention"),
         (groups(RECURRENT), {}, "no layer of this model has full attention"),
-        (groups(MLAAttentionSpec(**SIZES)), {}, "latent attention"),
         (groups(object()), {}, "kind object"),
         (groups(FULL), {"scope": "chunk", "chunk_tokens": 100}, "chunk_tokens=100 is not a multiple"),
     ],

@@ -74,9 +74,7 @@ def check_engine(
         number for number, group in enumerate(kv_cache_config.kv_cache_groups) if _can_fuse(group.kv_cache_spec)
     )
     if not groups:
-        raise UnsupportedEngine(
-            "no layer of this model has full attention with plain K and V; serve it without jointkv"
-        )
+        raise UnsupportedEngine("no layer of this model has full attention; serve it without jointkv")
     block_size, *others = (kv_cache_config.kv_cache_groups[number].kv_cache_spec.block_size for number in groups)
     if any(other != block_size for other in others):
         raise UnsupportedEngine(f"full-attention layers with block sizes {block_size} and {others} were never run")
@@ -173,9 +171,7 @@ def _check_tested(config: Any) -> None:
 
 def _can_fuse(spec: KVCacheSpec) -> bool:
     """Full attention is fused; windows and recurrent states, which come and go, are left alone; others are refused."""
-    if isinstance(spec, MLAAttentionSpec):
-        raise UnsupportedEngine("multi-head latent attention keeps no K and V per head; serve without jointkv")
-    if type(spec) in (FullAttentionSpec, LayerGroupSpec):
+    if type(spec) in (FullAttentionSpec, LayerGroupSpec, MLAAttentionSpec):
         return True
     if isinstance(spec, SlidingWindowSpec | RSWASpec | MambaSpec):
         return False
