@@ -14,9 +14,10 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from jointkv.errors import BadInput, UnsupportedEngine
-from jointkv.vllm_plugin import CONNECTOR_MODULE, SCHEDULER, WORKERS, engine_args
+from jointkv.vllm_plugin import CONNECTOR, CONNECTOR_MODULE, SCHEDULER, WORKERS, engine_args
 from jointkv.vllm_plugin.connector import PARTS
 from jointkv.vllm_plugin.engine import check as engine_check
+from jointkv.vllm_plugin.engine.others import beside
 from jointkv.vllm_plugin.engine.scheduler import JointScheduler
 from jointkv.vllm_plugin.engine.uses import is_tested, vllm_version
 from jointkv.vllm_plugin.metrics import NO_REUSE
@@ -181,14 +182,31 @@ def test_a_real_engine_with_the_worker_but_no_connector(calm: Path) -> None:
 
 def test_a_real_engine_with_two_connectors(calm: Path) -> None:
     both = engine_args()
-    child = both["kv_transfer_config"]
+    child, other = both["kv_transfer_config"], {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     both["kv_transfer_config"] = {
         "kv_connector": "MultiConnector",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"connectors": [child]},
+        "kv_connector_extra_config": {
+            "connectors": [child, {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}]
+        },
     }
-    with pytest.raises(UnsupportedEngine, match=r"only connector|no other connector"), engine(calm, **both):
+    with (
+        pytest.raises(UnsupportedEngine, match=r"no other connector beside it: ExampleConnector, which stores"),
+        engine(calm, **both, disable_hybrid_kv_cache_manager=True),
+    ):
         pass
+
+
+def test_connectors_are_named_however_deep_they_stand() -> None:
+    def several(*children: dict[str, Any]) -> dict[str, Any]:
+        return {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": children}}
+
+    ours, offloading, mine = ({"kv_connector": name} for name in (CONNECTOR, "OffloadingConnector", "Mine"))
+    nested = several(ours, several(offloading, mine))
+    found = list(beside(nested["kv_connector"], nested["kv_connector_extra_config"], CONNECTOR))
+    assert [each.partition(",")[0] for each in found] == ["OffloadingConnector", "Mine"]
+    assert "remembers the pages" in found[0] and "never read" in found[1]
+    assert not list(beside(CONNECTOR, {}, CONNECTOR)) and not list(beside(None, {}, CONNECTOR))
 
 
 def test_an_unknown_option_at_the_start_of_an_engine(calm: Path) -> None:
