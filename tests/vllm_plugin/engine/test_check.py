@@ -186,9 +186,7 @@ def test_a_real_engine_with_two_connectors(calm: Path) -> None:
     both["kv_transfer_config"] = {
         "kv_connector": "MultiConnector",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {
-            "connectors": [child, {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}]
-        },
+        "kv_connector_extra_config": {"connectors": [child, other]},
     }
     with (
         pytest.raises(UnsupportedEngine, match=r"no other connector beside it: ExampleConnector, which stores"),
