@@ -111,7 +111,8 @@ def test_caches_that_are_refused(held: Any, options: dict[str, Any], cause: str)
         ({"scheduler_config__scheduler_cls": None}, groups(FULL), "the scheduler is vLLM's own.*reuse=off"),
         ({"scheduler_config__scheduler_cls": FOREIGN}, groups(FULL), f"the scheduler is {FOREIGN}.*reuse=off"),
         ({"cache_config__enable_prefix_caching": False}, groups(FULL), "no-enable-prefix-caching, or set reuse=off"),
-        ({}, groups(SLIDING, FULL), "one KV-cache group, and this model has 2; set reuse=off"),
+        ({}, groups(SLIDING, FULL), "given back behind it; set reuse=off"),
+        ({}, groups(RECURRENT, FULL), "that of all text before; set reuse=off"),
     ],
 )
 def test_reuse_in_engines_that_it_was_not_written_for(changes: dict[str, Any], held: Any, cause: str) -> None:

@@ -149,10 +149,17 @@ def reuse_obstacle(config: Any, kv_cache_config: KVCacheConfig) -> ReuseObstacle
         return ReuseObstacle(
             "prefix_caching", "reuse finds pages by vLLM's prefix cache", "drop --no-enable-prefix-caching, or "
         )
-    count = len(kv_cache_config.kv_cache_groups)
-    if count > 1:
-        return ReuseObstacle("kv_cache_groups", f"reuse works with one KV-cache group, and this model has {count}")
-    return None
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    if len(specs) == 1:
+        return None
+    why = f"reuse works with one KV-cache group, and this model has {len(specs)}"
+    if any(isinstance(spec, MambaSpec) for spec in specs):
+        why = "reuse leaves text out, and the state of recurrent layers is that of all text before"
+    elif any(isinstance(spec, SlidingWindowSpec | RSWASpec) for spec in specs):
+        why = (
+            "reuse needs the pages of a whole text, and those of layers with a sliding window are given back behind it"
+        )
+    return ReuseObstacle("kv_cache_groups", why)
 
 
 def _check_tested(config: Any) -> None:
