@@ -31,6 +31,12 @@ SLIDING = SlidingWindowSpec(**SIZES, sliding_window=64)
 RECURRENT = MambaSpec(block_size=32, shapes=((1,),), dtypes=(torch.float32,))
 
 
+@pytest.fixture(autouse=True)
+def _interfaces_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look at each takes long, and has tests of its own."""
+    monkeypatch.setattr(engine_check, "check_interfaces", lambda parts: None)
+
+
 def config(**changes: Any) -> Any:
     """A stand-in for `VllmConfig` that is accepted; dotted names are set on top."""
     made = SimpleNamespace(
@@ -111,7 +117,7 @@ def test_caches_that_are_refused(held: Any, options: dict[str, Any], cause: str)
         ({"scheduler_config__scheduler_cls": None}, groups(FULL), "the scheduler is vLLM's own.*reuse=off"),
         ({"scheduler_config__scheduler_cls": FOREIGN}, groups(FULL), f"the scheduler is {FOREIGN}.*reuse=off"),
         ({"cache_config__enable_prefix_caching": False}, groups(FULL), "no-enable-prefix-caching, or set reuse=off"),
-        ({}, groups(SLIDING, FULL), "given back behind it; set reuse=off"),
+        ({}, groups(SLIDING, FULL), "given back behind the window; set reuse=off"),
         ({}, groups(RECURRENT, FULL), "that of all text before; set reuse=off"),
     ],
 )

@@ -156,9 +156,7 @@ def reuse_obstacle(config: Any, kv_cache_config: KVCacheConfig) -> ReuseObstacle
     if any(isinstance(spec, MambaSpec) for spec in specs):
         why = "reuse leaves text out, and the state of recurrent layers is that of all text before"
     elif any(isinstance(spec, SlidingWindowSpec | RSWASpec) for spec in specs):
-        why = (
-            "reuse needs the pages of a whole text, and those of layers with a sliding window are given back behind it"
-        )
+        why = "reuse needs the pages of a whole text, and those of sliding windows are given back behind the window"
     return ReuseObstacle("kv_cache_groups", why)
 
 
