@@ -99,6 +99,7 @@ def marked(variant: str) -> Any:
     place = WHERE[2 * options.get("second_runner", False) + options.get("async_scheduling", False)]
     whats = {"reuse": "reuse", "layer_groups": "layer groups", "scope": "chunks of one request"}
     found = [what for option, what in whats.items() if option in fusion] or ["fusion"]
+    found += ["pipeline stages"] * ("pipeline_parallel_size" in options)
     return pytest.param(variant, marks=[mark for what in found for mark in runs(what, place)])
 
 
