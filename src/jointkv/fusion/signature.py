@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -24,16 +26,28 @@ class BlockSignature:
     Args:
         kv: decides the sizes of K and V blocks; later calls may pass other pages with blocks of these sizes.
         seed: of the projections; the same seed and order of elements give the same signatures in every process.
+        size: numbers of a signature; None: as many as there are projections.
+        similarity: `"key"`: the mean is over layers and K alone.
     """
 
-    def __init__(self, kv: KVPages, seed: int = 0) -> None:
+    def __init__(
+        self,
+        kv: KVPages,
+        seed: int = 0,
+        *,
+        size: int | None = None,
+        similarity: Literal["key", "key_value"] = "key_value",
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        sizes = _sizes(kv)
         count = max(LEAST_PROJECTIONS, PROJECTIONS_OF_A_GROUP // kv.num_layers)
-        self.size = 2 * count * kv.num_layers
+        taken = 2 * count * kv.num_layers
         self._projections = [
-            torch.randn(size, count, generator=generator).to(kv.device) * self.size**-0.5 for size in sizes
+            torch.randn(numbers, count, generator=generator).to(kv.device) * taken**-0.5 for numbers in _sizes(kv)
         ]
+        self.size = taken if size is None else size
+        self._mixed = None
+        if size is not None or similarity == "key":
+            self._mixed = _mixture(taken, self.size, similarity == "key", generator).to(kv.device)
         self._kept: tuple[tuple[object, ...], SignatureKernel | None] | None = None
 
     def __call__(self, kv: KVPages, pages: Tensor) -> Tensor:
@@ -52,11 +66,11 @@ class BlockSignature:
         if sizes != known:
             raise LayoutError(f"blocks of {sizes} numbers, and projections of {known}")
         kernel = self._kernel(kv) if len(index) else None
-        return self.reference(kv, index) if kernel is None else kernel(kv, index)
+        return self.reference(kv, index) if kernel is None else self._mix(kernel(kv, index))
 
     def reference(self, kv: KVPages, pages: Tensor) -> Tensor:
         """What a call returns, in plain torch."""
-        parts = [self._signatures(kv, pages[part]) for part in kv.batches(len(pages))]
+        parts = [self._mix(self._signatures(kv, pages[part])) for part in kv.batches(len(pages))]
         return torch.cat(parts) if parts else torch.zeros(0, self.size, device=kv.device)
 
     def _signatures(self, kv: KVPages, pages: Tensor) -> Tensor:
@@ -66,6 +80,9 @@ class BlockSignature:
             projected = blocks @ projection
             columns.append(torch.where(norm == 0, torch.zeros_like(projected), projected / norm))
         return torch.stack(columns).permute(2, 0, 1, 3).flatten(1)
+
+    def _mix(self, signatures: Tensor) -> Tensor:
+        return signatures if self._mixed is None else signatures @ self._mixed
 
     def _kernel(self, kv: KVPages) -> SignatureKernel | None:
         """That for pages like those of `kv`, kept for the next call."""
@@ -78,6 +95,15 @@ class BlockSignature:
             kernels = kernels_for(kv.device.type)
             self._kept = (kind, kernels.signatures(kv, self._projections) if kernels else None)
         return self._kept[1]
+
+
+def _mixture(taken: int, size: int, keys_alone: bool, generator: torch.Generator) -> Tensor:
+    """What makes of `taken` products a signature `[size]`, whose square has their mean for its mean: `[taken, size]`."""
+    used = taken // 2 if keys_alone else taken
+    axes, _ = torch.linalg.qr(torch.randn(used, min(used, size), generator=generator))
+    mixture = torch.zeros(taken, size)
+    mixture[:used, : axes.shape[1]] = axes * (taken / axes.shape[1]) ** 0.5
+    return mixture
 
 
 def _sizes(kv: KVPages) -> list[int]:

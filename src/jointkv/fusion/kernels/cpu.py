@@ -102,7 +102,7 @@ def _addresses(layers: Sequence[Tensor]) -> Any:
 
 
 def _in_order(order: Tensor | None, projection: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Start and length of the runs of a block, of at most `RUN` elements, and its projection `[rows * LANES, columns]`."""
+    """Start and length of a block's runs, of at most `RUN` elements, and its projection `[rows * LANES, columns]`."""
     order, place = (torch.arange(len(projection)) if order is None else order.cpu()).sort()
     breaks = torch.cat((torch.tensor([0]), (order.diff() != 1).nonzero()[:, 0] + 1, torch.tensor([len(order)])))
     cuts = torch.cat([torch.arange(int(first), int(end), RUN) for first, end in breaks.unfold(0, 2, 1)])
