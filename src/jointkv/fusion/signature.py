@@ -98,7 +98,7 @@ class BlockSignature:
 
 
 def _mixture(taken: int, size: int, keys_alone: bool, generator: torch.Generator) -> Tensor:
-    """What makes of `taken` products a signature `[size]`, whose square has their mean for its mean: `[taken, size]`."""
+    """What makes a signature `[size]` of `taken` products, with a square that is theirs on average: `[taken, size]`."""
     used = taken // 2 if keys_alone else taken
     axes, _ = torch.linalg.qr(torch.randn(used, min(used, size), generator=generator))
     mixture = torch.zeros(taken, size)

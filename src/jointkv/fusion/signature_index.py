@@ -88,6 +88,10 @@ class SignatureIndex:
     def __contains__(self, page: int) -> bool:
         return page in self._of_page
 
+    def __iter__(self) -> Iterator[int]:
+        """All pages."""
+        return iter(self._of_page)
+
     def add(self, buckets: Iterable[Hashable], page: int, signature: NDArray[np.float32]) -> None:
         """Make `page` resident in `buckets`. Raises IntegrityError when it is already, or has no numbers."""
         if page in self._of_page:
@@ -129,6 +133,11 @@ class SignatureIndex:
         """Forget everything."""
         self._buckets.clear()
         self._of_page.clear()
+
+    @staticmethod
+    def most_bytes(size: int, pages: int) -> int:
+        """Bytes of all matrices at the most, with `pages` pages in a bucket each: three of four rows may be free."""
+        return 4 * pages * (4 * (size + 1) + 8)
 
     @property
     def nbytes(self) -> int:
