@@ -57,6 +57,7 @@ if __name__ == "__main__":
     [
         pytest.param({}, id="as they stand"),
         pytest.param({"own_norms": True}, id="own norms", marks=pytest.mark.slow),
+        pytest.param({"candidates": "signature"}, id="signatures", marks=pytest.mark.slow),
         pytest.param({"reuse": "probed", "reuse_audit_rate": 1e-9}, id="reuse", marks=pytest.mark.slow),
     ],
 )
@@ -79,6 +80,8 @@ def test_two_ranks_merge(calm: Path, tmp_path: Path, options: dict[str, Any]) ->
         assert found["statistics"]["prompt_tokens_skipped"] > 500
     else:
         assert found["statistics"]["blocks_merged"] > 20
+    if "candidates" in options:
+        assert found["statistics"]["blocks_merged_by_signature"] == found["statistics"]["blocks_merged"]
     if "own_norms" in options:
         for ((fault, steps, shared_steps),) in found["attention"]:
             assert fault is None and shared_steps == steps >= 8

@@ -153,10 +153,10 @@ class Fusion:
                 self._keep(member)
 
     def _may_move(self, member: Member) -> bool:
-        """Whether what stands at the slot of `member` could be given up now."""
+        """Whether what stands at the slot of `member` could be given up in the next step."""
         audit, request = member.tracked.audit, member.tracked.request
         exact = audit is not None and audit.chosen and request.num_computed_tokens < request.num_prompt_tokens
-        return not exact and self._refused(member) is None
+        return not exact and self._refused(member) in (None, "not_cached_yet")
 
     def _refused(self, member: Member) -> str | None:
         return self.sharing.refused(member.tracked, member.epoch, member.group, member.slot, member.page)
