@@ -106,7 +106,7 @@ def warm_up(served: Engine) -> None:
 
 def anything(served: Engine) -> Found:
     """Random requests, aborts and resets."""
-    served.side.reuse._draw = random.Random(7).random
+    served.side.reuse.look_up.draw = random.Random(7).random
     traffic = Traffic(served, 7, priorities=False)
     traffic.run(EVENTS)
     short = [name for name, tokens in served.outputs.items() if len(tokens) != traffic.asked[name]]

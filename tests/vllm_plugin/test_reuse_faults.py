@@ -28,6 +28,7 @@ HOOKS = (
     "reuse.forget_ended",
     "reuse.followers.new_step",
     "reuse.followers.follows",
+    "reuse.look_up.intake",
     "reuse._advance",
     "reuse._hear",
     "reuse._start",
@@ -109,7 +110,7 @@ def test_in_a_hook(hook: str, reusing: Engine, monkeypatch: pytest.MonkeyPatch) 
     ward = Ward(reusing)
     if hook in WITHOUT_LICENCE:
         licensed = reusing.side.settings.model_copy(update={"reuse": "licensed"})
-        monkeypatch.setattr(reusing.side.reuse, "settings", licensed)
+        monkeypatch.setattr(reusing.side.reuse.look_up, "settings", licensed)
     *owners, name = hook.split(".")
     monkeypatch.setattr(reduce(getattr, owners, reusing.side), name, raising)
     ward.serve()

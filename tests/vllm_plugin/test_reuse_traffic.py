@@ -95,7 +95,7 @@ def test_random_requests(
         assert served.core.vllm_config.scheduler_config.async_scheduling == options.get("async_scheduling", False)
         if not options.get("async_scheduling"):
             served.watchers.append(Census(served, monkeypatch).after_step)
-        served.side.reuse._draw = random.Random(7).random  # whom an audit is drawn for changes all that follows
+        served.side.reuse.look_up.draw = random.Random(7).random  # whom an audit is drawn for changes all that follows
         traffic = Traffic(served, 7, options.get("scheduling_policy") == "priority")
         traffic.run(EVENTS)
         while not served.statistics["prompt_tokens_skipped"] and served.steps < 20 * EVENTS:

@@ -207,7 +207,8 @@ def _audits(reuse: ReuseEvidence) -> str:
     granted = Licence.from_profile(reuse.evidence).granted
     so = "from the first request on" if granted else "after more audits: at 2% it takes 172 without a miss (--audits)"
     return (
-        f"reuse would skip {reuse.skipped:.0%} of the prompt tokens; {found}, at most {reuse.limit:.2%}: licensed {so}"
+        f"reuse would skip {reuse.skipped:.0%} of the prompt tokens (entry blocks up to {reuse.near:g} of the bounds); "
+        f"{found}, at most {reuse.limit:.2%}: licensed {so}"
     )
 
 

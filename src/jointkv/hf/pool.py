@@ -168,7 +168,7 @@ class JointPool:
         # At a bound of 0 nothing but equal K and V may be read, and equality cannot be known before they are there.
         if not self.policy.rule(0).max_relative_error:
             return None
-        return Reuse(options, self.block_size, None if audits is None else audits.evidence)
+        return Reuse(options, self.block_size, audits)
 
     def forget(self, pages: Tensor) -> None:
         """Take `pages [n]`, which are free or about to be written, out of every index."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from jointkv.errors import InvalidPolicy
 from jointkv.hf.residents import Residents
 from jointkv.policy import FusionPolicy
+from jointkv.policy.profile import ReuseEvidence
 from jointkv.policy.reuse import ReuseRule
 from jointkv.theory.licence import Licence
 
@@ -35,7 +36,7 @@ class ReuseOptions:
         miss_rate: that share at the most, in (0, 1).
         confidence: with which the licence must show it, in (0, 1).
         audit_rate: share of the prompts that are computed and compared, chosen at random, in (0, 1].
-        rule: what counts as evidence.
+        rule: what counts as evidence; None: as in the profile's audits, and without a profile the defaults.
         seed: of the choice; None for one that nobody can foresee.
 
     Raises:
@@ -46,7 +47,7 @@ class ReuseOptions:
     miss_rate: float = 0.02
     confidence: float = 0.95
     audit_rate: float = 0.02
-    rule: ReuseRule = field(default_factory=ReuseRule)
+    rule: ReuseRule | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class Reuse:
     """What a pool knows for reuse.
 
     Args:
-        evidence: audits of a profile, which may grant the first licences; see `Licence.from_profile`.
+        audits: of a profile, which may grant the first licences; see `Licence.from_profile`.
 
     Attributes:
         residents: which pages hold which text, and their witnesses.
@@ -86,8 +87,9 @@ class Reuse:
         seconds_planning: time for finding, comparing and deciding.
     """
 
-    def __init__(self, options: ReuseOptions, block_size: int, evidence: Mapping[str, Any] | None = None) -> None:
-        self.options, self.rule, self._evidence = options, options.rule, evidence
+    def __init__(self, options: ReuseOptions, block_size: int, audits: ReuseEvidence | None = None) -> None:
+        self.options, self._audits = options, audits
+        self.rule = options.rule or (ReuseRule() if audits is None else audits.rule)
         self.residents = Residents(block_size)
         self.licences: dict[Hashable, Licence] = {}
         self.counters: Counter[str] = Counter()
@@ -110,7 +112,7 @@ class Reuse:
 
     def _first(self) -> Licence:
         terms = self.options.miss_rate, self.options.confidence
-        return Licence(*terms) if self._evidence is None else Licence.from_profile(self._evidence, *terms)
+        return Licence(*terms) if self._audits is None else Licence.from_profile(self._audits.evidence, *terms)
 
     def observe(self, tenant: Hashable, share: float) -> None:
         """Take into account that `share` of the blocks that an audited run would have reused is beyond the bounds."""
@@ -123,7 +125,7 @@ class Reuse:
     def forget_licences(self) -> None:
         """Begin anew, also where a profile has granted them: other weights move K and V by other amounts."""
         self.licences.clear()
-        self._evidence = None
+        self._audits = None
 
     def under(self, policy: FusionPolicy) -> None:
         """Ratios are those of the bounds of `policy` from now on; witnesses under other bounds are forgotten."""

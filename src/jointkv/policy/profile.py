@@ -11,6 +11,7 @@ from jointkv.core.blocks import LayerAggregate
 from jointkv.errors import BadInput
 from jointkv.policy.base import FusionPolicy, Scope
 from jointkv.policy.identity import ModelIdentity
+from jointkv.policy.reuse import ReuseRule
 from jointkv.system.files import replace_text
 
 FORMAT: Literal["jointkv.profile/1"] = "jointkv.profile/1"
@@ -98,6 +99,7 @@ class ReuseEvidence(_Record):
         skipped: share of the tokens of all these requests that would not have been computed.
         limit: upper confidence limit of the share of blocks beyond the bounds.
         evidence: the audits, as `jointkv.theory.confidence.UpperLimit.to_json` says them.
+        near: as in `ReuseRule`, chosen where the thresholds were.
     """
 
     audits: int = Field(ge=0)
@@ -106,6 +108,12 @@ class ReuseEvidence(_Record):
     skipped: float = Field(ge=0, le=1)
     limit: float = Field(ge=0, le=1)
     evidence: dict[str, Any]
+    near: float = Field(default=ReuseRule.near, ge=0, le=1)
+
+    @property
+    def rule(self) -> ReuseRule:
+        """What counts as evidence, as it did in the audits."""
+        return ReuseRule(near=self.near)
 
 
 class FrontierPoint(_Record):

@@ -2,14 +2,21 @@
 
 import random
 
+import numpy as np
 import pytest
 
+from jointkv.core.evidence import Known
 from jointkv.errors import BadInput, InvalidPolicy
+from jointkv.evaluate.calibrate.audits import Audit
 from jointkv.evaluate.calibrate.run import Calibration, TargetUnmet
 from jointkv.evaluate.calibrate.settings import CalibrationSettings
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.identity import model_identity
+from jointkv.hf.pool import JointPool
+from jointkv.hf.prefill import RowPrefill
+from jointkv.hf.reuse import ReuseOptions
 from jointkv.policy.profile import Target
+from jointkv.policy.reuse import ReuseRule
 from jointkv.theory.confidence import UpperLimit
 from tests.evaluate.sharing_requests import BLOCK, VOCABULARY, requests
 
@@ -74,6 +81,50 @@ def test_reuse_is_audited_on_what_the_bounds_were_not_chosen_on(model):
     more = further.run(model_identity(model), "test", {}).reuse
     assert more.audits > found.audits and more.limit < found.limit
     assert calibrated(model, "kl=0.001", layer_groups=2).reuse is None
+
+
+class Said(Audit):
+    """Audits whose outcome is given: blocks and misses by how near entry blocks must be."""
+
+    def __init__(self, outcome):
+        self.outcome, self.rules = outcome, []
+
+    def _rows(self, requests, rule):
+        self.rules.append(rule)
+        blocks, missed = self.outcome[rule.near]
+        return [RowPrefill(100, audited=True, audited_blocks=blocks, missed_blocks=missed)]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "near"),
+    [({1.0: (500, 5)}, 1.0), ({1.0: (500, 6), 0.75: (400, 4)}, 0.75), ({1.0: (500, 6), 0.75: (0, 0)}, ReuseRule.near)],
+    ids=["boldest", "a bolder one misses too often", "none"],
+)
+def test_entry_blocks_may_be_as_far_as_blocks_behind_them_allow(outcome, near):
+    audit = Said(outcome)
+    assert audit.near([]) == near
+    assert len(audit.rules) == len(outcome)
+    unwitnessed = Known(np.full(1, 1000), np.zeros(1, np.float32), np.zeros(1, bool))
+    assert not any(rule.usable(unwitnessed).any() for rule in audit.rules)
+
+
+def test_what_entry_blocks_are_worth_is_asked_of_the_half_that_thresholds_are_chosen_on(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Audit, "near", lambda self, requests: asked.append(requests) or 0.75)
+    calibration = Calibration(model, requests(24), settings("relative_error=0.9", token_limit=9.0))
+    profile = calibration.run(model_identity(model), "test", {})
+    assert profile.reuse.near == 0.75 and profile.reuse.rule == ReuseRule(near=0.75)
+    assert asked == [[calibration.requests[row] for row in calibration._rows[0]]]
+
+
+def test_a_pool_goes_by_the_profile(model):
+    profile = calibrated(model, "relative_error=0.9", token_limit=9.0)
+    assert profile.reuse.near == 1.0  # in this model nothing behind an entry block is farther than it
+    assert JointPool(model, profile, block_size=BLOCK, reuse="probed").reuse.rule == ReuseRule(near=1.0)
+    own = ReuseOptions("probed", rule=ReuseRule(near=0.25))
+    assert JointPool(model, profile, block_size=BLOCK, reuse=own).reuse.rule == ReuseRule(near=0.25)
+    other = JointPool(model, profile, block_size=BLOCK, reuse="probed", max_relative_error=0.5)
+    assert other.reuse.rule == ReuseRule()
 
 
 def test_chunk_scope(model):

@@ -132,7 +132,7 @@ class SchedulerMachine:
         self.core = engine_core.EngineCore(config, executor_of(make_runner), log_stats=False)
         self.oracle.attach(self.core, runners[0])
         assert self.core.scheduler.use_v2_model_runner == isinstance(runners[0], SecondRunner)
-        self.oracle.side.reuse._draw = random.Random(0).random
+        self.oracle.side.reuse.look_up.draw = random.Random(0).random
         self.names = itertools.count()
 
     @property

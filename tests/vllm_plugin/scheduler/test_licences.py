@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jointkv.theory.confidence import UpperLimit
 from jointkv.theory.licence import Licence
 from jointkv.vllm_plugin.metrics import LICENCE_STATES, Statistics
 from jointkv.vllm_plugin.scheduler import licences as room
-from jointkv.vllm_plugin.scheduler.licences import SHOWN_KEYS, Licences, PageClass, first_licences
+from jointkv.vllm_plugin.scheduler.licences import SHOWN_KEYS, Licences, PageClass, audits_of_profile, first_licences
 from jointkv.vllm_plugin.settings import PluginSettings
 from tests.core.profiles import make_profile
 
@@ -103,9 +104,13 @@ def test_nothing_is_said_of_a_key(licences: Licences, monkeypatch: pytest.Monkey
     assert "secret" not in f"{said}{licences.gauges(LOOSE)}"
 
 
-def settings_of(tmp_path: Path, reuse: ReuseEvidence | None, **options: Any) -> PluginSettings:
-    make_profile(reuse=reuse).save(tmp_path / "profile.json")
+def settings_of(tmp_path: Path, found: ReuseEvidence | None, **options: Any) -> PluginSettings:
+    make_profile(reuse=found).save(tmp_path / "profile.json")
     return PluginSettings.parse({"profile": str(tmp_path / "profile.json"), "reuse": "licensed", **options})
+
+
+def first_by(settings: PluginSettings) -> Callable[[PageClass], Licence]:
+    return first_licences(settings, audits_of_profile(settings))
 
 
 def audits(count: int) -> ReuseEvidence:
@@ -121,11 +126,21 @@ EXACT, APPROXIMATE = PageClass("key", True), PageClass("key", False)
 
 
 def test_audits_of_the_profile_grant_the_first_licence_of_exact_pages(tmp_path: Path) -> None:
-    first = first_licences(settings_of(tmp_path, audits(172)))
+    first = first_by(settings_of(tmp_path, audits(172)))
     assert first(EXACT).granted and not first(APPROXIMATE).granted
-    assert not first_licences(settings_of(tmp_path, audits(172), reuse_miss_rate=0.01))(EXACT).granted
+    assert not first_by(settings_of(tmp_path, audits(172), reuse_miss_rate=0.01))(EXACT).granted
     foreign = first(EXACT)
     assert [foreign.observe(0.5) for _ in range(20)].count("lost") == 1 and not foreign.granted
+
+
+@pytest.mark.parametrize(
+    ("options", "near"),
+    [({}, 0.75), ({"reuse": "probed"}, 0.75), ({"reuse": "off"}, None), ({"max_relative_error": 0.1}, None)],
+    ids=["licensed", "probed", "off", "other bounds"],
+)
+def test_reuse_goes_by_the_rule_of_the_audits(tmp_path: Path, options: dict[str, Any], near: float | None) -> None:
+    found = audits_of_profile(settings_of(tmp_path, audits(30).model_copy(update={"near": 0.75}), **options))
+    assert (None if found is None else found.rule.near) == near
 
 
 @pytest.mark.parametrize(
@@ -144,7 +159,7 @@ def test_a_profile_that_grants_nothing_says_why(
     caplog.set_level("INFO", room.logger.name)
     room.logger.addHandler(caplog.handler)
     try:
-        assert not first_licences(settings_of(tmp_path, reuse, **options))(EXACT).granted
+        assert not first_by(settings_of(tmp_path, reuse, **options))(EXACT).granted
     finally:
         room.logger.removeHandler(caplog.handler)
     assert said in caplog.text

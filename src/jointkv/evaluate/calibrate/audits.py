@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from jointkv.hf.prefill import RowPrefill
 from jointkv.hf.reuse import ReuseOptions
 from jointkv.policy import FusionPolicy
 from jointkv.policy.profile import ReuseEvidence
+from jointkv.policy.reuse import ReuseRule
 from jointkv.theory.confidence import UpperLimit
 
 RESIDENT = 32
@@ -24,28 +26,59 @@ RESIDENT = 32
 CONFIDENCE = 0.95
 """Of the limit that is shown; a licence reads the audits at its own."""
 
+NEAR = (1.0, 0.75)
+"""Ratios of entry blocks that are tried, the boldest first, before the rule's own."""
 
-def audit(
-    model: PreTrainedModel, requests: Sequence[Request], policy: FusionPolicy, block_size: int, progress: Progress
-) -> ReuseEvidence:
-    """What reuse would do with `requests`, one after another, and how many of the blocks would be beyond the bounds."""
-    options = ReuseOptions(mode="probed", audit_rate=1.0, seed=0)
-    pool = JointPool(model, policy, block_size=block_size, reuse=options)
-    kept: deque[JointCache] = deque(maxlen=RESIDENT)
-    limit, rows = UpperLimit(CONFIDENCE), list[RowPrefill]()
-    for number, request in enumerate(requests, start=1):
-        kept.append(JointCache(pool))
-        (row,) = kept[-1].prefill(model, torch.tensor([request.prompt])).rows
-        if row.audited_blocks:
-            limit.observe(row.missed_blocks / row.audited_blocks)
-        rows.append(row)
-        progress.part(number / len(requests))
-    blocks = sum(row.audited_blocks for row in rows)
-    return ReuseEvidence(
-        audits=limit.count,
-        blocks=blocks,
-        missed_blocks=sum(row.missed_blocks for row in rows),
-        skipped=blocks * block_size / sum(row.tokens for row in rows),
-        limit=limit.limit,
-        evidence=limit.to_json(),
-    )
+TOLERATED = 0.01
+"""Share of blocks beyond the bounds behind entry blocks that near: half of what a licence allows, unless told."""
+
+
+class Audit:
+    """Audits of reuse under one policy.
+
+    Args:
+        policy: with the bounds of the blocks.
+    """
+
+    def __init__(self, model: PreTrainedModel, policy: FusionPolicy, block_size: int, progress: Progress) -> None:
+        self._model, self._policy, self._block_size, self._progress = model, policy, block_size, progress
+
+    def near(self, requests: Sequence[Request]) -> float:
+        """Up to which ratio an entry block may stand in for witnesses: see `ReuseRule`.
+
+        Every block is taken as if nothing were known of its page, as when many requests follow the first of its kind.
+        """
+        for near in NEAR:
+            rows = self._rows(requests, ReuseRule(near=near, witnesses=sys.maxsize))
+            blocks, missed = sum(row.audited_blocks for row in rows), sum(row.missed_blocks for row in rows)
+            if blocks and missed <= TOLERATED * blocks:
+                return near
+        return ReuseRule.near
+
+    def evidence(self, requests: Sequence[Request], near: float) -> ReuseEvidence:
+        """What reuse would do with `requests`, one after another, and how many blocks would be beyond the bounds."""
+        rows, limit = self._rows(requests, ReuseRule(near=near)), UpperLimit(CONFIDENCE)
+        for row in rows:
+            if row.audited_blocks:
+                limit.observe(row.missed_blocks / row.audited_blocks)
+        blocks = sum(row.audited_blocks for row in rows)
+        return ReuseEvidence(
+            audits=limit.count,
+            blocks=blocks,
+            missed_blocks=sum(row.missed_blocks for row in rows),
+            skipped=blocks * self._block_size / sum(row.tokens for row in rows),
+            limit=limit.limit,
+            evidence=limit.to_json(),
+            near=near,
+        )
+
+    def _rows(self, requests: Sequence[Request], rule: ReuseRule) -> list[RowPrefill]:
+        options = ReuseOptions(mode="probed", audit_rate=1.0, rule=rule, seed=0)
+        pool = JointPool(self._model, self._policy, block_size=self._block_size, reuse=options)
+        kept: deque[JointCache] = deque(maxlen=RESIDENT)
+        rows = list[RowPrefill]()
+        for number, request in enumerate(requests, start=1):
+            kept.append(JointCache(pool))
+            rows += kept[-1].prefill(self._model, torch.tensor([request.prompt])).rows
+            self._progress.part(number / len(requests))
+        return rows

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jointkv.errors import BadInput, JointKVError, UnsupportedModel
-from jointkv.evaluate.calibrate.audits import audit
+from jointkv.evaluate.calibrate.audits import Audit
 from jointkv.evaluate.calibrate.half import Half
 from jointkv.evaluate.calibrate.settings import CalibrationSettings
 from jointkv.evaluate.calibrate.store import Store, digest
@@ -245,8 +245,9 @@ class Calibration:
     def _audit(self, chosen: Setting) -> ReuseEvidence | None:
         if self.settings.scope == "chunk" or len(chosen) > 1 or not all(chosen):
             return None
-        requests = [*(self.requests[row] for row in self._rows[1]), *self.audits]
-        return audit(self.model, requests, self.settings.policy(chosen), self.settings.block_size, self.progress)
+        first, second = ([self.requests[row] for row in rows] for rows in self._rows)
+        audit = Audit(self.model, self.settings.policy(chosen), self.settings.block_size, self.progress)
+        return audit.evidence([*second, *self.audits], audit.near(first))
 
     def predict(self, setting: Setting, *, equal_text: bool = False) -> Prediction:
         """Ratio expected of the held-out half."""

@@ -42,22 +42,22 @@ class PageClass(NamedTuple):
         return "exact" if self.exact else "approximate"
 
 
-def first_licences(settings: PluginSettings) -> Callable[[PageClass], Licence]:
-    """Makes the first licence of a class: from the profile's audits, if there are any and they hold for it.
+def first_licences(settings: PluginSettings, audits: ReuseEvidence | None) -> Callable[[PageClass], Licence]:
+    """Makes the first licence of a class: from the profile's `audits`, if there are any and they hold for it.
 
     They were made of pages whose contexts were computed, under the profile's bounds.
     """
-    terms, evidence = (settings.reuse_miss_rate, settings.reuse_confidence), _audits_of_profile(settings)
-    if evidence is None:
+    terms = settings.reuse_miss_rate, settings.reuse_confidence
+    if audits is None:
         return lambda page_class: Licence(*terms)
-    first = Licence.from_profile(evidence.evidence, *terms)
-    logger.info("jointkv: by %d audits of the profile, the first %s", evidence.audits, first.describe())
-    return lambda page_class: Licence.from_profile(evidence.evidence, *terms) if page_class.exact else Licence(*terms)
+    first = Licence.from_profile(audits.evidence, *terms)
+    logger.info("jointkv: by %d audits of the profile, the first %s", audits.audits, first.describe())
+    return lambda page_class: Licence.from_profile(audits.evidence, *terms) if page_class.exact else Licence(*terms)
 
 
-def _audits_of_profile(settings: PluginSettings) -> ReuseEvidence | None:
-    """What may grant a licence; None, and a line in the log, where a profile has nothing that may."""
-    profile = settings.load_profile() if settings.reuse == "licensed" else None
+def audits_of_profile(settings: PluginSettings) -> ReuseEvidence | None:
+    """What reuse may go by; None, and a line in the log, where a profile has nothing that it may."""
+    profile = None if settings.reuse == "off" else settings.load_profile()
     if profile is None:
         return None
     calibrated, lacks = profile.options(), None
@@ -66,7 +66,7 @@ def _audits_of_profile(settings: PluginSettings) -> ReuseEvidence | None:
     elif any(np.any(calibrated[name] != np.array(getattr(settings, name))) for name in BOUNDS):
         lacks = "has audits of reuse, but of other bounds"
     if lacks is not None:
-        logger.warning("jointkv: the profile %s; the licence is earned", lacks)
+        logger.warning("jointkv: the profile %s; the defaults count, and a licence is earned", lacks)
         return None
     return profile.reuse
 

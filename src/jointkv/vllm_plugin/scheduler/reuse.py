@@ -8,21 +8,17 @@ and the workers compare that block with those of the sources.
 
 from __future__ import annotations
 
-import os
-import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from jointkv.core.evidence import Known
-from jointkv.core.reuse import Found, Run, stretches
-from jointkv.policy.reuse import ReuseRule, Search
+from jointkv.core.reuse import Run, stretches
+from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin.engine.line import helper_of, in_line, seats, send_ahead
 from jointkv.vllm_plugin.engine.opt_out import OPT_OUT
 from jointkv.vllm_plugin.engine.steps import started
@@ -30,15 +26,13 @@ from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.followers import Followers
 from jointkv.vllm_plugin.scheduler.intakes import Helper, Intake
-from jointkv.vllm_plugin.scheduler.licences import Licences, PageClass
+from jointkv.vllm_plugin.scheduler.licences import Licences
+from jointkv.vllm_plugin.scheduler.look_up import GROUP, LookUp
 from jointkv.vllm_plugin.scheduler.questions import Answer, Question
 from jointkv.vllm_plugin.scheduler.requests import Requests, TrackedRequest
 from jointkv.vllm_plugin.scheduler.residents import Residents
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
 from jointkv.vllm_plugin.settings import PluginSettings
-
-GROUP = 0
-"""The one KV-cache group there is."""
 
 
 class Reuse:
@@ -57,6 +51,7 @@ class Reuse:
         intakes: requests on their way in, by name.
         helpers: by name. Ended ones stay until `forget_ended`.
         followers: requests that wait for text that another one is computing.
+        look_up: says what each could reuse.
     """
 
     def __init__(
@@ -69,14 +64,14 @@ class Reuse:
         licences: Licences,
         statistics: Statistics,
     ) -> None:
-        self.settings, self.rule, self.residents, self.requests = settings, rule, residents, requests
-        self.sharing, self.licences, self.statistics = sharing, licences, statistics
+        self.rule, self.residents, self.requests, self.sharing = rule, residents, requests, sharing
+        self.statistics = statistics
         self.intakes: dict[str, Intake] = {}
         self.helpers: dict[str, Helper] = {}
         self.followers = Followers(requests)
+        self.look_up = LookUp(settings, rule, residents, self.followers, sharing, licences)
         self._started: list[tuple[TrackedRequest, int, list[int]]] = []
         self._number = 0
-        self._draw = random.Random(os.urandom(16)).random
 
     def prepare(self, scheduler: Scheduler) -> Sequence[Request]:
         """Look up those who may start in the step to come, and send helpers ahead of them; who is not to start in it.
@@ -219,70 +214,21 @@ class Reuse:
 
     def _take_in(self, request: Request) -> Intake | None:
         """Look up a request that has not been yet. None where it computes all, or waits for another's text."""
-        tracked = self.requests.active.get(request.request_id)
+        name, tracked = request.request_id, self.requests.active.get(request.request_id)
         if tracked is None:
             return None
-        intake = self._look_up(tracked) if self._may_reuse(tracked) else None
+        intake = self.look_up.intake(tracked)
         if intake is not None:
-            self.intakes[request.request_id] = intake
-        elif request.request_id not in self.followers.held:
+            self.intakes[name] = intake
+            self._adopt(intake, intake.plan.reused)
+            self._advance(intake)
+        if name not in self.intakes and name not in self.followers.held:
             self.followers.add_donor(tracked)
-        return intake
+        return self.intakes.get(name)
 
     def _send(self, intake: Intake) -> list[Request]:
         """Helpers to send ahead, if any are due."""
         return [] if intake.asked or intake.helpers or not intake.begun else list(self._new_helpers(intake))
-
-    def _may_reuse(self, tracked: TrackedRequest) -> bool:
-        request = tracked.request
-        strict = self.settings.isolation == "strict" and not request.cache_salt
-        decided = tracked.planned == request.num_preemptions or (tracked.audit is not None and tracked.audit.pages)
-        text = request.sampling_params is not None and not request.mm_features
-        return text and not strict and not decided and not request.skip_reading_prefix_cache
-
-    def _look_up(self, tracked: TrackedRequest) -> Intake | None:
-        """Find resident text; None where there is none, an audit is due, or more is being computed right now."""
-        request = tracked.request
-        end = (request.num_tokens - 1) // tracked.block_size
-        start = self.sharing.tables.found(request) // tracked.block_size
-        found = self.residents.find(tracked, start, end, GROUP)
-        resident = int(np.count_nonzero(np.diff(found.slot, prepend=-1)))
-        if self._granted(PageClass(tracked.isolation, exact=True)) and self.followers.follows(tracked, end, resident):
-            return None
-        if not found.stretches(self.rule.least):
-            return None
-        known = self.residents.known(tracked, found.slot, found.page)
-        permitted = self._permitted(tracked, found.exact)
-        if not found.where(permitted).stretches(self.rule.least):
-            tracked.audit = Audit(self._pages(found, known))
-            return None
-        if tracked.private_from is None and self._draw() < self.settings.reuse_audit_rate:
-            tracked.audit = Audit(self._pages(found, known), chosen=True)
-            return None
-        tracked.audit = None
-        found, known = found.where(permitted), known.where(permitted)
-        plan = self.rule.witnessed(found, known, end)
-        runs, slots = self.rule.unwitnessed(found, known, plan), np.unique(found.slot)
-        intake = Intake(tracked, runs, slots, end, plan, Search(start), covered=start)
-        self._adopt(intake, plan.reused)
-        self._advance(intake)
-        return intake
-
-    def _permitted(self, tracked: TrackedRequest, exact: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which pages a licence allows `tracked` to read, by whether their contexts are exact: bool `[n]`."""
-        either = [self._granted(PageClass(tracked.isolation, value)) for value in (False, True)]
-        return np.array(either)[exact.astype(np.int64)]
-
-    def _granted(self, page_class: PageClass) -> bool:
-        return self.settings.reuse == "probed" or self.licences.granted(page_class)
-
-    def _pages(self, found: Found, known: Known) -> dict[int, list[int]]:
-        """By slot, the pages that would be compared or served."""
-        pages: dict[int, list[int]] = {}
-        asked = self.rule.asked(found, known)
-        for slot, page in zip(asked.slot.tolist(), asked.page.tolist(), strict=True):
-            pages.setdefault(slot, []).append(page)
-        return pages
 
     def _advance(self, intake: Intake) -> None:
         """Turn to the next run; if there is none and nothing is reused, let the request go."""
@@ -328,7 +274,8 @@ class Reuse:
     def _follow(self, intake: Intake, entry: int, run: Run, ratio: float) -> None:
         """Adopt what may be read of `run`, whose entry block is that far."""
         known = self.residents.known(intake.tracked, np.arange(run.first, run.end), run.pages)
-        permitted = self._permitted(intake.tracked, self.residents.exact[run.pages]) & self.residents.still_holds(run)
+        permitted = self.look_up.permitted(intake.tracked, self.residents.exact[run.pages])
+        permitted &= self.residents.still_holds(run)
         before = intake.plan
         intake.plan = self.rule.behind(before, run, known, ratio, permitted)
         intake.search.heard(entry, before, intake.plan)

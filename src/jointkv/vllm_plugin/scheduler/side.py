@@ -28,7 +28,7 @@ from jointkv.vllm_plugin.scheduler.candidates import Candidates
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.fusion import Fusion
 from jointkv.vllm_plugin.scheduler.intakes import Helper
-from jointkv.vllm_plugin.scheduler.licences import Licences, first_licences
+from jointkv.vllm_plugin.scheduler.licences import Licences, audits_of_profile, first_licences
 from jointkv.vllm_plugin.scheduler.questions import Questions
 from jointkv.vllm_plugin.scheduler.recovery import Recovery
 from jointkv.vllm_plugin.scheduler.requests import Requests, left_alone, passed_over
@@ -104,8 +104,9 @@ class SchedulerSide:
         self.bounds = Bounds(settings, groups, self.statistics, settings.skip_first_layers // layers)
         self.candidates = Candidates(settings, self.tables, groups, self.requests, self.bounds, self.statistics)
         self.sharing = Sharing(self.tables, block_size)
-        self.licences = Licences(first_licences(settings), self.statistics)
-        rule, residents = ReuseRule(), self.candidates.residents
+        evidence, residents = audits_of_profile(settings), self.candidates.residents
+        self.licences = Licences(first_licences(settings, evidence), self.statistics)
+        rule = ReuseRule() if evidence is None else evidence.rule
         self.reuse = Reuse(settings, rule, residents, self.requests, self.sharing, self.licences, self.statistics)
         audits = Audits(rule, residents, self.licences)
         signs = settings.finds_other_text

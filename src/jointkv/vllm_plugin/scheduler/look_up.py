@@ -1,0 +1,106 @@
+"""What of a request's text is resident, and whether it may be reused: licences, audits by chance, witnesses."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jointkv.core.evidence import Known
+from jointkv.core.reuse import Found
+from jointkv.policy.reuse import ReuseRule, Search
+from jointkv.vllm_plugin.scheduler.evidence import Audit
+from jointkv.vllm_plugin.scheduler.followers import Followers
+from jointkv.vllm_plugin.scheduler.intakes import Intake
+from jointkv.vllm_plugin.scheduler.licences import Licences, PageClass
+from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
+from jointkv.vllm_plugin.scheduler.residents import Residents
+from jointkv.vllm_plugin.scheduler.sharing import Sharing
+from jointkv.vllm_plugin.settings import PluginSettings
+
+GROUP = 0
+"""The one KV-cache group there is."""
+
+
+class LookUp:
+    """Looks up requests before they start.
+
+    Args:
+        settings: how.
+        rule: which blocks.
+        residents: what there is.
+        followers: hold those for whom more is on its way.
+        sharing: knows what vLLM's prefix cache would find.
+        licences: whether.
+
+    Attributes:
+        draw: a number in [0, 1) by which audits fall on requests; nobody can foresee it.
+    """
+
+    def __init__(
+        self,
+        settings: PluginSettings,
+        rule: ReuseRule,
+        residents: Residents,
+        followers: Followers,
+        sharing: Sharing,
+        licences: Licences,
+    ) -> None:
+        self.settings, self._rule, self._residents = settings, rule, residents
+        self._followers, self._sharing, self._licences = followers, sharing, licences
+        self.draw = random.Random(os.urandom(16)).random
+
+    def intake(self, tracked: TrackedRequest) -> Intake | None:
+        """What `tracked` could reuse; None where it may not, nothing is there, an audit is due, or more is on its way.
+
+        Of an audit, and of a request that is held for what is on its way, note is taken.
+        """
+        if not self._may_reuse(tracked):
+            return None
+        request = tracked.request
+        end = (request.num_tokens - 1) // tracked.block_size
+        start = self._sharing.tables.found(request) // tracked.block_size
+        found = self._residents.find(tracked, start, end, GROUP)
+        resident = int(np.count_nonzero(np.diff(found.slot, prepend=-1)))
+        if self._granted(PageClass(tracked.isolation, exact=True)) and self._followers.follows(tracked, end, resident):
+            return None
+        if not found.stretches(self._rule.least):
+            return None
+        known = self._residents.known(tracked, found.slot, found.page)
+        permitted = self.permitted(tracked, found.exact)
+        if not found.where(permitted).stretches(self._rule.least):
+            tracked.audit = Audit(self._pages(found, known))
+            return None
+        if tracked.private_from is None and self.draw() < self.settings.reuse_audit_rate:
+            tracked.audit = Audit(self._pages(found, known), chosen=True)
+            return None
+        tracked.audit = None
+        found, known = found.where(permitted), known.where(permitted)
+        plan = self._rule.witnessed(found, known, end)
+        runs, slots = self._rule.unwitnessed(found, known, plan), np.unique(found.slot)
+        return Intake(tracked, runs, slots, end, plan, Search(start), covered=start)
+
+    def permitted(self, tracked: TrackedRequest, exact: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which pages a licence allows `tracked` to read, by whether their contexts are exact: bool `[n]`."""
+        either = [self._granted(PageClass(tracked.isolation, value)) for value in (False, True)]
+        return np.array(either)[exact.astype(np.int64)]
+
+    def _may_reuse(self, tracked: TrackedRequest) -> bool:
+        request = tracked.request
+        strict = self.settings.isolation == "strict" and not request.cache_salt
+        decided = tracked.planned == request.num_preemptions or (tracked.audit is not None and tracked.audit.pages)
+        text = request.sampling_params is not None and not request.mm_features
+        return text and not strict and not decided and not request.skip_reading_prefix_cache
+
+    def _granted(self, page_class: PageClass) -> bool:
+        return self.settings.reuse == "probed" or self._licences.granted(page_class)
+
+    def _pages(self, found: Found, known: Known) -> dict[int, list[int]]:
+        """By slot, the pages that would be compared or served."""
+        pages: dict[int, list[int]] = {}
+        asked = self._rule.asked(found, known)
+        for slot, page in zip(asked.slot.tolist(), asked.page.tolist(), strict=True):
+            pages.setdefault(slot, []).append(page)
+        return pages
