@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jointkv.errors import IntegrityError
-from jointkv.fusion.signature_index import AT_ONCE, SignatureIndex
+from jointkv.fusion.signature_index import AT_ONCE, FIRST, SignatureIndex
 
-SIZE = 6
+SIZE = FIRST + 6
 
 
 def signatures(count, seed=0):
@@ -34,7 +34,7 @@ def test_near_is_a_search_through_everything(events, seed):
     assert len(index) == len(known) and all(page in index for page in known)
     query = drawn[0] + np.float32(0.25)
     for buckets in ((0,), (1, 2), (0, 1, 2), (3,)):
-        for limit in (0.5, 8.0, 1e6):
+        for limit in (2.0, 30.0, 1e6):
             squares = {page: float(np.square(drawn[page] - query).sum()) for page in known}
             expected = [page for page, names in known.items() if names & set(buckets) and squares[page] <= limit]
             found = list(index.near(buckets, query, limit))
@@ -58,19 +58,27 @@ def test_memory_follows_what_is_resident():
     index, rows = SignatureIndex(SIZE), signatures(1000)
     for page, row in enumerate(rows):
         index.add(["here"], page, row)
-    row_bytes = 4 * (SIZE + 1) + 8
+    row_bytes = 4 * (SIZE + 2) + 8
     assert 1000 * row_bytes <= index.nbytes <= 2 * 1000 * row_bytes
     for page in range(990):
         index.remove(page)
     assert index.nbytes <= 4 * 10 * row_bytes
     index.check_integrity()
+    assert index.nbytes <= SignatureIndex.most_bytes(SIZE, 10)
     index.clear()
     assert not index.nbytes and not len(index)
 
 
+def test_short_signatures_are_compared_whole():
+    index, rows = SignatureIndex(FIRST - 4), signatures(9)[:, : FIRST - 4]
+    for page, row in enumerate(rows):
+        index.add(["here"], page, row)
+    assert list(index.near(["here"], rows[3], 1e-3)) == [3]
+
+
 @pytest.mark.parametrize("broken", [np.full(SIZE, np.nan), np.zeros(SIZE + 1)])
 def test_what_is_no_signature_is_refused(broken):
-    with pytest.raises(IntegrityError, match="6 numbers"):
+    with pytest.raises(IntegrityError, match=f"{SIZE} numbers"):
         SignatureIndex(SIZE).add(["here"], 1, broken.astype(np.float32))
 
 
