@@ -76,7 +76,7 @@ def test_the_policy_of_the_paper() -> None:
     assert (policy.similarity, policy.key_threshold, policy.value_threshold) == ("key", 0.75, None)
     assert (policy.max_relative_error, policy.max_token_error) == (None, None)
     assert (policy.skip_first_layers, policy.skip_last_layers, policy.candidates) == (2, 2, "signature")
-    assert settings.unbounded and not settings.reuses
+    assert settings.unbounded and not settings.reuses and settings.max_candidates == 8
     chosen = PluginSettings.parse({**PAPER, "key_threshold": 0.9, "candidates": "both", "skip_last_layers": 0})
     assert (chosen.key_threshold, chosen.candidates, chosen.skip_last_layers) == (0.9, "both", 0)
 

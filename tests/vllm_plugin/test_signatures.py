@@ -158,7 +158,7 @@ def test_the_plan_of_a_batch_that_fills_together_is_that_of_the_tree(synonyms: P
         similarity="key", key_threshold=0.8, max_relative_error=None, max_token_error=None, max_candidates=8
     )
     paper = FusionPolicy.preset("paper", key_threshold=0.8)
-    with engine(synonyms, 600, {**PAPER, "max_candidates": 8}, max_num_batched_tokens=2048) as served:
+    with engine(synonyms, 600, PAPER, max_num_batched_tokens=2048) as served:
         names = [served.submit(prompt, 6) for prompt in prompts]
         served.step()
         pages = {group: torch.tensor([served.table(name, group)[:4] for name in names]).T for group in range(GROUPS)}

@@ -18,6 +18,9 @@ from jointkv.policy.paper import Paper
 from jointkv.policy.profile import Profile
 
 Bound = float | tuple[float, ...] | None
+PAPER_SEARCH = {"candidates": "signature", "max_candidates": 8}
+"""Text does not count, and of keys that are all alike many are looked at: on unrelated text all pairs find no more."""
+
 SKIPPED_LAYERS = ("skip_first_layers", "skip_last_layers")
 
 
@@ -227,7 +230,7 @@ def _with_paper(options: dict[str, Any]) -> dict[str, Any]:
             "set layer_groups to half the number of the model's layers, or skip_first_layers and skip_last_layers to 0"
         )
     preset = {name: value for name, value in Paper.defaults.items() if name != "layer_groups"}
-    return {"candidates": "signature", **preset, **options}
+    return {**preset, **PAPER_SEARCH, **options}
 
 
 def _with_profile(options: dict[str, Any]) -> dict[str, Any]:
