@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import pickle
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from engines import BLOCK_SIZE, build, corpus, prepare_environment, scheduler_of
+from engines import BLOCK_SIZE, build, corpus, in_a_process_of_its_own, prepare_environment, scheduler_of, tell
 from jointkv.fusion.signature_index import FIRST, SignatureIndex
 from timing import machine_speed, write
 
@@ -37,7 +33,6 @@ NEAR = 0.16
 PROMPT, OUT = 256, 16
 SETTLED = 4
 """Steps after the last prefill, in which what it has filled is compared."""
-ANSWER = "MEASURED "
 LAYER_GROUPS = 15
 SECONDS = ("sign_seconds", "search_seconds", "compare_seconds", "schedule_seconds", "apply_seconds")
 COUNTS = ("blocks_considered", "blocks_signed", "blocks_searched", "blocks_merged", "blocks_merged_by_signature")
@@ -63,12 +58,16 @@ def main() -> None:
     arguments = parser.parse_args()
     prepare_environment(2 << 30)
     if arguments.one:
-        print(ANSWER + json.dumps(run(arguments.one, arguments.requests, arguments.turn)), flush=True)
-        os._exit(0)  # the engine's threads need not be waited for
+        tell(run(arguments.one, arguments.requests, arguments.turn))
     speed = machine_speed(clock="processor")
     searches = [search(count, size, arguments.searches, speed) for size in SIZES for count in RESIDENT]
     turns = [(arm, turn) for turn in range(arguments.repeats) for arm in arguments.arms]
-    served = [row for arm, turn in turns for row in run_apart(arm, arguments.requests, turn)]
+    requests = str(arguments.requests)
+    served = [
+        row
+        for arm, turn in turns
+        for row in in_a_process_of_its_own(__file__, "--one", arm, "--requests", requests, "--turn", str(turn))
+    ]
     result = {
         "prompt_tokens": PROMPT,
         "answer_tokens": OUT,
@@ -137,17 +136,6 @@ def search(count: int, size: int, repeats: int, speed: dict[str, float]) -> dict
         "bytes_per_page": index.nbytes / len(index),
         "searches": repeats,
     }
-
-
-def run_apart(arm: str, requests: int, turn: int) -> list[dict[str, Any]]:
-    """Both kinds of text in an engine of its own, in a process of its own: vLLM has one at a time."""
-    command = [sys.executable, __file__, "--one", arm, "--requests", str(requests), "--turn", str(turn)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    found = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
-    if not found:
-        raise SystemExit(f"{arm}: {done.stderr[-3000:]}")
-    rows: list[dict[str, Any]] = json.loads(found[0].removeprefix(ANSWER))
-    return rows
 
 
 def run(arm: str, requests: int, turn: int) -> list[dict[str, Any]]:
