@@ -79,8 +79,8 @@ def test_two_ranks_merge(calm: Path, tmp_path: Path, options: dict[str, Any]) ->
     if "reuse" in options:
         assert found["statistics"]["prompt_tokens_skipped"] > 500
     else:
-        assert found["statistics"]["blocks_merged"] > 20
-    if "candidates" in options:
+        assert found["statistics"]["blocks_merged"] > 15
+    if "candidates" in options:  # pages of the first request, which has ended, serve nobody
         assert found["statistics"]["blocks_merged_by_signature"] == found["statistics"]["blocks_merged"]
     if "own_norms" in options:
         for ((fault, steps, shared_steps),) in found["attention"]:
