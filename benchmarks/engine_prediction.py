@@ -1,8 +1,8 @@
 """Pages that theory predicts of a serving engine against those that it keeps, for candidates by text and by content.
 
-Run it in the environment with vLLM: `.venv-vllm/bin/python benchmarks/engine_prediction.py --output docs/results/bench`.
-Half of the requests opt out: from all pairs of their blocks rarefaction predicts the ratio of a batch of as many others,
-of which online search takes the blocks as they come. The other half is that batch, in one step of the engine.
+Run it in the environment with vLLM: `python benchmarks/engine_prediction.py --output docs/results/bench`. Half of the
+requests opt out: from all pairs of their blocks rarefaction predicts the ratio of a batch of as many others, of which
+online search takes the blocks as they come. The other half is that batch, in one step of the engine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ SAFE: dict[str, Any] = {"max_candidates": 8}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "near-prefix, tokens": ("near_prefix", {**SAFE, "candidates": "tokens"}),
     "near-prefix, both": ("near_prefix", {**SAFE, "candidates": "both"}),
-    "near-prefix, signature": ("near_prefix", {**SAFE, "candidates": "signature"}),
     "unrelated, both": ("unrelated", {**SAFE, "candidates": "both"}),
     "unrelated, paper 0.75": ("unrelated", {**PAPER, "key_threshold": 0.75}),
     "unrelated, paper 0.9": ("unrelated", {**PAPER, "key_threshold": 0.9}),
@@ -94,11 +93,9 @@ def run(name: str, seed: int, requests: int, blocks: int) -> dict[str, Any]:
         engine.step()
     left = sum(len(set(row)) for group in held for row in tables(engine, group, blocks)[:, :requests].tolist())
     policy = PluginSettings.parse(options).fusion_policy()
-    by_text = policy.candidates == "tokens"
-    alike = (
-        equal_text(prompts[requests:], blocks) if by_text else torch.ones(blocks, requests, requests, dtype=torch.bool)
-    )
-    accepted = torch.cat([accepts(kv, policy.rule(0), blocks, requests) & alike for kv in kept.values()])
+    accepted = torch.cat([accepts(kv, policy.rule(0), blocks, requests) for kv in kept.values()])
+    if policy.candidates == "tokens":
+        accepted &= equal_text(prompts[requests:], blocks).repeat(len(kept), 1, 1)
     (predicted,) = rarefaction(accepted.numpy(), None, [requests])
     return {
         "run": name,
@@ -114,9 +111,7 @@ def run(name: str, seed: int, requests: int, blocks: int) -> dict[str, Any]:
 def accepts(kv: PagedKV, rule: Rule, blocks: int, requests: int) -> Tensor:
     """Which pairs of a position the rule allows, `[blocks, requests, requests]`: `[i, j]`, j may serve i."""
     numbers = torch.arange(blocks * requests).view(blocks, requests)
-    own, other = (
-        part.flatten() for part in (numbers[:, :, None].expand(-1, -1, requests), numbers.repeat(1, requests))
-    )
+    own, other = numbers.repeat_interleave(requests), numbers.repeat(1, requests).flatten()
     errors = served_errors(kv, own, other, rule.across_layers)
     cosines = pair_statistics(kv, numbers, rule).key_cosine
     asked = (None if cosines is None else cosines.flatten(), None)
