@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=8, help="that predict, and as many that are measured")
     parser.add_argument("--blocks", type=int, default=3, help="of each")
     parser.add_argument("--seed", type=int, default=0, help="of the first of three drawings")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     arguments = parser.parse_args()
@@ -49,7 +50,7 @@ def main() -> None:
     rows = [
         in_a_process_of_its_own(__file__, *size, "--one", name, str(seed))
         for seed in range(arguments.seed, arguments.seed + 3)
-        for name in RUNS
+        for name in arguments.runs
     ]
     headline = {
         f"{row['run']}, seed {row['seed']}": [round(row[name], 2) for name in ("measured", "predicted", "low", "high")]
