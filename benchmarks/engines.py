@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -10,6 +13,7 @@ from jointkv.bench.environment import engine_environment
 from jointkv.system.machine import allowed_cores
 
 MODEL, BLOCK_SIZE, MAX_MODEL_LEN = "smollm2", 32, 2048
+ANSWER = "MEASURED "
 
 
 def prepare_environment(kv_bytes: int, cores: Collection[int] | None = None) -> None:
@@ -36,6 +40,21 @@ def build(dtype: str, running: int, blocks: int, **options: Any) -> Any:
         "disable_log_stats": True,
     }
     return LLMEngine.from_engine_args(EngineArgs(**common | options))
+
+
+def in_a_process_of_its_own(script: str, *arguments: str) -> Any:
+    """What `script` tells with these arguments: vLLM has one engine at a time. Ends this program where it fails."""
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    found = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
+    if not found:
+        raise SystemExit(f"{' '.join(arguments)}: {done.stderr[-3000:]}")
+    return json.loads(found[0].removeprefix(ANSWER))
+
+
+def tell(found: Any) -> None:
+    """Answer `in_a_process_of_its_own`, and end without waiting for the engine's threads."""
+    print(ANSWER + json.dumps(found), flush=True)
+    os._exit(0)
 
 
 def scheduler_of(engine: Any) -> Any:

@@ -49,9 +49,10 @@ def compile_planning() -> None:
         place = torch.arange(64)
         pages = PackedPages([torch.zeros(2, 64).to(dtype)], place % 16, place >= 32)
         planning.Kernels().pair_sums(pages, torch.tensor([0]), torch.tensor([1]))
+        planning.Kernels().signatures(pages, [torch.zeros(32, 64)] * 2)(pages, torch.tensor([0]))
     for dtype in SUPPORTED_DTYPES:
         kv = PagedKV(*([torch.zeros(2, 16, 1, 2).to(dtype)] for _ in range(2)))
-        planning.Kernels().signatures(dtype, [torch.zeros(32, 64)] * 2)(kv, torch.tensor([0]))
+        planning.Kernels().signatures(kv, [torch.zeros(32, 64)] * 2)(kv, torch.tensor([0]))
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ def digest_of_a_stream(kind: str) -> str:
     generator = torch.Generator().manual_seed(0)
     thresholds = {"key_threshold": 0.9, "value_threshold": 0.9} if kind == "direction" else {}
     pool = BlockPool(LAYERS, TOKENS, SHAPE, SHAPE)
-    fuser = Fuser(pool, FusionPolicy(representative=kind, candidates="either", **thresholds))  # type: ignore[arg-type]
+    fuser = Fuser(pool, FusionPolicy(representative=kind, candidates="both", **thresholds))  # type: ignore[arg-type]
     centres = torch.randn(BLOCKS, 2, LAYERS, TOKENS * SHAPE[1], generator=generator)
     tables, digest = [], hashlib.sha256()
     for number in range(12):

@@ -167,7 +167,7 @@ policies = st.builds(
     max_relative_error=st.sampled_from([0.0, 0.05, 0.2]),
     max_token_error=st.sampled_from([0.0, 0.1, 0.3]),
     across_layers=st.sampled_from(["rms", "max"]),
-    candidates=st.sampled_from(["signature", "tokens", "either"]),
+    candidates=st.sampled_from(["signature", "tokens", "both"]),
     max_candidates=st.integers(1, 4),
     key_threshold=st.sampled_from([None, 0.99]),
     value_threshold=st.sampled_from([None, 0.99]),
@@ -201,7 +201,7 @@ def test_every_served_block_is_within_the_bound_of_its_own_bucket(policy, stream
 
 
 @settings(deadline=None, max_examples=40)
-@given(streams, st.integers(0, 2**16), st.sampled_from(["signature", "either"]), st.integers(1, 4))
+@given(streams, st.integers(0, 2**16), st.sampled_from(["signature", "both"]), st.integers(1, 4))
 def test_exact_copies_share_one_page_per_bucket_across_calls(stream, seed, candidates, count):
     policy = FusionPolicy(max_relative_error=0.0, candidates=candidates, max_candidates=count)
     server = Server(policy, seed, noise=0.0, clusters=3, poison=0.0)

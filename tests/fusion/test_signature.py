@@ -49,6 +49,35 @@ def test_distances_of_signatures_estimate_those_of_the_blocks(noise):
     assert abs(float(ratio.mean()) - 1) < four_deviations
 
 
+@pytest.mark.parametrize(("layers", "size"), [(LAYERS, 32), (LAYERS, 64), (1, 32), (1, 200)])
+def test_fewer_numbers_estimate_the_same_distances(layers, size):
+    kv = random_kv(1, layers=layers, noise=0.3)
+    first, second = torch.combinations(torch.arange(PAGES)).T
+    truth = true_distances(kv, first, second)
+    ratios = []
+    for seed in range(8):  # the pairs of one seed are not independent
+        signature = BlockSignature(kv, seed, size=size)
+        found = signature(kv, torch.arange(PAGES))
+        assert found.shape == (PAGES, size) and torch.allclose(
+            found, signature.reference(kv, torch.arange(PAGES)), atol=1e-5
+        )
+        ratios.append((found[first] - found[second]).double().square().sum(1) / truth)
+    ratio = torch.stack(ratios)
+    assert abs(float(ratio.mean()) - 1) < 0.1
+    assert float(ratio.std()) < 1.3 * (2 / size + 2 / BlockSignature(kv).size) ** 0.5
+
+
+def test_keys_alone_may_make_a_signature():
+    kv = random_kv(6, layers=4, noise=0.3, value_size=64)
+    first, second = torch.combinations(torch.arange(PAGES)).T
+    keys = PagedKV(kv.keys, kv.keys)
+    signatures = BlockSignature(kv, size=128, similarity="key")(kv, torch.arange(PAGES))
+    ratio = (signatures[first] - signatures[second]).square().sum(1) / true_distances(keys, first, second)
+    assert abs(float(ratio.mean()) - 1) < 0.3
+    other = PagedKV(kv.keys, [torch.randn_like(layer) for layer in kv.values])
+    assert torch.equal(BlockSignature(kv, size=128, similarity="key")(other, torch.arange(PAGES)), signatures)
+
+
 def test_signatures_do_not_see_the_length_of_a_block():
     kv = random_kv(2, layers=2)
     before = BlockSignature(kv)(kv, torch.arange(4))

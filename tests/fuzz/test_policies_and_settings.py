@@ -84,7 +84,7 @@ def test_options_of_the_plugin(tmp_path: Path, options: Any, profile: Any) -> No
         options["profile"] = profile
     with promise():
         settings = PluginSettings.parse(options)
-        assert settings.policy().layer_groups == settings.layer_groups
+        assert settings.fusion_policy().layer_groups == settings.layer_groups
         settings.load_profile()
 
 

@@ -30,7 +30,7 @@ from tests.hf.tiny_models import VOCABULARY, generate, joint, prompts
 
 BOMBS = (0, 7, 2**20, 100 * 2**20, 2**40, 2**63, 2**64 - 1)
 POLICIES = {
-    "safe": FusionPolicy.preset("safe", candidates="either"),
+    "safe": FusionPolicy.preset("safe", candidates="both"),
     "paper": FusionPolicy.preset("paper", key_threshold=0.2, skip_first_layers=0, skip_last_layers=0),
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.long, torch.int32, torch.bool, torch.uint8, torch.float64)

@@ -142,7 +142,7 @@ def test_generated_blocks_are_fused_as_they_fill():
 
 
 def test_isolation_keys_are_never_mixed():
-    model, pool = joint("llama", FusionPolicy(max_relative_error=0.5, candidates="either"))
+    model, pool = joint("llama", FusionPolicy(max_relative_error=0.5, candidates="both"))
     prompt = duplicates(2, 20)
     caches = [JointCache(pool, key) for key in ("a", "b", "a", 3)]
     for cache in caches:
@@ -218,7 +218,7 @@ def test_padding_is_neither_stored_nor_fused():
 @pytest.mark.parametrize("side", ["hole", "right"])
 def test_rows_with_masked_tokens_inside_are_never_fused(side):
     stock = build_model("llama")
-    model, pool = joint("llama", FusionPolicy(max_relative_error=0.0, candidates="either"))
+    model, pool = joint("llama", FusionPolicy(max_relative_error=0.0, candidates="both"))
     ids, mask = duplicates(4, 22)
     mask[:2, slice(9, 12) if side == "hole" else slice(17, 22)] = 0
     theirs, ours = stock_cache(stock), JointCache(pool)

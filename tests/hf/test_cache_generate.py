@@ -29,7 +29,7 @@ POLICIES = {
     "off": "off",
     "exact": EXACT,
     "tokens": FusionPolicy(max_relative_error=0.0, candidates="tokens"),
-    "either": FusionPolicy(max_relative_error=0.0, candidates="either"),
+    "text and signature": FusionPolicy(max_relative_error=0.0, candidates="both"),
     "per_layer": FusionPolicy(max_relative_error=0.0, layer_groups="per_layer"),
     "both": FusionPolicy(max_relative_error=0.0, scope="both", chunk_tokens=2 * BLOCK),
 }

@@ -243,7 +243,7 @@ def test_a_block_that_is_rewritten_is_no_longer_offered_with_its_old_content():
     """One page, read by nobody else, is cropped and rewritten: later requests must not be served by it."""
     stock = build_model("llama")
     # Not 0: K and V of the same text round otherwise in products of other shapes.
-    model, pool = joint("llama", FusionPolicy(max_relative_error=1e-4, candidates="either"))
+    model, pool = joint("llama", FusionPolicy(max_relative_error=1e-4, candidates="both"))
     first = JointCache(pool)
     ids, mask = prompts(2 * BLOCK)
     step(model, first, ids, mask)

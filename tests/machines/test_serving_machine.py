@@ -42,7 +42,7 @@ BOUNDED = {
     "max_token_error": st.sampled_from([None, 0.2, 0.4]),
     "across_layers": st.sampled_from(["rms", "max"]),
     "layer_groups": GROUPS,
-    "candidates": st.sampled_from(["signature", "tokens", "either"]),
+    "candidates": st.sampled_from(["signature", "tokens", "both"]),
     "chunk_tokens": st.just(2 * BLOCK),
 }
 POLICIES = st.builds(FusionPolicy, **BOUNDED, scope=st.sampled_from(["batch", "chunk", "both"])) | st.builds(

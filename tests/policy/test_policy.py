@@ -130,7 +130,7 @@ def policies(draw: st.DrawFn) -> FusionPolicy:
         "layer_groups": groups,
         "enabled": draw(st.booleans()),
         "across_layers": draw(st.sampled_from(["rms", "max"])),
-        "candidates": draw(st.sampled_from(["signature", "tokens", "either"])),
+        "candidates": draw(st.sampled_from(["signature", "tokens", "both"])),
         "chunk_tokens": draw(st.integers(1, 4096)),
         "max_candidates": draw(st.integers(1, 9)),
         "key_threshold": threshold(cosines),

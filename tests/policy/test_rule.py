@@ -63,16 +63,17 @@ def test_a_rule_has_the_thresholds_of_its_group_and_bounds_may_move():
 
 
 @pytest.mark.parametrize(
-    ("changes", "limit"),
+    ("changes", "limit", "of_keys"),
     [
-        ({"max_relative_error": 0.2}, 0.08),
-        ({"max_relative_error": None, "key_threshold": 0.9, "value_threshold": 0.8}, 0.3),
-        ({"max_relative_error": None, "key_threshold": 0.9, "similarity": "key"}, 2.1),
-        ({"max_relative_error": 0.5, "key_threshold": 0.9, "value_threshold": 0.8}, 0.3),
+        ({"max_relative_error": 0.2}, 0.08, 0.08),
+        ({"max_relative_error": None, "key_threshold": 0.9, "value_threshold": 0.8}, 0.3, 0.2),
+        ({"max_relative_error": None, "key_threshold": 0.9, "similarity": "key"}, 2.1, 0.2),
+        ({"max_relative_error": 0.5, "key_threshold": 0.9, "value_threshold": 0.8}, 0.3, 0.2),
     ],
 )
-def test_signatures_may_be_as_far_apart_as_the_nearest_limit(changes, limit):
-    assert FusionPolicy(**changes).rule().signature_limit == pytest.approx(limit)
+def test_signatures_may_be_as_far_apart_as_the_nearest_limit(changes, limit, of_keys):
+    rule = FusionPolicy(**changes).rule()
+    assert (rule.signature_limit, rule.key_limit) == (pytest.approx(limit), pytest.approx(of_keys))
 
 
 def test_methods_have_names_of_their_own():

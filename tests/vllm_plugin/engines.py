@@ -35,8 +35,13 @@ BOLD = partial(ReuseRule, near=1.0, echoes=False)
 Prompt = list[int]
 
 
-def write_model(folder: Path, context: float, layers: int = 4, heads: int = 4, kv_heads: int = 2) -> Path:
-    """Write a random Llama to `folder`; what attention adds to a token grows with `context`."""
+def write_model(
+    folder: Path, context: float, layers: int = 4, heads: int = 4, kv_heads: int = 2, synonyms: float | None = None
+) -> Path:
+    """Write a random Llama to `folder`; what attention adds to a token grows with `context`.
+
+    With `synonyms`, tokens of the upper half of the vocabulary mean what those of the lower half mean, so far apart.
+    """
     config = LlamaConfig(
         hidden_size=32 * heads,
         intermediate_size=128,
@@ -55,6 +60,9 @@ def write_model(folder: Path, context: float, layers: int = 4, heads: int = 4, k
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
                 weight.normal_(std=1.0 if "embed" in name else weight.shape[1] ** -0.5)
+            if "embed" in name and synonyms is not None:
+                lower, upper = weight.chunk(2)
+                upper.copy_(lower + synonyms * torch.randn_like(lower))
             if "o_proj" in name:
                 weight.mul_(context)
             if "q_proj" in name or "k_proj" in name:
@@ -276,6 +284,12 @@ def text(count: int, seed: int) -> Prompt:
     """Random tokens."""
     rng = random.Random(seed)
     return [rng.randrange(10, VOCABULARY) for _ in range(count)]
+
+
+def in_other_words(prompt: Prompt, seed: int) -> Prompt:
+    """Some tokens of `prompt` by their synonyms, see `write_model`; every block of it has other tokens."""
+    rng, half = random.Random(seed), VOCABULARY // 2
+    return [token % half + half * rng.randrange(2) for token in prompt]
 
 
 def near_prefix(count: int, shared: int = 700, head: int = 16, tail: int = 20, seed: int = 0) -> list[Prompt]:

@@ -40,6 +40,7 @@ REQUESTS = 6
 OPTIONS: dict[str, Any] = {
     "min_pool_usage": 0.0,
     "attention": "shared",
+    "candidates": "both",
     # A licence that a few audits earn, because there are a few requests.
     "reuse": "licensed",
     "reuse_miss_rate": 0.9,
@@ -260,6 +261,7 @@ def test_the_dashboard_shows_what_happened(prometheus: Prometheus) -> None:
         "licence",
         "left_alone",
         "no_reuse",
+        "by_signature",
     )
     for expression in dashboard_expressions():
         if not any(name in expression for name in (*zero_on_a_healthy_server, "kv_cache_usage_perc")):

@@ -29,6 +29,7 @@ SETUPS: dict[str, dict[str, Any]] = {
         "max_num_batched_tokens": 128,
     },
     "strict": {"fusion": {**LOSSY, "isolation": "strict"}},
+    "signatures": {"fusion": {**LOSSY, "candidates": "signature"}},
     "reuse": {"fusion": REUSING},
     "reuse, strict": {"fusion": {**REUSING, "isolation": "strict"}},
 }
@@ -202,6 +203,19 @@ def test_salts_keep_requests_apart(place: Place, way: Callable[[Meeting], None],
     assert apart == 0
     record_property("merges_with_equal_salts", together)
     record_property("merges_across_salts", apart)
+
+
+@pytest.mark.hazard(
+    "Isolation",
+    "a request reads K and V of other text, found by their signatures, of a request with another cache_salt",
+    "never: signatures of different salts are never compared; with equal salts they are",
+)
+@pytest.mark.parametrize("place", ["signatures"], indirect=True)
+def test_signatures_stay_within_a_salt(place: Place) -> None:
+    for way in (in_the_same_step, while_the_other_runs, after_a_preemption):
+        assert place.meet(way, {"salt": "red"}, {"salt": "red"}) > 0
+        assert place.meet(way, {"salt": "red"}, {"salt": "blue"}) == place.meet(way, {}, {"salt": "red"}) == 0
+        assert place.meet(way, {"salt": "red"}, {"salt": "red", **OPTED_OUT}) == 0
 
 
 @pytest.mark.parametrize(

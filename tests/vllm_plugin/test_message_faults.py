@@ -91,6 +91,20 @@ def test_a_verdict_is_of_one_form(name: str, shape: str) -> None:
         assert joined.fault is not None and not joined.broken
 
 
+@ILL_FORMED
+@pytest.mark.parametrize("shape", SHAPES)
+def test_signatures_are_of_one_form(shape: str) -> None:
+    signed = verdict(signatures=np.ones((2, 8), np.float16))
+    signed.check(3, 2, 8)
+    verdict().check(3, 0, 8)
+    damaged = damage("signatures", SHAPES[shape])(signed)
+    assert damaged is not None
+    with pytest.raises(LayoutError, match="signatures"):
+        damaged.check(3, 2, 8)
+    joined = signed.aggregate(damaged)
+    assert joined.fault is not None and not joined.broken
+
+
 @NONSENSE
 @pytest.mark.parametrize("value", [-0.1, -np.inf])
 @pytest.mark.parametrize("name", ERRORS)

@@ -36,6 +36,14 @@ def test_the_worst_rank_counts() -> None:
         assert (joined.step, joined.seconds, joined.apply_seconds, joined.fault) == (1, 1.0, 2.0, None)
 
 
+def test_signatures_of_ranks_add_up() -> None:
+    first, second = (np.array([[0.5, value]], np.float16) for value in (1.0, np.nan))
+    joined = verdict(signatures=first, sign_seconds=1.0).aggregate(verdict(signatures=second, sign_seconds=2.0))
+    assert joined.signatures.dtype == np.float16 and joined.signatures[0, 0] == 1 and np.isnan(joined.signatures[0, 1])
+    assert joined.sign_seconds == 2.0 and joined.fault is None
+    assert verdict(signatures=first).aggregate(verdict()).fault is not None
+
+
 def test_the_fault_of_one_rank_is_the_fault_of_all() -> None:
     given_up = Verdict.given_up(1, "no memory")
     for joined in (verdict().aggregate(given_up), given_up.aggregate(verdict())):

@@ -74,6 +74,36 @@ def test_what_is_served_is_within_the_bound(smollm2: Path, monkeypatch: pytest.M
         fused.assert_drained()
 
 
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_unrelated_text_shares_pages_under_the_policy_of_the_paper_alone(smollm2: Path) -> None:
+    """Of the layers that take part; within bounds nothing of it is shared."""
+    from transformers import AutoTokenizer
+
+    from jointkv.evaluate.traffic.unrelated import Unrelated
+
+    requests = Unrelated().requests(AutoTokenizer.from_pretrained(smollm2), REQUESTS)
+    prompts = [list(request.prompt)[:160] for request in requests]
+    stock = 15 * REQUESTS * 6
+    paper = {"policy": "paper", "accept_unbounded": True, "layer_groups": 15, "key_threshold": 0.8}
+    found = {}
+    for name, options in (("paper", paper), ("both", {"candidates": "both", "layer_groups": 15})):
+        with engine(smollm2, pages=1500, fusion=options, max_num_batched_tokens=4096) as served:
+            names = [served.submit(prompt, OUT + 3) for prompt in prompts]
+            served.run_until_decoding()
+            for _ in range(4):
+                served.step()
+            found[name] = served.pages_in_use
+            for group in range(15):
+                entries = [page for name in names for page in served.table(name, group)]
+                shared = len(set(entries)) < len(entries)
+                assert not shared or 0 < group < 14, "layers that are left out are shared"
+            served.finish()
+            assert served.statistics["faults"] == 0
+            served.assert_drained()
+    assert found["paper"] < 0.9 * stock and found["both"] == stock
+
+
 def check_served(fused: Engine, replaced: dict[Entry, Tensor]) -> list[float]:
     """Errors of all served blocks, read from the pages that attention reads now."""
     (heads,) = {

@@ -17,7 +17,7 @@ from tests.core.profiles import make_profile
 
 
 def test_the_defaults_and_their_policy() -> None:
-    policy = PluginSettings.parse({}).policy()
+    policy = PluginSettings.parse({}).fusion_policy()
     assert (policy.max_relative_error, policy.max_token_error, policy.scope) == (0.2, 0.3, "batch")
     assert policy.key_threshold is None and policy.value_threshold is None
 
@@ -67,10 +67,67 @@ def test_a_wrong_value_names_its_option(options: dict[str, Any], named: str) -> 
         PluginSettings.parse(options)
 
 
+PAPER = {"policy": "paper", "accept_unbounded": True, "layer_groups": 15}
+
+
+def test_the_policy_of_the_paper() -> None:
+    settings = PluginSettings.parse(PAPER)
+    policy = settings.fusion_policy()
+    assert (policy.similarity, policy.key_threshold, policy.value_threshold) == ("key", 0.75, None)
+    assert (policy.max_relative_error, policy.max_token_error) == (None, None)
+    assert (policy.skip_first_layers, policy.skip_last_layers, policy.candidates) == (2, 2, "signature")
+    assert settings.unbounded and not settings.reuses and settings.max_candidates == 8
+    chosen = PluginSettings.parse({**PAPER, "key_threshold": 0.9, "candidates": "both", "skip_last_layers": 0})
+    assert (chosen.key_threshold, chosen.candidates, chosen.skip_last_layers) == (0.9, "both", 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        ({**PAPER, "accept_unbounded": False}, "policy=paper has no bound on the error.*set accept_unbounded=true"),
+        ({"policy": "paper", "layer_groups": 15}, "policy=paper has no bound on the error"),
+        (
+            {"max_relative_error": None, "max_token_error": None, "key_threshold": 0.9, "value_threshold": 0.5}
+            | {"candidates": "both"},
+            "max_relative_error=null has no bound on the error",
+        ),
+        ({**PAPER, "layer_groups": 1}, "set layer_groups to half the number of the model's layers"),
+        ({"policy": "paper", "accept_unbounded": True}, "block tables of their own"),
+        ({**PAPER, "key_threshold": None}, "key_threshold: give it"),
+        ({**PAPER, "value_threshold": 0.5}, "value_threshold: has no effect with similarity='key'"),
+        ({**PAPER, "similarity": "key_value"}, "nothing tests the values"),
+        ({**PAPER, "profile": "profile.json"}, "policy=paper has no bounds, and a profile"),
+        ({**PAPER, "reuse": "licensed"}, "reuse=licensed does not go with layer_groups"),
+        ({"skip_first_layers": 2}, "one layer group cannot leave layers out"),
+        ({"policy": "papers"}, "policy"),
+        ({"candidates": "either"}, "candidates"),
+        ({"signature_size": 4}, "signature_size"),
+        ({"skip_first_layers": -1}, "skip_first_layers"),
+    ],
+)
+def test_what_makes_no_sense_or_lacks_consent(options: dict[str, Any], cause: str) -> None:
+    with pytest.raises((BadInput, InvalidPolicy), match=cause):
+        PluginSettings.parse(options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": "paper", "max_relative_error": 0.3, "layer_groups": 15},
+        {"policy": "paper", "layer_groups": 15, "enabled": False},
+        {"candidates": "both", "max_token_error": None},
+        {"max_relative_error": None, "key_threshold": 0.9, "max_token_error": 0.4, "candidates": "signature"},
+    ],
+)
+def test_what_has_a_bound_or_does_nothing_needs_no_consent(options: dict[str, Any]) -> None:
+    assert not PluginSettings.parse(options).unbounded
+
+
 @pytest.mark.parametrize("reuse", ["licensed", "probed"])
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
+        ({"candidates": "signature"}, "found by its text"),
         ({"layer_groups": 2}, "layer_groups=2; it works with one block table; set reuse=off"),
         ({"scope": "chunk"}, "scope=chunk"),
         ({"own_norms": True}, "own_norms"),
@@ -132,6 +189,8 @@ def test_options_beside_a_profile_win(tmp_path: Path) -> None:
     for change in ({"scope": "both"}, {"layer_groups": 1}, {"across_layers": "max"}):
         with pytest.raises(BadInput, match="was calibrated with"):
             PluginSettings.parse({"profile": str(path), **change})
+    with pytest.raises(BadInput, match="calibrated with all layers"):
+        PluginSettings.parse({"profile": str(path), "skip_first_layers": 2})
     assert PluginSettings.parse({"profile": str(path), "max_relative_error": 0.07}).max_relative_error == 0.07
 
 

@@ -20,6 +20,18 @@ LayerAggregate = Literal["rms", "max"]
 """How the errors of layers become one number: root mean square, or the worst layer."""
 
 
+class BlockSide(NamedTuple):
+    """Where the K blocks, or the V blocks, of pages lie.
+
+    Attributes:
+        layers: pages by layer, `[pages, ...]`.
+        order: which elements of a page make its block, long `[r]` on the pages' device; None: all, as they lie.
+    """
+
+    layers: Sequence[Tensor]
+    order: Tensor | None
+
+
 class KVPages(Protocol):
     """Pages of the layers of one layer group, in whatever layout: `PagedKV` here, `PackedPages` in packed.py."""
 
@@ -27,10 +39,20 @@ class KVPages(Protocol):
     def num_pages(self) -> int: ...
 
     @property
+    def num_layers(self) -> int: ...
+
+    @property
     def block_size(self) -> int: ...
 
     @property
     def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def sides(self) -> tuple[BlockSide, BlockSide]:
+        """K and V."""
 
     def vectors(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """The float32 K and V blocks `[layers, n, r]` of `pages [n]`, tokens in order."""
@@ -116,6 +138,10 @@ class PagedKV:
     def page_nbytes(self) -> int:
         """Bytes of one page: K and V of all layers of the group."""
         return sum(layer[0].nbytes for layer in (*self.keys, *self.values))
+
+    @property
+    def sides(self) -> tuple[BlockSide, BlockSide]:
+        return BlockSide(self.keys, None), BlockSide(self.values, None)
 
     def vectors(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         index = pages.to(self.device)

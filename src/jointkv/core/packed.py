@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jointkv.core.blocks import cut_batches
+from jointkv.core.blocks import BlockSide, cut_batches
 from jointkv.errors import LayoutError
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -119,6 +119,11 @@ class PackedPages:
         """The elements of K and those of V, token by token."""
         order, num_keys = self.slots.argsort(stable=True).to(self.device), int((~self.is_value).sum())
         return order[:num_keys], order[num_keys:]
+
+    @property
+    def sides(self) -> tuple[BlockSide, BlockSide]:
+        keys, values = self.order
+        return BlockSide(self.layers, keys), BlockSide(self.layers, values)
 
     @cached_property
     def offsets(self) -> Tensor:

@@ -17,6 +17,7 @@ from jointkv.core.blocks import (
     lift_lost,
 )
 from jointkv.core.packed import PackedPages
+from jointkv.core.transfer import to_host
 from jointkv.errors import LayoutError
 from jointkv.fusion.kernels import kernels_for
 
@@ -48,24 +49,7 @@ def start_pair_sums(pages: PackedPages, own: Tensor, other: Tensor) -> Callable[
     if own.shape != other.shape:
         raise LayoutError(f"pairs of {len(own)} and {len(other)} pages")
     kernels = kernels_for(pages.device.type)
-    return _to_host((kernels.pair_sums if kernels else pair_sums_reference)(pages, own, other))
-
-
-def _to_host(sums: Tensor) -> Callable[[], Tensor]:
-    """Send `sums` on their way to the host; what takes them there."""
-    if sums.device.type != "cuda":
-        host = sums.cpu()
-        return lambda: host
-    host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
-    host.copy_(sums, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(sums.device))
-
-    def take() -> Tensor:
-        arrived.synchronize()
-        return host
-
-    return take
+    return to_host((kernels.pair_sums if kernels else pair_sums_reference)(pages, own, other))
 
 
 def pair_sums_reference(pages: PackedPages, own: Tensor, other: Tensor) -> Tensor:

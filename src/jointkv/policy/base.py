@@ -73,7 +73,7 @@ class FusionPolicy:
             `"per_layer"`.
         skip_first_layers, skip_last_layers: layers left out of fusion; they must fill whole groups.
         candidates: how resident blocks are proposed for verification: random-projection signatures, equal token
-            ids, or either.
+            ids, or both.
         max_candidates: resident blocks verified per new block at the most.
     """
 
@@ -90,7 +90,7 @@ class FusionPolicy:
     layer_groups: Groups = 1
     skip_first_layers: Layers = 0
     skip_last_layers: Layers = 0
-    candidates: Literal["signature", "tokens", "either"] = "signature"
+    candidates: Literal["signature", "tokens", "both"] = "signature"
     max_candidates: Count = 4
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from jointkv.errors import InvalidPolicy
@@ -36,7 +37,11 @@ class LayerGroups:
         layers = num_layers // count
         for name in ("skip_first_layers", "skip_last_layers"):
             if getattr(policy, name) % layers:
-                raise InvalidPolicy(f"{name}: {getattr(policy, name)} cuts a group of {layers} layers")
+                largest = math.gcd(num_layers, policy.skip_first_layers, policy.skip_last_layers)
+                raise InvalidPolicy(
+                    f"{name}: {getattr(policy, name)} cuts a group of {layers} layers; set layer_groups to "
+                    f"{num_layers // largest}, for groups of {largest}"
+                )
         policy.check_thresholds(count)
         first, last = policy.skip_first_layers // layers, policy.skip_last_layers // layers
         fused = tuple(policy.enabled and first <= group < count - last for group in range(count))

@@ -107,6 +107,12 @@ class Rule(ABC):
             limits.append(((2 - 2 * key) + (4.0 if value is None else 2 - 2 * value)) / 2)
         return min(limits)
 
+    @property
+    def key_limit(self) -> float:
+        """As `signature_limit`, of K alone."""
+        by_cosine = 4.0 if self.key_threshold is None else 2 - 2 * self.key_threshold
+        return by_cosine if self.max_relative_error is None else min(by_cosine, 2 * self.max_relative_error**2)
+
     def group(self, pairs: PairStatistics) -> Tensor:
         """The leader of each block's group, `[P, N]` long; a block that fits nowhere leads itself."""
         alike = self._alike(pairs)

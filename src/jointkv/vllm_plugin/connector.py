@@ -136,7 +136,10 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
             )
         tables = RUNNERS[runner_of(self._vllm_config)](runner)
         layers = self._vllm_config.compilation_config.static_forward_context
-        self.worker = WorkerSide(self.settings, tables, layers, self._kv_cache_config, self.groups)
+        parallel = self._vllm_config.parallel_config
+        self.worker = WorkerSide(
+            self.settings, tables, layers, self._kv_cache_config, self.groups, parallel.rank, parallel.world_size
+        )
 
     def build_connector_worker_meta(self) -> Verdict | None:
         """See `WorkerSide.answer`."""

@@ -30,6 +30,7 @@ class Inquiry(KVConnectorMetadata):
         step: number of the scheduler step, counted from 1.
         remaps: already committed; every worker must apply them before it prepares the step.
         group, own, other: per pair the layer group, the page of the new block and the resident page, int64 `[n]`.
+        sign_group, sign: per page whose signature is asked for the layer group and the page, int64 `[m]`.
         tables: block ids per request and fused group as the scheduler knows them, only while integrity is checked.
     """
 
@@ -38,7 +39,14 @@ class Inquiry(KVConnectorMetadata):
     group: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     own: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     other: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    sign_group: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    sign: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     tables: dict[str, dict[int, list[int]]] | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is anything to answer."""
+        return bool(len(self.group) or len(self.sign))
 
 
 @dataclass
@@ -50,7 +58,9 @@ class Verdict(KVConnectorWorkerMetadata):
         key_error, value_error, token_error: relative errors of the new block when it reads the resident page, float32
             `[n]`; NaN or infinite where they cannot be told.
         key_cosine, value_cosine: of the two pages, mean over layers, float32 `[n]`.
-        seconds: spent on comparing.
+        signatures: of the pages that were asked for, float16 `[m, size]`; not finite where a page holds no numbers.
+        seconds: spent on comparing and signing.
+        sign_seconds: those of them spent on signing.
         apply_seconds: spent on replacing table entries since the last verdict.
         fault: why the worker gave up, if it did; then there is no answer.
         broken: whether the fault is a broken invariant.
@@ -63,7 +73,9 @@ class Verdict(KVConnectorWorkerMetadata):
     token_error: np.ndarray
     key_cosine: np.ndarray
     value_cosine: np.ndarray
+    signatures: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float16))
     seconds: float = 0.0
+    sign_seconds: float = 0.0
     apply_seconds: float = 0.0
     fault: str | None = None
     broken: bool = False
@@ -80,24 +92,25 @@ class Verdict(KVConnectorWorkerMetadata):
         """No answer, because of `error`."""
         return cls.given_up(step, f"{type(error).__name__}: {error}", isinstance(error, IntegrityError))
 
-    def check(self, pairs: int) -> None:
+    def check(self, pairs: int, signed: int = 0, size: int = 0) -> None:
         """Whatever has happened to a verdict on its way, it is understood as it was meant or not at all.
 
+        Args:
+            size: numbers of a signature.
+
         Raises:
-            LayoutError: not one answer of the right kind to each of `pairs` pairs.
+            LayoutError: not one answer of the right kind to each of `pairs` pairs, and of `signed` pages.
             IntegrityError: an error is negative.
         """
         for name in (*ERRORS, *COSINES):
-            found = getattr(self, name)
-            if not isinstance(found, np.ndarray) or found.dtype != np.float32 or found.shape != (pairs,):
-                shape = (found.dtype, list(found.shape)) if isinstance(found, np.ndarray) else (type(found).__name__,)
-                raise LayoutError(f"{name} is {' '.join(map(str, shape))} instead of float32 [{pairs}]")
+            _check_array(name, getattr(self, name), np.float32, (pairs,))
+        _check_array("signatures", self.signatures, np.float16, (signed, size if signed else 0))
         for name in ERRORS:
             if (getattr(self, name) < 0).any():
                 raise IntegrityError(f"a worker measures a {name} below zero")
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Verdict:
-        """Join the ranks of one step: errors, cosines and seconds are the worst rank's.
+        """Join the ranks of one step: errors, cosines and seconds are the worst rank's, signatures add up.
 
         With heads split over ranks, K and V within a bound on every rank are within it as a whole. An error here
         would end the engine, so it becomes the fault of the verdict.
@@ -116,13 +129,22 @@ class Verdict(KVConnectorWorkerMetadata):
             fault = f"ranks answer different inquiries (steps {self.step} and {other.step})"
             return Verdict.given_up(self.step, fault)
         for verdict in (self, other):
-            verdict.check(len(self.key_error))
+            verdict.check(len(self.key_error), *np.shape(self.signatures))
+        signatures = self.signatures.astype(np.float32) + other.signatures
         return Verdict(
             self.step,
             # What is not a number stays so, whichever rank it comes from.
             *(np.maximum(getattr(self, name), getattr(other, name)) for name in ERRORS),
             *(np.minimum(getattr(self, name), getattr(other, name)) for name in COSINES),
+            signatures.astype(np.float16),
             max(self.seconds, other.seconds),
+            max(self.sign_seconds, other.sign_seconds),
             max(self.apply_seconds, other.apply_seconds),
             ranks=self.ranks + other.ranks,
         )
+
+
+def _check_array(name: str, found: object, dtype: type, shape: tuple[int, ...]) -> None:
+    if not isinstance(found, np.ndarray) or found.dtype != dtype or found.shape != shape:
+        told = (found.dtype, list(found.shape)) if isinstance(found, np.ndarray) else (type(found).__name__,)
+        raise LayoutError(f"{name} is {' '.join(map(str, told))} instead of {np.dtype(dtype)} {list(shape)}")

@@ -14,9 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jointkv.errors import BadInput
 from jointkv.policy import FusionPolicy
+from jointkv.policy.paper import Paper
 from jointkv.policy.profile import Profile
 
 Bound = float | tuple[float, ...] | None
+PAPER_SEARCH = {"candidates": "signature", "max_candidates": 8}
+"""Text does not count, and of keys that are all alike many are looked at: on unrelated text all pairs find no more."""
+
+SKIPPED_LAYERS = ("skip_first_layers", "skip_last_layers")
 
 
 class PluginSettings(BaseModel):
@@ -24,7 +29,16 @@ class PluginSettings(BaseModel):
 
     Attributes:
         enabled: False starts the engine with the plugin attached and nothing fused.
-        max_relative_error, max_token_error, key_threshold, value_threshold, across_layers: as in `FusionPolicy`.
+        policy: `"safe"`: every block that is served is within the bounds. `"paper"`: as published, keys decide at a
+            threshold and values follow, whatever the text, in all but the first and last two layers. There is no bound
+            on the error, and the answers change: only with `accept_unbounded`. It sets the options below, of which
+            those that are given win.
+        accept_unbounded: blocks of other text may be served without any bound on the error.
+        max_relative_error, max_token_error, similarity, key_threshold, value_threshold, across_layers,
+            skip_first_layers, skip_last_layers: as in `FusionPolicy`.
+        candidates: how resident blocks are found, to be compared. `"tokens"`: by equal text. `"signature"`: by their
+            content, whatever the text. `"both"`: by content where no resident block has the same text.
+        signature_size: numbers in a signature; more of them miss fewer candidates, and take longer to search.
         scope: `"batch"` compares requests at equal positions, `"chunk"` the chunks of one request, or both.
         chunk_tokens: length of a chunk in tokens, a multiple of the engine's block size.
         layer_groups: groups of consecutive full-attention layers, each with a block table of its own over the shared
@@ -65,14 +79,21 @@ class PluginSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     enabled: bool = True
+    policy: Literal["safe", "paper"] = "safe"
+    accept_unbounded: bool = False
     max_relative_error: Bound = 0.2
     max_token_error: Bound = 0.3
+    similarity: Literal["key", "key_value"] = "key_value"
     key_threshold: Bound = None
     value_threshold: Bound = None
     across_layers: Literal["rms", "max"] = "rms"
     scope: Literal["batch", "chunk", "both"] = "batch"
     chunk_tokens: int = Field(default=512, ge=1)
     layer_groups: int = Field(default=1, ge=1)
+    skip_first_layers: int = Field(default=0, ge=0)
+    skip_last_layers: int = Field(default=0, ge=0)
+    candidates: Literal["tokens", "signature", "both"] = "tokens"
+    signature_size: int = Field(default=32, ge=8, le=1024)
     max_candidates: int = Field(default=2, ge=1)
     min_pool_usage: float = Field(default=0.5, ge=0.0, le=1.0)
     max_blocks_per_step: int = Field(default=256, ge=1)
@@ -99,6 +120,8 @@ class PluginSettings(BaseModel):
                 file that is no profile.
             InvalidPolicy: thresholds that make no sense together.
         """
+        if options.get("policy") == "paper":
+            options = _with_paper(options)
         if options.get("profile") is not None:
             options = _with_profile(options)
         for name in options:
@@ -111,7 +134,12 @@ class PluginSettings(BaseModel):
             problem = error.errors()[0]
             name = ".".join(str(part) for part in problem["loc"])
             raise BadInput(f"jointkv: option {name}: {problem['msg']}, got {shown(problem['input'])}") from None
-        settings.policy()
+        settings.fusion_policy()
+        if settings.unbounded and not settings.accept_unbounded:
+            raise BadInput(
+                f"jointkv: {settings.unbounded_by} has no bound on the error: K and V of one text stand for those of "
+                "another, and answers change; set accept_unbounded=true to have that, or a max_relative_error"
+            )
         if settings.reuse not in ("off", "auto") and settings.reuse_obstacle is not None:
             raise BadInput(f"jointkv: reuse={settings.reuse} does not go with {settings.reuse_obstacle}; set reuse=off")
         return settings
@@ -133,12 +161,28 @@ class PluginSettings(BaseModel):
         return any(bound is not None and not np.any(bound) for bound in (self.max_relative_error, self.max_token_error))
 
     @property
+    def finds_other_text(self) -> bool:
+        """Whether blocks of other text may be served, and signatures of blocks are taken."""
+        return self.enabled and self.candidates != "tokens"
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether blocks of other text may be served whatever the error."""
+        return self.finds_other_text and self.max_relative_error is None and self.max_token_error is None
+
+    @property
+    def unbounded_by(self) -> str:
+        """The option that makes it so."""
+        return "policy=paper" if self.policy == "paper" else "max_relative_error=null"
+
+    @property
     def reuse_obstacle(self) -> str | None:
         """Why reuse cannot keep its promise, or was not written for the other options; None if it can."""
         problems = {
             f"layer_groups={self.layer_groups}; it works with one block table": self.layer_groups > 1,
             f"scope={self.scope}; text of the same request is never reused": self.scope == "chunk",
             "max_relative_error=null; without a bound there is nothing to promise": self.max_relative_error is None,
+            "candidates=signature; what is reused is found by its text": self.candidates == "signature",
             "own_norms; a page that was not computed has no norms of its own": self.own_norms,
         }
         return next((problem for problem, present in problems.items() if present), None)
@@ -157,10 +201,10 @@ class PluginSettings(BaseModel):
         """The profile, if one was given. Raises `BadInput`."""
         return None if self.profile is None else Profile.load(self.profile)
 
-    def policy(self) -> FusionPolicy:
+    def fusion_policy(self) -> FusionPolicy:
         """The decision rule these options stand for. Raises `InvalidPolicy`."""
         shared = {field.name for field in dataclasses.fields(FusionPolicy)} & type(self).model_fields.keys()
-        return FusionPolicy(candidates="tokens", **self.model_dump(include=shared))
+        return FusionPolicy(**self.model_dump(include=shared))
 
 
 def read_value(text: str) -> Any:
@@ -171,9 +215,29 @@ def read_value(text: str) -> Any:
         return text
 
 
+def _with_paper(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with those of the paper's method, but for groups of layers, which depend on the model.
+
+    Raises:
+        BadInput: options that it does not go with.
+    """
+    if options.get("profile") is not None:
+        raise BadInput("jointkv: policy=paper has no bounds, and a profile has nothing else; leave one of them out")
+    skipped = any(options.get(name, Paper.defaults[name]) for name in SKIPPED_LAYERS)
+    if skipped and options.get("layer_groups", 1) == 1:
+        raise BadInput(
+            "jointkv: policy=paper leaves out the first and last two layers, which takes block tables of their own: "
+            "set layer_groups to half the number of the model's layers, or skip_first_layers and skip_last_layers to 0"
+        )
+    preset = {name: value for name, value in Paper.defaults.items() if name != "layer_groups"}
+    return {**preset, **PAPER_SEARCH, **options}
+
+
 def _with_profile(options: dict[str, Any]) -> dict[str, Any]:
     """`options` with those of their profile. Raises `BadInput` for one that changes what the bounds were chosen for."""
     path = str(options["profile"])
+    if any(options.get(name) for name in SKIPPED_LAYERS):
+        raise BadInput(f"jointkv: {path} was calibrated with all layers; leave {' and '.join(SKIPPED_LAYERS)} out")
     calibrated = Profile.load(path).options()
     for name in ("layer_groups", "scope", "chunk_tokens", "across_layers"):
         if name in options and options[name] != calibrated[name]:

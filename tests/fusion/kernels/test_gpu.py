@@ -19,7 +19,7 @@ from jointkv.fusion.kernels import kernels_for
 from jointkv.fusion.pair_sums import pair_errors, pair_sums_reference
 from jointkv.fusion.signature import BlockSignature
 from jointkv.policy.rule import NOT_ASKED
-from tests.fusion.kernels.test_signatures import contiguous_pages
+from tests.fusion.kernels.test_signatures import contiguous_pages, packed_pages
 from tests.fusion.strategies import RESIDENT
 from tests.fusion.test_pair_sums import caches
 
@@ -92,7 +92,8 @@ def test_no_pairs():
 
 
 def taken(signature, kv, pages):
-    return gpu.Kernels().signatures(kv.dtype, signature._projections)(there(kv), pages)
+    kv = there(kv)
+    return gpu.Kernels().signatures(kv, signature._projections)(kv, pages)
 
 
 @settings(deadline=None, max_examples=6)
@@ -102,6 +103,15 @@ def test_signatures_are_the_definition(case):
     signature = BlockSignature(there(kv))
     found = taken(signature, kv, pages)
     torch.testing.assert_close(found, signature.reference(there(kv), pages), rtol=0, atol=2e-6)
+
+
+@settings(deadline=None, max_examples=4)
+@given(case=packed_pages(shapes=[(3, 5, 3), (2, 65, 64)]))
+def test_signatures_of_pages_in_an_order_of_their_own(case):
+    pages, asked = case
+    signature = BlockSignature(there(pages))
+    found = taken(signature, pages, asked)
+    torch.testing.assert_close(found, signature.reference(there(pages), asked), rtol=0, atol=2e-6)
 
 
 def test_signatures_of_zero_blocks_and_of_what_is_no_number():

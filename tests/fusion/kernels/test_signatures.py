@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jointkv.core.blocks import SUPPORTED_DTYPES, PagedKV
+from jointkv.core.packed import PACKED_DTYPES, PackedPages
 from jointkv.core.pool import BlockPool
 from jointkv.errors import LayoutError
+from jointkv.fusion.kernels.cpu import RUN
 from jointkv.fusion.signature import BlockSignature
+from tests.core.packings import row_major, shuffled, vnni
 
 ROUNDING = 2e-6
-RUN = 1024
-"""As in signatures.c."""
 PAGES = 7
 SHAPES = [(1, 1, 1, 1), (4, 1, 5, 3), (16, 2, 16, 8), (3, 1, 40, 80), (16, 2, 65, 64)]
 """Tokens, heads, and sizes of K and V."""
@@ -46,6 +47,29 @@ def test_the_kernel_is_the_definition(case, threads):
     found = signature(kv, pages)
     torch.set_num_threads(1)
     torch.testing.assert_close(found, signature.reference(kv, pages), rtol=0, atol=ROUNDING)
+
+
+@st.composite
+def packed_pages(draw, shapes=((4, 5, 3), (16, 64, 64), (3, 40, 80))):
+    """Pages whose elements lie in an order of their own, with room between pages, and numbers of some of them."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    slots = draw(st.sampled_from([*(row_major(*shape) for shape in shapes), vnni(2, 32)]))
+    if draw(st.booleans()):
+        slots = shuffled(slots, generator)
+    tokens, dtype = int(slots.max() + 1) // 2, draw(st.sampled_from(PACKED_DTYPES))
+    rows = [torch.randn(PAGES, len(slots) + 8, generator=generator).to(dtype) for _ in range(draw(st.integers(1, 3)))]
+    pages = PackedPages([row[:, : len(slots)] for row in rows], slots % tokens, slots >= tokens)
+    return pages, torch.randint(PAGES, (draw(st.integers(1, 20)),), generator=generator)
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=80)
+@given(case=packed_pages())
+def test_pages_in_an_order_of_their_own_have_the_signatures_of_their_blocks(case):
+    pages, asked = case
+    signature = BlockSignature(pages)
+    assert signature._kernel(pages) is not None
+    torch.testing.assert_close(signature(pages, asked), signature.reference(pages, asked), rtol=0, atol=ROUNDING)
 
 
 @needs_compiler

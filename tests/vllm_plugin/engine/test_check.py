@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentionSpec, SlidingWindowSpec
 
-from jointkv.errors import BadInput, UnsupportedEngine
+from jointkv.errors import BadInput, InvalidPolicy, UnsupportedEngine
 from jointkv.vllm_plugin import CONNECTOR, CONNECTOR_MODULE, SCHEDULER, WORKERS, engine_args
 from jointkv.vllm_plugin.connector import PARTS
 from jointkv.vllm_plugin.engine import check as engine_check
@@ -65,6 +65,14 @@ def groups(*specs: Any) -> Any:
     return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
 
 
+def layered(layers: int, count: int) -> Any:
+    """`count` groups of a model with so many layers, over a million pages."""
+    names = [f"layer.{number}" for number in range(layers)]
+    size = layers // count
+    made = [SimpleNamespace(kv_cache_spec=FULL, layer_names=names[i * size : (i + 1) * size]) for i in range(count)]
+    return SimpleNamespace(kv_cache_groups=made, num_blocks=1_000_000)
+
+
 def check(changed: Any, held: Any = None, **options: Any) -> tuple[int, ...]:
     return engine_check.check_engine(changed, held or groups(FULL), PluginSettings.parse(options), PARTS)
 
@@ -109,6 +117,53 @@ def test_setups_that_are_refused(changes: dict[str, Any], cause: str) -> None:
 def test_caches_that_are_refused(held: Any, options: dict[str, Any], cause: str) -> None:
     with pytest.raises(UnsupportedEngine, match=cause):
         check(config(), held, **options)
+
+
+PAPER: dict[str, Any] = {"policy": "paper", "accept_unbounded": True}
+
+
+@pytest.mark.parametrize(
+    ("layers", "count", "options", "taking_part"),
+    [
+        (30, 15, {}, range(1, 14)),
+        (30, 30, {}, range(2, 28)),
+        (12, 3, {"skip_first_layers": 4, "skip_last_layers": 0}, (1, 2)),
+        (8, 4, {"enabled": False}, range(4)),
+    ],
+)
+def test_layers_that_are_left_out(layers: int, count: int, options: Any, taking_part: Any) -> None:
+    found = check(config(), layered(layers, count), **{**PAPER, "layer_groups": count, **options})
+    assert found == tuple(taking_part)
+
+
+@pytest.mark.parametrize(
+    ("layers", "count", "error", "cause"),
+    [
+        (
+            30,
+            10,
+            InvalidPolicy,
+            "skip_first_layers: 2 cuts a group of 3 layers; set layer_groups to 15, for groups of 2",
+        ),
+        (4, 2, UnsupportedEngine, "leave no layer"),
+    ],
+)
+def test_groups_that_do_not_separate_the_layers_that_are_left_out(
+    layers: int, count: int, error: type[Exception], cause: str
+) -> None:
+    with pytest.raises(error, match=cause):
+        check(config(), layered(layers, count), **PAPER, layer_groups=count)
+
+
+def test_signatures_that_take_too_much_memory() -> None:
+    assert check(config(), layered(30, 1), candidates="both") == (0,)
+    many = layered(30, 1)
+    many.num_blocks = 10**11
+    assert check(config(), many) == (0,)
+    with pytest.raises(
+        UnsupportedEngine, match=r"signature_size=32: signatures of 100000000000 pages.*candidates=tokens"
+    ):
+        check(config(), many, candidates="both")
 
 
 @pytest.mark.parametrize(

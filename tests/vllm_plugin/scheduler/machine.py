@@ -51,6 +51,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"layer_groups": 2},
         {"second_runner": True, "async_scheduling": True, "apart": True},
     ),
+    "signatures": ({"candidates": "signature"}, {}),
+    "signatures, asynchronous, two groups, chunks": (
+        {"candidates": "both", "layer_groups": 2, "scope": "both", "max_candidates": 1, **IN_CHUNKS},
+        {"async_scheduling": True, "apart": True},
+    ),
     "priorities, full pool": (
         {"min_pool_usage": 0.5, "max_blocks_per_step": 3},
         {"scheduling_policy": "priority"},
@@ -67,6 +72,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"reuse": "probed", "reuse_audit_rate": 0.1, "scope": "both", **IN_CHUNKS},
         {"second_runner": True, "async_scheduling": True, "apart": True},
     ),
+    "reuse, signatures": ({"reuse": "probed", "reuse_audit_rate": 0.2, "candidates": "both"}, {}),
     "reuse, priorities, licence": (
         {**EARNED_SOON, "min_pool_usage": 0.5},
         {"scheduling_policy": "priority"},

@@ -84,7 +84,7 @@ class Oracle:
         self.connector = self.scheduler.connector
         self.side = self.connector.scheduler
         self.settings = self.connector.settings
-        self.policy = self.settings.policy()
+        self.policy = self.settings.fusion_policy()
         self.pages = runner.pages
         self.size = runner.pages.size
         replace = self.side.tables.replace
@@ -223,6 +223,8 @@ class Oracle:
         account.merged.add((group, slot))
         account.ever_merged.add((group, slot))
         self.totals["merges"] += 1
+        text = request.all_token_ids[slot * self.size : (slot + 1) * self.size]
+        self.totals["merges of other text"] += [token for _, token in self.pages.text[page]] != text
         self.totals["approximate merges"] += self.pages.block(old) != self.pages.block(page)
         self.totals["merges of answers"] += (slot + 1) * self.size > request.num_prompt_tokens
 
@@ -288,7 +290,8 @@ class Oracle:
                 assert within_bounds(tuple(mine), tuple(found), self.policy), "a member is beyond its bound"
                 start = self.pages.text[page][0][0]
                 part = tokens[slot * self.size : (slot + 1) * self.size]
-                assert [token for _, token in self.pages.text[page]] == part, "a member reads other text"
+                same_text = [token for _, token in self.pages.text[page]] == part
+                assert same_text or self.settings.finds_other_text, "a member reads other text"
                 step = self.settings.chunk_tokens if self.settings.scope != "batch" else 1 << 30
                 assert (start - slot * self.size) % step == 0, "a member reads another position"
 
@@ -324,7 +327,15 @@ class Oracle:
 
     def _check_index(self) -> None:
         """No page in the index was handed out again, and every one holds what its bucket says."""
-        index = self.side.candidates.residents.index._buckets
+        residents = self.side.candidates.residents
+        index = residents.index._buckets
+        for page, places_of_page in residents.signatures._of_page.items():
+            start = self.pages.text[page][0][0] // self.size
+            for owner, _, position in places_of_page:
+                by_position = len(owner) == 3  # an isolation key
+                slot = start if by_position else start % (self.settings.chunk_tokens // self.size)
+                assert position == slot, "a signature is at another position"
+                assert not by_position or owner[0] == self.pages.salts[page], "a signature is at another salt"
         for page, buckets in index.items():
             seen = self._indexed.get(page)
             if seen is not None and seen[0] is buckets:

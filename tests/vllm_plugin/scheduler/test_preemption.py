@@ -84,7 +84,7 @@ def test_the_page_of_a_preempted_request_is_compared_with_nothing(lively: Path) 
         assert resident in fused.side.candidates.residents
         tracked = fused.side.requests.active[request.request_id]
         own = fused.side.tables.block(request.request_id, 0, 0)
-        fused.side.fusion._again = [Member(tracked, 0, 0, 0, own.block_id, (), [resident])]
+        fused.side.fusion._again = [Member(tracked, 0, 0, 0, own.block_id, 0, (), (), [resident])]
         fused.vllm_scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
         fused.vllm_scheduler._preempt_request(request, 0.0, drop_stale_output=True)
         assert not list(fused.side.fusion._to_compare(SchedulerOutput.make_empty()))

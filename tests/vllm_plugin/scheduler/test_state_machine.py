@@ -29,7 +29,7 @@ from tests.effort import FIRST_SEED, MACHINE_STEPS, machine_settings
 from tests.hazards import WHERE, runs
 from tests.vllm_plugin.engines import BOLD, write_model
 from tests.vllm_plugin.scheduler.fake_second_runner import write, write_all
-from tests.vllm_plugin.scheduler.fake_worker import Comparer, packed_pages
+from tests.vllm_plugin.scheduler.fake_worker import Comparer, Signer, packed_pages
 from tests.vllm_plugin.scheduler.machine import BLOCK, TEXTS, VARIANTS, SchedulerMachine, configuration
 
 EVENTS = 120
@@ -51,6 +51,7 @@ def _no_model() -> Iterator[None]:
         patch.setattr(scheduler_side, "ReuseRule", BOLD)
         patch.setattr(side, "packed_pages", packed_pages)
         patch.setattr(side, "PageComparer", Comparer)
+        patch.setattr(side, "PageSigner", Signer)
         patch.setattr(gpu_model_runner, "get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
         patch.setattr(StagedWriteTensor, "apply_write", write)
         patch.setattr(FusedStagedWriter, "apply", write_all)
@@ -97,7 +98,12 @@ def marked(variant: str) -> Any:
     """With what it shows of what runs where."""
     fusion, options = VARIANTS[variant]
     place = WHERE[2 * options.get("second_runner", False) + options.get("async_scheduling", False)]
-    whats = {"reuse": "reuse", "layer_groups": "layer groups", "scope": "chunks of one request"}
+    whats = {
+        "reuse": "reuse",
+        "layer_groups": "layer groups",
+        "scope": "chunks of one request",
+        "candidates": "blocks of other text",
+    }
     found = [what for option, what in whats.items() if option in fusion] or ["fusion"]
     found += ["pipeline stages"] * ("pipeline_parallel_size" in options)
     return pytest.param(variant, marks=[mark for what in found for mark in runs(what, place)])
@@ -110,6 +116,8 @@ def test_random_events(config: Any, record_property: Any) -> None:
     expected = {"approximate merges", "hits", "resumed", "finished", "aborted"}
     if config.scheduler_config.scheduler_cls is not None:
         expected |= {"helpers", "adopted", "reused"}
+    if config.kv_transfer_config.kv_connector_extra_config.get("candidates"):
+        expected.add("merges of other text")
     seeds = itertools.count(FIRST_SEED)
     while totals["steps"] < MACHINE_STEPS / len(VARIANTS) or not all(totals[name] for name in expected):
         seed = next(seeds)

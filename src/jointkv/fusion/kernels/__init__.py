@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from jointkv.core.blocks import PagedKV
+from jointkv.core.blocks import KVPages
 from jointkv.core.packed import PackedPages
 from jointkv.errors import NativeUnavailable
 
@@ -19,8 +18,8 @@ MODULES = {"cpu": "cpu", "cuda": "gpu"}
 """The module of this package whose `Kernels` take pages on a device. A new one is a file, and a line here."""
 
 
-SignatureKernel = Callable[[PagedKV, Tensor], Tensor]
-"""Signatures of blocks in contiguous pages, given as page numbers, int64 on the CPU."""
+SignatureKernel = Callable[[KVPages, Tensor], Tensor]
+"""Signatures of blocks, given as page numbers, int64 on the CPU."""
 
 
 class Kernels(Protocol):
@@ -32,8 +31,8 @@ class Kernels(Protocol):
         `own` and `other` are on the CPU, and known to be right.
         """
 
-    def signatures(self, dtype: torch.dtype, projections: Sequence[Tensor]) -> SignatureKernel:
-        """The kernel for pages of `dtype`.
+    def signatures(self, kv: KVPages, projections: Sequence[Tensor]) -> SignatureKernel:
+        """The kernel for pages with the dtype and the order of elements of `kv`, contiguous in either.
 
         Args:
             projections: for K and for V, float32 `[r, columns]` on the pages' device.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jointkv.core.blocks import RESOLUTION, PagedKV
+from jointkv.core.blocks import RESOLUTION, KVPages
 from jointkv.core.packed import LANES, PACKED_DTYPES, PackedPages, RowPatterns, lane_order
 from jointkv.fusion.kernels import SignatureKernel
 from jointkv.system import native
@@ -19,6 +19,9 @@ from jointkv.system import native
 FOLDER = Path(__file__).parent
 COLUMNS, WIDTH = 4, 8
 """As in signatures.c."""
+
+RUN = 32 * LANES
+"""Elements read of a page before the next page's are: their directions stay in the first-level cache."""
 
 
 class _RowPatterns(ctypes.Structure):
@@ -33,7 +36,11 @@ class _RowPatterns(ctypes.Structure):
 class _BlockSide(ctypes.Structure):
     """`block_side` of signatures.c."""
 
-    _fields_ = (("layers", c_void_p), ("elements", c_int64), ("projection", c_void_p))
+    _fields_ = (
+        ("layers", c_void_p),
+        *((name, c_int64) for name in ("page_bytes", "rows", "runs")),
+        *((name, c_void_p) for name in ("run_start", "run_length", "projection")),
+    )
 
 
 class Kernels:
@@ -64,21 +71,25 @@ class Kernels:
         )
         return sums
 
-    def signatures(self, dtype: torch.dtype, projections: Sequence[Tensor]) -> SignatureKernel:
-        by_row = [_by_row(projection, dtype) for projection in projections]
-        columns = projections[0].shape[1]
+    def signatures(self, kv: KVPages, projections: Sequence[Tensor]) -> SignatureKernel:
+        ordered = [_in_order(side.order, part) for side, part in zip(kv.sides, projections, strict=True)]
+        by_row = [_by_row(projection, kv.dtype) for _, _, projection in ordered]
+        columns, dtype = projections[0].shape[1], PACKED_DTYPES.index(kv.dtype)
 
-        def take(kv: PagedKV, pages: Tensor) -> Tensor:
+        def take(kv: KVPages, pages: Tensor) -> Tensor:
             signatures = torch.empty(len(pages), 2 * kv.num_layers * columns)
-            layers = [_addresses(side) for side in (kv.keys, kv.values)]
+            layers = [_addresses(side.layers) for side in kv.sides]
             sides = (_BlockSide * 2)(
                 *(
-                    _BlockSide(ctypes.addressof(addresses), len(projection), rows.data_ptr())
-                    for addresses, projection, rows in zip(layers, projections, by_row, strict=True)
+                    _BlockSide(
+                        *(ctypes.addressof(addresses), side.layers[0].stride(0) * side.layers[0].itemsize),
+                        *(rows.shape[1], len(start), start.data_ptr(), length.data_ptr(), rows.data_ptr()),
+                    )
+                    for side, addresses, (start, length, _), rows in zip(kv.sides, layers, ordered, by_row, strict=True)
                 )
             )
             self._signatures(
-                *(sides, kv.num_layers, PACKED_DTYPES.index(dtype), pages.data_ptr(), len(pages), columns),
+                *(sides, kv.num_layers, dtype, pages.data_ptr(), len(pages), columns),
                 *(signatures.data_ptr(), torch.get_num_threads()),
             )
             return signatures
@@ -90,9 +101,21 @@ def _addresses(layers: Sequence[Tensor]) -> Any:
     return (c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
 
 
+def _in_order(order: Tensor | None, projection: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Start and length of a block's runs, of at most `RUN` elements, and its projection `[rows * LANES, columns]`."""
+    order, place = (torch.arange(len(projection)) if order is None else order.cpu()).sort()
+    breaks = torch.cat((torch.tensor([0]), (order.diff() != 1).nonzero()[:, 0] + 1, torch.tensor([len(order)])))
+    cuts = torch.cat([torch.arange(int(first), int(end), RUN) for first, end in breaks.unfold(0, 2, 1)])
+    lengths = cuts.diff(append=torch.tensor([len(order)]))
+    filled = lengths + -lengths % LANES
+    rows = torch.arange(len(order)) + (filled.cumsum(0) - filled - cuts).repeat_interleave(lengths)
+    padded = torch.zeros(int(filled.sum()), projection.shape[1])
+    padded[rows] = projection[place]
+    return order[cuts].contiguous(), lengths, padded
+
+
 def _by_row(projection: Tensor, dtype: torch.dtype) -> Tensor:
-    """A projection `[r, columns]` as `block_side` tells it."""
-    size, columns = projection.shape
-    filled = torch.nn.functional.pad(projection, (0, -columns % COLUMNS, 0, -size % LANES))
+    """A projection as `block_side` tells it, `[tiles, rows, ...]`."""
+    filled = torch.nn.functional.pad(projection, (0, -projection.shape[1] % COLUMNS))
     by_lane = filled.view(-1, LANES, filled.shape[1])[:, lane_order(dtype)]
     return by_lane.view(len(by_lane), LANES // WIDTH, WIDTH, -1, COLUMNS).permute(3, 0, 1, 4, 2).contiguous()

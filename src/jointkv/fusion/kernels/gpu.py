@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jointkv.core.blocks import RESOLUTION, SMALLEST, PagedKV
+from jointkv.core.blocks import RESOLUTION, SMALLEST, KVPages
 from jointkv.core.packed import BITS, PackedPages, addresses
 from jointkv.fusion.kernels import SignatureKernel
 
@@ -86,21 +86,22 @@ def add_up(
 
 @triton.jit
 def project(
-    like: tl.tensor, layers: tl.tensor, projection: tl.tensor, pages: tl.tensor, signatures: tl.tensor,
-    blocks: tl.tensor, elements: tl.tensor, columns: tl.tensor, side: tl.tensor,
-    unpacked: tl.constexpr, tile: tl.constexpr, width: tl.constexpr, tile_columns: tl.constexpr,
+    like: tl.tensor, layers: tl.tensor, stride: tl.tensor, order: tl.tensor, projection: tl.tensor, pages: tl.tensor,
+    signatures: tl.tensor, blocks: tl.tensor, elements: tl.tensor, columns: tl.tensor, side: tl.tensor,
+    ordered: tl.constexpr, unpacked: tl.constexpr, tile: tl.constexpr, width: tl.constexpr, tile_columns: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Writes one side of `signatures [blocks, 2, layers, columns]`: products of the elements of contiguous pages and
-    `projection [r, columns]`, over the norm."""
+    """Writes one side of `signatures [blocks, 2, layers, columns]`: products of a block, whose elements lie as
+    `order` tells where `ordered`, and `projection [r, columns]`, over the norm."""
     block = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
     layer, column = tl.program_id(1), tl.program_id(2) * tile_columns + tl.arange(0, tile_columns)
-    page = page_start(like, layers, layer, tl.load(pages + block, block < blocks, 0), elements)
+    page = page_start(like, layers, layer, tl.load(pages + block, block < blocks, 0), stride)
     squares = tl.zeros([tile, width], tl.float32)
     products = tl.zeros([tile, width, tile_columns], tl.float32)
     for first in range(0, elements, width):
         element = first + tl.arange(0, width)
         there = element < elements
-        x = read(page[:, None] + element[None, :], (block < blocks)[:, None] & there[None, :], unpacked)
+        offset = tl.load(order + element, there, 0) if ordered else element
+        x = read(page[:, None] + offset[None, :], (block < blocks)[:, None] & there[None, :], unpacked)
         known = there[:, None] & (column < columns)[None, :]
         direction = tl.load(projection + element[:, None] * columns + column[None, :], known, 0.0)
         squares += x * x
@@ -132,19 +133,24 @@ class Kernels:
             )
         return sums
 
-    def signatures(self, dtype: torch.dtype, projections: Sequence[Tensor]) -> SignatureKernel:
+    def signatures(self, kv: KVPages, projections: Sequence[Tensor]) -> SignatureKernel:
         columns = projections[0].shape[1]
+        orders = [None if side.order is None else side.order.int() for side in kv.sides]
 
-        def take(kv: PagedKV, pages: Tensor) -> Tensor:
+        def take(kv: KVPages, pages: Tensor) -> Tensor:
             pages = pages.to(kv.device)
             signatures = torch.empty(len(pages), 2 * kv.num_layers * columns, device=kv.device)
             grid = (triton.cdiv(len(pages), BLOCKS), kv.num_layers, triton.cdiv(columns, COLUMNS))
-            for side, (layers, projection) in enumerate(zip((kv.keys, kv.values), projections, strict=True)):
-                with torch.cuda.device_of(layers[0]):
+            parts = zip(kv.sides, orders, projections, strict=True)
+            for number, (side, order, projection) in enumerate(parts):
+                first = side.layers[0]
+                with torch.cuda.device_of(first):
                     project[grid](
-                        *(_bits_of(layers[0]), addresses(layers), projection, pages),
-                        *(signatures, len(pages), len(projection), columns, side),
-                        unpacked=UNPACKED.get(dtype, ""),
+                        *(_bits_of(first), addresses(side.layers), first.stride(0)),
+                        *(pages if order is None else order, projection, pages),
+                        *(signatures, len(pages), len(projection), columns, number),
+                        ordered=order is not None,
+                        unpacked=UNPACKED.get(kv.dtype, ""),
                         tile=BLOCKS,
                         width=NUMBERS,
                         tile_columns=COLUMNS,

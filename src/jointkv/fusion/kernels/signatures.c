@@ -1,20 +1,21 @@
 /* Signatures of KV blocks straight from their pages: products with random directions, and the norm, in one pass.
  *
- * The K, or V, of a page is read in runs, a run as rows of LANES elements. Two pages and COLUMNS directions are taken at
+ * The K, or V, of a page is read in runs, a run as rows of LANES elements: a run of all directions, 16 KiB, stays in the
+ * first-level cache while the pages of a group pass. Two pages and COLUMNS directions are taken at
  * a time, so that what is read of the directions serves twice and the totals stay in registers.
  */
 #include <math.h>
 #define WIDTH 8
 #include "elements.h"
 
-/* The directions of a run, 16 KiB, stay in the first-level cache while the pages of a group pass. */
-enum { COLUMNS = 4, PAIR = 2, PAIRS = 8, GROUP = PAIR * PAIRS, RUN = 32 * LANES };
+enum { COLUMNS = 4, PAIR = 2, PAIRS = 8, GROUP = PAIR * PAIRS };
 
-/* One side of the blocks, by layer; pages are contiguous. `projection` is [tiles, rows, PARTS, COLUMNS, WIDTH]: the last
- * row filled up with zeros, lanes as `decode` unpacks them. */
+/* One side of the blocks, by layer; its elements lie in runs. `projection` is [tiles, rows, PARTS, COLUMNS, WIDTH]: the
+ * last row of a run filled up with zeros, lanes as `decode` unpacks them. */
 typedef struct {
     const uint8_t *const *layers;
-    int64_t elements;
+    int64_t page_bytes, rows, runs;
+    const int64_t *run_start, *run_length;
     const float *projection;
 } block_side;
 
@@ -102,8 +103,9 @@ static void add_pages(totals sums[PAIRS], const block_side *side, const uint8_t 
                       const float *projection, enum dtype dtype)
 {
     int64_t size = size_of(dtype);
-    for (int64_t start = 0; start < side->elements; start += RUN, projection += RUN * COLUMNS) {
-        int64_t left = side->elements - start, length = left < RUN ? left : RUN, after = left > RUN ? start + RUN : start;
+    for (int64_t run = 0; run < side->runs; run++) {
+        int64_t start = side->run_start[run], length = side->run_length[run];
+        int64_t after = run + 1 < side->runs ? side->run_start[run + 1] : start;
         for (int pair = 0; pair < pairs; pair++) {
             const uint8_t *const *read = pages + pair * PAIR, *const *then = pair + 1 < pairs ? read + PAIR : pages;
             int64_t ahead = pair + 1 < pairs ? start : after;
@@ -111,6 +113,7 @@ static void add_pages(totals sums[PAIRS], const block_side *side, const uint8_t 
             const uint8_t *next[PAIR] = {then[0] + ahead * size, then[1] + ahead * size};
             addings[dtype](sums + pair, from, next, length, projection);
         }
+        projection += (length + LANES - 1) / LANES * LANES * COLUMNS;
     }
 }
 
@@ -124,13 +127,13 @@ void jointkv_signatures(const block_side sides[2], int64_t num_layers, int32_t d
         int64_t of = item / groups, first = item % groups * GROUP;
         int held = blocks - first < GROUP ? blocks - first : GROUP;
         const block_side *side = sides + of / num_layers;
-        int64_t page_bytes = side->elements * size_of(dtype), rows = (side->elements + LANES - 1) / LANES;
         const uint8_t *read[GROUP];
         for (int i = 0; i < GROUP; i++)
-            read[i] = side->layers[of % num_layers] + pages[first + (i < held ? i : 0)] * page_bytes;
+            read[i] = side->layers[of % num_layers] + pages[first + (i < held ? i : 0)] * side->page_bytes;
         for (int64_t tile = 0; tile * COLUMNS < columns; tile++) {
             totals sums[PAIRS] = {0};
-            add_pages(sums, side, read, (held + PAIR - 1) / PAIR, side->projection + tile * rows * COLUMNS * LANES, dtype);
+            const float *projection = side->projection + tile * side->rows * COLUMNS * LANES;
+            add_pages(sums, side, read, (held + PAIR - 1) / PAIR, projection, dtype);
             for (int i = 0; i < held; i++) {
                 const totals *sum = sums + i / PAIR;
                 float norm = sqrtf(total(sum->square[i % PAIR]));

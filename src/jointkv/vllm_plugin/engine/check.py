@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -18,6 +19,8 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from jointkv.errors import UnsupportedEngine
+from jointkv.fusion.signature_index import SignatureIndex
+from jointkv.policy import LayerGroups
 from jointkv.policy.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
 from jointkv.vllm_plugin.engine.groups import LayerGroupSpec
 from jointkv.vllm_plugin.engine.scheduler import JointScheduler
@@ -26,6 +29,10 @@ from jointkv.vllm_plugin.settings import PluginSettings
 
 SPECULATORS = (None, "ngram")
 """Methods of speculative decoding that were run; others keep K and V of drafts in layers of their own."""
+
+
+SIGNATURES_PART = 0.1
+"""Of the machine's memory, for the signatures of resident pages at the most."""
 
 
 class ReuseObstacle(NamedTuple):
@@ -45,7 +52,7 @@ class ReuseObstacle(NamedTuple):
 def check_engine(
     config: Any, kv_cache_config: KVCacheConfig, settings: PluginSettings, parts: Mapping[str, type]
 ) -> tuple[int, ...]:
-    """The numbers of the KV-cache groups that can be fused.
+    """The numbers of the KV-cache groups that take part.
 
     Args:
         config: the engine's `VllmConfig`.
@@ -54,6 +61,7 @@ def check_engine(
     Raises:
         UnsupportedEngine: the engine lacks what the plugin uses of it, is set up in a way that was not written for,
             or (unless `settings.allow_untested`) never run.
+        InvalidPolicy: layer groups do not separate the layers that are left out.
         ModelMismatch, BadInput: the profile belongs to another model, or to blocks of another size.
     """
     check_interfaces(parts)
@@ -89,11 +97,42 @@ def check_engine(
         )
     profile = settings.load_profile()
     if profile is not None:
-        layers = sum(len(kv_cache_config.kv_cache_groups[number].layer_names) for number in groups)
+        layers = _layers(kv_cache_config, groups)
         if config.parallel_config.pipeline_parallel_size > 1 and layers < profile.model.layers:
             layers = profile.model.layers  # a stage knows of its own alone, but its checkpoint is that of all
         profile.check(_model_identity(config.model_config, layers), block_size)
-    return groups
+    if settings.finds_other_text:
+        _check_signatures(settings, kv_cache_config.num_blocks)
+    return _taking_part(settings, kv_cache_config, groups)
+
+
+def _layers(kv_cache_config: KVCacheConfig, groups: tuple[int, ...]) -> int:
+    return sum(len(kv_cache_config.kv_cache_groups[number].layer_names) for number in groups)
+
+
+def _taking_part(settings: PluginSettings, kv_cache_config: KVCacheConfig, groups: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of `groups` whose layers are not left out. Raises InvalidPolicy where a group has layers of both kinds."""
+    policy = settings.fusion_policy()
+    if not policy.enabled or not (policy.skip_first_layers or policy.skip_last_layers):
+        return groups
+    fused = LayerGroups.of(policy, _layers(kv_cache_config, groups)).fused
+    if not any(fused):
+        raise UnsupportedEngine(
+            f"skip_first_layers={policy.skip_first_layers} and skip_last_layers={policy.skip_last_layers} leave no "
+            "layer; lower them"
+        )
+    return tuple(number for number, takes_part in zip(groups, fused, strict=True) if takes_part)
+
+
+def _check_signatures(settings: PluginSettings, pages: int) -> None:
+    """Raises UnsupportedEngine where signatures of all pages could take more than their part of the memory."""
+    needed, memory = SignatureIndex.most_bytes(settings.signature_size, pages), psutil.virtual_memory().total
+    if needed > SIGNATURES_PART * memory:
+        raise UnsupportedEngine(
+            f"signature_size={settings.signature_size}: signatures of {pages} pages can take {needed / 2**30:.1f} GiB, "
+            f"more than {SIGNATURES_PART:.0%} of this machine's {memory / 2**30:.1f}; lower it, raise --block-size, or "
+            "set candidates=tokens"
+        )
 
 
 def _model_identity(config: Any, layers: int) -> ModelIdentity:

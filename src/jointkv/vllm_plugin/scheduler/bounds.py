@@ -18,6 +18,14 @@ from jointkv.vllm_plugin.settings import PluginSettings
 logger = init_logger(f"vllm.{__name__}")
 
 
+SIGNATURE_SLACK = 2.0
+"""A signature's squared distance may exceed the true one by this factor and still be looked at: four standard
+deviations at 32 numbers. A candidate missed costs a page, never correctness."""
+
+SIGNATURE_ROUNDING = 1e-5
+"""Of squared distances between numbers sent in half precision."""
+
+
 class Bounds:
     """The one place where it is decided whether a block may be served by another's page.
 
@@ -25,19 +33,21 @@ class Bounds:
         settings: thresholds, and a profile whose bounds follow the live errors.
         groups: KV-cache groups that take part, by number; thresholds of several layer groups are in their order.
         statistics: counts moves.
+        first: layer groups that are left out before the first one that takes part.
 
     Attributes:
         adaptation: None where bounds stay as they are.
     """
 
-    def __init__(self, settings: PluginSettings, groups: Sequence[int], statistics: Statistics) -> None:
+    def __init__(self, settings: PluginSettings, groups: Sequence[int], statistics: Statistics, first: int = 0) -> None:
         self.adaptation: Adaptation | None = None
         profile = settings.load_profile()
         if profile is not None and settings.adapts:
             self.adaptation = Adaptation(profile, settings.max_relative_error, settings.max_token_error)
-        policy = settings.policy()
-        self._rules = [policy.rule(place) for place in range(len(groups))]
-        self._place = {number: place for place, number in enumerate(groups)}
+        policy = settings.fusion_policy()
+        self._keys_alone = policy.similarity == "key"
+        self._place = {number: place for place, number in enumerate(groups, first)}
+        self._rules = {place: policy.rule(place) for place in self._place.values()}
         self._statistics = statistics
 
     def allowed(self, groups: np.ndarray, verdict: Verdict) -> np.ndarray:
@@ -61,6 +71,23 @@ class Bounds:
             errors = verdict.key_error[pairs], verdict.value_error[pairs], verdict.token_error[pairs]
             ratio[pairs] = self._rule(self._place[int(number)]).ratio(errors)
         return ratio
+
+    def cost(self, groups: np.ndarray, verdict: Verdict) -> np.ndarray:
+        """By which the best of the allowed pairs, of `groups [n]`, is chosen: float32 `[n]`, the least is best.
+
+        The larger error of the block; where no error is bounded, what K lacks of a cosine of 1.
+        """
+        cost: np.ndarray = np.maximum(verdict.key_error, verdict.value_error)
+        for number in np.unique(groups):
+            if not self._rule(self._place[int(number)]).compares_errors:
+                pairs = groups == number
+                cost[pairs] = 1 - verdict.key_cosine[pairs]
+        return cost
+
+    def signature_limit(self, group: int) -> float:
+        """The largest squared distance of signatures at which a pair of KV-cache group `group` is compared now."""
+        rule = self._rule(self._place[group])
+        return SIGNATURE_SLACK * (rule.key_limit if self._keys_alone else rule.signature_limit) + SIGNATURE_ROUNDING
 
     def served(self, group: int, block: float, token: float) -> None:
         """A block of a prompt is read from another's page with these relative errors."""

@@ -12,7 +12,7 @@ from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.candidates import Candidates, Member
-from jointkv.vllm_plugin.scheduler.questions import Answer, Question
+from jointkv.vllm_plugin.scheduler.questions import Answer, Question, Signing
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
 
@@ -26,14 +26,23 @@ class Fusion:
         sharing: carries out.
         audits: learn from the answers.
         statistics: counts.
+        signs: whether blocks that keep their pages are signed.
     """
 
     def __init__(
-        self, candidates: Candidates, bounds: Bounds, sharing: Sharing, audits: Audits, statistics: Statistics
+        self,
+        candidates: Candidates,
+        bounds: Bounds,
+        sharing: Sharing,
+        audits: Audits,
+        statistics: Statistics,
+        signs: bool = False,
     ) -> None:
+        self._signs = signs
         self.candidates, self.bounds, self.sharing = candidates, bounds, sharing
         self.audits, self.statistics = audits, statistics
         self._again: list[Member] = []
+        self._unsigned: list[Member] = []
 
     def questions(self, output: SchedulerOutput) -> Iterator[Question]:
         """What the workers shall compare after the step that `output` describes."""
@@ -45,6 +54,14 @@ class Fusion:
             pairs = [(member.group, member.page, page) for member in members for page in member.candidates]
             yield Question(pairs, partial(self._hear, members))
 
+    def signing(self) -> Signing | None:
+        """What the workers shall sign after the step that `questions` was asked for, which comes first."""
+        members, self._unsigned = [one for one in self._unsigned if self.candidates.unchanged(one)], []
+        if not members:
+            return None
+        self.statistics.add("blocks_signed", len(members))
+        return Signing([(member.group, member.page) for member in members], partial(self._hear_signatures, members))
+
     def conclude(self, tracked: Iterable[TrackedRequest]) -> None:
         """Audits may be complete although nothing was compared in the end."""
         for request in tracked:
@@ -53,7 +70,7 @@ class Fusion:
 
     def start_anew(self) -> None:
         """Forget what was to be asked."""
-        self._again = []
+        self._again, self._unsigned = [], []
 
     def _to_compare(self, output: SchedulerOutput) -> Iterator[Member]:
         """Members with candidates: those that get others than before, then new ones. The rest become resident."""
@@ -61,7 +78,7 @@ class Fusion:
         for member in again:
             # The request may have ended or been preempted since, and its page may be another key's by now.
             reason = self._refused(member)
-            if reason is None and not self.candidates.still_resident(member):
+            if reason is None and not (self.candidates.still_resident(member) or self.candidates.try_others(member)):
                 reason = "representative_gone"
             if reason is None:
                 yield member
@@ -83,7 +100,7 @@ class Fusion:
                 self._note(member, part)
             if member.fuses:
                 self._settle(member, part)
-            elif self.candidates.unchanged_since(member.page, answer.step):
+            elif self.candidates.unchanged(member):
                 self._keep(member)
         self.conclude({id(member.tracked): member.tracked for member in members}.values())
 
@@ -105,18 +122,41 @@ class Fusion:
             self.statistics.reject(reason)
             return
         allowed = np.flatnonzero(answer.allowed)
-        for choice in allowed[answer.block[allowed].argsort(kind="stable")]:
+        for choice in allowed[answer.cost[allowed].argsort(kind="stable")]:
             page = member.candidates[choice]
-            if self.candidates.unchanged_since(page, answer.step):
+            if self.candidates.may_serve(member, page, answer.step):
                 self._merge(member, page, answer.step, float(answer.block[choice]), float(answer.token[choice]))
                 return
-        if len(allowed):
-            self.statistics.reject("representative_gone")
-        elif self.candidates.try_others(member):
+        if self.candidates.try_others(member):
             self._again.append(member)
+        elif len(allowed):
+            self.statistics.reject("representative_gone")
         else:
             self.statistics.reject("bound")
             self._keep(member)
+
+    def _hear_signatures(self, members: list[Member], signatures: np.ndarray) -> None:
+        """Look for pages like those of `members` that no text has found a page for; all can be found from now on.
+
+        In the order in which they were filled: of those that are alike the first one serves.
+        """
+        for member, signature in zip(members, signatures, strict=True):
+            if not self.candidates.unchanged(member) or not np.isfinite(signature).all():
+                continue
+            searched, member.signature = not member.candidates and self._may_move(member), signature
+            if searched:
+                self.candidates.search(member)
+            self.candidates.make_resident(member)
+            if searched and member.candidates:
+                self._again.append(member)
+            else:
+                self._keep(member)
+
+    def _may_move(self, member: Member) -> bool:
+        """Whether what stands at the slot of `member` could be given up in the next step."""
+        audit, request = member.tracked.audit, member.tracked.request
+        exact = audit is not None and audit.chosen and request.num_computed_tokens < request.num_prompt_tokens
+        return not exact and self._refused(member) in (None, "not_cached_yet")
 
     def _refused(self, member: Member) -> str | None:
         return self.sharing.refused(member.tracked, member.epoch, member.group, member.slot, member.page)
@@ -125,11 +165,15 @@ class Fusion:
         exact = max(block, token) == 0
         self.sharing.share(member.tracked, member.group, member.slot, page, exact=exact, step=step)
         self.candidates.residents.index.prefer(page)
+        self.candidates.give_up(member)
         self.statistics.merged(block)
+        self.statistics.add("blocks_merged_by_signature", member.signature is not None)
         if member.of_prompt:  # as in calibration
             self.bounds.served(member.group, block, token)
 
     def _keep(self, member: Member) -> None:
         self.candidates.make_resident(member)
-        if member.of_prompt and member.fuses:
+        if self._signs and member.fuses and member.signature is None:
+            self._unsigned.append(member)
+        elif member.of_prompt and member.fuses:
             self.bounds.kept(member.group)

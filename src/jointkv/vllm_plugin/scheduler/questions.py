@@ -21,6 +21,7 @@ class Answer:
         allowed: within all thresholds, bool `[n]`.
         block, token: relative error of the block, the larger one of K and V, and of its worst token, float32 `[n]`.
         ratio: error over bound, the larger one of block and token, float32 `[n]`; infinite where it cannot be told.
+        cost: the least is the best of those that are allowed, float32 `[n]`.
     """
 
     step: int
@@ -28,11 +29,13 @@ class Answer:
     block: np.ndarray
     token: np.ndarray
     ratio: np.ndarray
+    cost: np.ndarray
 
     def part(self, first: int, count: int) -> Answer:
         """That of `count` pairs from `first` on."""
         pairs = slice(first, first + count)
-        return Answer(self.step, self.allowed[pairs], self.block[pairs], self.token[pairs], self.ratio[pairs])
+        measured = (self.allowed, self.block, self.token, self.ratio, self.cost)
+        return Answer(self.step, *(array[pairs] for array in measured))
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,28 @@ class Question:
     hear: Callable[[Answer], None]
 
 
+@dataclass(frozen=True)
+class Signing:
+    """Pages to sign.
+
+    Attributes:
+        pages: group and page of each.
+        hear: gets their signatures, float32 `[n, size]`, unless there is no answer any more.
+    """
+
+    pages: Sequence[tuple[int, int]]
+    hear: Callable[[np.ndarray], None]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked after a step, with the KV-cache groups of all pairs, `[n]`."""
+
+    questions: Sequence[Question]
+    groups: np.ndarray
+    signing: Signing | None
+
+
 class Questions:
     """Sends questions and hands out the answers, in order.
 
@@ -55,15 +80,16 @@ class Questions:
         bounds: decide what is allowed.
         statistics: counts seconds.
         patience: steps that a verdict may take.
+        size: numbers of a signature.
     """
 
-    def __init__(self, bounds: Bounds, statistics: Statistics, patience: int) -> None:
-        self.bounds, self.statistics, self._patience = bounds, statistics, patience
-        self.asked: dict[int, tuple[Sequence[Question], np.ndarray]] = {}
-        """By step, the oldest first: the questions, and the KV-cache group of each of their pairs, `[n]`."""
+    def __init__(self, bounds: Bounds, statistics: Statistics, patience: int, size: int = 0) -> None:
+        self.bounds, self.statistics, self._patience, self._size = bounds, statistics, patience, size
+        self.asked: dict[int, _Asked] = {}
+        """By step, the oldest first."""
 
-    def ask(self, inquiry: Inquiry, questions: Sequence[Question]) -> None:
-        """Add to `inquiry` what the workers shall compare after its step.
+    def ask(self, inquiry: Inquiry, questions: Sequence[Question], signing: Signing | None = None) -> None:
+        """Add to `inquiry` what the workers shall compare and sign after its step.
 
         Raises:
             RuntimeError: a verdict is lost.
@@ -72,7 +98,10 @@ class Questions:
         pairs = [pair for question in questions for pair in question.pairs]
         if pairs:
             inquiry.group, inquiry.own, inquiry.other = np.array(pairs, np.int64).T
-            self.asked[inquiry.step] = questions, inquiry.group
+        if signing is not None:
+            inquiry.sign_group, inquiry.sign = np.array(signing.pages, np.int64).T
+        if inquiry.asks:
+            self.asked[inquiry.step] = _Asked(questions, inquiry.group, signing)
 
     def settle(self, verdict: Verdict) -> None:
         """Hand out the answers in a verdict.
@@ -86,10 +115,12 @@ class Questions:
         """
         if verdict.step not in self.asked:
             return
-        questions, groups = self.asked.pop(verdict.step)
+        asked = self.asked.pop(verdict.step)
+        groups = asked.groups
         self._expect_none_before(verdict.step)
-        verdict.check(len(groups))
+        verdict.check(len(groups), 0 if asked.signing is None else len(asked.signing.pages), self._size)
         self.statistics.add("compare_seconds", verdict.seconds)
+        self.statistics.add("sign_seconds", verdict.sign_seconds)
         self.statistics.add("apply_seconds", verdict.apply_seconds)
         answer = Answer(
             verdict.step,
@@ -97,11 +128,14 @@ class Questions:
             np.maximum(verdict.key_error, verdict.value_error),
             verdict.token_error,
             self.bounds.ratio(groups, verdict),
+            self.bounds.cost(groups, verdict),
         )
         first = 0
-        for question in questions:
+        for question in asked.questions:
             question.hear(answer.part(first, len(question.pairs)))
             first += len(question.pairs)
+        if asked.signing is not None:
+            asked.signing.hear(verdict.signatures.astype(np.float32))
 
     def start_anew(self) -> None:
         """Forget what was asked; answers that still come are passed over."""

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from jointkv.core.evidence import Echoes, Evidence, Known
 from jointkv.core.reuse import Found, Integers, Run
+from jointkv.errors import IntegrityError
+from jointkv.fusion.signature_index import SignatureIndex
 from jointkv.fusion.token_index import Bucket, TokenIndex, places
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 
@@ -20,16 +22,19 @@ class Residents:
         pages: of the pool.
         block_size: tokens per page.
         reuses: whether more than the index is kept, for reuse.
+        signature_size: numbers of a signature.
 
     Attributes:
         index: finds pages by bucket.
+        signatures: finds those of them that were signed by what they hold.
         source: number of the request that computed the page, int64 `[pages]`.
         exact: whether everything before its block was computed or an exact hit, bool `[pages]`.
         evidence: what witnesses say of each page.
     """
 
-    def __init__(self, pages: int, block_size: int, reuses: bool = True) -> None:
+    def __init__(self, pages: int, block_size: int, reuses: bool = True, signature_size: int = 0) -> None:
         self.index = TokenIndex()
+        self.signatures = SignatureIndex(signature_size)
         self._reuses = reuses
         self.source = np.full(pages, NOBODY, np.int64)
         self.exact = np.zeros(pages, bool)
@@ -64,8 +69,11 @@ class Residents:
             self.testify(pages[again], ratios[again], seen[again])
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError when the index or the evidence is inconsistent."""
+        """Raises IntegrityError when an index or the evidence is inconsistent."""
         self.index.check_integrity()
+        self.signatures.check_integrity()
+        if not all(page in self.index for page in self.signatures):
+            raise IntegrityError("a page has a signature and is not resident")
         self.evidence.check_integrity()
 
     def known(self, tracked: TrackedRequest, slots: Integers, pages: Integers) -> Known:
@@ -88,8 +96,9 @@ class Residents:
         return Found(slot, page, self.source[page], self.exact[page])
 
     def remove(self, page: int) -> None:
-        """`page` is about to be written."""
+        """`page` is about to be written, or given away."""
         self.index.remove(page)
+        self.signatures.remove(page)
         self.source[page] = NOBODY
 
     def still_holds(self, run: Run) -> np.ndarray:
@@ -101,6 +110,7 @@ class Residents:
         return in_place & (self.source[run.pages] == run.source)
 
     def clear(self) -> None:
-        """Forget every page; the index may be what is broken."""
+        """Forget every page; an index may be what is broken."""
         self.index = TokenIndex()
+        self.signatures = SignatureIndex(self.signatures.size)
         self.source[:] = NOBODY

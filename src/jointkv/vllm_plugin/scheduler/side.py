@@ -45,6 +45,12 @@ ADVICE = {
 }
 """By reason of `LEFT_ALONE`, where there is something to do."""
 
+UNBOUNDED = (
+    "%s, accepted by accept_unbounded=true: requests of one isolation key read K and V of each other's text wherever "
+    "they are alike enough, with no bound on the error; answers differ from those without jointkv, may be wrong, and "
+    "may hold words of other requests"
+)
+
 R = TypeVar("R")
 
 
@@ -94,16 +100,18 @@ class SchedulerSide:
         self.tables = BlockTables(manager)
         block_size = self.tables.groups[groups[0]].block_size
         self.requests = Requests(block_size)
-        self.candidates = Candidates(settings, self.tables, groups, self.requests, self.statistics)
-        self.bounds = Bounds(settings, groups, self.statistics)
+        layers = len(manager.kv_cache_config.kv_cache_groups[groups[0]].layer_names)
+        self.bounds = Bounds(settings, groups, self.statistics, settings.skip_first_layers // layers)
+        self.candidates = Candidates(settings, self.tables, groups, self.requests, self.bounds, self.statistics)
         self.sharing = Sharing(self.tables, block_size)
         evidence, residents = audits_of_profile(settings), self.candidates.residents
         self.licences = Licences(first_licences(settings, evidence), self.statistics)
         rule = ReuseRule() if evidence is None else evidence.rule
         self.reuse = Reuse(settings, rule, residents, self.requests, self.sharing, self.licences, self.statistics)
         audits = Audits(rule, residents, self.licences)
-        self.fusion = Fusion(self.candidates, self.bounds, self.sharing, audits, self.statistics)
-        self.questions = Questions(self.bounds, self.statistics, patience(batches))
+        signs = settings.finds_other_text
+        self.fusion = Fusion(self.candidates, self.bounds, self.sharing, audits, self.statistics, signs)
+        self.questions = Questions(self.bounds, self.statistics, patience(batches), settings.signature_size)
         self._helped: list[tuple[str, int]] = []
         self._groups, self._ranks = groups, ranks
         self._step = 0
@@ -111,12 +119,14 @@ class SchedulerSide:
         logger.info(
             "jointkv is %s: %s; %d layer group(s) with tables of their own, pool of %d pages of %d tokens x %d layers",
             "live" if settings.enabled else "attached but off",
-            settings.policy().to_json(),
+            settings.fusion_policy().to_json(),
             len(groups),
             self.tables.pool.num_gpu_blocks - 1,
             block_size,
-            len(manager.kv_cache_config.kv_cache_groups[groups[0]].layer_names),
+            layers,
         )
+        if settings.unbounded:
+            logger.warning(UNBOUNDED, settings.unbounded_by)
 
     @property
     def state(self) -> str:
@@ -264,7 +274,8 @@ class SchedulerSide:
         self._notice_reset()
         self.fusion.conclude(self.requests.among(output.num_scheduled_tokens))
         self.candidates.forget_written(output, inquiry.step)
-        self.questions.ask(inquiry, [*self.reuse.questions(output), *self.fusion.questions(output)])
+        questions = [*self.reuse.questions(output), *self.fusion.questions(output)]
+        self.questions.ask(inquiry, questions, self.fusion.signing())
 
     def _leave_alone(self, request_id: str, reason: str | None) -> None:
         """Count a client's request that shared nothing; log the first for each reason, or an idle plugin looks dead."""

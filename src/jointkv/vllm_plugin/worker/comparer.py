@@ -23,6 +23,7 @@ from jointkv.fusion.pair_sums import (
 )
 from jointkv.vllm_plugin.attention.norms import OwnNorms
 from jointkv.vllm_plugin.messages import COSINES, ERRORS, Inquiry, Verdict
+from jointkv.vllm_plugin.worker.signer import PageSigner
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,15 @@ class Comparison:
     Attributes:
         parts: which pairs, bool `[n]`, and what takes their sums from the device.
         seconds: spent so far.
+        signatures: takes those that were asked for from the device, where there are any.
+        sign_seconds: those of `seconds` spent on them.
     """
 
     inquiry: Inquiry
     parts: list[tuple[np.ndarray, Callable[[], Tensor]]]
     seconds: float
+    signatures: Callable[[], np.ndarray] | None = None
+    sign_seconds: float = 0.0
 
 
 class PageComparer:
@@ -46,14 +51,20 @@ class PageComparer:
         across_layers: how the errors of layers become one; see `FusionPolicy`.
         groups: pages of each KV-cache group that takes part, by group number.
         norms: takes the factors, where blocks keep their own norms.
+        signer: signs pages, where the scheduler asks for it.
     """
 
     def __init__(
-        self, across_layers: LayerAggregate, groups: dict[int, PackedPages], norms: OwnNorms | None = None
+        self,
+        across_layers: LayerAggregate,
+        groups: dict[int, PackedPages],
+        norms: OwnNorms | None = None,
+        signer: PageSigner | None = None,
     ) -> None:
         self.across_layers = across_layers
         self.groups = groups
         self.norms = norms
+        self.signer = signer
         # Builds the kernel now rather than inside the first request; what goes wrong will do so there, and be told.
         with contextlib.suppress(Exception):
             for pages in groups.values():
@@ -72,7 +83,11 @@ class PageComparer:
             chosen = inquiry.group == number
             own, other = (torch.from_numpy(pages[chosen]) for pages in (inquiry.own, inquiry.other))
             parts.append((chosen, start_pair_sums(self.groups[int(number)], own, other)))
-        return Comparison(inquiry, parts, time.perf_counter() - start)
+        compared, signatures = time.perf_counter(), None
+        if self.signer is not None and len(inquiry.sign):
+            signatures = self.signer.begin(inquiry)
+        end = time.perf_counter()
+        return Comparison(inquiry, parts, end - start, signatures, end - compared)
 
     @bookkeeping
     def finish(self, comparison: Comparison) -> Verdict:
@@ -92,4 +107,9 @@ class PageComparer:
             errors[:, chosen] = torch.stack(pair_errors(sums, self.across_layers)).numpy()
         if norms is not None:
             norms.propose(inquiry, factors)
-        return Verdict(inquiry.step, *errors, *cosines, seconds=comparison.seconds + time.perf_counter() - start)
+        verdict, compared = Verdict(inquiry.step, *errors, *cosines), time.perf_counter()
+        if comparison.signatures is not None:
+            verdict.signatures = comparison.signatures()
+            verdict.sign_seconds = comparison.sign_seconds + time.perf_counter() - compared
+        verdict.seconds = comparison.seconds + time.perf_counter() - start
+        return verdict

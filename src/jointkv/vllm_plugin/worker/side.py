@@ -20,6 +20,7 @@ from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.metrics import JointStats, WorkerStatistics
 from jointkv.vllm_plugin.settings import PluginSettings
 from jointkv.vllm_plugin.worker.comparer import Comparison, PageComparer
+from jointkv.vllm_plugin.worker.signer import PageSigner
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -33,6 +34,7 @@ class WorkerSide:
         layers: of the model, by name.
         kv_cache_config: of the KV cache.
         groups: KV-cache groups that take part, by number.
+        rank, ranks: number of this worker, and how many there are.
 
     Attributes:
         comparer: None where the settings switch fusion off.
@@ -50,6 +52,8 @@ class WorkerSide:
         layers: Mapping[str, Any],
         kv_cache_config: KVCacheConfig,
         groups: tuple[int, ...],
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.tables = tables
         self.comparer: PageComparer | None = None
@@ -72,7 +76,10 @@ class WorkerSide:
             )
         if settings.shares_reading:
             self._share_reading(kv_cache_config, groups, settings)
-        self.comparer = PageComparer(settings.across_layers, pages, self.norms)
+        signer = None
+        if settings.finds_other_text:
+            signer = PageSigner(pages, settings.signature_size, settings.similarity, rank, ranks)
+        self.comparer = PageComparer(settings.across_layers, pages, self.norms, signer)
 
     def apply(self, inquiry: Inquiry) -> None:
         """Replace the block table entries that the scheduler has committed, before the step is prepared.
@@ -122,7 +129,7 @@ class WorkerSide:
         try:
             if inquiry.tables is not None:
                 self._check_tables(inquiry.tables)
-            return None if self.comparer is None or not len(inquiry.group) else self.comparer.begin(inquiry)
+            return None if self.comparer is None or not inquiry.asks else self.comparer.begin(inquiry)
         except Exception as error:
             return _failed(inquiry, error)
 
