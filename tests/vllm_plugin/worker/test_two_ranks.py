@@ -20,12 +20,7 @@ STAGES = [pytest.mark.slow, pytest.mark.runs("pipeline stages", *FIRST)]
 SCRIPT = '''
 import json, os, sys
 os.sched_setaffinity(0, range(os.cpu_count()))
-from vllm import LLM, SamplingParams
-from vllm.distributed.kv_transfer import get_kv_transfer_group
-from tests.vllm_plugin.engines import BOLD, WATCHED, near_prefix
-from jointkv.vllm_plugin import engine_args
-from jointkv.vllm_plugin.scheduler import side
-from jointkv.vllm_plugin.worker.cpu import JointCPUWorker
+from jointkv.vllm_plugin.worker.cpu import JointCPUWorker  # every worker imports what stands outside of functions
 
 class ProfilingWorker(JointCPUWorker):
     """vLLM's runner makes what stages send each other while it profiles, which its CPU worker does to compile alone."""
@@ -35,10 +30,18 @@ class ProfilingWorker(JointCPUWorker):
         self.model_runner.profile_run()
 
 def attention(worker):
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
     readings = get_kv_transfer_group().worker.readings
     return [(reading.fault, reading.steps, reading.shared_steps) for reading in readings.values()]
 
 def main():
+    from vllm import LLM, SamplingParams
+
+    from jointkv.vllm_plugin import engine_args
+    from jointkv.vllm_plugin.scheduler import side
+    from tests.vllm_plugin.engines import BOLD, WATCHED, near_prefix
+
     side.ReuseRule = BOLD
     parallel, options = map(json.loads, sys.argv[2:])
     arguments = engine_args(**WATCHED, **options)
