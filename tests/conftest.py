@@ -11,7 +11,7 @@ from tests.hazards import pytest_addoption, pytest_runtest_setup  # noqa: F401
 
 LONGEST = (
     *("vllm_plugin/test_dashboard.py", "vllm_plugin/test_server.py", "vllm_plugin/doctor/test_examine.py"),
-    *("vllm_plugin/worker/test_tensor_parallel.py", "benchmarks/test_soak.py", "vllm_plugin/test_real_model.py"),
+    *("vllm_plugin/worker/test_two_ranks.py", "benchmarks/test_soak.py", "vllm_plugin/test_real_model.py"),
     *("bench/test_real_engine.py", "vllm_plugin/scheduler/test_state_machine.py"),
     *("evaluate/calibrate/test_calibration_real_model.py", "hf/test_cache_generate.py", "hf/test_cache_models.py"),
     *("report/test_html.py", "evaluate/tasks/test_task_run.py", "fusion/test_tree.py"),

@@ -27,6 +27,7 @@ LOAD_SECONDS = 15
     "request, corrupts an answer, mixes tenants, or leaks pages, files or threads",
     "zero violations; see make soak for 20 minutes with memory",
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["lossy", pytest.param("exact", marks=pytest.mark.nightly)])
 def test_soak(arm: str, tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
     file = tmp_path / "soak.json"

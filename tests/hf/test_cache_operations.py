@@ -167,6 +167,17 @@ def test_crop_to_nothing_and_on():
     assert twins.ours.get_seq_length() == 0
 
 
+def test_crop_by_a_number_on_the_device():
+    """As some releases of transformers say how many drafts were wrong."""
+    twins = Twins(policy=EXACT)
+    twins.forward(*prompts(9, 5))
+    for wrong in (0, -2, -3):
+        twins.ours.crop(torch.tensor(wrong))
+        twins.theirs.crop(wrong)
+        twins.mask = twins.mask[:, : twins.ours.get_seq_length()]
+        twins.forward(*prompts(3, 8))
+
+
 def test_crop_into_padding():
     """What is left of a row may be padding alone; it then starts with the next token."""
     twins = Twins(policy=EXACT)

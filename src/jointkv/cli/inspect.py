@@ -175,7 +175,8 @@ def _print_reuse(reuse: "dict[str, Reusable]") -> None:
     found = reuse["tokens"]
     console.print(
         f"Reuse, from tokens alone: {found.share:.1%} of {found.tokens} prompt tokens could be read behind a text of "
-        f"their own instead of being computed, and {found.exact_tokens / found.tokens:.1%} as an exact prefix.",
+        f"their own instead of being computed, and {found.exact_tokens / found.tokens:.1%} as an exact prefix; "
+        f"{found.moved_share:.1%} more are resident at other positions.",
         highlight=False,
     )
     if "audits" in reuse:

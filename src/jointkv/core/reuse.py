@@ -47,6 +47,14 @@ class Found:
     def __len__(self) -> int:
         return len(self.slot)
 
+    def beside(self, other: Found) -> Found:
+        """Both together; of equal slots these come first."""
+        pairs = ((self.slot, other.slot), (self.page, other.page), (self.source, other.source))
+        slot, page, source = (np.concatenate(pair) for pair in pairs)
+        order = np.argsort(slot, kind="stable")
+        exact = np.concatenate((self.exact, other.exact))
+        return Found(slot[order], page[order], source[order], exact[order])
+
     def where(self, chosen: NDArray[np.bool_] | Integers) -> Found:
         """Those of them that are `chosen`: bool `[n]`, or indices in order."""
         if chosen.dtype == np.bool_ and chosen.all():

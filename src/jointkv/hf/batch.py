@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from jointkv.attention.tokens import read_tokens, token_scales, token_slots
+from jointkv.core.blocks import PagedKV
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.table import BlockTable
 from jointkv.errors import PoolFull
@@ -112,6 +113,29 @@ class Batch:
         """
         for table in self.tables:
             table.append(0, pages, served=not exact)
+        self._follow(tokens)
+
+    def write(self, blocks: PagedKV, tokens: Tensor) -> None:
+        """Let the only row, which ends with a full block, go on with copies of `blocks`, which it has not computed.
+
+        Args:
+            blocks: in order, as pages.
+            tokens: ids of them, `[n * block_size]`.
+
+        Raises:
+            PoolFull: nothing was changed.
+        """
+        for table in self.tables:
+            have = int(table.num_blocks()[0])
+            table.extend(torch.tensor([have + blocks.num_pages]))
+            pages, kv = table.pages[0, have : have + blocks.num_pages].to(table.pool.kv.device), table.pool.kv
+            table.served[0, have : have + blocks.num_pages] = True
+            for layers, written in ((kv.keys, blocks.keys), (kv.values, blocks.values)):
+                for layer, content in zip(layers, written, strict=True):
+                    layer[pages] = content
+        self._follow(tokens)
+
+    def _follow(self, tokens: Tensor) -> None:
         if self.pool.reads_text:
             past = tokens[None, :0] if self.tokens is None else self.tokens
             self.tokens = torch.cat((past, tokens[None]), 1)

@@ -72,6 +72,7 @@ class JointCache(PagedCache):
     @bookkeeping
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens: `-n` drops `n`; a positive number is the length to keep (as in transformers)."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.16 gives a tensor, to which lengths would be added
         keep = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.length)
         keep = max(0, keep)
         for layer in self.other_layers:

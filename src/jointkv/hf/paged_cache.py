@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from jointkv.core.blocks import PagedKV
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.table import BlockTable
 from jointkv.errors import BadInput, LayoutError, PoolFull, UnsupportedUse
@@ -214,6 +215,14 @@ class PagedCache(Cache):
         if not self.tables:
             self._begin(1)
         self.batch.adopt(pages, tokens, exact)
+        self._set_length(self.batch.length)
+
+    @bookkeeping
+    def write(self, blocks: PagedKV, tokens: Tensor) -> None:
+        """Let the only sequence go on with copies of `blocks`; arguments and errors as of `Batch.write`."""
+        if not self.tables:
+            self._begin(1)
+        self.batch.write(blocks, tokens)
         self._set_length(self.batch.length)
 
     @bookkeeping

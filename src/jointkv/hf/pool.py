@@ -19,7 +19,9 @@ from jointkv.errors import InvalidPolicy, UnsupportedModel, UnsupportedUse
 from jointkv.fusion.fuser import Fuser
 from jointkv.hf.hooks import attach_hooks, attention_of
 from jointkv.hf.identity import Weights, full_attention_layers, model_identity, weights_mark
+from jointkv.hf.moved import check_block_size
 from jointkv.hf.reuse import Reuse, ReuseOptions
+from jointkv.hf.rotary import rotary_of
 from jointkv.hf.states import check_states, widest_dtype
 from jointkv.policy import FusionPolicy, LayerGroups
 from jointkv.policy.profile import Profile, ReuseEvidence
@@ -105,7 +107,7 @@ class JointPool:
         self.fusers: dict[str, Fuser] = {}
         self._bound_in_force()
         self.reuse_faults = 0
-        self.reuse = self._reuse(ReuseOptions.of(reuse), audits)
+        self.reuse = self._reuse(model, ReuseOptions.of(reuse), audits)
         self.faults = 0
         self.page_readers: set[int] = set()
         self._counters = Counter(blocks_considered=0, blocks_fused=0, pages_freed=0)
@@ -159,7 +161,7 @@ class JointPool:
         check_states(self.blocks.kv, key_states, value_states)
         return self.blocks
 
-    def _reuse(self, options: ReuseOptions, audits: ReuseEvidence | None) -> Reuse | None:
+    def _reuse(self, model: PreTrainedModel, options: ReuseOptions, audits: ReuseEvidence | None) -> Reuse | None:
         if options.mode == "off":
             return None
         options.check(self.policy)
@@ -168,7 +170,11 @@ class JointPool:
         # At a bound of 0 nothing but equal K and V may be read, and equality cannot be known before they are there.
         if not self.policy.rule(0).max_relative_error:
             return None
-        return Reuse(options, self.block_size, audits)
+        rotary = None
+        if options.moved:
+            check_block_size(self.block_size)
+            rotary = rotary_of(model, self.full_layers)
+        return Reuse(options, self.block_size, audits, rotary)
 
     def forget(self, pages: Tensor) -> None:
         """Take `pages [n]`, which are free or about to be written, out of every index."""

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from jointkv.core.blocks import served_errors
+from jointkv.core.blocks import PagedKV, served_errors
 from jointkv.core.evidence import Known
 from jointkv.core.reuse import COMPUTED, Integers, ReusePlan
-from jointkv.errors import BadInput, LayoutError
+from jointkv.errors import BadInput, LayoutError, PoolFull
 from jointkv.hf.batch import Batch
+from jointkv.hf.moved import MovedText, unwritten
 from jointkv.hf.paged_cache import PagedCache
 from jointkv.hf.residents import Matches
 from jointkv.hf.reuse import Reuse
@@ -32,6 +33,7 @@ class RowPrefill:
         tokens: of the prompt.
         exact: tokens whose K and V are resident from the first token on, in blocks; they are read as they are.
         skipped: tokens of blocks behind other contexts that are read instead of being computed.
+        moved: those of them that stand at another position there; they were copied, their keys turned.
         reused: slots of these blocks, in order.
         runs, gaps: stretches of blocks that are read, and stretches of computed blocks before reused ones.
         audited: whether it was computed, and compared with what would have been reused.
@@ -41,6 +43,7 @@ class RowPrefill:
     tokens: int
     exact: int = 0
     skipped: int = 0
+    moved: int = 0
     reused: tuple[int, ...] = ()
     runs: int = 0
     gaps: int = 0
@@ -71,6 +74,10 @@ class PrefillResult:
     @property
     def skipped(self) -> int:
         return sum(row.skipped for row in self.rows)
+
+    @property
+    def moved(self) -> int:
+        return sum(row.moved for row in self.rows)
 
     @property
     def computed(self) -> int:
@@ -111,11 +118,13 @@ class RowSteps:
     Attributes:
         computing: whether a forward pass goes on, or broke off.
         matches: where the prompt is resident, once that is known.
+        moved: what of it is resident at other positions, likewise.
     """
 
     def __init__(self, cache: PagedCache, model: PreTrainedModel, tokens: Tensor) -> None:
         self._cache, self._model, self._tokens = cache, model, tokens
         self.matches: Matches | None = None
+        self.moved: MovedText | None = None
         self._size = cache.pool.block_size
         self.computing = False
 
@@ -127,19 +136,42 @@ class RowSteps:
         self._compute(len(self._tokens) - 1)
 
     def adopt(self, first: int, pages: Integers, exact: bool = False) -> None:
-        tokens = self._tokens[first * self._size : (first + len(pages)) * self._size]
-        self._cache.adopt(torch.from_numpy(pages), tokens, exact)
+        for part in np.split(pages, np.flatnonzero(np.diff(unwritten(pages))) + 1):
+            tokens = self._tokens[first * self._size : (first + len(part)) * self._size]
+            if len(part) and self.moved is not None and unwritten(part)[0]:
+                self._cache.write(self.moved.blocks(self._kv, part), tokens)
+            else:
+                self._cache.adopt(torch.from_numpy(part), tokens, exact)
+            first += len(part)
 
     def ratios(self, slots: Integers, pages: Integers) -> NDArray[np.float64]:
-        batch = self._cache.batch
-        own, rule = batch.tables[0].pages[0, torch.from_numpy(slots)], batch.pool.policy.rule(0)
-        errors = served_errors(batch.tables[0].pool.kv, own, torch.from_numpy(pages), rule.across_layers)
-        return rule.ratio([error.numpy() for error in errors])
+        rule, moved = self._cache.pool.policy.rule(0), unwritten(pages)
+        own, result = self._cache.tables[0].pages[0, torch.from_numpy(slots)], np.zeros(len(slots))
+        if not moved.all():
+            errors = served_errors(self._kv, own[~moved], torch.from_numpy(pages[~moved]), rule.across_layers)
+            result[~moved] = rule.ratio([error.numpy() for error in errors])
+        if self.moved is not None and moved.any():
+            errors = self.moved.errors(self._kv, own[moved], pages[moved], rule.across_layers)
+            result[moved] = rule.ratio([error.numpy() for error in errors])
+        return result
 
     def known(self, slots: Integers, pages: Integers) -> Known:
-        reuse = self._cache.pool.reuse
-        assert reuse is not None and self.matches is not None
-        return reuse.residents.known(self.matches, slots, pages)
+        reuse, matches, moved = self._cache.pool.reuse, self.matches, unwritten(pages)
+        assert reuse is not None and matches is not None
+        if self.moved is None or not moved.any():
+            return reuse.residents.known(matches, slots, pages)
+        known = reuse.residents.known(matches, slots, np.where(moved, 0, pages))
+        known_of = reuse.residents.evidence_moved, reuse.residents.evidence
+        elsewhere = self.moved.known(*known_of, pages[moved], matches.standing[slots[moved]])
+        for column in ("count", "worst", "new"):
+            getattr(known, column)[moved] = getattr(elsewhere, column)
+        return known
+
+    @property
+    def _kv(self) -> PagedKV:
+        blocks = self._cache.pool.blocks
+        assert blocks is not None
+        return blocks.kv
 
     def _compute(self, end: int) -> None:
         start = self._cache.length
@@ -173,7 +205,7 @@ def prefill_row(cache: PagedCache, model: PreTrainedModel, tokens: Tensor, tenan
         if pool.reuse is not None:
             return _reusing(cache, steps, tokens, tenant, pool.reuse)
     except Exception as error:
-        if steps.computing:
+        if steps.computing or isinstance(error, PoolFull):
             raise
         pool.disable_reuse(error)
     skipped = cache.length if cache.tables and cache.tables[0].served.any() else 0
@@ -187,10 +219,12 @@ def _reusing(cache: PagedCache, steps: RowSteps, tokens: Tensor, tenant: Hashabl
     slots = (len(ids) - 1) // size
     start = time.perf_counter()
     matches = steps.matches = reuse.residents.find(tenant, ids[:-1])
-    found = matches.found
+    steps.moved = reuse.moved_text(tenant, ids[:-1], len(matches.exact), slots)
+    found = matches.found if steps.moved is None else matches.found.beside(steps.moved.found)
     found = found.where((found.slot >= len(matches.exact)) & (found.slot < slots))
-    possible = bool(found.stretches(reuse.rule.least))
-    audited = possible and reuse.audits_next(tenant)
+    audited = bool(found.stretches(reuse.rule.least)) and reuse.is_audit(tenant, found)
+    if not audited:
+        found = found.where(reuse.permitted(tenant, found.page))
     reuse.seconds_planning += time.perf_counter() - start
     if len(matches.exact):
         steps.adopt(0, matches.exact, exact=True)
@@ -205,7 +239,8 @@ def _reusing(cache: PagedCache, steps: RowSteps, tokens: Tensor, tenant: Hashabl
     elif plan.skipped:
         true_until = plan.reused[0].start
         reused = tuple(np.flatnonzero(plan.pages != COMPUTED).tolist())
-        done = replace(done, skipped=plan.skipped * size, reused=reused)
+        moved = int(unwritten(plan.pages).sum()) * size
+        done = replace(done, skipped=plan.skipped * size, moved=moved, reused=reused)
         done = replace(done, runs=len(plan.reused), gaps=len(plan.gaps))
     _compare(matches, true_until, steps, reuse)
     reuse.seconds_planning += time.perf_counter() - start
@@ -219,10 +254,12 @@ def _reusing(cache: PagedCache, steps: RowSteps, tokens: Tensor, tenant: Hashabl
 def _audit(done: RowPrefill, plan: ReusePlan, steps: RowSteps, tenant: Hashable, reuse: Reuse) -> RowPrefill:
     """Compare what would have been reused with what was computed; the licence is told the share beyond the bounds."""
     slots = np.flatnonzero(plan.pages != COMPUTED)
-    missed = int((steps.ratios(slots, plan.pages[slots]) > 1).sum())
-    if len(slots):
-        reuse.observe(tenant, missed / len(slots))
-    return replace(done, audited=True, audited_blocks=len(slots), missed_blocks=missed)
+    missed = steps.ratios(slots, plan.pages[slots]) > 1
+    for moved in (False, True):
+        of_class = missed[unwritten(plan.pages[slots]) == moved]
+        if len(of_class):
+            reuse.observe(tenant, float(of_class.mean()), moved)
+    return replace(done, audited=True, audited_blocks=len(slots), missed_blocks=int(missed.sum()))
 
 
 def _compare(matches: Matches, until: int, steps: RowSteps, reuse: Reuse) -> None:
@@ -231,6 +268,11 @@ def _compare(matches: Matches, until: int, steps: RowSteps, reuse: Reuse) -> Non
     slot, page = matches.slot[chosen], matches.page[chosen]
     if len(slot):
         reuse.residents.witness(matches, slot, page, steps.ratios(slot, page))
+    if steps.moved is not None:
+        found = steps.moved.found
+        computed = found.where(found.slot < until)
+        ratios, standing = steps.ratios(computed.slot, computed.page), matches.standing[computed.slot]
+        steps.moved.testify(reuse.residents.evidence_moved, computed.page, ratios, standing)
 
 
 def _make_resident(batch: Batch, own: Integers, ids: Integers, tenant: Hashable, reuse: Reuse) -> None:
@@ -243,6 +285,7 @@ def _make_resident(batch: Batch, own: Integers, ids: Integers, tenant: Hashable,
 def _count(found: RowPrefill, reuse: Reuse) -> None:
     reuse.counters.update(
         prompt_tokens_skipped=found.skipped,
+        moved_tokens_skipped=found.moved,
         reuse_runs=found.runs,
         reuse_gaps=found.gaps,
         reuse_audits=int(found.audited),

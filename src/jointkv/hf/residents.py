@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from jointkv.core.evidence import Echoes, Evidence, Known, standing
+from jointkv.core.moved import MovedRun
 from jointkv.core.reuse import Found, Integers
 from jointkv.errors import IntegrityError
+from jointkv.fusion.content_index import ContentIndex
 from jointkv.fusion.signature import token_hashes
 
 MOST_SOURCES = 8
@@ -55,14 +57,17 @@ class Residents:
 
     Args:
         block_size: tokens per page.
+        moved: whether text is also found at other positions.
 
     Attributes:
         evidence: what witnesses say of each page.
+        evidence_moved: the same, of witnesses at other positions.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, moved: bool = False) -> None:
         self.block_size = block_size
-        self.evidence = Evidence(0)
+        self._content = ContentIndex(block_size) if moved else None
+        self.evidence, self.evidence_moved = Evidence(0), Evidence(0)
         self._tokens = np.zeros((0, block_size), np.int64)
         self._slot, self._source, self._tenant, self._hash, self._context = (
             np.full(0, NOBODY, np.int64) for _ in range(5)
@@ -102,6 +107,10 @@ class Residents:
             slot[kept], pages[kept], source[kept], same[kept], exact, standing(rows.ravel(), self.block_size)
         )
 
+    def find_moved(self, tenant: Hashable, tokens: Integers, least: int) -> list[MovedRun]:
+        """Where stretches of at least `least` blocks of a prompt with these `tokens [n]` are resident, wherever."""
+        return [] if self._content is None else self._content.find(tenant, tokens, least * self.block_size)
+
     def add(self, tenant: Hashable, tokens: Integers, slots: Integers, pages: Integers, source: int) -> None:
         """Make `pages [n]`, which hold the blocks `slots [n]` of a request with `tokens`, resident.
 
@@ -119,8 +128,11 @@ class Residents:
         rows, hashes, contexts = self._keys(tokens[: blocks * self.block_size])
         self._slot[pages], self._source[pages], self._tenant[pages] = slots, source, number
         self._tokens[pages], self._hash[pages], self._context[pages] = rows[slots], hashes[slots], contexts[slots]
-        self.evidence.start(pages, standing(rows.ravel(), self.block_size)[slots])
+        for evidence in (self.evidence, self.evidence_moved):
+            evidence.start(pages, standing(rows.ravel(), self.block_size)[slots])
         self._held[number] += len(pages)
+        if self._content is not None:
+            self._content.add(tenant, tokens, slots, pages, source)
         self._drop_empty(np.array([number]))
 
     def forget(self, pages: torch.Tensor) -> None:
@@ -128,6 +140,9 @@ class Residents:
         known = pages.numpy()
         known = known[known < len(self._slot)]
         known = np.unique(known[self._slot[known] != NOBODY])
+        if self._content is not None:
+            for page in known.tolist():
+                self._content.remove(page)
         gone = self._tenant[known]
         self._slot[known] = self._tenant[known] = NOBODY
         self._held.subtract(gone.tolist())
@@ -143,7 +158,8 @@ class Residents:
 
     def forget_witnesses(self) -> None:
         """Begin anew, because ratios of other bounds say little."""
-        self.evidence.forget_witnesses()
+        for evidence in (self.evidence, self.evidence_moved):
+            evidence.forget_witnesses()
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when the columns, or the counts by isolation key, disagree."""
@@ -154,6 +170,10 @@ class Residents:
         expected = dict(zip(numbers.tolist(), held.tolist(), strict=True))
         if expected != dict(self._held) or set(expected) != set(self._tenants.values()):
             raise IntegrityError("the counts of resident pages by isolation key are wrong")
+        if self._content is not None:
+            self._content.check_integrity()
+            if len(self._content) != int(resident.sum()):
+                raise IntegrityError("what is found at other positions is not what is resident")
 
     def pages(self) -> Integers:
         """All resident pages."""
@@ -174,7 +194,8 @@ class Residents:
         extra = max(extra, len(self._slot))
         for name in ("_slot", "_source", "_tenant", "_hash", "_context"):
             setattr(self, name, np.pad(getattr(self, name), (0, extra), constant_values=NOBODY))
-        self.evidence.grow(len(self._slot))
+        for evidence in (self.evidence, self.evidence_moved):
+            evidence.grow(len(self._slot))
         self._tokens = np.pad(self._tokens, ((0, extra), (0, 0)))
 
     def _drop_empty(self, numbers: Integers) -> None:

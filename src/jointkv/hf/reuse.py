@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
+from jointkv.attention.rotary import Rotary
+from jointkv.core.reuse import Found, Integers
 from jointkv.errors import InvalidPolicy
+from jointkv.hf.moved import MovedText, unwritten
 from jointkv.hf.residents import Residents
 from jointkv.policy import FusionPolicy
 from jointkv.policy.profile import ReuseEvidence
@@ -16,7 +22,14 @@ from jointkv.policy.reuse import ReuseRule
 from jointkv.theory.licence import Licence
 
 COUNTERS = (
-    *("prompt_tokens_skipped", "reuse_runs", "reuse_gaps", "reuse_audits", "reuse_audited_blocks"),
+    *(
+        "prompt_tokens_skipped",
+        "moved_tokens_skipped",
+        "reuse_runs",
+        "reuse_gaps",
+        "reuse_audits",
+        "reuse_audited_blocks",
+    ),
     *("reuse_missed_blocks", "licences_granted", "licences_lost"),
 )
 
@@ -38,6 +51,8 @@ class ReuseOptions:
         audit_rate: share of the prompts that are computed and compared, chosen at random, in (0, 1].
         rule: what counts as evidence; None: as in the profile's audits, and without a profile the defaults.
         seed: of the choice; None for one that nobody can foresee.
+        moved: whether text is also read that is resident at another position, its keys turned; under a licence of its
+            own.
 
     Raises:
         InvalidPolicy: a value outside its range.
@@ -49,6 +64,7 @@ class ReuseOptions:
     audit_rate: float = 0.02
     rule: ReuseRule | None = None
     seed: int | None = None
+    moved: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(ReuseMode):
@@ -74,49 +90,89 @@ class ReuseOptions:
             raise InvalidPolicy("reuse: needs layer_groups=1, because a token is skipped in all layers")
 
 
+class TextClass(NamedTuple):
+    """What blocks must have in common for the audits of some to speak for others.
+
+    Attributes:
+        tenant: isolation key.
+        moved: whether they are resident at another position.
+    """
+
+    tenant: Hashable
+    moved: bool = False
+
+
 class Reuse:
     """What a pool knows for reuse.
 
     Args:
+        rotary: of each layer, where text that has moved is read.
         audits: of a profile, which may grant the first licences; see `Licence.from_profile`.
 
     Attributes:
         residents: which pages hold which text, and their witnesses.
-        licences: by isolation key.
+        licences: by class of text.
         counters: those of `COUNTERS`.
         seconds_planning: time for finding, comparing and deciding.
     """
 
-    def __init__(self, options: ReuseOptions, block_size: int, audits: ReuseEvidence | None = None) -> None:
-        self.options, self._audits = options, audits
+    def __init__(
+        self,
+        options: ReuseOptions,
+        block_size: int,
+        audits: ReuseEvidence | None = None,
+        rotary: Sequence[Rotary] | None = None,
+    ) -> None:
+        self.options, self._audits, self._rotary = options, audits, rotary
         self.rule = options.rule or (ReuseRule() if audits is None else audits.rule)
-        self.residents = Residents(block_size)
-        self.licences: dict[Hashable, Licence] = {}
+        self.residents = Residents(block_size, moved=rotary is not None)
+        self.licences: dict[TextClass, Licence] = {}
         self.counters: Counter[str] = Counter()
         self.seconds_planning = 0.0
         self._random = random.Random(options.seed)
         self._bounds: tuple[object, object] | None = None
 
-    def audits_next(self, tenant: Hashable) -> bool:
-        """Whether the next prompt with something to reuse is to be computed and compared: chance, or no licence."""
-        chosen = self._random.random() < self.options.audit_rate
-        return chosen or (self.options.mode == "licensed" and not self.licence(tenant).granted)
+    def moved_text(self, tenant: Hashable, tokens: Integers, start: int, end: int) -> MovedText | None:
+        """What of the blocks `start` to `end` of a prompt is resident elsewhere; None where nobody asked for it."""
+        if self._rotary is None:
+            return None
+        runs = self.residents.find_moved(tenant, tokens, self.rule.least)
+        return MovedText.of(runs, start, end, self.residents.block_size, self._rotary)
 
-    def licence(self, tenant: Hashable) -> Licence:
-        """That of an isolation key."""
-        licence = self.licences.pop(tenant, None) or self._first()
-        self.licences[tenant] = licence
+    def is_audit(self, tenant: Hashable, found: Found) -> bool:
+        """Whether a prompt with these blocks to reuse is to be computed and compared: chance, or no licence."""
+        chosen = self._random.random() < self.options.audit_rate
+        return chosen or not found.where(self.permitted(tenant, found.page)).stretches(self.rule.least)
+
+    def permitted(self, tenant: Hashable, pages: Integers) -> NDArray[np.bool_]:
+        """Which of `pages [n]` a licence allows to read, bool `[n]`."""
+        if self.options.mode == "probed":
+            return np.ones(len(pages), bool)
+        moved = unwritten(pages)
+        still, elsewhere = (bool(self._granted(TextClass(tenant, value), moved == value)) for value in (False, True))
+        return np.where(moved, elsewhere, still)
+
+    def _granted(self, text: TextClass, those: NDArray[np.bool_]) -> bool:
+        return bool(those.any()) and self.licence(*text).granted
+
+    def licence(self, tenant: Hashable, moved: bool = False) -> Licence:
+        """That of a class of text."""
+        text = TextClass(tenant, moved)
+        licence = self.licences.pop(text, None) or self._first(text)
+        self.licences[text] = licence
         if len(self.licences) > MOST_LICENCES:
             del self.licences[next(iter(self.licences))]
         return licence
 
-    def _first(self) -> Licence:
+    def _first(self, text: TextClass) -> Licence:
         terms = self.options.miss_rate, self.options.confidence
-        return Licence(*terms) if self._audits is None else Licence.from_profile(self._audits.evidence, *terms)
+        if self._audits is None or text.moved:  # a profile has audited no text that has moved
+            return Licence(*terms)
+        return Licence.from_profile(self._audits.evidence, *terms)
 
-    def observe(self, tenant: Hashable, share: float) -> None:
+    def observe(self, tenant: Hashable, share: float, moved: bool = False) -> None:
         """Take into account that `share` of the blocks that an audited run would have reused is beyond the bounds."""
-        licence = self.licence(tenant)
+        licence = self.licence(tenant, moved)
         before = licence.granted
         licence.observe(share)
         self.counters["licences_granted"] += licence.granted and not before
@@ -139,7 +195,8 @@ class Reuse:
         return {
             "reuse": self.options.mode,
             **{name: self.counters[name] for name in COUNTERS},
-            "licensed_keys": sum(licence.granted for licence in self.licences.values()),
+            "licensed_keys": sum(licence.granted for text, licence in self.licences.items() if not text.moved),
+            "licensed_keys_moved": sum(licence.granted for text, licence in self.licences.items() if text.moved),
             "reuse_plan_seconds": self.seconds_planning,
         }
 

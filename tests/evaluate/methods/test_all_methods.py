@@ -17,9 +17,17 @@ from jointkv.evaluate.methods import Fused, get_method, method_names
 from jointkv.policy import FusionPolicy
 from tests.evaluate.methods.tiny_batches import BLOCK, batch_of, different, same_start
 
-LOSSLESS = {"unfused": 1.0, "exact_prefix": 1.0, "fused": 0.0, "reuse": 0.0, "minicache": 0.0, "semantic": 1.0}
+LOSSLESS = {
+    "unfused": 1.0,
+    "exact_prefix": 1.0,
+    "fused": 0.0,
+    "reuse": 0.0,
+    "reuse_moved": 0.0,
+    "minicache": 0.0,
+    "semantic": 1.0,
+}
 LOSSLESS |= dict.fromkeys(("snapkv", "expected_attention", "knorm", "tova", "streaming_llm"), 1.0)
-ON_PAGES = ("exact_prefix", "fused", "paper", "reuse", "fused_quantized", "quantized_pages")
+ON_PAGES = ("exact_prefix", "fused", "paper", "reuse", "reuse_moved", "fused_quantized", "quantized_pages")
 
 
 def runnable(name):
@@ -115,6 +123,7 @@ REFUSED = {
     "exact_prefix": (0.0,),
     "fused": (-0.1, math.inf),
     "reuse": (-0.1, math.inf),
+    "reuse_moved": (-0.1, math.inf),
     "paper": (-1.1, 1.1),
     "minicache": (-0.1, 1.1),
     "semantic": (-1.1, 1.1),

@@ -21,7 +21,16 @@ def test_from_tokens_counts_what_lies_behind_an_entry_block():
     assert found.exact_tokens == 9 * BLOCK and found.skipped_tokens == 2 * 7 * BLOCK
     assert (found.runs, found.blocks, found.missed_blocks, found.miss_limit) == (2, 14, None, None)
     assert found.share == 2 * 7 * BLOCK / found.tokens
+    assert found.moved_tokens == 0
     assert from_tokens([[]], BLOCK).share == 0
+
+
+def test_from_tokens_counts_what_stands_elsewhere_apart():
+    found = from_tokens([near(SHARED, 1).tolist(), near(SHARED, 2, header=BLOCK + 2).tolist()], BLOCK)
+    assert found.skipped_tokens == found.exact_tokens == 0
+    assert found.moved_tokens == 6 * BLOCK and found.moved_share == found.moved_tokens / found.tokens  # 7 whole blocks
+    assert from_tokens([near(SHARED, 1).tolist()] * 2, BLOCK).moved_tokens == 0
+    assert from_tokens([near(SHARED, 1).tolist()] * 2, 3).moved_tokens is None
 
 
 @pytest.mark.parametrize("policy", [ANYTHING, FusionPolicy.preset("safe")], ids=["anything", "safe"])

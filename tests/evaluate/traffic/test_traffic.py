@@ -66,8 +66,8 @@ def test_packaged_sample_is_whole_and_licensed() -> None:
 
 def test_registry() -> None:
     assert traffic_names() == (
-        *("near_prefix", "names", "shuffled_examples", "tool_dialogues", "museum"),
-        *("retrieval", "long_documents", "unrelated", "random_tokens"),
+        *("near_prefix", "names", "shuffled_examples", "tool_dialogues", "tools_reordered"),
+        *("edited_document", "museum", "retrieval", "long_documents", "unrelated", "random_tokens"),
     )
     assert [get_traffic(name).name for name in traffic_names()] == list(traffic_names())
     assert get_traffic("near-prefix") is get_traffic("near_prefix")
@@ -215,3 +215,24 @@ def test_four_shot_prompts_have_the_length_that_was_measured(name: str, real_tok
     assert all(550 <= len(request.prompt) <= 1000 for request in requests)
     shared = len(encode(real_tokenizer, shared_text(load_problems())))
     assert 550 <= shared <= 750
+
+
+def test_versions_of_a_document_have_a_paragraph_of_their_own(real_tokenizer: Tokenizer) -> None:
+    made = get_traffic("edited_document").requests(real_tokenizer, 6, seed=1)
+    lines = [request.text.split("\n") for request in made]
+    heads, inserted = {tuple(each[:4]) for each in lines}, [set(each) - set(lines[-1]) for each in lines[:-1]]
+    assert len(heads) == 1 and all(2 <= len(own) <= 6 + 12 for own in inserted)
+    common = set(lines[0]).intersection(*lines[1:])
+    assert len(common) >= 70 and len({len(request.prompt) for request in made}) > 3
+    assert all(700 < len(request.prompt) < 1500 for request in made)
+
+
+def test_the_same_tools_in_another_order(real_tokenizer: Tokenizer) -> None:
+    as_they_are, reordered = (
+        get_traffic(name).requests(real_tokenizer, 8, seed=2) for name in ("tool_dialogues", "tools_reordered")
+    )
+    orders = {tuple(line for line in request.text.split("\n") if line.startswith("{")) for request in reordered}
+    lists = {tuple(line for line in request.text.split("\n") if line.startswith("{")) for request in as_they_are}
+    assert len(orders) > len(lists) and {tuple(sorted(tools)) for tools in orders} <= {
+        tuple(sorted(tools)) for tools in lists
+    }

@@ -45,6 +45,7 @@ def test_a_sound_engine() -> None:
     assert result.exit_code == 0 and told["ok"] and told["statistics"]["blocks_merged"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_worker_that_reads_other_pages_is_found_out(tmp_path: Path) -> None:
     patient = {"folder": str(tmp_path), "model": None, "allow_untested": False}

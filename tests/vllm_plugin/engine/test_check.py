@@ -14,9 +14,10 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from jointkv.errors import BadInput, InvalidPolicy, UnsupportedEngine
-from jointkv.vllm_plugin import CONNECTOR_MODULE, SCHEDULER, WORKERS, engine_args
+from jointkv.vllm_plugin import CONNECTOR, CONNECTOR_MODULE, SCHEDULER, WORKERS, engine_args
 from jointkv.vllm_plugin.connector import PARTS
 from jointkv.vllm_plugin.engine import check as engine_check
+from jointkv.vllm_plugin.engine.others import beside
 from jointkv.vllm_plugin.engine.scheduler import JointScheduler
 from jointkv.vllm_plugin.engine.uses import is_tested, vllm_version
 from jointkv.vllm_plugin.metrics import NO_REUSE
@@ -27,6 +28,13 @@ SIZES = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.fl
 FULL = FullAttentionSpec(**SIZES)
 FOREIGN = "vllm.v1.core.sched.scheduler.Scheduler"
 SLIDING = SlidingWindowSpec(**SIZES, sliding_window=64)
+RECURRENT = MambaSpec(block_size=32, shapes=((1,),), dtypes=(torch.float32,))
+
+
+@pytest.fixture(autouse=True)
+def _interfaces_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look at each takes long, and has tests of its own."""
+    monkeypatch.setattr(engine_check, "check_interfaces", lambda parts: None)
 
 
 def config(**changes: Any) -> Any:
@@ -71,7 +79,8 @@ def check(changed: Any, held: Any = None, **options: Any) -> tuple[int, ...]:
 
 def test_the_usual_engine_is_accepted() -> None:
     assert check(config()) == (0,)
-    assert check(config(), groups(SLIDING, FULL)) == (1,)
+    assert check(config(), groups(SLIDING, FULL)) == check(config(), groups(RECURRENT, FULL)) == (1,)
+    assert check(config(), groups(MLAAttentionSpec(**SIZES))) == (0,)
     assert check(config(speculative_config=SimpleNamespace(method="ngram"))) == (0,)
 
 
@@ -82,7 +91,6 @@ def test_the_usual_engine_is_accepted() -> None:
             {"speculative_config": SimpleNamespace(method="eagle")},
             "speculative decoding by eagle; use",
         ),
-        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
         ({"cache_config__kv_sharing_fast_prefill": True}, "sharing of KV between layers"),
@@ -101,8 +109,7 @@ def test_setups_that_are_refused(changes: dict[str, Any], cause: str) -> None:
         (groups(FULL), {"layer_groups": 2}, "layer_groups=2, but the engine keeps 1"),
         (groups(FULL, FULL), {}, "layer_groups=1, but the engine keeps 2"),
         (groups(SLIDING), {}, "no layer of this model has full attention"),
-        (groups(MLAAttentionSpec(**SIZES)), {}, "latent attention"),
-        (groups(FULL, MambaSpec(block_size=32, shapes=((1,),), dtypes=(torch.float32,))), {}, "Mamba"),
+        (groups(RECURRENT), {}, "no layer of this model has full attention"),
         (groups(object()), {}, "kind object"),
         (groups(FULL), {"scope": "chunk", "chunk_tokens": 100}, "chunk_tokens=100 is not a multiple"),
     ],
@@ -165,7 +172,8 @@ def test_signatures_that_take_too_much_memory() -> None:
         ({"scheduler_config__scheduler_cls": None}, groups(FULL), "the scheduler is vLLM's own.*reuse=off"),
         ({"scheduler_config__scheduler_cls": FOREIGN}, groups(FULL), f"the scheduler is {FOREIGN}.*reuse=off"),
         ({"cache_config__enable_prefix_caching": False}, groups(FULL), "no-enable-prefix-caching, or set reuse=off"),
-        ({}, groups(SLIDING, FULL), "one KV-cache group, and this model has 2; set reuse=off"),
+        ({}, groups(SLIDING, FULL), "given back behind the window; set reuse=off"),
+        ({}, groups(RECURRENT, FULL), "that of all text before; set reuse=off"),
     ],
 )
 def test_reuse_in_engines_that_it_was_not_written_for(changes: dict[str, Any], held: Any, cause: str) -> None:
@@ -178,6 +186,13 @@ def test_reuse_in_engines_that_it_was_not_written_for(changes: dict[str, Any], h
     obstacle = engine_check.reuse_obstacle(config(**changes), held)
     assert obstacle is not None and obstacle.reason in NO_REUSE
     assert engine_check.reuse_obstacle(config(), groups(FULL)) is None
+
+
+def test_pipeline_stages_share_one_table() -> None:
+    stages = config(parallel_config__pipeline_parallel_size=2)
+    assert check(stages) == (0,)
+    with pytest.raises(UnsupportedEngine, match=r"several pipeline stages.*layer_groups=1"):
+        check(stages, groups(FULL, FULL), layer_groups=2)
 
 
 def test_a_foreign_class_on_top_of_ours_is_welcome() -> None:
@@ -229,14 +244,29 @@ def test_a_real_engine_with_the_worker_but_no_connector(calm: Path) -> None:
 
 def test_a_real_engine_with_two_connectors(calm: Path) -> None:
     both = engine_args()
-    child = both["kv_transfer_config"]
+    child, other = both["kv_transfer_config"], {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     both["kv_transfer_config"] = {
         "kv_connector": "MultiConnector",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"connectors": [child]},
+        "kv_connector_extra_config": {"connectors": [child, other]},
     }
-    with pytest.raises(UnsupportedEngine, match=r"only connector|no other connector"), engine(calm, **both):
+    with (
+        pytest.raises(UnsupportedEngine, match=r"no other connector beside it: ExampleConnector, which stores"),
+        engine(calm, **both, disable_hybrid_kv_cache_manager=True),
+    ):
         pass
+
+
+def test_connectors_are_named_however_deep_they_stand() -> None:
+    def several(*children: dict[str, Any]) -> dict[str, Any]:
+        return {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": children}}
+
+    ours, offloading, mine = ({"kv_connector": name} for name in (CONNECTOR, "OffloadingConnector", "Mine"))
+    nested = several(ours, several(offloading, mine))
+    found = list(beside(nested["kv_connector"], nested["kv_connector_extra_config"], CONNECTOR))
+    assert [each.partition(",")[0] for each in found] == ["OffloadingConnector", "Mine"]
+    assert "remembers the pages" in found[0] and "never read" in found[1]
+    assert not list(beside(CONNECTOR, {}, CONNECTOR)) and not list(beside(None, {}, CONNECTOR))
 
 
 def test_an_unknown_option_at_the_start_of_an_engine(calm: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -160,19 +161,25 @@ class Comparer:
 class Mail:
     """The way of verdicts from the worker to the scheduler, with the accidents a test asks for.
 
+    Args:
+        ranks: workers that answer; all give the same answer.
+
     Attributes:
         accident: what happens to the next verdict: `"lost"`, `"late"` (it comes in the place of a later one), `"twice"`
             or `"fault"`; None delivers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int = 1) -> None:
         self.accident: str | None = None
+        self._ranks = ranks
         self._held: list[Verdict] = []
 
     def carry(self, verdict: Verdict | None) -> Verdict | None:
         """What arrives with the output of this step."""
         if verdict is None:
             return self._held.pop() if self._held else None
+        for _ in range(1, self._ranks):
+            verdict = verdict.aggregate(replace(verdict, ranks=1))
         accident, self.accident = self.accident, None
         if accident == "fault":
             return Verdict.given_up(verdict.step, "on purpose")

@@ -45,6 +45,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "two groups, chunks, strict": ({"layer_groups": 2, "scope": "both", "isolation": "strict", **IN_CHUNKS}, {}),
     "asynchronous": ({"scope": "both", **IN_CHUNKS}, {"async_scheduling": True}),
     "asynchronous, two groups": ({"layer_groups": 2, "max_candidates": 1}, {"async_scheduling": True, "apart": True}),
+    "three stages": ({"scope": "both", **IN_CHUNKS}, {"pipeline_parallel_size": 3}),
     "second runner": ({"scope": "both", **IN_CHUNKS}, {"second_runner": True}),
     "second runner, asynchronous, two groups": (
         {"layer_groups": 2},
@@ -65,6 +66,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"reuse": "probed", "reuse_audit_rate": 0.1, "scope": "both", **IN_CHUNKS},
         {"async_scheduling": True},
     ),
+    "reuse, two stages": ({"reuse": "probed", "reuse_audit_rate": 0.1}, {"pipeline_parallel_size": 2}),
     "reuse, second runner": ({"reuse": "probed", "reuse_audit_rate": 0.1}, {"second_runner": True}),
     "reuse, second runner, asynchronous": (
         {"reuse": "probed", "reuse_audit_rate": 0.1, "scope": "both", **IN_CHUNKS},
@@ -96,6 +98,7 @@ def configuration(model: Path, fusion: dict[str, Any], options: dict[str, Any]) 
         max_num_seqs=8,
         max_num_batched_tokens=24,
         scheduling_policy=options.get("scheduling_policy", "fcfs"),
+        pipeline_parallel_size=options.get("pipeline_parallel_size", 1),
         kv_transfer_config=KVTransferConfig(**attached["kv_transfer_config"]),
         worker_cls=attached["worker_cls"],
         scheduler_cls=attached.get("scheduler_cls"),
@@ -119,7 +122,7 @@ class SchedulerMachine:
     def __init__(self, config: Any, totals: Counter[str]) -> None:
         self.config, self.totals = config, totals
         self.history: list[str] = []
-        self.mail = Mail()
+        self.mail = Mail(config.parallel_config.world_size)
         reuses = config.scheduler_config.scheduler_cls is not None
         self.oracle = (ReuseOracle if reuses else Oracle)(Model(), totals)
         runners: list[Runner] = []

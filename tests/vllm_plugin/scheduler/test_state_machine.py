@@ -105,6 +105,7 @@ def marked(variant: str) -> Any:
         "candidates": "blocks of other text",
     }
     found = [what for option, what in whats.items() if option in fusion] or ["fusion"]
+    found += ["pipeline stages"] * ("pipeline_parallel_size" in options)
     return pytest.param(variant, marks=[mark for what in found for mark in runs(what, place)])
 
 

@@ -8,7 +8,7 @@ from jointkv.evaluate.methods.kvzip import KVzip
 from jointkv.evaluate.methods.minicache import MiniCache
 from jointkv.evaluate.methods.pressed import PRESSES
 from jointkv.evaluate.methods.quantized import Quantized
-from jointkv.evaluate.methods.reuse import Reuse
+from jointkv.evaluate.methods.reuse import Reuse, ReuseMoved
 from jointkv.evaluate.methods.semantic import Semantic
 from jointkv.evaluate.methods.unfused import Unfused
 from jointkv.evaluate.named import find
@@ -19,6 +19,7 @@ _METHODS: tuple[Method, ...] = (
     Fused(),
     Paper(),
     Reuse(),
+    ReuseMoved(),
     FusedQuantized(),
     QuantizedPages(),
     Quantized(),

@@ -27,6 +27,7 @@ class Reuse(Method):
     allowed = "a finite number from 0"
     shares_across_requests = True
     frees_engine_memory = True
+    moved = False
 
     def allows(self, level: float) -> bool:
         return 0 <= level < math.inf
@@ -36,7 +37,16 @@ class Reuse(Method):
         from jointkv.hf.reuse import ReuseOptions
 
         policy = FusionPolicy.preset("safe", max_relative_error=level, max_token_error=TOKEN_SLACK * level)
-        options = ReuseOptions("probed", seed=SEED)
+        options = ReuseOptions("probed", seed=SEED, moved=self.moved)
         held = ReusedBatch(batch.model, batch.requests, policy, options, batch.block_size)
         held.work = work_of(batch, held)
         return held
+
+
+class ReuseMoved(Reuse):
+    """Text that is resident at another position as well: its pages are copied, their keys turned."""
+
+    name = "reuse_moved"
+    description = "the same, and also from pages at other positions, their keys turned"
+    frees_engine_memory = False
+    moved = True

@@ -13,6 +13,7 @@ from jointkv.core.blocks import PagedKV, served_errors
 from jointkv.core.evidence import Known
 from jointkv.core.reuse import COMPUTED, Integers
 from jointkv.evaluate.holding.prefilled import Prefilled
+from jointkv.fusion.content_index import ContentIndex
 from jointkv.hf.residents import Matches, Residents
 from jointkv.policy import FusionPolicy
 from jointkv.policy.reuse import Computed, ReuseRule, decide
@@ -31,6 +32,7 @@ class Reusable:
         exact_tokens: in blocks before which everything is equal too, as a prefix cache finds them.
         skipped_tokens: in blocks that would be read although something before them differs; entry blocks and stretches
             of few blocks are computed.
+        moved_tokens: in further blocks whose text is resident at another position; unknown (None) by audits.
         runs: stretches of such blocks.
         blocks, missed_blocks: such blocks, and those of them that are beyond the bounds; nothing is known of these from
             tokens alone.
@@ -47,6 +49,12 @@ class Reusable:
     missed_blocks: int | None = None
     miss_limit: float | None = None
     granted: bool | None = None
+    moved_tokens: int | None = None
+
+    @property
+    def moved_share(self) -> float:
+        """Of the tokens, those that could be read besides, because they are resident at another position."""
+        return (self.moved_tokens or 0) / self.tokens if self.tokens else 0.0
 
     @property
     def share(self) -> float:
@@ -56,13 +64,20 @@ class Reusable:
 
 def from_tokens(rows: Sequence[Sequence[int]], block_size: int, rule: ReuseRule | None = None) -> Reusable:
     """What could be skipped of requests (token ids) if every block were near enough: the most that reuse can do."""
-    walk = _Walk(block_size, replace(rule or ReuseRule(), echoes=False))
-    page = 0
-    for row in rows:
-        blocks = len(row) // block_size
-        walk.request(row, np.arange(page, page + blocks), lambda slots, pages: np.zeros(len(slots)), evidence=False)
+    rule = rule or ReuseRule()
+    walk, page, moved = _Walk(block_size, replace(rule, echoes=False)), 0, 0
+    content = ContentIndex(block_size) if block_size % 2 == 0 else None
+    for number, row in enumerate(rows):
+        blocks, tokens = len(row) // block_size, np.array(row, np.int64)
+        own = np.arange(page, page + blocks)
+        read = walk.request(row, own, lambda slots, pages: np.zeros(len(slots)), evidence=False)
+        if content is not None:
+            for run in content.find("", tokens[:-1], (rule.least + 1) * block_size):
+                # The first block of a run is computed and compared.
+                moved += len(set(run.fills(block_size).slots[1:].tolist()) - read) * block_size if run.shift else 0
+            content.add("", tokens, np.arange(blocks), own, number)
         page += blocks
-    return walk.result()
+    return replace(walk.result(), moved_tokens=moved if content is not None else None)
 
 
 def by_audits(
@@ -119,8 +134,8 @@ class _Walk:
         own: Integers,
         ratios: Ratios,
         evidence: bool = True,
-    ) -> None:
-        """One more, whose blocks are in the pages `own`."""
+    ) -> set[int]:
+        """One more, whose blocks are in the pages `own`; slots that need not be computed."""
         tokens = np.array(row, np.int64)
         matches = self._residents.find("", tokens[:-1])
         slots = max(0, len(tokens) - 1) // self._size
@@ -137,6 +152,7 @@ class _Walk:
         self._exact += len(matches.exact) * self._size
         self._skipped += len(reused) * self._size
         self._runs, self._missed = self._runs + len(plan.reused), self._missed + missed
+        return {*range(len(matches.exact)), *reused.tolist()}
 
     def result(self) -> Reusable:
         """What was found."""

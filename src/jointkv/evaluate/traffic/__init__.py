@@ -2,6 +2,7 @@
 
 from jointkv.evaluate.named import find
 from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic
+from jointkv.evaluate.traffic.edited_document import EditedDocument
 from jointkv.evaluate.traffic.from_dataset import PREFIX, DatasetTraffic
 from jointkv.evaluate.traffic.long_documents import LongDocuments
 from jointkv.evaluate.traffic.museum import Museum
@@ -11,6 +12,7 @@ from jointkv.evaluate.traffic.random_tokens import RandomTokens
 from jointkv.evaluate.traffic.retrieval import Retrieval
 from jointkv.evaluate.traffic.shuffled_examples import ShuffledExamples
 from jointkv.evaluate.traffic.tool_dialogues import ToolDialogues
+from jointkv.evaluate.traffic.tools_reordered import ToolsReordered
 from jointkv.evaluate.traffic.unrelated import Unrelated
 
 __all__ = ["DatasetTraffic", "LongDocuments", "Request", "Tokenizer", "Traffic", "get_traffic", "traffic_names"]
@@ -20,6 +22,8 @@ _TRAFFICS: tuple[Traffic, ...] = (
     Names(),
     ShuffledExamples(),
     ToolDialogues(),
+    ToolsReordered(),
+    EditedDocument(),
     Museum(),
     Retrieval(),
     LongDocuments(),

@@ -4,7 +4,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -83,6 +83,10 @@ class ToolDialogues(Traffic):
     name = "tool_dialogues"
     description = "system text of own session line and one of four tool lists, then the turns of an own dialogue"
 
+    def instructions(self, dialogue: Dialogue, rng: random.Random) -> str:
+        """Those that a request has."""
+        return dialogue.instructions
+
     def draw(self, tokenizer: Tokenizer, count: int, continuation_tokens: int, rng: random.Random) -> Iterator[Request]:
         """Each dialogue is used once, cut as late as it can be.
 
@@ -92,6 +96,7 @@ class ToolDialogues(Traffic):
         for dialogue in _by_turns(rng, load_dialogues()):
             session = rng.randrange(10**8)
             header = f"System: {session_line(session, rng)} User {rng.randrange(10**5):05d}."
+            dialogue = replace(dialogue, instructions=self.instructions(dialogue, rng))
             request = _request(tokenizer, header, dialogue, continuation_tokens)
             if request is not None:
                 yield request

@@ -65,7 +65,7 @@ def check_engine(
         ModelMismatch, BadInput: the profile belongs to another model, or to blocks of another size.
     """
     check_interfaces(parts)
-    _check_setup(config)
+    _check_setup(config, settings)
     worker = config.parallel_config.worker_cls
     if not issubclass(resolve_obj_by_qualname(worker), parts["worker"]):
         raise UnsupportedEngine(
@@ -82,9 +82,7 @@ def check_engine(
         number for number, group in enumerate(kv_cache_config.kv_cache_groups) if _can_fuse(group.kv_cache_spec)
     )
     if not groups:
-        raise UnsupportedEngine(
-            "no layer of this model has full attention with plain K and V; serve it without jointkv"
-        )
+        raise UnsupportedEngine("no layer of this model has full attention; serve it without jointkv")
     block_size, *others = (kv_cache_config.kv_cache_groups[number].kv_cache_spec.block_size for number in groups)
     if any(other != block_size for other in others):
         raise UnsupportedEngine(f"full-attention layers with block sizes {block_size} and {others} were never run")
@@ -99,7 +97,10 @@ def check_engine(
         )
     profile = settings.load_profile()
     if profile is not None:
-        profile.check(_model_identity(config.model_config, _layers(kv_cache_config, groups)), block_size)
+        layers = _layers(kv_cache_config, groups)
+        if config.parallel_config.pipeline_parallel_size > 1 and layers < profile.model.layers:
+            layers = profile.model.layers  # a stage knows of its own alone, but its checkpoint is that of all
+        profile.check(_model_identity(config.model_config, layers), block_size)
     if settings.finds_other_text:
         _check_signatures(settings, kv_cache_config.num_blocks)
     return _taking_part(settings, kv_cache_config, groups)
@@ -145,7 +146,7 @@ def _model_identity(config: Any, layers: int) -> ModelIdentity:
     )
 
 
-def _check_setup(config: Any) -> None:
+def _check_setup(config: Any, settings: PluginSettings) -> None:
     parallel = config.parallel_config
     speculative = config.speculative_config
     method = None if speculative is None else speculative.method
@@ -154,7 +155,10 @@ def _check_setup(config: Any) -> None:
             method not in SPECULATORS,
             "use the method ngram, which keeps no K and V of its own, or drop --speculative-config",
         ),
-        "pipeline parallelism": (parallel.pipeline_parallel_size > 1, "use --tensor-parallel-size instead"),
+        "layer groups in several pipeline stages, each of which would split its own layers": (
+            parallel.pipeline_parallel_size > 1 and settings.layer_groups > 1,
+            "set layer_groups=1, or use --tensor-parallel-size instead",
+        ),
         "context parallelism": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "set the context parallel sizes to 1",
@@ -184,10 +188,15 @@ def reuse_obstacle(config: Any, kv_cache_config: KVCacheConfig) -> ReuseObstacle
         return ReuseObstacle(
             "prefix_caching", "reuse finds pages by vLLM's prefix cache", "drop --no-enable-prefix-caching, or "
         )
-    count = len(kv_cache_config.kv_cache_groups)
-    if count > 1:
-        return ReuseObstacle("kv_cache_groups", f"reuse works with one KV-cache group, and this model has {count}")
-    return None
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    if len(specs) == 1:
+        return None
+    why = f"reuse works with one KV-cache group, and this model has {len(specs)}"
+    if any(isinstance(spec, MambaSpec) for spec in specs):
+        why = "reuse leaves text out, and the state of recurrent layers is that of all text before"
+    elif any(isinstance(spec, SlidingWindowSpec | RSWASpec) for spec in specs):
+        why = "reuse needs the pages of a whole text, and those of sliding windows are given back behind the window"
+    return ReuseObstacle("kv_cache_groups", why)
 
 
 def _check_tested(config: Any) -> None:
@@ -205,13 +214,9 @@ def _check_tested(config: Any) -> None:
 
 
 def _can_fuse(spec: KVCacheSpec) -> bool:
-    """Full attention is fused; sliding windows, which recycle their blocks, are left alone; others are refused."""
-    if isinstance(spec, MLAAttentionSpec):
-        raise UnsupportedEngine("multi-head latent attention keeps no K and V per head; serve without jointkv")
-    if isinstance(spec, MambaSpec):
-        raise UnsupportedEngine("Mamba and other recurrent layers were never run with jointkv; serve without it")
-    if type(spec) in (FullAttentionSpec, LayerGroupSpec):
+    """Full attention is fused; windows and recurrent states, which come and go, are left alone; others are refused."""
+    if type(spec) in (FullAttentionSpec, LayerGroupSpec, MLAAttentionSpec):
         return True
-    if isinstance(spec, SlidingWindowSpec | RSWASpec):
+    if isinstance(spec, SlidingWindowSpec | RSWASpec | MambaSpec):
         return False
     raise UnsupportedEngine(f"KV-cache layers of kind {type(spec).__name__} were never run with jointkv")

@@ -1,4 +1,8 @@
-"""Reads an engine's KV pages without guessing: how tokens lie in a page is found by writing marked tokens."""
+"""Reads an engine's KV pages without guessing: how tokens lie in a page is found by writing marked tokens.
+
+Multi-head latent attention keeps one latent vector of a token for all heads, and a rotary part of K beside it. They
+take the places of V and K: what is bounded is the error of what is stored.
+"""
 
 from __future__ import annotations
 
@@ -73,14 +77,10 @@ def _probe(layer: Any, pages: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     slots = PROBED_PAGE * block_size + tokens
     token_of = torch.zeros(pages.shape[1], dtype=torch.long)
     is_value = torch.zeros(pages.shape[1], dtype=torch.bool)
-    heads, sizes = layer.num_kv_heads, (layer.head_size, getattr(layer, "head_size_v", layer.head_size))
     for bit in range(max(1, (block_size - 1).bit_length())):
         # 2 or 1, exact in every dtype; keys positive, values negative.
-        mark = (1 + (tokens >> bit & 1)).to(layer.dtype)[:, None, None]
-        key, value = (
-            sign * mark.expand(-1, heads, size).contiguous() for sign, size in zip((1, -1), sizes, strict=True)
-        )
-        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
+        mark = (1 + (tokens >> bit & 1)).to(getattr(layer, "dtype", numbers.dtype))
+        _write(layer, mark, slots)
         read = numbers[PROBED_PAGE].to("cpu", torch.float32, copy=True)
         pages[PROBED_PAGE].zero_()
         if not read.isfinite().all() or (read == 0).any():
@@ -89,3 +89,22 @@ def _probe(layer: Any, pages: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         for side in (is_value, ~is_value):  # K and V may have scales of their own
             token_of[side] |= (read[side].abs() > 1.4 * read[side].abs().min()).long() << bit
     return token_of, is_value
+
+
+def _write(layer: Any, mark: Tensor, slots: Tensor) -> None:
+    """Have the layer's backend write K full of `mark [tokens]`, and V full of its opposite, to `slots [tokens]`."""
+    backend = getattr(layer, "impl", None)
+    if backend is None:
+        raise LayoutError(f"a layer of kind {type(layer).__name__} does not say how it writes pages")
+    if hasattr(layer, "kv_lora_rank"):  # latent attention
+        sizes = layer.kv_lora_rank, layer.qk_rope_head_dim
+        latent, rotary = (mark[:, None].expand(-1, size).contiguous() for size in sizes)
+        scale = torch.ones((), device=slots.device)
+        backend.do_kv_cache_update(-latent, rotary[:, None], layer.kv_cache, slots, layer.kv_cache_dtype, scale)
+        return
+    heads, size = layer.num_kv_heads, layer.head_size
+    key, value = (
+        (sign * mark)[:, None, None].expand(-1, heads, size).contiguous()
+        for sign, size in ((1, size), (-1, getattr(layer, "head_size_v", size)))
+    )
+    backend.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)

@@ -8,9 +8,10 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from jointkv.errors import UnsupportedEngine
-from jointkv.vllm_plugin import CONNECTOR_MODULE
+from jointkv.vllm_plugin import CONNECTOR, CONNECTOR_MODULE
 from jointkv.vllm_plugin.engine.groups import split_layers
 from jointkv.vllm_plugin.engine.opt_out import without_check
+from jointkv.vllm_plugin.engine.others import beside
 from jointkv.vllm_plugin.settings import PluginSettings
 
 
@@ -61,11 +62,18 @@ class RemappingWorker:
         result = super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
         if self.settings() is None or not has_kv_transfer_group():
             raise UnsupportedEngine(
-                "the jointkv worker runs without the jointkv connector; start with `jointkv serve`, or give "
-                "--kv-transfer-config as the README says, with no other connector"
+                "the jointkv worker runs without the jointkv connector, or with others; start with `jointkv serve`, or "
+                f"give --kv-transfer-config as the README says, with no other connector{self._other_connectors()}"
             )
         get_kv_transfer_group().attach(self.model_runner)
         return result
+
+    def _other_connectors(self) -> str:
+        transfer = self.vllm_config.kv_transfer_config
+        if transfer is None:
+            return ""
+        others = "; ".join(beside(transfer.kv_connector, transfer.kv_connector_extra_config, CONNECTOR))
+        return others and f" beside it: {others}"
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Replace table entries, then run the step. vLLM warms up by steps of its own, with the connector put away."""

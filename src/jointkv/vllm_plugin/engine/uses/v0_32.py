@@ -89,6 +89,10 @@ LAYERS = (
         "vllm.model_executor.layers.attention.attention:Attention",
         "kv_cache kv_cache_dtype num_kv_heads head_size dtype impl",
     ),
+    Use(
+        "vllm.model_executor.layers.attention.mla_attention:MLAAttention",
+        "kv_cache kv_cache_dtype kv_lora_rank qk_rope_head_dim impl",
+    ),
     Use("vllm.config.compilation:CompilationConfig", "static_forward_context"),
     Use("vllm.distributed.kv_transfer", "get_kv_transfer_group() has_kv_transfer_group()"),
 )

@@ -1,4 +1,4 @@
-"""Two ranks: a merge happens only where both are within the bound, and so does reuse, in a process of its own."""
+"""Two ranks, of heads or of layers: merged and reused is only what is within the bound on both."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from tests.hazards import FIRST
 
-SCRIPT = """
+PROBED = {"reuse": "probed", "reuse_audit_rate": 1e-9}
+STAGES = [pytest.mark.slow, pytest.mark.runs("pipeline stages", *FIRST)]
+SCRIPT = '''
 import json, os, sys
 os.sched_setaffinity(0, range(os.cpu_count()))
 from vllm import LLM, SamplingParams
@@ -22,6 +25,14 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from tests.vllm_plugin.engines import BOLD, WATCHED, near_prefix
 from jointkv.vllm_plugin import engine_args
 from jointkv.vllm_plugin.scheduler import side
+from jointkv.vllm_plugin.worker.cpu import JointCPUWorker
+
+class ProfilingWorker(JointCPUWorker):
+    """vLLM's runner makes what stages send each other while it profiles, which its CPU worker does to compile alone."""
+
+    def load_model(self, *args, **kwargs):
+        super().load_model(*args, **kwargs)
+        self.model_runner.profile_run()
 
 def attention(worker):
     readings = get_kv_transfer_group().worker.readings
@@ -29,10 +40,13 @@ def attention(worker):
 
 def main():
     side.ReuseRule = BOLD
+    parallel, options = map(json.loads, sys.argv[2:])
+    arguments = engine_args(**WATCHED, **options)
+    if "pipeline_parallel_size" in parallel:
+        arguments["worker_cls"] = "two_ranks.ProfilingWorker"
     llm = LLM(
         sys.argv[1], dtype="float32", enforce_eager=True, num_gpu_blocks_override=200, max_model_len=1024,
-        block_size=32, skip_tokenizer_init=True, tensor_parallel_size=2,
-        **engine_args(**WATCHED, **json.loads(sys.argv[2])),
+        block_size=32, skip_tokenizer_init=True, **parallel, **arguments,
     )
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": prompt} for prompt in near_prefix(4, shared=320)]
@@ -48,20 +62,22 @@ def main():
 
 if __name__ == "__main__":
     main()
-"""
+'''
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks want two cores")
 @pytest.mark.parametrize(
-    "options",
+    ("parallel", "options"),
     [
-        pytest.param({}, id="as they stand"),
-        pytest.param({"own_norms": True}, id="own norms", marks=pytest.mark.slow),
-        pytest.param({"candidates": "signature"}, id="signatures", marks=pytest.mark.slow),
-        pytest.param({"reuse": "probed", "reuse_audit_rate": 1e-9}, id="reuse", marks=pytest.mark.slow),
+        pytest.param("tensor", {}, id="as they stand"),
+        pytest.param("tensor", {"own_norms": True}, id="own norms", marks=pytest.mark.slow),
+        pytest.param("tensor", {"candidates": "signature"}, id="signatures", marks=pytest.mark.slow),
+        pytest.param("tensor", PROBED, id="reuse", marks=pytest.mark.slow),
+        pytest.param("pipeline", {}, id="stages", marks=STAGES),
+        pytest.param("pipeline", PROBED, id="stages, reuse", marks=STAGES),
     ],
 )
-def test_two_ranks_merge(calm: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_two_ranks_merge(calm: Path, tmp_path: Path, parallel: str, options: dict[str, Any]) -> None:
     script = tmp_path / "two_ranks.py"
     script.write_text(SCRIPT)
     environment = {
@@ -70,7 +86,13 @@ def test_two_ranks_merge(calm: Path, tmp_path: Path, options: dict[str, Any]) ->
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(script), str(calm), json.dumps(options)]
+    command = [
+        sys.executable,
+        str(script),
+        str(calm),
+        json.dumps({f"{parallel}_parallel_size": 2}),
+        json.dumps(options),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")] or [done.stderr[-3000:]]
     found = json.loads(line.removeprefix("FOUND "))

@@ -1,0 +1,74 @@
+"""Keys at another position: rotary embeddings turn each pair of numbers by an angle that grows with the position.
+
+Keys that were turned for position p and are turned by the angles of d again are keys of position p + d, whatever factor
+the model scales them with (RoFormer, arXiv 2104.09864; linear, YaRN and Llama 3 scaling have other angles, no more).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jointkv.core.blocks import PagedKV
+from jointkv.core.moved import Fills
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """How one layer turns its keys.
+
+    Attributes:
+        frequencies: angle per token of each pair, float64 `[pairs]`; none where the layer turns nothing.
+        interleaved: whether neighbours are a pair (GPT-J), rather than one number of each half (GPT-NeoX).
+    """
+
+    frequencies: Tensor
+    interleaved: bool
+
+    def turn(self, keys: Tensor, shift: Tensor) -> Tensor:
+        """`keys [n, ..., d]`, each turned on by `shift [n]` tokens; computed in float32, in the dtype of the keys.
+
+        Numbers behind the pairs are not turned (partial rotary embeddings).
+        """
+        pairs = len(self.frequencies)
+        if not pairs:
+            return keys
+        angle = shift.to(torch.float64)[:, None] * self.frequencies
+        angle = angle.view(len(shift), *(1,) * (keys.dim() - 2), pairs)
+        cos, sin = angle.cos().float().to(keys.device), angle.sin().float().to(keys.device)
+        numbers = keys.float()
+        turned = torch.empty_like(numbers)
+        turned[..., 2 * pairs :] = numbers[..., 2 * pairs :]
+        (one, two), (to_one, to_two) = self._pairs(numbers), self._pairs(turned)
+        torch.mul(one, cos, out=to_one).addcmul_(two, sin, value=-1)
+        torch.mul(two, cos, out=to_two).addcmul_(one, sin)
+        return turned.to(keys.dtype)
+
+    def _pairs(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the first and of the second numbers of all pairs."""
+        pairs = len(self.frequencies)
+        if self.interleaved:
+            return numbers[..., 0 : 2 * pairs : 2], numbers[..., 1 : 2 * pairs : 2]
+        return numbers[..., :pairs], numbers[..., pairs : 2 * pairs]
+
+
+def moved_blocks(kv: PagedKV, fills: Fills, rotary: Sequence[Rotary]) -> PagedKV:
+    """The blocks that `fills [n]` describe, as pages 0 to n - 1: K turned to their new position, V as it is.
+
+    Args:
+        rotary: of each layer of `kv`.
+    """
+    size, token = kv.block_size, torch.from_numpy(fills.offset)[:, None] + torch.arange(kv.block_size)
+    first, second = torch.from_numpy(fills.first), torch.from_numpy(fills.second)
+    page = torch.where(token < size, first[:, None], second[:, None])
+    place = (page * size + token % size).flatten().to(kv.device)
+    shift = torch.from_numpy(fills.shift)
+
+    def read(side: Tensor) -> Tensor:
+        return side.view(-1, *side.shape[2:]).index_select(0, place).view(len(fills), *side.shape[1:])
+
+    keys = [layer.turn(read(side), shift) for side, layer in zip(kv.keys, rotary, strict=True)]
+    return PagedKV(keys, [read(side) for side in kv.values])
