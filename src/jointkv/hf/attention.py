@@ -100,7 +100,6 @@ def register_attention() -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
-@torch.compiler.disable
 def paged_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -111,7 +110,7 @@ def paged_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend to the pages that ride on `key`; without any, do what `sdpa` does.
+    """Attend to the pages that ride on `key`; without any, as in a compiled model, do what `sdpa` does.
 
     Args:
         query: `[rows, query heads, n, d]`.
@@ -120,12 +119,12 @@ def paged_attention_forward(
     Raises:
         UnsupportedModel: the model asks for logits soft-capping, a position bias or sinks, which this cannot do.
     """
-    pages: PagedLayer | None = getattr(key, "jointkv_pages", None)
-    arrived = getattr(key, "jointkv_arrived", None)
-    if pages is not None or arrived is not None:
+    compiling = torch.compiler.is_compiling()
+    pages: PagedLayer | None = None if compiling else getattr(key, "jointkv_pages", None)
+    arrived = None if compiling else getattr(key, "jointkv_arrived", None)
+    if compiling or pages is not None or arrived is not None:
         _refuse_unsupported(kwargs)
-    together = arrived is getattr(value, "jointkv_arrived", None)
-    if arrived is not None and together:
+    if arrived is not None and arrived is getattr(value, "jointkv_arrived", None):
         arrived()
     if pages is None:
         return sdpa_attention_forward(
