@@ -70,28 +70,29 @@ class AttentionSwitch:
 
     Args:
         config: of the decoder; `on` and `off` change its attention and restore it.
+
+    Attributes:
+        reads_pages: whether attention reads pages in the forward pass that goes on.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         register_attention()
         self._config = config
         self._switched = False
-
-    @property
-    def reads_pages(self) -> bool:
-        """Whether attention reads pages at this moment."""
-        return bool(self._config._attn_implementation == ATTENTION_NAME)
+        self.reads_pages = False
 
     def on(self) -> None:
         """Before a forward pass."""
-        if self._config._attn_implementation == "sdpa":
+        attention = self._config._attn_implementation
+        if attention == "sdpa":
             self._config._attn_implementation, self._switched = ATTENTION_NAME, True
+        self.reads_pages = attention in ("sdpa", ATTENTION_NAME)
 
     def off(self) -> None:
         """After it; what somebody else has set meanwhile stays."""
-        if self._switched and self.reads_pages:
+        if self._switched and self._config._attn_implementation == ATTENTION_NAME:
             self._config._attn_implementation = "sdpa"
-        self._switched = False
+        self._switched = self.reads_pages = False
 
 
 def register_attention() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,21 @@ from jointkv.core.table import BlockTable
 from jointkv.errors import PoolFull
 from jointkv.hf import saving
 from jointkv.hf.pool import JointPool
+
+
+@dataclass
+class Room:
+    """Pages that the rows of a batch have to themselves, one for each row and layer group, and go on in.
+
+    Attributes:
+        pages: `[groups * rows]`.
+        versions: of the tables, when the pages were found there.
+        left: tokens that each of them has room for.
+    """
+
+    pages: Tensor
+    versions: list[int]
+    left: int
 
 
 class Batch:
@@ -45,6 +61,7 @@ class Batch:
         self.fusable = torch.ones(rows, dtype=torch.bool)
         self.differentiable_from: int | None = None
         self.tokens: Tensor | None = None
+        self._room: Room | None = None
         self.tables: list[BlockTable] = []
         if tenants is not None:
             assert pool.blocks is not None
@@ -63,11 +80,14 @@ class Batch:
         Raises:
             PoolFull: nothing was changed.
         """
+        seen = None if mask is None or mask.shape[1] < new else mask[:, -new:].cpu().bool()
+        if seen is not None and seen.all():  # as in most steps of decoding
+            mask = seen = None
         padding = self._extended_padding(new, mask)
-        self._make_room(new, padding)
+        if not self._has_room(new):
+            self._make_room(new, padding)
         self.padding = padding
-        if mask is not None and mask.shape[1] >= new:
-            seen = mask[:, -new:].cpu().bool()
+        if seen is not None:
             begun = torch.arange(self.length, self.length + new) >= padding[:, None]
             self.fusable = self.fusable & (seen | ~begun).all(1)
         if self.pool.reads_text:
@@ -84,6 +104,16 @@ class Batch:
             return self.padding
         leading = (mask[:, self.length :].cpu().long().cumsum(1) == 0).sum(1)
         return self.padding + leading * (self.padding == self.length)
+
+    def _has_room(self, new: int) -> bool:
+        """Whether `new` more tokens of each row fit in the pages that the last ones were written to."""
+        room = self._room
+        if room is None or room.left < new or room.versions != [table.version for table in self.tables]:
+            return False
+        if (self.tables[0].pool.references[room.pages] > 1).any():  # a copy of the batch reads them as well
+            return False
+        room.left -= new
+        return True
 
     def _make_room(self, new: int, padding: Tensor) -> None:
         """Pages for `new` more tokens, and one of its own for the block that a row goes on in."""
@@ -102,6 +132,12 @@ class Batch:
                 pages = table.make_writable(partial, slot)
                 self.pool.forget(pages)
             table.extend(needed)
+        left = needed * size - (self.length + new - padding)
+        self._room = None
+        if needed.all():  # every row has begun
+            last = (torch.arange(len(self)), needed - 1)
+            pages = torch.cat([table.pages[last] for table in self.tables])
+            self._room = Room(pages, [table.version for table in self.tables], int(left.min()))
 
     def adopt(self, pages: Tensor, tokens: Tensor, exact: bool) -> None:
         """Let the only row, which ends with a full block, go on with what resident `pages [n]` hold.
@@ -136,7 +172,7 @@ class Batch:
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
         size = self.pool.block_size
-        self.length = length
+        self.length, self._room = length, None  # blocks that were full may be in an index
         self.padding = self.padding.clamp(max=length)
         left = length - self.padding
         for table in self.tables:

@@ -26,6 +26,7 @@ class PagedCache(Cache):
     """The layers of a `JointCache`, which see; each forward pass writes to pages, and fuses what it has filled.
 
     Attributes:
+        paged_layers, other_layers: those whose K and V lie in pages, and those that keep transformers' own cache.
         waits: whether blocks are fused when `fuse` is called only.
     """
 
@@ -44,21 +45,14 @@ class PagedCache(Cache):
         stock = DynamicCache(config=pool.config).layers
         layers = [PagedCacheLayer(self, paged[i]) if i in paged else layer for i, layer in enumerate(stock)]
         super().__init__(layers=layers)
+        self.paged_layers = [layer for layer in layers if isinstance(layer, PagedCacheLayer)]
+        self.other_layers = [layer for layer in layers if not isinstance(layer, PagedCacheLayer)]
         self.waits = False
         self._clear()
 
     def _clear(self) -> None:
         self.batch = Batch(self.pool)
         self._set_length(0)
-
-    @property
-    def paged_layers(self) -> list[PagedCacheLayer]:
-        return [layer for layer in self.layers if isinstance(layer, PagedCacheLayer)]
-
-    @property
-    def other_layers(self) -> list[Any]:
-        """The layers that keep transformers' own cache."""
-        return [layer for layer in self.layers if not isinstance(layer, PagedCacheLayer)]
 
     @property
     def tables(self) -> list[BlockTable]:

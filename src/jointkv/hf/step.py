@@ -76,14 +76,17 @@ class Step:
         self.new, self.fresh = new, self.start == 0
         kv, size, padding, length = batch.pool.blocks.kv, batch.pool.block_size, batch.padding, batch.length
         _expect_other_sizes(kv)
-        inside = torch.arange(length - new, length) >= padding[:, None]
-        self.written = None if inside.all() else inside.flatten().nonzero().squeeze(1).to(kv.device)
+        self.written = None
+        if padding.max() > length - new:
+            inside = torch.arange(length - new, length) >= padding[:, None]
+            self.written = inside.flatten().nonzero().squeeze(1).to(kv.device)
         self.layers, self.places = [], []
         for group, table in enumerate(batch.tables):
-            slots = token_slots(table.pages, size, padding, length).to(kv.device)
+            # Of one layout, whatever the length: a compiler would compile for each.
+            slots = token_slots(table.pages, size, padding, length).to(kv.device).contiguous()
             torch._dynamo.maybe_mark_dynamic(slots, 1)
             places = slots[:, length - new :].flatten()
-            self.places.append(places if self.written is None else places[self.written])
+            self.places.append(places.contiguous() if self.written is None else places[self.written])
             for member, (keys, values) in enumerate(zip(kv.keys, kv.values, strict=True)):
                 self.layers.append(PagedLayer(keys, values, slots, *batch.scales(group, member)))
 
