@@ -16,6 +16,8 @@ from jointkv.attention.tokens import read_tokens
 from jointkv.errors import UnsupportedModel
 
 ATTENTION_NAME = "jointkv"
+STORED = "_attn_implementation_internal"
+"""Where a configuration of transformers keeps the name of its attention."""
 WORKSPACE_BYTES = 32 << 20
 """K and V copied out of the pages at a time; sequences beyond that are attended in turns."""
 
@@ -85,14 +87,22 @@ class AttentionSwitch:
         """Before a forward pass."""
         attention = self._config._attn_implementation
         if attention == "sdpa":
-            self._config._attn_implementation, self._switched = ATTENTION_NAME, True
+            self._set(ATTENTION_NAME)
+            self._switched = True
         self.reads_pages = attention in ("sdpa", ATTENTION_NAME)
 
     def off(self) -> None:
         """After it; what somebody else has set meanwhile stays."""
         if self._switched and self._config._attn_implementation == ATTENTION_NAME:
-            self._config._attn_implementation = "sdpa"
+            self._set("sdpa")
         self._switched = self.reads_pages = False
+
+    def _set(self, attention: str) -> None:
+        fields = vars(self._config)
+        if STORED in fields and not self._config.sub_configs:
+            fields[STORED] = attention  # the setter validates, which would take a good part of a small model's step
+        else:
+            self._config._attn_implementation = attention
 
 
 def register_attention() -> None:

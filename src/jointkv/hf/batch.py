@@ -48,6 +48,7 @@ class Batch:
         fusable: whether it may see more, `[rows]`; rows with masked tokens after their start are never fused.
         differentiable_from: the first token that was computed with gradients, which pages do not keep; None without.
         tokens: ids `[rows, length]`; None where they are not known, or nobody asks for them.
+        slots: where all tokens lay after the last `extend`, `[rows, length]` by layer group, on the pages' device.
     """
 
     def __init__(self, pool: JointPool, tenants: Sequence[Hashable] | None = None) -> None:
@@ -61,7 +62,9 @@ class Batch:
         self.fusable = torch.ones(rows, dtype=torch.bool)
         self.differentiable_from: int | None = None
         self.tokens: Tensor | None = None
+        self.slots: list[Tensor] = []
         self._room: Room | None = None
+        self._filled = True  # whether there may be blocks that are full and not considered
         self.tables: list[BlockTable] = []
         if tenants is not None:
             assert pool.blocks is not None
@@ -70,26 +73,32 @@ class Batch:
     def __len__(self) -> int:
         return len(self.sequence)
 
-    def extend(self, new: int, mask: Tensor | None, input_ids: Tensor | None) -> None:
-        """Give each row the pages for `new` more tokens, and note their padding and holes, and their text.
+    def extend(self, new: int, mask: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
+        """Give each row the places for `new` more tokens, and note their padding and holes, and their text.
 
         Args:
             mask: attention mask of all tokens, `[rows, length + new]`, where it is known.
             input_ids: `[rows, new]`; the text is kept while it is known without a gap.
 
+        Returns:
+            Which of the new tokens, `[rows * new]` flattened, are no padding; None for all.
+
         Raises:
             PoolFull: nothing was changed.
         """
-        seen = None if mask is None or mask.shape[1] < new else mask[:, -new:].cpu().bool()
-        if seen is not None and seen.all():  # as in most steps of decoding
-            mask = seen = None
+        if mask is not None and (mask.shape[1] < new or mask[:, -new:].all()):  # as in most steps of decoding
+            mask = None
         padding = self._extended_padding(new, mask)
-        if not self._has_room(new):
+        fits = self._has_room(new)
+        if not fits:
             self._make_room(new, padding)
         self.padding = padding
-        if seen is not None:
+        begun = None
+        if not fits and (padding > self.length).any():
             begun = torch.arange(self.length, self.length + new) >= padding[:, None]
-            self.fusable = self.fusable & (seen | ~begun).all(1)
+        if mask is not None:
+            seen = mask[:, -new:].cpu().bool()
+            self.fusable = self.fusable & (seen if begun is None else seen | ~begun).all(1)
         if self.pool.reads_text:
             past = self.tokens if self.length else torch.zeros(len(self), 0, dtype=torch.long)
             if past is None or input_ids is None or input_ids.shape != (len(self), new):
@@ -97,6 +106,20 @@ class Batch:
             else:
                 self.tokens = torch.cat((past, input_ids.cpu()), 1)
         self.length += new
+        self._place(new, fits)
+        return None if begun is None else begun.flatten().nonzero().squeeze(1)
+
+    def _place(self, new: int, fits: bool) -> None:
+        """Note where tokens lie; if the `new` ones fit in the page of those before them, they come next to them."""
+        if fits:
+            ahead = torch.arange(1, new + 1, device=self.slots[0].device)
+            self.slots = [torch.cat((slots, slots[:, -1:] + ahead), 1) for slots in self.slots]
+            return
+        self.slots = []
+        for table in self.tables:
+            slots = token_slots(table.pages, self.pool.block_size, self.padding, self.length)
+            # Of one layout, whatever the length: torch's compiler would compile for each.
+            self.slots.append(slots.to(table.pool.kv.device).contiguous())
 
     def _extended_padding(self, new: int, mask: Tensor | None) -> Tensor:
         """A row that has no token yet may go on with padding."""
@@ -110,15 +133,17 @@ class Batch:
         room = self._room
         if room is None or room.left < new or room.versions != [table.version for table in self.tables]:
             return False
-        if (self.tables[0].pool.references[room.pages] > 1).any():  # a copy of the batch reads them as well
+        if self.tables[0].pool.references[room.pages].max() > 1:  # a copy of the batch reads them as well
             return False
         room.left -= new
+        self._filled = self._filled or not room.left
         return True
 
     def _make_room(self, new: int, padding: Tensor) -> None:
         """Pages for `new` more tokens, and one of its own for the block that a row goes on in."""
         blocks, size = self.pool.blocks, self.pool.block_size
         assert blocks is not None
+        self._filled = True
         tail = self.length - self.padding
         partial = (tail % size > 0).nonzero().squeeze(1)
         slot = tail[partial] // size
@@ -210,9 +235,11 @@ class Batch:
 
     def newly_full(self) -> tuple[Tensor, Tensor]:
         """Row and slot of the blocks that may be fused and were not full before; from now on they were."""
+        if not self._filled:  # as in most steps of decoding
+            return self.considered[:0], self.considered[:0]
         full = (self.length - self.padding) // self.pool.block_size
-        first, self.considered = self.considered, full
-        if self.weights is not self.pool.weights or not (full > first).any():  # as in most steps of decoding
+        first, self.considered, self._filled = self.considered, full, False
+        if self.weights is not self.pool.weights or not (full > first).any():
             return full[:0], full[:0]
         slots = torch.arange(int(full.max()))
         filled = (slots >= first[:, None]) & (slots < full[:, None]) & self.fusable[:, None]

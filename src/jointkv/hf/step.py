@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jointkv.attention.tokens import token_slots, write_tokens
+from jointkv.attention.tokens import write_tokens
 from jointkv.core.blocks import PagedKV
 from jointkv.hf.attention import PagedLayer, attach_pages, watch
 from jointkv.hf.batch import Batch
@@ -72,20 +72,15 @@ class Step:
         """Give `batch` pages for `new` more tokens a row. Raises PoolFull: it is as before."""
         assert batch.pool.blocks is not None
         self.lost = None if batch.differentiable_from is None else refusal()
-        batch.extend(new, self.mask, self.input_ids)
+        written = batch.extend(new, self.mask, self.input_ids)
         self.new, self.fresh = new, self.start == 0
-        kv, size, padding, length = batch.pool.blocks.kv, batch.pool.block_size, batch.padding, batch.length
+        kv = batch.pool.blocks.kv
         _expect_other_sizes(kv)
-        self.written = None
-        if padding.max() > length - new:
-            inside = torch.arange(length - new, length) >= padding[:, None]
-            self.written = inside.flatten().nonzero().squeeze(1).to(kv.device)
+        self.written = None if written is None else written.to(kv.device)
         self.layers, self.places = [], []
-        for group, table in enumerate(batch.tables):
-            # Of one layout, whatever the length: a compiler would compile for each.
-            slots = token_slots(table.pages, size, padding, length).to(kv.device).contiguous()
+        for group, slots in enumerate(batch.slots):
             torch._dynamo.maybe_mark_dynamic(slots, 1)
-            places = slots[:, length - new :].flatten()
+            places = slots[:, batch.length - new :].flatten()
             self.places.append(places.contiguous() if self.written is None else places[self.written])
             for member, (keys, values) in enumerate(zip(kv.keys, kv.values, strict=True)):
                 self.layers.append(PagedLayer(keys, values, slots, *batch.scales(group, member)))
