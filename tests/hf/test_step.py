@@ -38,7 +38,7 @@ def test_padding_is_not_written():
 
 
 def test_a_layer_that_hands_its_states_on_is_given_pages_from_then_on():
-    pool, batch = begun()
+    _, batch = begun()
     step = Step()
     step.advance(batch, BLOCK)
     whole = states(2, BLOCK)
@@ -54,7 +54,7 @@ def test_a_layer_that_hands_its_states_on_is_given_pages_from_then_on():
 
 
 def test_a_full_pool_leaves_the_step_as_it_was():
-    pool, batch = begun(max_pages=1)
+    _, batch = begun(max_pages=1)
     step = Step()
     with pytest.raises(PoolFull):
         step.advance(batch, 1)

@@ -132,11 +132,13 @@ def paged_attention_forward(
     """
     compiling = torch.compiler.is_compiling()
     pages: PagedLayer | None = None if compiling else getattr(key, "jointkv_pages", None)
-    arrived = None if compiling else getattr(key, "jointkv_arrived", None)
+    arrived: Callable[[], None] | None = None if compiling else getattr(key, "jointkv_arrived", None)
     if compiling or pages is not None or arrived is not None:
         _refuse_unsupported(kwargs)
-    if arrived is not None and arrived is getattr(value, "jointkv_arrived", None):
-        arrived()
+    if arrived is not None:
+        together = arrived is getattr(value, "jointkv_arrived", None)
+        if together:
+            arrived()
     if pages is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

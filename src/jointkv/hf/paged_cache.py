@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Hashable, Sequence
-from typing import Any, NoReturn, SupportsIndex
+from typing import NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -128,9 +128,9 @@ class PagedCache(Cache):
 
     def end_step(self) -> None:
         """Fuse the blocks that the forward pass has filled (called by the pool's forward hook, also if it failed)."""
-        pending = [layer.pending for layer in self.paged_layers]
-        if all(pending):
-            for layer, states in zip(self.paged_layers, pending, strict=True):
+        pending = [(layer, layer.pending) for layer in self.paged_layers if layer.pending is not None]
+        if len(pending) == len(self.paged_layers):
+            for layer, states in pending:
                 layer.pending = None
                 self.write_layer(layer, *states)
         self._end_step()

@@ -37,6 +37,6 @@ def check_states(keys: Tensor, values: Tensor, key_states: Tensor, value_states:
             raise LayoutError(f"K or V of {states.dtype} do not fit pages of {pages.dtype}: {_OTHER_DTYPE}")
         if states.device != pages.device:
             raise LayoutError(
-                f"K or V on {states.device} do not fit pages on {pages.device}: all layers that have pages must be on one "
-                "device; make a new JointPool after a model was moved"
+                f"K or V on {states.device} do not fit pages on {pages.device}: all layers that have pages must be on "
+                "one device; make a new JointPool after a model was moved"
             )
