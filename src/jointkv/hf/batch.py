@@ -176,7 +176,7 @@ class Batch:
         if self.pool.reads_text:
             past = tokens[None, :0] if self.tokens is None else self.tokens
             self.tokens = torch.cat((past, tokens[None]), 1)
-        self.length += len(tokens)
+        self.length, self._filled = self.length + len(tokens), True
 
     @classmethod
     def join(cls, rows: Sequence[Batch], length: int) -> Batch:
