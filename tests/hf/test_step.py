@@ -26,8 +26,8 @@ def states(rows, tokens, seed=0):
 def test_padding_is_not_written():
     pool, batch = begun()
     mask = torch.tensor([[1, 1, 1], [0, 0, 1]])
-    step = Step(mask)
-    step.advance(batch, 3, pool.device)
+    step = Step(mask=mask)
+    step.advance(batch, 3)
     assert step.fresh and step.prompt and step.written.tolist() == [0, 1, 2, 5]
     step.write(batch, 1, *states(2, 3))
     keys = pool.blocks.kv.keys[1]
@@ -38,14 +38,14 @@ def test_padding_is_not_written():
 
 
 def test_a_layer_that_hands_its_states_on_is_given_pages_from_then_on():
-    pool, batch = begun()
+    _, batch = begun()
     step = Step()
-    step.advance(batch, BLOCK, pool.device)
+    step.advance(batch, BLOCK)
     whole = states(2, BLOCK)
     key, _ = step.write(batch, 0, *whole)
     assert torch.equal(key, whole[0]) and not hasattr(key, "jointkv_pages")
-    later = Step()
-    later.advance(batch, 1, pool.device)
+    later = Step(BLOCK)
+    later.advance(batch, 1)
     dense, _ = later.write(batch, 0, *states(2, 1, seed=1))
     assert torch.equal(dense, torch.cat((whole[0], states(2, 1, seed=1)[0]), 2))
     key.jointkv_arrived()
@@ -54,8 +54,8 @@ def test_a_layer_that_hands_its_states_on_is_given_pages_from_then_on():
 
 
 def test_a_full_pool_leaves_the_step_as_it_was():
-    pool, batch = begun(max_pages=1)
+    _, batch = begun(max_pages=1)
     step = Step()
     with pytest.raises(PoolFull):
-        step.advance(batch, 1, pool.device)
-    assert batch.length == 0 and step.slots == [] and step.fresh
+        step.advance(batch, 1)
+    assert batch.length == 0 and step.layers == [] and step.fresh

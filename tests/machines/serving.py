@@ -138,8 +138,7 @@ class Server:
         for table, row in zip(cache.tables, torch.tensor(pages).T, strict=True):
             table.adopt(row[None], torch.zeros(1, len(row), dtype=torch.bool), None, None)
         cache.batch.length = length
-        for layer in cache.paged_layers:
-            layer.length, layer.is_initialized = length, True
+        cache._set_length(length)
         batch.texts, batch.waiting, batch.mask = [text[:length]], [text[length:]], [[1] * length]
         batch.contexts = [contexts[:length]]
         self.tally["blocks_hit"] += len(pages)
@@ -156,8 +155,8 @@ class Server:
         keys, values = self.contexts.states(contexts)
         self._forget_written(batch)
         before = [self._snapshot(batch, pages) for pages in (True, False)]
-        cache.begin_step(torch.tensor(mask), ids)
         try:
+            cache.begin_step(torch.tensor(mask), ids)
             for layer, key, value in list(zip(cache.layers, keys, values, strict=True))[:layers]:
                 layer.update(key, value)
         except PoolFull as full:

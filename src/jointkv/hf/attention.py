@@ -16,6 +16,8 @@ from jointkv.attention.tokens import read_tokens
 from jointkv.errors import UnsupportedModel
 
 ATTENTION_NAME = "jointkv"
+STORED = "_attn_implementation_internal"
+"""Where a configuration of transformers keeps the name of its attention."""
 WORKSPACE_BYTES = 32 << 20
 """K and V copied out of the pages at a time; sequences beyond that are attended in turns."""
 
@@ -70,28 +72,37 @@ class AttentionSwitch:
 
     Args:
         config: of the decoder; `on` and `off` change its attention and restore it.
+
+    Attributes:
+        reads_pages: whether attention reads pages in the forward pass that goes on.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         register_attention()
         self._config = config
         self._switched = False
-
-    @property
-    def reads_pages(self) -> bool:
-        """Whether attention reads pages at this moment."""
-        return bool(self._config._attn_implementation == ATTENTION_NAME)
+        self.reads_pages = False
 
     def on(self) -> None:
         """Before a forward pass."""
-        if self._config._attn_implementation == "sdpa":
-            self._config._attn_implementation, self._switched = ATTENTION_NAME, True
+        attention = self._config._attn_implementation
+        if attention == "sdpa":
+            self._set(ATTENTION_NAME)
+            self._switched = True
+        self.reads_pages = attention in ("sdpa", ATTENTION_NAME)
 
     def off(self) -> None:
         """After it; what somebody else has set meanwhile stays."""
-        if self._switched and self.reads_pages:
-            self._config._attn_implementation = "sdpa"
-        self._switched = False
+        if self._switched and self._config._attn_implementation == ATTENTION_NAME:
+            self._set("sdpa")
+        self._switched = self.reads_pages = False
+
+    def _set(self, attention: str) -> None:
+        fields = vars(self._config)
+        if STORED in fields and not self._config.sub_configs:
+            fields[STORED] = attention  # the setter validates, which would take a good part of a small model's step
+        else:
+            self._config._attn_implementation = attention
 
 
 def register_attention() -> None:
@@ -100,7 +111,6 @@ def register_attention() -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
-@torch.compiler.disable
 def paged_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -111,7 +121,7 @@ def paged_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend to the pages that ride on `key`; without any, do what `sdpa` does.
+    """Attend to the pages that ride on `key`; without any, as in a compiled model, do what `sdpa` does.
 
     Args:
         query: `[rows, query heads, n, d]`.
@@ -120,13 +130,15 @@ def paged_attention_forward(
     Raises:
         UnsupportedModel: the model asks for logits soft-capping, a position bias or sinks, which this cannot do.
     """
-    pages: PagedLayer | None = getattr(key, "jointkv_pages", None)
-    arrived = getattr(key, "jointkv_arrived", None)
-    if pages is not None or arrived is not None:
+    compiling = torch.compiler.is_compiling()
+    pages: PagedLayer | None = None if compiling else getattr(key, "jointkv_pages", None)
+    arrived: Callable[[], None] | None = None if compiling else getattr(key, "jointkv_arrived", None)
+    if compiling or pages is not None or arrived is not None:
         _refuse_unsupported(kwargs)
-    together = arrived is getattr(value, "jointkv_arrived", None)
-    if arrived is not None and together:
-        arrived()
+    if arrived is not None:
+        together = arrived is getattr(value, "jointkv_arrived", None)
+        if together:
+            arrived()
     if pages is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

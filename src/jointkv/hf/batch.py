@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,21 @@ from jointkv.core.table import BlockTable
 from jointkv.errors import PoolFull
 from jointkv.hf import saving
 from jointkv.hf.pool import JointPool
+
+
+@dataclass
+class Room:
+    """Pages that the rows of a batch have to themselves, one for each row and layer group, and go on in.
+
+    Attributes:
+        pages: `[groups * rows]`.
+        versions: of the tables, when the pages were found there.
+        left: tokens that each of them has room for.
+    """
+
+    pages: Tensor
+    versions: list[int]
+    left: int
 
 
 class Batch:
@@ -33,6 +49,7 @@ class Batch:
         fusable: whether it may see more, `[rows]`; rows with masked tokens after their start are never fused.
         differentiable_from: the first token that was computed with gradients, which pages do not keep; None without.
         tokens: ids `[rows, length]`; None where they are not known, or nobody asks for them.
+        slots: where all tokens lay after the last `extend`, `[rows, length]` by layer group, on the pages' device.
     """
 
     def __init__(self, pool: JointPool, tenants: Sequence[Hashable] | None = None) -> None:
@@ -46,6 +63,9 @@ class Batch:
         self.fusable = torch.ones(rows, dtype=torch.bool)
         self.differentiable_from: int | None = None
         self.tokens: Tensor | None = None
+        self.slots: list[Tensor] = []
+        self._room: Room | None = None
+        self._filled = True  # whether there may be blocks that are full and not considered
         self.tables: list[BlockTable] = []
         if tenants is not None:
             assert pool.blocks is not None
@@ -54,23 +74,32 @@ class Batch:
     def __len__(self) -> int:
         return len(self.sequence)
 
-    def extend(self, new: int, mask: Tensor | None, input_ids: Tensor | None) -> None:
-        """Give each row the pages for `new` more tokens, and note their padding and holes, and their text.
+    def extend(self, new: int, mask: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
+        """Give each row the places for `new` more tokens, and note their padding and holes, and their text.
 
         Args:
             mask: attention mask of all tokens, `[rows, length + new]`, where it is known.
             input_ids: `[rows, new]`; the text is kept while it is known without a gap.
 
+        Returns:
+            Which of the new tokens, `[rows * new]` flattened, are no padding; None for all.
+
         Raises:
             PoolFull: nothing was changed.
         """
+        if mask is not None and (mask.shape[1] < new or mask[:, -new:].all()):  # as in most steps of decoding
+            mask = None
         padding = self._extended_padding(new, mask)
-        self._make_room(new, padding)
+        fits = self._has_room(new)
+        if not fits:
+            self._make_room(new, padding)
         self.padding = padding
-        if mask is not None and mask.shape[1] >= new:
-            seen = mask[:, -new:].cpu().bool()
+        begun = None
+        if not fits and (padding > self.length).any():
             begun = torch.arange(self.length, self.length + new) >= padding[:, None]
-            self.fusable = self.fusable & (seen | ~begun).all(1)
+        if mask is not None:
+            seen = mask[:, -new:].cpu().bool()
+            self.fusable = self.fusable & (seen if begun is None else seen | ~begun).all(1)
         if self.pool.reads_text:
             past = self.tokens if self.length else torch.zeros(len(self), 0, dtype=torch.long)
             if past is None or input_ids is None or input_ids.shape != (len(self), new):
@@ -78,6 +107,20 @@ class Batch:
             else:
                 self.tokens = torch.cat((past, input_ids.cpu()), 1)
         self.length += new
+        self._place(new, fits)
+        return None if begun is None else begun.flatten().nonzero().squeeze(1)
+
+    def _place(self, new: int, fits: bool) -> None:
+        """Note where tokens lie; if the `new` ones fit in the page of those before them, they come next to them."""
+        if fits:
+            ahead = torch.arange(1, new + 1, device=self.slots[0].device)
+            self.slots = [torch.cat((slots, slots[:, -1:] + ahead), 1) for slots in self.slots]
+            return
+        self.slots = []
+        for table in self.tables:
+            slots = token_slots(table.pages, self.pool.block_size, self.padding, self.length)
+            # Of one layout, whatever the length: torch's compiler would compile for each.
+            self.slots.append(slots.to(table.pool.kv.device).contiguous())
 
     def _extended_padding(self, new: int, mask: Tensor | None) -> Tensor:
         """A row that has no token yet may go on with padding."""
@@ -86,10 +129,22 @@ class Batch:
         leading = (mask[:, self.length :].cpu().long().cumsum(1) == 0).sum(1)
         return self.padding + leading * (self.padding == self.length)
 
+    def _has_room(self, new: int) -> bool:
+        """Whether `new` more tokens of each row fit in the pages that the last ones were written to."""
+        room = self._room
+        if room is None or room.left < new or room.versions != [table.version for table in self.tables]:
+            return False
+        if self.tables[0].pool.references[room.pages].max() > 1:  # a copy of the batch reads them as well
+            return False
+        room.left -= new
+        self._filled = self._filled or not room.left
+        return True
+
     def _make_room(self, new: int, padding: Tensor) -> None:
         """Pages for `new` more tokens, and one of its own for the block that a row goes on in."""
         blocks, size = self.pool.blocks, self.pool.block_size
         assert blocks is not None
+        self._filled = True
         tail = self.length - self.padding
         partial = (tail % size > 0).nonzero().squeeze(1)
         slot = tail[partial] // size
@@ -103,6 +158,12 @@ class Batch:
                 pages = table.make_writable(partial, slot)
                 self.pool.forget(pages)
             table.extend(needed)
+        left = needed * size - (self.length + new - padding)
+        self._room = None
+        if needed.all():  # every row has begun
+            last = (torch.arange(len(self)), needed - 1)
+            pages = torch.cat([table.pages[last] for table in self.tables])
+            self._room = Room(pages, [table.version for table in self.tables], int(left.min()))
 
     def adopt(self, pages: Tensor, tokens: Tensor, exact: bool) -> None:
         """Let the only row, which ends with a full block, go on with what resident `pages [n]` hold.
@@ -139,7 +200,7 @@ class Batch:
         if self.pool.reads_text:
             past = tokens[None, :0] if self.tokens is None else self.tokens
             self.tokens = torch.cat((past, tokens[None]), 1)
-        self.length += len(tokens)
+        self.length, self._filled = self.length + len(tokens), True
 
     @classmethod
     def join(cls, rows: Sequence[Batch], length: int) -> Batch:
@@ -160,7 +221,7 @@ class Batch:
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
         size = self.pool.block_size
-        self.length = length
+        self.length, self._room = length, None  # blocks that were full may be in an index
         self.padding = self.padding.clamp(max=length)
         left = length - self.padding
         for table in self.tables:
@@ -198,9 +259,11 @@ class Batch:
 
     def newly_full(self) -> tuple[Tensor, Tensor]:
         """Row and slot of the blocks that may be fused and were not full before; from now on they were."""
+        if not self._filled:  # as in most steps of decoding
+            return self.considered[:0], self.considered[:0]
         full = (self.length - self.padding) // self.pool.block_size
-        first, self.considered = self.considered, full
-        if self.weights is not self.pool.weights or not (full > first).any():  # as in most steps of decoding
+        first, self.considered, self._filled = self.considered, full, False
+        if self.weights is not self.pool.weights or not (full > first).any():
             return full[:0], full[:0]
         slots = torch.arange(int(full.max()))
         filled = (slots >= first[:, None]) & (slots < full[:, None]) & self.fusable[:, None]

@@ -84,8 +84,6 @@ class JointCache(PagedCache):
         """Give every page back and start empty."""
         for layer in self.other_layers:
             layer.reset()
-        for layer in self.paged_layers:
-            layer.length, layer.is_initialized = 0, False
         self._clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -112,8 +110,7 @@ class JointCache(PagedCache):
         """A cache that reads the same pages; either one copies a page before it writes to it."""
         twin = JointCache(self.pool, self.isolation_key)
         twin.batch = self.batch.copy()
-        for mine, theirs in zip(self.paged_layers, twin.paged_layers, strict=True):
-            theirs.length, theirs.is_initialized = mine.length, mine.is_initialized
+        twin._set_length(self.length)
         for mine, theirs in zip(self.other_layers, twin.other_layers, strict=True):
             theirs.__dict__.update(copy.deepcopy(mine.__dict__, memo))
         return twin

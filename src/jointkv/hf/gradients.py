@@ -10,27 +10,31 @@ from torch import Tensor
 from jointkv.errors import GradientLost
 
 
-def attach_gradients(whole: Tensor, states: Tensor, lost: bool) -> Tensor:
+def attach_gradients(whole: Tensor, states: Tensor, lost: Tensor | None) -> Tensor:
     """`whole`, with gradients to the `states` of its last tokens.
 
     Args:
         whole: what pages hold, `[rows, h, length, d]`.
         states: as the model computed them, `[rows, h, n, d]`.
-        lost: whether earlier tokens had gradients, which pages have not kept: `backward` then raises `GradientLost`
-            instead of leaving them out.
+        lost: a `refusal`, if earlier tokens had gradients, which pages have not kept.
     """
     past = whole[:, :, : whole.shape[2] - states.shape[2]]
-    if lost:
-        past = _Refusing.apply(past, torch.ones((), requires_grad=True))  # type: ignore[no-untyped-call]
-    return torch.cat((past, states), 2)
+    return torch.cat((past if lost is None else past * lost, states), 2)
+
+
+def refusal() -> Tensor:
+    """A factor of 1: `backward` raises `GradientLost` where it would leave out what was multiplied with it."""
+    with torch.enable_grad():
+        one: Tensor = _Refusing.apply(torch.ones((), requires_grad=True))  # type: ignore[no-untyped-call]
+    return one
 
 
 class _Refusing(torch.autograd.Function):
-    """Hands its input on, and refuses a gradient; the second input is there so that one is asked for."""
+    """Hands its input on, and refuses a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, past: Tensor, _asks: Tensor) -> Tensor:
-        return past.view_as(past)
+    def forward(ctx: Any, one: Tensor) -> Tensor:
+        return one.view_as(one)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:

@@ -20,6 +20,8 @@ class Pages(Protocol):
 
     def read_layer(self, layer: PagedCacheLayer) -> tuple[Tensor, Tensor] | tuple[None, None]: ...
 
+    def length_of(self, layer: PagedCacheLayer) -> int: ...
+
 
 class PagedCacheLayer(CacheLayerMixin):
     """A full-attention layer of a cache that keeps its K and V in pages.
@@ -29,7 +31,8 @@ class PagedCacheLayer(CacheLayerMixin):
 
     Attributes:
         index: its number among the full-attention layers.
-        length: tokens written, left padding included.
+        expecting: whether the new tokens of a forward pass have places, and are not written yet.
+        pending: new states of a forward pass whose tokens have no places yet.
     """
 
     is_croppable = True
@@ -39,9 +42,9 @@ class PagedCacheLayer(CacheLayerMixin):
     def __init__(self, cache: Pages, index: int) -> None:
         # Weak, so that pages return to the pool as soon as the cache is dropped.
         self._cache = weakref.ref(cache)
-        self.is_initialized = False
         self.index = index
-        self.length = 0
+        self.expecting = False
+        self.pending: tuple[Tensor, Tensor] | None = None
 
     @property
     def cache(self) -> Pages:
@@ -50,8 +53,17 @@ class PagedCacheLayer(CacheLayerMixin):
             raise UnsupportedUse("the JointCache of this layer is gone, and its pages with it: keep the cache")
         return cache
 
+    @property
+    def length(self) -> int:
+        """Tokens written, left padding included."""
+        return self.cache.length_of(self)
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        return self.length > 0
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
+        """Nothing: there are pages as soon as there are tokens."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new states `[rows, h, n, d]`; returns what attention needs: pages, or dense K and V."""

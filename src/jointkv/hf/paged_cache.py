@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Hashable, Sequence
-from typing import Any, NoReturn, SupportsIndex
+from typing import NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class PagedCache(Cache):
     """The layers of a `JointCache`, which see; each forward pass writes to pages, and fuses what it has filled.
 
     Attributes:
+        paged_layers, other_layers: those whose K and V lie in pages, and those that keep transformers' own cache.
         waits: whether blocks are fused when `fuse` is called only.
     """
 
@@ -45,21 +46,14 @@ class PagedCache(Cache):
         stock = DynamicCache(config=pool.config).layers
         layers = [PagedCacheLayer(self, paged[i]) if i in paged else layer for i, layer in enumerate(stock)]
         super().__init__(layers=layers)
+        self.paged_layers = [layer for layer in layers if isinstance(layer, PagedCacheLayer)]
+        self.other_layers = [layer for layer in layers if not isinstance(layer, PagedCacheLayer)]
         self.waits = False
         self._clear()
 
     def _clear(self) -> None:
         self.batch = Batch(self.pool)
-        self._step = Step()
-
-    @property
-    def paged_layers(self) -> list[PagedCacheLayer]:
-        return [layer for layer in self.layers if isinstance(layer, PagedCacheLayer)]
-
-    @property
-    def other_layers(self) -> list[Any]:
-        """The layers that keep transformers' own cache."""
-        return [layer for layer in self.layers if not isinstance(layer, PagedCacheLayer)]
+        self._set_length(0)
 
     @property
     def tables(self) -> list[BlockTable]:
@@ -79,49 +73,51 @@ class PagedCache(Cache):
     # One forward pass: begin_step, write_layer once per layer, end_step.
 
     @bookkeeping
-    def begin_step(self, attention_mask: Tensor | None, input_ids: Tensor | None) -> None:
-        """Note the padding and the text of the coming forward pass (called by the pool's forward hook)."""
+    def begin_step(
+        self, attention_mask: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None = None
+    ) -> None:
+        """Note the padding and the text of the coming forward pass, and make room for its tokens where they are known.
+
+        Called by the pool's forward hook. Tokens without room get it from the first layer that writes.
+
+        Raises:
+            PoolFull: nothing has changed.
+        """
+        self._undo_what_broke_off()
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
             attention_mask = None
-        written = min(layer.length for layer in self.paged_layers)
-        if written < self.length:  # the last forward pass broke off between two layers
-            self._roll_back(written)
         others = [(layer, copy.copy(layer.__dict__)) for layer in self.other_layers]
-        self._step = Step(attention_mask, input_ids, others)
+        self._step = Step(self.length, attention_mask, input_ids, others)
+        inputs = inputs_embeds if input_ids is None else input_ids
+        if inputs is not None and self.pool.blocks is not None and len(inputs) == (len(self.batch) or len(inputs)):
+            self._make_room(*inputs.shape[:2])
         self.pool.attention.on()
-
-    # A compiled model reads and writes pages between its graphs: inside, each table would ask for a graph of its own.
-    @torch.compiler.disable
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        key, value = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-        return key, value
 
     def write_layer(self, layer: PagedCacheLayer, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new states; called by `PagedCacheLayer.update`. Gradients flow to these states alone."""
-        states = key_states, value_states
-        new = any(side.requires_grad for side in states)
-        if not torch.is_grad_enabled() or not (new or self.batch.differentiable_from is not None):
-            return self._write(layer, *states)
-        whole = self._write(layer, *states, dense=True)
-        if new and self.batch.differentiable_from is None:
-            self.batch.differentiable_from = self._step.start
-        if self._step.fresh:
-            return states
-        lost = self.batch.differentiable_from is not None and self.batch.differentiable_from < self._step.start
-        key, value = (attach_gradients(*sides, lost) for sides in zip(whole, states, strict=True))
-        return key, value
+        compiling = torch.compiler.is_compiling()
+        if not layer.expecting or not self._step.takes(key_states):
+            if compiling and not self.tables:
+                # The pool's first forward pass, whose shapes nobody knows: it must not break the graph either.
+                layer.pending = key_states, value_states
+                return layer.pending
+            self._advance(layer, key_states, value_states)
+        step = self._step
+        new = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        differentiable = new or (torch.is_grad_enabled() and step.lost is not None)
+        with torch.no_grad():
+            key, value = step.write(self.batch, layer.index, key_states, value_states, compiling or differentiable)
+        layer.expecting = False
+        if not differentiable:
+            return key, value
+        step.differentiable = step.differentiable or new
+        if step.fresh:
+            return key_states, value_states
+        return attach_gradients(key, key_states, step.lost), attach_gradients(value, value_states, step.lost)
 
-    @bookkeeping
-    def _write(
-        self, layer: PagedCacheLayer, key_states: Tensor, value_states: Tensor, dense: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        if layer.length == self.length:
-            self._advance(key_states, value_states)
-        whole = self._step.write(self.batch, layer.index, key_states, value_states, dense)
-        layer.length, layer.is_initialized = self.length, True
-        return whole
+    def length_of(self, layer: PagedCacheLayer) -> int:
+        """Tokens that a layer holds."""
+        return self._step.past if layer.expecting else self._step.length
 
     @bookkeeping
     def read_layer(self, layer: PagedCacheLayer) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -131,12 +127,22 @@ class PagedCache(Cache):
         keys, values = (side[:, :, : layer.length] for side in self.batch.read(layer.index))
         return keys, values
 
-    @bookkeeping
     def end_step(self) -> None:
         """Fuse the blocks that the forward pass has filled (called by the pool's forward hook, also if it failed)."""
+        pending = [(layer, layer.pending) for layer in self.paged_layers if layer.pending is not None]
+        if len(pending) == len(self.paged_layers):
+            for layer, states in pending:
+                layer.pending = None
+                self.write_layer(layer, *states)
+        self._end_step()
+
+    @bookkeeping
+    def _end_step(self) -> None:
         self.pool.attention.off()
+        self._undo_what_broke_off()
+        self._note_gradients()
         self._step.mask = self._step.input_ids = None
-        if not self.waits and self.tables and all(layer.length == self.length for layer in self.paged_layers):
+        if not self.waits and self.tables:
             self.fuse(self._step.prompt)
 
     @bookkeeping
@@ -170,37 +176,61 @@ class PagedCache(Cache):
             "write and read a file, copy.deepcopy makes a second cache on the same pages"
         )
 
-    def _advance(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room for the new tokens in every group, or raise PoolFull with nothing changed."""
-        rows, _, new, _ = key_states.shape
+    @torch.compiler.disable
+    @bookkeeping
+    def _advance(self, layer: PagedCacheLayer, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for new tokens that were not announced, or not as they are, at the first layer that has them."""
         self.pool.prepare(key_states, value_states)
+        step = self._step
+        if layer.expecting:
+            self._truncate(step.start)
+            self._step = Step(step.start, step.mask, step.input_ids, step.other_layers)
+        elif step.layers:
+            self._note_gradients()
+            self._step = Step(self.length)
+        self._make_room(key_states.shape[0], key_states.shape[2])
+
+    def _make_room(self, rows: int, new: int) -> None:
+        """Give the new tokens pages in every group, or raise PoolFull with nothing changed."""
         if not self.tables:
             self._begin(rows)
         if rows != len(self.batch):
             raise LayoutError(f"{rows} sequences for a cache of {len(self.batch)}")
         try:
-            self._step.advance(self.batch, new, key_states.device)
+            self._step.advance(self.batch, new)
         except PoolFull:
-            self._roll_back(self.length)
+            self._roll_back()
             raise
+        for layer in self.paged_layers:
+            layer.expecting = True
 
-    def _roll_back(self, length: int) -> None:
-        """Undo a forward pass that was refused or broke off; `length` tokens were there before it."""
-        for layer, before in self._step.other_layers:
+    def _note_gradients(self) -> None:
+        if self._step.differentiable and self.batch.differentiable_from is None:
+            self.batch.differentiable_from = self._step.start
+
+    def _undo_what_broke_off(self) -> None:
+        """Undo a forward pass that has not come to the last layer."""
+        if any(layer.expecting or layer.pending for layer in self.paged_layers):
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        """Make the cache what it was before the forward pass."""
+        step = self._step
+        for layer, before in step.other_layers:
             layer.__dict__.update(before)
-        self._truncate(length)
-        if not length:
+        self._truncate(step.start)
+        if not step.start:
             self._clear()
 
     def _truncate(self, length: int) -> None:
         """Keep the first `length` tokens in the paged layers."""
         self.batch.truncate(length)
-        for layer in self.paged_layers:
-            layer.length = length
+        self._set_length(length)
 
     def _set_length(self, length: int) -> None:
+        self._step = Step(length, fresh=not length)
         for layer in self.paged_layers:
-            layer.length, layer.is_initialized = length, True
+            layer.expecting, layer.pending = False, None
 
     # Pages that are there already.
 

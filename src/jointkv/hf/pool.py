@@ -158,7 +158,7 @@ class JointPool:
                 self.fusers = {scope: Fuser(self.blocks, self.policy) for scope in scopes}
             if self.reuse is not None:
                 self.blocks.on_free(self.reuse.residents.forget)
-        check_states(self.blocks.kv, key_states, value_states)
+        check_states(self.blocks.kv.keys[0], self.blocks.kv.values[0], key_states, value_states)
         return self.blocks
 
     def _reuse(self, model: PreTrainedModel, options: ReuseOptions, audits: ReuseEvidence | None) -> Reuse | None:
