@@ -1,6 +1,6 @@
 """The paper's policy in a serving engine against the tree offline: what pages are left, and are the plans equal?
 
-Run it in the environment with vLLM: `.venv-vllm/bin/python benchmarks/paper_plan.py --output docs/results/paper`.
+Run it in the environment with vLLM: `.venv-vllm/bin/python benchmarks/paper_plan.py --output docs/results/bench`.
 Blocks of unrelated requests become full in one step; the engine decides on them as they come, the trees on the same K
 and V.
 """

@@ -30,7 +30,7 @@ class EditedDocument(Traffic):
             own = [others.pop(0) for _ in range(rng.choice(INSERTED))]
             end = LINES - rng.randrange(TAIL)
             prompt = "\n".join([*document[:HEAD], *own, *document[HEAD:end]])
-            answer = "\n" + "\n".join(document[end : 2 * LINES])
+            answer = "\n" + "\n".join(document[end : end + LINES // 3])
             request = split_request(tokenizer, prompt, answer, continuation_tokens)
             if request is not None:
                 yield request
