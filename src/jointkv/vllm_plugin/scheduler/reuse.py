@@ -34,6 +34,9 @@ from jointkv.vllm_plugin.scheduler.residents import Residents
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
 from jointkv.vllm_plugin.settings import PluginSettings
 
+WAVES = 4
+"""Requests that reuse begin in waves of so many parts of a step's tokens: of each wave the answers come together."""
+
 
 class Reuse:
     """Decides what requests need not compute, and has their gaps computed.
@@ -76,14 +79,15 @@ class Reuse:
     def prepare(self, scheduler: Scheduler) -> Sequence[Request]:
         """Look up those who may start in the step to come, and send helpers ahead of them; who is not to start in it.
 
-        At most as many begin as one step can bring to their first answers: of more that begin at once all would wait
-        for the last. As many again wait with what is found for them, so that others may pass; the rest stays behind.
+        At most as many begin as a part of one step can bring to their first answers: of more that begin at once all
+        would wait for the last. Others wait with what is found for them, so that who follows may pass; the rest stays
+        behind.
         """
         self.followers.new_step()
         if not scheduler.waiting:
             return ()
         start, budget, free = time.perf_counter(), scheduler.max_num_scheduled_tokens, seats(scheduler)
-        reach, sent, line = budget, dict[str, list[Request]](), in_line(scheduler)
+        reach, sent, line = budget // WAVES, dict[str, list[Request]](), in_line(scheduler)
         while budget > 0 and free > 0 and reach > -scheduler.max_num_scheduled_tokens:
             request = next(line, None)
             if request is None:
