@@ -160,7 +160,7 @@ def test_pages_with_witnesses_need_no_entry_block(served: Served) -> None:
 def test_of_many_that_come_at_once_the_first_need_not_wait_for_the_last(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They begin in the order in which they came, as many at a time as a part of one step can bring to their first answers.
+    """They begin in the order in which they came, as many at a time as a part of a step can bring to an answer.
 
     Nobody computes what is resident meanwhile, and who reuses nothing does not wait behind them.
     """

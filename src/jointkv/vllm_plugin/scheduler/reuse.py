@@ -80,15 +80,15 @@ class Reuse:
         """Look up those who may start in the step to come, and send helpers ahead of them; who is not to start in it.
 
         At most as many begin as a part of one step can bring to their first answers: of more that begin at once all
-        would wait for the last. Others wait with what is found for them, so that who follows may pass; the rest stays
-        behind.
+        would wait for the last. Those of two steps more wait with what is found for them, so that who follows may pass;
+        the rest stays behind.
         """
         self.followers.new_step()
         if not scheduler.waiting:
             return ()
         start, budget, free = time.perf_counter(), scheduler.max_num_scheduled_tokens, seats(scheduler)
         reach, sent, line = budget // WAVES, dict[str, list[Request]](), in_line(scheduler)
-        while budget > 0 and free > 0 and reach > -scheduler.max_num_scheduled_tokens:
+        while budget > 0 and free > 0 and reach > -2 * scheduler.max_num_scheduled_tokens:
             request = next(line, None)
             if request is None:
                 break
