@@ -95,10 +95,10 @@ def test_layers_that_turn_nothing_and_layers_with_angles_of_their_own() -> None:
     assert [len(layer.frequencies) for layer in rotary_of(without, range(3))] == [4, 0, 4]
 
 
-def test_training_goes_on() -> None:
-    model = build_model("llama").train()
+def test_training_and_random_numbers_go_on() -> None:
+    model, state = build_model("llama").train(), torch.get_rng_state()
     rotary_of(model, range(3))
-    assert model.training
+    assert model.training and torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ def rotary_of(model: PreTrainedModel, layers: Sequence[int]) -> list[Rotary]:
         raise UnsupportedModel(f"text that moved: {kind} rotary embeddings turn keys by the length of the text as well")
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or max(SHIFTS) + 1
     shifts = torch.tensor([min(shift, context - 1) for shift in SHIFTS]).repeat(PROBES // len(SHIFTS))
-    tokens = torch.randint(0, model.get_input_embeddings().num_embeddings, (PROBES, 1))
+    generator = torch.Generator().manual_seed(0)  # the user's random numbers stay as they are
+    tokens = torch.randint(0, model.get_input_embeddings().num_embeddings, (PROBES, 1), generator=generator)
     was_training = model.training
     model.eval()
     try:
