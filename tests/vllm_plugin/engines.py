@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 from vllm import LLM, SamplingParams
 from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
@@ -33,6 +33,17 @@ BOLD = partial(ReuseRule, near=1.0, echoes=False)
 """Reuses by entry blocks up to the bounds: among so few words as a random model has, everything echoes."""
 
 Prompt = list[int]
+
+
+def random_model(kind: type[PreTrainedModel], config: PretrainedConfig, embeddings: float = 1.0) -> PreTrainedModel:
+    """A model whose answers depend on what was read; `embeddings` is the standard deviation of those."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = kind(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight.normal_(std=embeddings if "embed" in name else weight.shape[1] ** -0.5)
+    return model
 
 
 def write_model(
@@ -54,12 +65,9 @@ def write_model(
         tie_word_embeddings=False,
         dtype="float32",
     )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = random_model(LlamaForCausalLM, config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.normal_(std=1.0 if "embed" in name else weight.shape[1] ** -0.5)
             if "embed" in name and synonyms is not None:
                 lower, upper = weight.chunk(2)
                 upper.copy_(lower + synonyms * torch.randn_like(lower))

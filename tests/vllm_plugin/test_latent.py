@@ -14,7 +14,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from tests.hazards import FIRST
-from tests.vllm_plugin.engines import EXACT, LOSSY, VOCABULARY, engine, near_prefix, text
+from tests.vllm_plugin.engines import EXACT, LOSSY, VOCABULARY, engine, near_prefix, random_model, text
 
 LATENT, ROTARY = 512, 64
 """The only sizes that vLLM's CPU kernel is built for."""
@@ -53,13 +53,7 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype="float32",
         architectures=["DeepseekV2ForCausalLM"],
     )
-    torch.manual_seed(0)
-    model = DeepseekV2ForCausalLM(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.normal_(std=1.0 if "embed" in name else weight.shape[1] ** -0.5)
-    model.save_pretrained(folder)
+    random_model(DeepseekV2ForCausalLM, config).save_pretrained(folder)
     return folder
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("vllm")
 
@@ -14,7 +13,7 @@ from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from tests.hazards import FIRST
-from tests.vllm_plugin.engines import EXACT, LOSSY, VOCABULARY, Engine, engine, near_prefix, text
+from tests.vllm_plugin.engines import EXACT, LOSSY, VOCABULARY, Engine, engine, near_prefix, random_model, text
 
 OUT = 40
 LIMITS: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 512, "max_num_batched_tokens": 256}
@@ -50,13 +49,7 @@ def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype="bfloat16",
         architectures=["Qwen3NextForCausalLM"],
     )
-    torch.manual_seed(0)
-    model = Qwen3NextForCausalLM(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:  # so that answers depend on what was read
-                weight.normal_(std=0.2 if "embed" in name else weight.shape[1] ** -0.5)
-    model.save_pretrained(folder)
+    random_model(Qwen3NextForCausalLM, config, embeddings=0.2).save_pretrained(folder)
     return folder
 
 
