@@ -19,11 +19,9 @@ HAZARD = pytest.mark.hazard(
 
 
 @HAZARD
-def test_the_installed_release_is_accepted_in_a_moment() -> None:
-    start = time.process_time()
+def test_the_installed_release_is_accepted() -> None:
     compatibility.check_transformers()
     compatibility.check_overrides()
-    assert time.process_time() - start < 0.1
 
 
 @HAZARD

@@ -116,13 +116,6 @@ def test_poisson_underestimates_clusters() -> None:
     assert real == 16 and poisson < 0.75 * real
 
 
-def test_fast_enough() -> None:
-    accepted = np.random.default_rng(0).random((60, 64, 64)) < 0.1
-    start = time.process_time()
-    rarefaction(accepted, None, [64], draws=200)
-    assert time.process_time() - start < 3
-
-
 def test_bad_input_is_refused() -> None:
     few = np.ones((1, LEAST_REQUESTS - 1, LEAST_REQUESTS - 1), dtype=bool)
     with pytest.raises(BadInput, match=f"at least {LEAST_REQUESTS} requests, got {LEAST_REQUESTS - 1}"):

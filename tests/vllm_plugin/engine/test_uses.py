@@ -34,14 +34,10 @@ HAZARD = pytest.mark.hazard(
 
 
 @HAZARD
-def test_the_installed_version_is_accepted_in_a_moment(record_property: pytest.RecordProperty) -> None:
+def test_the_installed_version_is_accepted(record_property: pytest.RecordProperty) -> None:
     check_interfaces(PARTS)
-    start = time.process_time()
-    check_interfaces(PARTS)
-    seconds = time.process_time() - start
     uses = [*always(), *(use for part in used().OVERRIDDEN.values() for use in part)]
     record_property("interfaces looked at", sum(len(f"{use.members} {use.overridden}".split()) for use in uses))
-    assert seconds < 0.2
 
 
 @HAZARD
