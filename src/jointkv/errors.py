@@ -49,7 +49,7 @@ class GradientLost(JointKVError, RuntimeError):
 
 
 class UnsupportedTransformers(JointKVError, ImportError):
-    """The installed transformers lacks what jointkv uses of it. The message names every difference."""
+    """The installed transformers lacks what jointkv uses of it, or was never run. The message names every difference."""
 
 
 class BadInput(JointKVError, ValueError):
