@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import tomllib
 from pathlib import Path
 
@@ -56,7 +55,9 @@ def test_something_is_gone(monkeypatch: pytest.MonkeyPatch, owner: object, name:
 def test_a_release_that_was_never_run(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     """5.24 has every interface, and its models call the cache by another name."""
     monkeypatch.setattr(transformers, "__version__", version)
-    with pytest.raises(compatibility.UnsupportedTransformers, match=r"never run with jointkv, which works with >=5\.16"):
+    with pytest.raises(
+        compatibility.UnsupportedTransformers, match=r"never run with jointkv, which works with >=5\.16"
+    ):
         compatibility.check_release()
 
 

@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import Examp
 from jointkv.errors import UnsupportedEngine
 from jointkv.vllm_plugin import engine_args
 from tests.hazards import FIRST
-from tests.vllm_plugin.engines import EXACT, LOSSY, WATCHED, Engine, Prompt, engine, near_prefix, text
+from tests.vllm_plugin.engines import EXACT, LOSSY, WATCHED, Prompt, engine, near_prefix, text
 
 BLOCK = 32
 OUT = 12

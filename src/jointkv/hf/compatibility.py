@@ -70,6 +70,5 @@ def _refuse(uses: Iterable[Use]) -> None:
     found = differences(uses)
     if found:
         raise UnsupportedTransformers(
-            f"transformers {transformers.__version__} is not what jointkv was written for: {'; '.join(found)}. "
-            f"{REMEDY}"
+            f"transformers {transformers.__version__} is not what jointkv was written for: {'; '.join(found)}. {REMEDY}"
         )

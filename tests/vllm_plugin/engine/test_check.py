@@ -270,7 +270,11 @@ EXAMPLE = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
             SCHEDULER,
             "beside OffloadingConnector, which remembers the pages.*; Mine, which was never read; leave it out",
         ),
-        (several(OURS, {**EXAMPLE, "kv_connector_module_path": "mine"}), SCHEDULER, "beside ExampleConnector, which was"),
+        (
+            several(OURS, {**EXAMPLE, "kv_connector_module_path": "mine"}),
+            SCHEDULER,
+            "beside ExampleConnector, which was",
+        ),
     ],
 )
 def test_connectors_are_found_however_deep_they_stand(

@@ -80,6 +80,16 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Options of the plugin, and of the engine and its worker."""
 
+
+def combination(variant: str) -> tuple[bool, bool, bool]:
+    """Whether it has the second runner, is a step ahead, and reuses."""
+    fusion, options = VARIANTS[variant]
+    return options.get("second_runner", False), options.get("async_scheduling", False), "reuse" in fusion
+
+
+SHARES = Counter(map(combination, VARIANTS))
+"""How many variants a combination has."""
+
 FAULTS = {"lost": "is lost", "late": "is lost", "fault": "on purpose"}
 """Accidents of a verdict that switch fusion off, and what is said then."""
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jointkv.vllm_plugin import CONNECTOR_MODULE
-from jointkv.vllm_plugin.messages import Inquiry
 from jointkv.vllm_plugin.settings import PluginSettings
 
 MULTI = "MultiConnector"
@@ -45,9 +44,7 @@ def connectors(transfer: Any) -> list[Standing]:
     """All that `transfer`, vLLM's `KVTransferConfig` or None, asks for, without those that are several."""
     if transfer is None:
         return []
-    return list(
-        _standing(transfer.kv_connector, transfer.kv_connector_module_path, transfer.kv_connector_extra_config)
-    )
+    return list(_standing(transfer.kv_connector, transfer.kv_connector_module_path, transfer.kv_connector_extra_config))
 
 
 def refused(found: Sequence[Standing]) -> str:
@@ -60,23 +57,10 @@ def refused(found: Sequence[Standing]) -> str:
 
 
 def ours(connector: Any) -> Any:
-    """The plugin's connector, which is `connector` or stands among those that it is made of; None if it is not there."""
+    """The plugin's connector, which is `connector` or one of those that it is made of; None if it is not there."""
     if isinstance(getattr(connector, "settings", None), PluginSettings):
         return connector
     return next(filter(None, map(ours, getattr(connector, "sub_connectors", ()))), None)
-
-
-def inquiry(metadata: Any) -> Inquiry:
-    """What the plugin's connector asks in a step, of which `metadata` is that of all connectors."""
-    found = _inquiry(metadata)
-    assert found is not None, "the step has no inquiry"
-    return found
-
-
-def _inquiry(metadata: Any) -> Inquiry | None:
-    if isinstance(metadata, Inquiry):
-        return metadata
-    return next(filter(None, map(_inquiry, getattr(metadata, "metadata", ()))), None)
 
 
 def _standing(name: str | None, module: str | None, options: Mapping[str, Any]) -> Iterator[Standing]:

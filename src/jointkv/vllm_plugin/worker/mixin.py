@@ -11,7 +11,8 @@ from jointkv.errors import UnsupportedEngine
 from jointkv.vllm_plugin.engine.check import check_connectors
 from jointkv.vllm_plugin.engine.groups import split_layers
 from jointkv.vllm_plugin.engine.opt_out import without_check
-from jointkv.vllm_plugin.engine.others import connectors, inquiry, ours
+from jointkv.vllm_plugin.engine.others import connectors, ours
+from jointkv.vllm_plugin.messages import Inquiry
 from jointkv.vllm_plugin.settings import PluginSettings
 
 
@@ -67,6 +68,6 @@ class RemappingWorker:
         if has_kv_transfer_group():
             side = ours(get_kv_transfer_group()).worker
             with side.tables.between_steps():
-                side.apply(inquiry(scheduler_output.kv_connector_metadata))
+                side.apply(Inquiry.among(scheduler_output.kv_connector_metadata))
                 side.follow(scheduler_output)
         return super().execute_model(scheduler_output)  # type: ignore[misc]
