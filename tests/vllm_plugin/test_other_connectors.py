@@ -23,7 +23,7 @@ OTHERS = [text(98, 100 + number) for number in range(6)]
 OPTIONS: dict[str, Any] = {"max_model_len": 512, "max_num_batched_tokens": 4096}
 UNCACHED: dict[str, Any] = {**OPTIONS, "enable_prefix_caching": False}
 
-pytestmark = pytest.mark.runs("beside vLLM's example connector", *FIRST)
+pytestmark = pytest.mark.runs("beside other connectors", *FIRST)
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from vllm.v1.engine import core as engine_core
 from vllm.v1.request import Request
 
 from jointkv.vllm_plugin import engine_args
+from jointkv.vllm_plugin.engine.others import connectors
+from tests.vllm_plugin.scheduler.fake_files import FILES, Files
 from tests.vllm_plugin.scheduler.fake_second_runner import SecondRunner
 from tests.vllm_plugin.scheduler.fake_worker import Mail, Model, Runner, executor_of
 from tests.vllm_plugin.scheduler.oracle import ABORTED, Oracle
@@ -50,6 +52,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "second runner, asynchronous, two groups": (
         {"layer_groups": 2},
         {"second_runner": True, "async_scheduling": True, "apart": True},
+    ),
+    "beside files": ({"scope": "both", **IN_CHUNKS}, {"beside": [FILES]}),
+    "beside files, second runner, asynchronous, two groups": (
+        {"layer_groups": 2},
+        {"beside": [FILES], "second_runner": True, "async_scheduling": True, "apart": True},
     ),
     "signatures": ({"candidates": "signature"}, {}),
     "signatures, asynchronous, two groups, chunks": (
@@ -96,7 +103,9 @@ FAULTS = {"lost": "is lost", "late": "is lost", "fault": "on purpose"}
 
 def configuration(model: Path, fusion: dict[str, Any], options: dict[str, Any]) -> Any:
     """What the engine makes of its arguments."""
-    attached = engine_args(**{"min_pool_usage": 0.0, "retry_after": 0.0, "max_faults": 16, **fusion})
+    attached = engine_args(
+        options.get("beside", ()), **{"min_pool_usage": 0.0, "retry_after": 0.0, "max_faults": 16, **fusion}
+    )
     config = EngineArgs(
         str(model),
         dtype="float32",
@@ -133,8 +142,9 @@ class SchedulerMachine:
         self.config, self.totals = config, totals
         self.history: list[str] = []
         self.mail = Mail(config.parallel_config.world_size)
-        reuses = config.scheduler_config.scheduler_cls is not None
+        reuses = any("reuse" in each.options for each in connectors(config.kv_transfer_config))
         self.oracle = (ReuseOracle if reuses else Oracle)(Model(), totals)
+        Files.model, Files.stored, Files.totals = self.oracle.model, set(), totals
         runners: list[Runner] = []
 
         def make_runner(*configs: Any) -> Runner:

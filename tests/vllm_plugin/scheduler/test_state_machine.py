@@ -23,6 +23,7 @@ from vllm.v1.request import Request
 from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
 
+from jointkv.vllm_plugin.engine import check
 from jointkv.vllm_plugin.scheduler import side as scheduler_side
 from jointkv.vllm_plugin.worker import side
 from tests.effort import COMBINATION_STEPS, FIRST_SEED, machine_settings
@@ -64,6 +65,7 @@ def _no_model() -> Iterator[None]:
         patch.setattr(StagedWriteTensor, "apply_write", write)
         patch.setattr(FusedStagedWriter, "apply", write_all)
         patch.setattr(engine_core, "freeze_gc_heap", lambda: None)
+        patch.setattr(check, "refused", lambda found: "")
         gc.collect()
         gc.freeze()
         yield
@@ -112,6 +114,7 @@ def marked(variant: str) -> Any:
     second, ahead, reuses = combination(variant)
     found = ["reuse" if reuses else "fusion", *(what for option, what in WHATS.items() if option in fusion)]
     found += ["pipeline stages"] * ("pipeline_parallel_size" in options)
+    found += ["beside other connectors"] * ("beside" in options)
     return pytest.param(variant, marks=[mark for what in found for mark in runs(what, WHERE[2 * second + ahead])])
 
 
@@ -120,10 +123,10 @@ def marked(variant: str) -> Any:
 def test_random_events(variant: str, config: Any, record_property: Any) -> None:
     totals = Counter[str]()
     expected = {"approximate merges", "hits", "resumed", "finished", "aborted"}
-    if config.scheduler_config.scheduler_cls is not None:
-        expected |= {"helpers", "adopted", "reused"}
-    if config.kv_transfer_config.kv_connector_extra_config.get("candidates"):
-        expected.add("merges of other text")
+    fusion, options = VARIANTS[variant]
+    expected |= {"helpers", "adopted", "reused"} if "reuse" in fusion else set()
+    expected |= {"merges of other text"} if "candidates" in fusion else set()
+    expected |= {"loaded"} if "beside" in options else set()
     seeds = itertools.count(FIRST_SEED)
     enough = COMBINATION_STEPS / SHARES[combination(variant)]
     while totals["steps"] < enough or not all(totals[name] for name in expected):
