@@ -6,7 +6,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, SupportsHMA
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
 from vllm.v1.request import Request
 
 from tests.vllm_plugin.scheduler.fake_worker import Model, Pages
@@ -40,8 +45,8 @@ class Files(KVConnectorBase_V1, SupportsHMA):
     stored: ClassVar[set[tuple[int, Text]]]
     totals: ClassVar[Counter[str]]
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
         self._size = self._vllm_config.cache_config.block_size
         self._starting: dict[str, tuple[Request, Tables, int]] = {}
 

@@ -268,6 +268,7 @@ class Oracle:
             for name, blocks in group.req_to_blocks.items():
                 assert not blocks or self.scheduler.requests[name].status == RequestStatus.RUNNING
                 entries.update(block.block_id for block in blocks if not block.is_null)
+        entries.update(block.block_id for _, blocks in self.scheduler.deferred_frees for block in blocks)
         free = [block.block_id for block in self.pool.free_block_queue.get_all_free_blocks()]
         assert len(free) == len(set(free)) == self.pool.get_num_free_blocks(), "the free queue is broken"
         assert not entries.keys() & set(free), "a page is free and referenced"

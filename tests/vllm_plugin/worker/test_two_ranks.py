@@ -17,7 +17,9 @@ from tests.hazards import FIRST
 from tests.vllm_plugin.engines import EXACT, Prompt, engine, near_prefix, text
 
 OUT = 8
-TIMEOUT_S = 240
+PATIENCE_S = 600
+"""Two ranks that share their cores with others wait for each other."""
+
 PROBED = {"reuse": "probed", "reuse_audit_rate": 1e-9}
 STAGES = [pytest.mark.slow, pytest.mark.runs("pipeline stages", *FIRST)]
 TWO_CORES = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks want two cores")
@@ -83,7 +85,7 @@ def found(model: Path, folder: Path, prompts: list[Prompt], parallel: dict[str, 
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(script), str(model), *map(json.dumps, (prompts, parallel, options))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")] or [done.stderr[-3000:]]
     said = json.loads(line.removeprefix("FOUND "))
     assert [len(tokens) for tokens in said["tokens"]] == [OUT] * len(prompts)
@@ -92,6 +94,7 @@ def found(model: Path, folder: Path, prompts: list[Prompt], parallel: dict[str, 
 
 
 @TWO_CORES
+@pytest.mark.timeout(PATIENCE_S + 60)
 @pytest.mark.parametrize(
     ("parallel", "options"),
     [
@@ -118,6 +121,7 @@ def test_two_ranks_merge(calm: Path, tmp_path: Path, parallel: str, options: dic
 
 @TWO_CORES
 @pytest.mark.slow
+@pytest.mark.timeout(PATIENCE_S + 60)
 @pytest.mark.runs("pipeline stages", *FIRST)
 def test_bound_zero_changes_no_token_of_two_stages(calm: Path, tmp_path: Path) -> None:
     prompts = [text(150, number // 3) for number in range(9)]

@@ -38,6 +38,7 @@ class JointScheduler(Scheduler):
         if connector is not self.connector:
             connector.stand_beside_others()
         self._side: Any = connector.scheduler
+        self._side.tables.kept = self.deferred_frees
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Send helpers ahead, then schedule as vLLM does."""

@@ -64,8 +64,8 @@ STEPS = (
 SCHEDULING = (
     Use(
         f"{CORE}.sched.scheduler:Scheduler",
-        "connector requests running waiting deferred_waiting policy kv_cache_manager max_num_running_reqs "
-        "max_num_scheduled_tokens "
+        "connector requests running waiting deferred_waiting deferred_frees policy kv_cache_manager "
+        "max_num_running_reqs max_num_scheduled_tokens "
         "add_request(_) finish_requests(_,_)",
     ),
     Use(f"{CORE}.sched.request_queue:SchedulingPolicy", "FCFS"),
