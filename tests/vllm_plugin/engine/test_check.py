@@ -19,6 +19,7 @@ from jointkv.errors import BadInput, InvalidPolicy, UnsupportedEngine
 from jointkv.vllm_plugin import CONNECTOR_MODULE, SCHEDULER, WORKERS, engine_args
 from jointkv.vllm_plugin.connector import PARTS
 from jointkv.vllm_plugin.engine import check as engine_check
+from jointkv.vllm_plugin.engine import uses
 from jointkv.vllm_plugin.engine.check import check_connectors
 from jointkv.vllm_plugin.engine.scheduler import JointScheduler
 from jointkv.vllm_plugin.engine.uses import is_tested, vllm_version
@@ -205,7 +206,7 @@ def test_a_foreign_class_on_top_of_ours_is_welcome() -> None:
 
 
 def test_an_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_check, "vllm_version", lambda: "0.34.0")
+    monkeypatch.setattr(uses, "vllm_version", lambda: "0.34.0")
     with pytest.raises(UnsupportedEngine, match=r"vLLM 0\.34\.0 was never run.*0\.32.*allow_untested"):
         check(config())
     assert check(config(), allow_untested=True) == (0,)

@@ -26,7 +26,7 @@ from jointkv.vllm_plugin import SCHEDULER
 from jointkv.vllm_plugin.engine.groups import LayerGroupSpec
 from jointkv.vllm_plugin.engine.others import STORES_FOR_ALL, connectors, refused
 from jointkv.vllm_plugin.engine.scheduler import JointScheduler
-from jointkv.vllm_plugin.engine.uses import check_interfaces, is_tested, tested_versions, vllm_version
+from jointkv.vllm_plugin.engine.uses import check_interfaces, check_version
 from jointkv.vllm_plugin.settings import PluginSettings
 
 SPECULATORS = (None, "ngram")
@@ -234,12 +234,7 @@ def reuse_obstacle(config: Any, kv_cache_config: KVCacheConfig) -> ReuseObstacle
 
 
 def _check_tested(config: Any) -> None:
-    version = vllm_version()
-    if not is_tested(version):
-        raise UnsupportedEngine(
-            f"vLLM {version} was never run with jointkv (tested: {tested_versions()}); install a tested version, or "
-            "set allow_untested to try"
-        )
+    check_version()
     device = config.device_config.device_type
     if device != "cpu":
         raise UnsupportedEngine(

@@ -37,6 +37,16 @@ def tested_versions() -> str:
     return ", ".join(f"{start}x" for start in VERSIONS)
 
 
+def check_version() -> None:
+    """Raises `UnsupportedEngine` where vLLM is a version that the plugin was never run with."""
+    version = vllm_version()
+    if not is_tested(version):
+        raise UnsupportedEngine(
+            f"vLLM {version} was never run with jointkv (tested: {tested_versions()}); install a tested version, or "
+            "set allow_untested to try"
+        )
+
+
 def used() -> ModuleType:
     """What is used of the installed version; of the newest known one where it is none of them."""
     version = vllm_version()
