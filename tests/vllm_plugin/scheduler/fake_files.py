@@ -86,16 +86,16 @@ class Files(KVConnectorBase_V1, SupportsHMA):
     # With the worker.
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Over whatever the prefix cache had found; what is equal is as if it were not written."""
+        """Over whatever the prefix cache had found; what the same tenant had there is as if it were not written."""
         for text, tables, name, salt in self._transfers.loads:
             by = name, salt, self.model.version
             for table, numbers in zip(tables, self._exact(text, len(tables)), strict=True):
                 for slot in range(len(text) // self._size):
                     places = range(slot * self._size, (slot + 1) * self._size)
-                    if self._pages.block(table[slot]) != tuple(numbers[places.start : places.stop]):
+                    page, block = table[slot], tuple(numbers[places.start : places.stop])
+                    if (self._pages.block(page), self._pages.salts[page]) != (block, salt):
                         for place in places:
-                            written = place % self._size, numbers[place], (place, text[place])
-                            self._pages.write(table[slot], *written, by)
+                            self._pages.write(page, place % self._size, numbers[place], (place, text[place]), by)
             self.totals["loaded"] += len(text) // self._size
 
     def wait_for_save(self) -> None:
