@@ -56,11 +56,13 @@ class LoggedRequest(UserRequest):
 
     Attributes:
         cache_salt: whose requests alone it shares pages with, as in vLLM.
+        session_id: of the conversation that it is a turn of.
     """
 
     output_tokens: Annotated[int | None, Field(ge=1, validation_alias=AliasChoices(*OUTPUT_FIELDS))] = None
     timestamp: datetime | None = None
     cache_salt: str | None = None
+    session_id: int | str | None = None
 
 
 @dataclass(frozen=True)
