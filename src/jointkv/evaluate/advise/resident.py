@@ -20,6 +20,7 @@ from jointkv.fusion.rolling_hash import RollingHash
 from jointkv.policy.reuse import ReuseRule
 
 _ODD = np.uint64(0xD6E8FEB86659FD93)
+UNLIMITED = 1 << 62
 SLACK = 16
 """The pool may overflow by one part in so many before blocks leave it, so that they leave together."""
 
@@ -34,6 +35,7 @@ class Seen:
         same_tokens: in blocks that are resident at their position behind another text; the first of each stretch is
             computed and compared, and does not count.
         moved_tokens: in further blocks whose text is resident at another position, likewise.
+        stretches: of blocks that count as `same_tokens`.
         runs: stretches of the prompt that stand in one earlier request, at whatever position; they include what is exact.
     """
 
@@ -41,6 +43,7 @@ class Seen:
     exact_tokens: int
     same_tokens: int
     moved_tokens: int
+    stretches: int
     runs: list[MovedRun]
 
 
@@ -48,17 +51,21 @@ class Resident:
     """Requests one after another, and the blocks that are left of them.
 
     Args:
-        block_size: tokens per block, even.
-        pool_tokens: that stay resident.
+        block_size: tokens per block; where it is odd, text that moved is not found.
+        pool_tokens: that stay resident; None: all.
+        least_blocks: of a stretch that is reused, with its first block, which is computed.
 
     Attributes:
         sources: prompts of earlier requests of which something is left, by number, int32 `[n]`.
-        least: tokens of a stretch that is reused at all.
+        least: the same as `least_blocks`, in tokens.
     """
 
-    def __init__(self, block_size: int, pool_tokens: int) -> None:
-        self._size, self._most = block_size, max(1, pool_tokens // block_size)
-        self._content = ContentIndex(block_size)
+    def __init__(
+        self, block_size: int, pool_tokens: int | None = None, least_blocks: int = ReuseRule().least + 1
+    ) -> None:
+        self._size, self._least_blocks = block_size, least_blocks
+        self._most = UNLIMITED if pool_tokens is None else max(1, pool_tokens // block_size)
+        self._content = None if block_size % 2 else ContentIndex(block_size)
         self._prefix, self._block = RollingHash(1), RollingHash(block_size)
         self._owners: dict[Hashable, int] = {}
         self._blocks: OrderedDict[int, int] = OrderedDict()
@@ -68,8 +75,12 @@ class Resident:
         self._free: list[int] = []
         self._pages = self._requests = 0
         self.sources: dict[int, np.ndarray] = {}
-        self._rule_least = ReuseRule().least + 1
-        self.least = self._rule_least * block_size
+        self.least = least_blocks * block_size
+
+    @property
+    def finds_moved(self) -> bool:
+        """Whether text is also found at other positions."""
+        return self._content is not None
 
     def request(self, owner: Hashable, tokens: Integers) -> Seen:
         """The next request of `owner`, with `tokens [n]`: what was there, and from then on it is there too."""
@@ -81,19 +92,23 @@ class Resident:
         places = ((self._block(tokens)[::size][:blocks] ^ mark) + slots * _ODD).tolist()
         exact = next((slot for slot, key in enumerate(keys[:usable]) if key not in self._blocks), usable)
         resident = [slot for slot in range(exact, usable) if places[slot] in self._places]
-        same = {slot for stretch in _stretches(resident, self._rule_least) for slot in stretch[1:]}
-        runs = self._content.find(owner, tokens[:-1], self.least)
+        stretches = _stretches(resident, self._least_blocks)
+        same = {slot for stretch in stretches for slot in stretch[1:]}
+        runs = [] if self._content is None else self._content.find(owner, tokens[:-1], self.least)
         moved = {int(slot) for run in runs if run.shift for slot in run.fills(size).slots[1:] if slot >= exact} - same
         self._add(owner, tokens, keys, places)
-        return Seen(len(tokens), exact * size, len(same) * size, len(moved) * size, runs)
+        return Seen(len(tokens), exact * size, len(same) * size, len(moved) * size, len(stretches), runs)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when blocks, places, pages and sources disagree."""
-        self._content.check_integrity()
         if Counter(self._blocks.values()) != self._copies or self._copies.keys() != self._places.keys():
             raise IntegrityError("the counts of equal blocks are wrong")
-        if len(self._content) != len(self._places) or Counter(s for _, s in self._places.values()) != self._left_of:
-            raise IntegrityError("pages and places disagree")
+        if Counter(source for _, source in self._places.values()) != self._left_of:
+            raise IntegrityError("places and what is left of sources disagree")
+        if self._content is not None:
+            self._content.check_integrity()
+            if len(self._content) != len(self._places):
+                raise IntegrityError("what is found at other positions is not what is resident")
         if self._left_of.keys() != self.sources.keys():
             raise IntegrityError("a source without blocks was kept, or one with blocks is gone")
 
@@ -114,7 +129,8 @@ class Resident:
                 slots.append(slot)
                 pages.append(page)
         if pages:
-            self._content.add(owner, tokens, np.array(slots[::-1]), np.array(pages[::-1]), source)
+            if self._content is not None:
+                self._content.add(owner, tokens, np.array(slots[::-1]), np.array(pages[::-1]), source)
             self.sources[source], self._left_of[source] = tokens.astype(np.int32), len(pages)
         if len(self._blocks) > self._most + self._most // SLACK:
             self._shrink()
@@ -131,8 +147,9 @@ class Resident:
                 self._left_of[source] -= 1
                 if not self._left_of[source]:
                     del self._left_of[source], self.sources[source]
-        for page in gone:
-            self._content.remove(page)
+        if self._content is not None:
+            for page in gone:
+                self._content.remove(page)
         self._free += gone
 
 
