@@ -105,7 +105,7 @@ def iter_requests(source: str | Path, kind: type[Kind], count: int | None = None
     no part of the prompt. Of a conversation the first turn is the prompt and the second the answer, as in vLLM's
     benchmark; a turn of the system before them goes with the prompt. Other fields are ignored, but for those of `kind`.
 
-    Raises `BadInput` for a source that cannot be read, or is no JSON as a whole.
+    Raises `BadInput` for a source that cannot be read.
     """
     adapter = TypeAdapter(kind)
     for entry in entries(source, count):
