@@ -1,7 +1,7 @@
 """How long `jointkv advise` takes on 10,000 requests of some 4,000 tokens, and how much memory.
 
-Two logs: agents behind a number, with tools and a history of which no two sessions have a line in common; and texts that share
-nothing, the most there can be to tokenize.
+Two logs: agents behind a number, with tools and a history of which no two sessions have a line in common; and texts
+that share nothing, the most there can be to tokenize.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def measure(log: str, requests: int) -> dict[str, Any]:
         "exact_share": round(found.share(found.exact_tokens), 4),
         "same_share": round(found.share(found.same_tokens), 4),
         "moved_share": round(found.share(found.moved_tokens), 4),
-        "breaks": [{"says": row.says, "token": row.token, "gain_share": round(row.gain_share, 4)} for row in found.breaks],
+        "breaks": [
+            {"says": row.says, "token": row.token, "gain_share": round(row.gain_share, 4)} for row in found.breaks
+        ],
     }
 
 

@@ -15,7 +15,7 @@ from jointkv.hf import JointCache, JointPool
 from jointkv.hf.models import load_model
 
 TOOLS = """You are an assistant with tools. Answer with one call as JSON, or in one sentence.
-{"name": "get_weather", "description": "The weather of a city on a day", "parameters": {"city": "string", "day": "date"}}
+{"name": "get_weather", "description": "The weather of a city", "parameters": {"city": "string", "day": "date"}}
 {"name": "find_trains", "description": "Trains between two stations", "parameters": {"from": "string", "to": "string"}}
 {"name": "book_seat", "description": "Books one seat in a train", "parameters": {"train": "string", "class": "integer"}}
 {"name": "send_email", "description": "Sends an email to a person", "parameters": {"to": "string", "text": "string"}}

@@ -57,7 +57,10 @@ def sample() -> str:
     problems = load_problems()
     shared = "\n\n".join(problem.worked for problem in problems[:2])
     rows = [
-        {"prompt": f"Ticket {7919 * (number + 13)}.\n{shared}\n\nQuestion: {problem.question}\nAnswer:", "answer": problem.answer}
+        {
+            "prompt": f"Ticket {7919 * (number + 13)}.\n{shared}\n\nQuestion: {problem.question}\nAnswer:",
+            "answer": problem.answer,
+        }
         for number, problem in enumerate(problems[2 : 2 + REQUESTS])
     ]
     file = Path(tempfile.mkdtemp()) / "log.jsonl"

@@ -13,8 +13,8 @@ from jointkv.hf import JointCache, JointPool
 from jointkv.hf.models import load_model
 
 SYSTEM = (
-    "You help the visitors of a small museum of clocks. It is open from ten to five, but not on Mondays. A ticket is four "
-    "francs, and children pay nothing. The oldest clock is from 1530 and still runs. Be friendly, and answer briefly."
+    "You help the visitors of a small museum of clocks. It is open from ten to five, but not on Mondays. A ticket is "
+    "four francs, and children pay nothing. The oldest clock is from 1530 and still runs. Be friendly and brief."
 )
 LINES = ("Hello! When do you open?", "What does it cost?")
 
@@ -31,9 +31,7 @@ class Chat:
         self.text += f"User: {line}\nAssistant:"
         inputs = self.tokenizer(self.text, return_tensors="pt", add_special_tokens=False)
         with torch.no_grad():
-            output = self.model.generate(
-                **inputs, past_key_values=self.cache, max_new_tokens=tokens, do_sample=False
-            )
+            output = self.model.generate(**inputs, past_key_values=self.cache, max_new_tokens=tokens, do_sample=False)
         answer = self.tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         # What was generated is tokenized again as part of the text; drop it from the cache if that gives other tokens.
         self.text += f"{answer.splitlines()[0] if answer.strip() else ''}\n"

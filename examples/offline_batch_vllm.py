@@ -13,8 +13,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, on a CPU
 
 REPORT = (
     "The town's museum of clocks counted 12,400 visitors last year, a third more than the year before. Most came in "
-    "spring, when the great clock of 1530 was shown running. The shop sold 900 books and 3,000 cards. The roof over the "
-    "east wing must be mended before winter; two offers are in, and the cheaper one is from a firm in the next village. "
+    "spring, when the great clock of 1530 was shown running. The shop sold 900 books and 3,000 cards. The roof over "
+    "the east wing must be mended before winter; two offers are in, the cheaper from a firm in the next village. "
 )
 QUESTIONS = ("How many visitors came?", "What must be mended?", "When was the clock made?", "How many books were sold?")
 

@@ -54,7 +54,9 @@ def test_a_turn_follows_the_answer_before_it() -> None:
 def test_waiting_turns_take_no_place() -> None:
     """Of the first session two more turns wait; the second session is sent all the same."""
     world = World()
-    asyncio.run(world.run([(1, 0.0, None), (1, 0.0, None), (1, 0.0, None), (2, 0.0, None), (3, 0.0, None)], concurrency=2))
+    asyncio.run(
+        world.run([(1, 0.0, None), (1, 0.0, None), (1, 0.0, None), (2, 0.0, None), (3, 0.0, None)], concurrency=2)
+    )
     assert world.events[:2] == ["0 sent", "3 sent"]
     under_way = [
         sum(1 if event.endswith("sent") else -1 for event in world.events[: at + 1]) for at in range(len(world.events))

@@ -12,7 +12,10 @@ from jointkv.evaluate.request_files import read_requests
 BODY = {
     "model": "m",
     "max_tokens": 5,
-    "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "Now."}],
+    "system": [
+        {"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}},
+        {"type": "text", "text": "Now."},
+    ],
     "tools": [{"name": "add", "description": "adds", "input_schema": {"type": "object"}}],
     "messages": [
         {"role": "user", "content": "What is 2 + 3?"},
@@ -24,7 +27,10 @@ BODY = {
                 {"type": "tool_use", "id": "t1", "name": "add", "input": {"a": 2, "b": 3}},
             ],
         },
-        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "5"}]}]},
+        {
+            "role": "user",
+            "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "5"}]}],
+        },
     ],
 }
 

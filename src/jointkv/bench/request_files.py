@@ -30,8 +30,8 @@ def from_file(
 
     See `iter_requests` for what a source may hold. How much is generated is said by `output_tokens`, `max_tokens` or
     `max_completion_tokens`, or else by the length of the answer; with `timed` each request has a `timestamp`, in
-    seconds or ISO 8601 (without a zone: UTC). Requests with one `session_id` are turns of a conversation, and those with
-    a `cache_salt` keep it.
+    seconds or ISO 8601 (without a zone: UTC). Requests with one `session_id` are turns of a conversation, and those
+    with a `cache_salt` keep it.
 
     Args:
         tokenizer: of the `transformers` library.

@@ -129,9 +129,7 @@ def _from_request(request: Request, output_tokens: int) -> ServingRequest:
     course = request.course
     if course is None:
         return ServingRequest(request.prompt, output_tokens)
-    return ServingRequest(
-        request.prompt, output_tokens, session=course.session, think=course.think, salt=course.tenant
-    )
+    return ServingRequest(request.prompt, output_tokens, session=course.session, think=course.think, salt=course.tenant)
 
 
 def _vllm_prompts(name: str, tokenizer: Any, count: int, seed: int) -> Sequence[tuple[int, ...]]:

@@ -73,7 +73,9 @@ def _print(found: "Advice") -> None:
     )
     if found.unusable:
         console.print(
-            f"{found.unusable:,} entries could not be used, the first at {found.reasons[0]}", highlight=False, markup=False
+            f"{found.unusable:,} entries could not be used, the first at {found.reasons[0]}",
+            highlight=False,
+            markup=False,
         )
     for row in found.breaks:
         console.print(

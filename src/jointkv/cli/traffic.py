@@ -21,8 +21,8 @@ def traffic(
 ) -> None:
     """Write requests of a built-in traffic as JSONL, in the form of OpenAI's batch API.
 
-    `jointkv` takes it as a log (`advise`, `bench serve --replay`), `vllm run-batch` as a batch; each body can be sent as
-    it is. Turns of a conversation have a `session_id`, a `timestamp` and a `cache_salt`.
+    `jointkv` takes it as a log (`advise`, `bench serve --replay`), `vllm run-batch` as a batch; each body can be sent
+    as it is. Turns of a conversation have a `session_id`, a `timestamp` and a `cache_salt`.
     """
     from jointkv.evaluate.traffic import get_traffic
     from jointkv.evaluate.traffic.writing import as_row

@@ -28,7 +28,8 @@ def block_tokens(tokens: int, blocks: int, given: int | None = None) -> int:
         given = tokens if blocks == 1 else 1 << (-(-tokens // blocks) - 1).bit_length()
     if -(-tokens // given) != blocks:
         raise BadInput(
-            f"hash_ids: {blocks} blocks, and input_length {tokens}: no power of two is their size; say it as 'block_size'"
+            f"hash_ids: {blocks} blocks, and input_length {tokens}: no power of two is their size; "
+            "say it as 'block_size'"
         )
     return given
 

@@ -1,4 +1,4 @@
-"""Messages of Anthropic's API, whose content holds calls, results and thoughts as blocks, as chat templates take them."""
+"""Messages of Anthropic's API, whose content holds calls, results and thoughts as blocks, as templates take them."""
 
 from __future__ import annotations
 

@@ -100,9 +100,9 @@ def iter_requests(source: str | Path, kind: type[Kind], count: int | None = None
     An entry is an object with `prompt`, `text` or `question`, or else `messages` in roles, with `tools` beside them, or
     else `conversations` in ShareGPT's format, or else `hash_ids` with `input_length`, as traces have them that hold no
     text; the first of these in this order counts. A request to OpenAI's batch API is in `body`. Messages of Anthropic's
-    API have `system` beside them. The true continuation is the first of `answer`, `completion`, `response` and `output` that holds a
-    string with text. Where the last of several messages is the assistant's, it is the true continuation instead, and
-    no part of the prompt. Of a conversation the first turn is the prompt and the second the answer, as in vLLM's
+    API have `system` beside them. The true continuation is the first of `answer`, `completion`, `response` and `output`
+    that holds a string with text. Where the last of several messages is the assistant's, it is the true continuation
+    instead, and no part of the prompt. Of a conversation the first turn is the prompt and the second the answer, as in vLLM's
     benchmark; a turn of the system before them goes with the prompt. Other fields are ignored, but for those of `kind`.
 
     Raises `BadInput` for a source that cannot be read.
@@ -120,7 +120,7 @@ def _with_system(request: Kind) -> Kind:
     """`request` with what its log holds apart as the first of its messages."""
     if request.system is None:
         return request
-    first: Message = {"role": "system", "content": request.system}
+    first: Any = {"role": "system", "content": request.system}
     return replace(request, messages=(first, *request.messages), system=None)
 
 

@@ -38,7 +38,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a source, not looked into yet: a line of JSON, `content` that is a row already, or a `Broken` one."""
+    """One entry of a source, not looked into yet: a line of JSON, `content` that is a row already, or `Broken`."""
 
     place: Place
     content: Any

@@ -62,7 +62,7 @@ def test_what_breaks_the_prefix_of_agents(name: str, says: str, tokenizer: Any, 
 
 
 def test_a_log_without_anything_in_common(tokenizer: Any, tmp_path: Path) -> None:
-    words = "ship sea clock bread salt wind coin silk radio glass paper toy".split()
+    words = ("ship", "sea", "clock", "bread", "salt", "wind", "coin", "silk", "radio", "glass", "paper", "toy")
     rows = [{"prompt": " ".join(random.Random(seed).choices(words, k=200))} for seed in range(4)]
     found = on(write(tmp_path / "log.jsonl", rows), tokenizer)
     assert (found.exact_tokens, found.same_tokens, found.gain, found.breaks) == (0, 0, 0, [])

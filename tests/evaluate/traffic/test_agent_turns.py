@@ -10,8 +10,8 @@ from jointkv.evaluate.score.outputs import common_prefix_length
 from jointkv.evaluate.traffic import Request, Tokenizer, agent_turns, get_traffic
 from jointkv.evaluate.traffic.agent_turns import AgentTurns
 from jointkv.evaluate.traffic.base import encode
-from jointkv.evaluate.traffic.writing import as_row
 from jointkv.evaluate.traffic.tool_dialogues import load_dialogues
+from jointkv.evaluate.traffic.writing import as_row
 from tests.evaluate.toy_tokenizers import MAKERS, REAL
 
 CHANGES = tuple(AgentTurns.CHANGES)

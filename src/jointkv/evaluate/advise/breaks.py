@@ -40,14 +40,16 @@ class Break:
     reordered: bool
 
 
-def find_break(tokens: Integers, seen: Seen, sources: Mapping[int, Tokens], block_size: int, least: int) -> Break | None:
+def find_break(
+    tokens: Integers, seen: Seen, sources: Mapping[int, Tokens], block_size: int, least: int
+) -> Break | None:
     """The break of `tokens [n]` that costs the most exact tokens; None where none costs as much as `least`."""
     best: Break | None = None
     behind = [run for run in seen.runs if run.end > seen.exact_tokens and run.source in sources]
     for run in sorted(behind, key=lambda run: -run.tokens)[:RUNS]:
         theirs = sources[run.source]
         at, resumes = common(tokens, theirs), _back(tokens, theirs, run)
-        if at >= run.end or resumes <= at and not run.shift:
+        if at >= run.end or (resumes <= at and not run.shift):
             continue
         their_resume = resumes - run.shift
         reordered = _reordered(tokens, theirs, at, resumes, their_resume)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 _MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.?"
-_DATE = rf"\d{{4}}[-/.]\d{{1,2}}[-/.]\d{{1,2}}|\d{{1,2}}[-/.]\d{{1,2}}[-/.]\d{{2,4}}|{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?(?:,? \d{{4}})?|\d{{1,2}} {_MONTH}(?: \d{{4}})?"
+_DATE = (
+    r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}"
+    rf"|{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?(?:,? \d{{4}})?|\d{{1,2}} {_MONTH}(?: \d{{4}})?"
+)
 _TIME = r"\d{1,2}:\d{2}(?::\d{2})?(?:[.,]\d+)?(?: ?[AaPp][Mm])?(?:Z| ?UTC| ?GMT|[+-]\d{2}:?\d{2})?"
 _DAY = r"(?:Mon|Tues?|Wed(?:nes)?|Thu(?:rs)?|Fri|Sat(?:ur)?|Sun)(?:day)?"
-_WORD = r"[^\W\d_][\w'’.-]*"
+_WORD = r"[^\W\d_][\w'.-]*"
 PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("uuid", re.compile(r"\b[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}")),
     ("clock", re.compile(rf"(?:{_DAY},? )?(?:(?:{_DATE}),?(?:T| at | )?)?{_TIME}")),
@@ -20,7 +22,9 @@ PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("id", re.compile(r"(?=[\w+/=-]*\d)(?=[\w+/=-]*[A-Za-z])[\w+/=-]{6,}|\b[0-9a-fA-F]{8,}\b")),
     ("name", re.compile(rf"\b(?=[A-ZÀ-Þ]){_WORD}(?: (?=[A-ZÀ-Þ]){_WORD})*")),
 )
-THOUGHT = re.compile(r"<\|?(?:think|thinking|thought|reasoning|analysis)\b|\[THINK\]|<\|channel\|>analysis", re.IGNORECASE)
+THOUGHT = re.compile(
+    r"<\|?(?:think|thinking|thought|reasoning|analysis)\b|\[THINK\]|<\|channel\|>analysis", re.IGNORECASE
+)
 TOOL = re.compile(r"\"(?:parameters|input_schema|function|description)\"\s*:")
 MOVE = "move it behind everything that is the same in other requests, best into the last message"
 ADVICE = {
@@ -72,7 +76,10 @@ class Sides:
     @property
     def differ(self) -> int:
         """Index of the first character that differs."""
-        return len(os.path.commonprefix([self.ours, self.theirs]))
+        pairs = zip(self.ours, self.theirs, strict=False)
+        return next(
+            (at for at, (mine, other) in enumerate(pairs) if mine != other), min(len(self.ours), len(self.theirs))
+        )
 
 
 def difference(sides: Sides, place: Callable[[int], int], reordered: bool) -> Difference:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class Seen:
             computed and compared, and does not count.
         moved_tokens: in further blocks whose text is resident at another position, likewise.
         stretches: of blocks that count as `same_tokens`.
-        runs: stretches of the prompt that stand in one earlier request, at whatever position; they include what is exact.
+        runs: stretches of the prompt that stand in one earlier request, at whatever position, with what is exact.
     """
 
     tokens: int
@@ -156,5 +157,5 @@ class Resident:
 def _stretches(slots: list[int], least: int) -> list[list[int]]:
     """Stretches of at least `least` consecutive `slots`, which are in order."""
     cuts = [0, *(at for at in range(1, len(slots)) if slots[at] != slots[at - 1] + 1), len(slots)]
-    parts = [slots[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    parts = [slots[start:end] for start, end in pairwise(cuts)]
     return [part for part in parts if len(part) >= least]

@@ -59,8 +59,8 @@ def advise(
         progress: called with the number of requests that are done.
 
     Raises:
-        BadInput: the source cannot be read or holds no request; or, unless bad entries are skipped, the first entry that
-            cannot be used, as `file:line: reason`.
+        BadInput: the source cannot be read or holds no request; or, unless bad entries are skipped, the first entry
+            that cannot be used, as `file:line: reason`.
     """
     if settings.block_size < 2 or settings.block_size % 2:
         raise BadInput(f"block_size: an even number expected, got {settings.block_size}")
@@ -171,7 +171,7 @@ class _Walk:
         self._other = 0
         self.requests = 0
         self.tenants: set[str | None] = set()
-        self.counts = dict.fromkeys(("tokens", "exact_tokens", "same_tokens", "moved_tokens"), 0)
+        self.counts: dict[str, Any] = dict.fromkeys(("tokens", "exact_tokens", "same_tokens", "moved_tokens"), 0)
 
     def request(self, prompt: _Prompt, tokens: Integers) -> None:
         """The next one."""

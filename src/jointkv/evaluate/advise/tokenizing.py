@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class LineTokenizer:
         self.by_lines = True
 
     def __call__(self, texts: Sequence[str], bos: Sequence[bool]) -> list[Integers]:
-        """Ids of each text, int64 `[n]`; behind a beginning-of-sequence token where `bos`, if the tokenizer adds one."""
+        """Ids of each text, int64 `[n]`; where `bos`, behind the beginning-of-sequence token of a tokenizer that adds one."""
         rows = self._rows(texts)
         first = np.array(self._bos, np.int64)
         return [np.concatenate((first, row)) if wanted else row for row, wanted in zip(rows, bos, strict=True)]
@@ -82,7 +83,7 @@ def lines(text: str) -> list[str]:
         if at and not text[at - 1].isspace():
             cuts.append(at + 1)
     cuts.append(len(text))
-    return [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [text[start:end] for start, end in pairwise(cuts)]
 
 
 class Spelling:

@@ -16,7 +16,16 @@ from jointkv.evaluate.traffic.tool_dialogues import ToolDialogues
 from jointkv.evaluate.traffic.tools_reordered import ToolsReordered
 from jointkv.evaluate.traffic.unrelated import Unrelated
 
-__all__ = ["Course", "DatasetTraffic", "LongDocuments", "Request", "Tokenizer", "Traffic", "get_traffic", "traffic_names"]
+__all__ = [
+    "Course",
+    "DatasetTraffic",
+    "LongDocuments",
+    "Request",
+    "Tokenizer",
+    "Traffic",
+    "get_traffic",
+    "traffic_names",
+]
 
 _TRAFFICS: tuple[Traffic, ...] = (
     NearPrefix(),

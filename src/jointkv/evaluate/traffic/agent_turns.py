@@ -1,4 +1,4 @@
-"""Agents that send their tools and the whole history with every turn, and what people do to the heads of such prompts."""
+"""Agents that send tools and the whole history with every turn, and what people do to the heads of such prompts."""
 
 import heapq
 import json
@@ -32,13 +32,13 @@ Answers = tuple[str, ...]
 class AgentTurns(Traffic):
     """Sessions of several turns, interleaved, each turn with the tools and the whole history again.
 
-    Dialogues and tools are the packaged real ones; all 20 tools stand in every system prompt, 1,500 to 4,000 tokens with
-    most tokenizers. The history holds the true answers of the dialogue. Thoughts are made from what they precede.
+    Dialogues and tools are the packaged real ones; all 20 tools stand in every system prompt, 1,500 to 4,000 tokens
+    with most tokenizers. The history holds the true answers of the dialogue. Thoughts are made from what they precede.
 
     Args:
-        change: `nothing`: prefixes are exact. `nonce`: number and clock of the request in the first line. `clock`: a clock
-            amid the tools. `tools`: in another order in every session. `thoughts`: only the last answer in the history
-            has the thought that preceded it.
+        change: `nothing`: prefixes are exact. `nonce`: number and clock of the request in the first line. `clock`: a
+            clock amid the tools. `tools`: in another order in every session. `thoughts`: only the last answer in the
+            history has the thought that preceded it.
     """
 
     CHANGES = MappingProxyType(
@@ -98,9 +98,7 @@ class AgentTurns(Traffic):
             return None
         messages = (("system", system), *((ROLES[turn.speaker], turn.text) for turn in history))
         tenant = f"tenant-{session.number % TENANTS}"
-        return replace(
-            request, course=Course(session.number, tenant, session.seconds - first, session.think, messages)
-        )
+        return replace(request, course=Course(session.number, tenant, session.seconds - first, session.think, messages))
 
     def _system(self, session: "_Session", rng: random.Random) -> str:
         clock = (BEGIN + timedelta(seconds=int(session.seconds))).isoformat(" ")

@@ -24,8 +24,9 @@ def verdict(advice: Advice) -> str:
     found = advice.same_tokens + advice.moved_tokens
     if advice.share(advice.gain) >= ENOUGH:
         return (
-            f"Rewriting the prompts is free, and brings exact prefix caching from {advice.share(advice.exact_tokens):.0%} "
-            f"to about {min(1.0, advice.share(advice.exact_tokens + advice.gain)):.0%} of the prompt tokens."
+            "Rewriting the prompts is free, and brings exact prefix caching from "
+            f"{advice.share(advice.exact_tokens):.0%} to about "
+            f"{min(1.0, advice.share(advice.exact_tokens + advice.gain)):.0%} of the prompt tokens."
         )
     if advice.share(found) >= ENOUGH:
         return (
