@@ -102,8 +102,9 @@ def iter_requests(source: str | Path, kind: type[Kind], count: int | None = None
     text; the first of these in this order counts. A request to OpenAI's batch API is in `body`. Messages of Anthropic's
     API have `system` beside them. The true continuation is the first of `answer`, `completion`, `response` and `output`
     that holds a string with text. Where the last of several messages is the assistant's, it is the true continuation
-    instead, and no part of the prompt. Of a conversation the first turn is the prompt and the second the answer, as in vLLM's
-    benchmark; a turn of the system before them goes with the prompt. Other fields are ignored, but for those of `kind`.
+    instead, and no part of the prompt. Of a conversation the first turn is the prompt and the second the answer, as in
+    vLLM's benchmark; a turn of the system before them goes with the prompt. Other fields are ignored, but for those of
+    `kind`.
 
     Raises `BadInput` for a source that cannot be read.
     """
