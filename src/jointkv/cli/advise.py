@@ -72,11 +72,9 @@ def _print(found: "Advice") -> None:
         markup=False,
     )
     if found.unusable:
-        console.print(
-            f"{found.unusable:,} entries could not be used, the first at {found.reasons[0]}",
-            highlight=False,
-            markup=False,
-        )
+        entries = "1 entry, at" if found.unusable == 1 else f"{found.unusable:,} entries, the first at"
+        said = f"left out: {entries} {found.reasons[0]}"
+        console.print(said, highlight=False, markup=False)
     for row in found.breaks:
         console.print(
             f"\n{row.says} at token {row.token:,} breaks the prefix of {row.requests:,} requests "
