@@ -27,7 +27,7 @@ def test_text_json_picture_and_page(tiny: str, log: Path, tmp_path: Path) -> Non
     assert found["breaks"][0]["says"] == "a 6-digit number" and found["breaks"][0]["anchor"] == "Ticket "
     code, out, err = run(*arguments)
     assert code == 0, err
-    assert "a 6-digit number at token" in out and "left out: 1 entry, at line 5" in out
+    assert "a 6-digit number at token" in out and "caution: 1 entry could not be used: line 5: not JSON" in out
     assert (tmp_path / "out" / "advice.png").read_bytes().startswith(PNG)
     page = (tmp_path / "out" / "advice.html").read_text()
     assert "Rewriting the prompts is free" in page and "A 6-digit number at token" in page

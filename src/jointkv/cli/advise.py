@@ -71,10 +71,8 @@ def _print(found: "Advice") -> None:
         highlight=False,
         markup=False,
     )
-    if found.unusable:
-        entries = "1 entry, at" if found.unusable == 1 else f"{found.unusable:,} entries, the first at"
-        said = f"left out: {entries} {found.reasons[0]}"
-        console.print(said, highlight=False, markup=False)
+    for caution in found.cautions:
+        console.print(f"caution: {caution}", highlight=False, markup=False)
     for row in found.breaks:
         console.print(
             f"\n{row.says} at token {row.token:,} breaks the prefix of {row.requests:,} requests "

@@ -51,17 +51,22 @@ class UserRequest:
 
 
 @dataclass(frozen=True)
-class LoggedRequest(UserRequest):
+class SaltedRequest(UserRequest):
+    """A request with `cache_salt`: whose requests alone it shares pages with, as in vLLM."""
+
+    cache_salt: str | None = None
+
+
+@dataclass(frozen=True)
+class LoggedRequest(SaltedRequest):
     """A request of a log, with how much was generated for it and when it came, where the log says so.
 
     Attributes:
-        cache_salt: whose requests alone it shares pages with, as in vLLM.
         session_id: of the conversation that it is a turn of.
     """
 
     output_tokens: Annotated[int | None, Field(ge=1, validation_alias=AliasChoices(*OUTPUT_FIELDS))] = None
     timestamp: datetime | None = None
-    cache_salt: str | None = None
     session_id: int | str | None = None
 
 

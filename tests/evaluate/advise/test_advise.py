@@ -84,6 +84,13 @@ def test_bad_entries_are_named_or_counted(tokenizer: Any, tmp_path: Path) -> Non
         on(path, tokenizer, block_size=15)
 
 
+def test_tools_that_the_chat_template_leaves_out_are_a_caution(tokenizer: Any, tmp_path: Path) -> None:
+    said = {"messages": [{"role": "user", "content": "Hi"}], "timestamp": "02/Mar/2026:09:14:07"}
+    rows = [{**said, "tools": [{"name": "add", "input_schema": {}}]}, said]
+    found = on(write(tmp_path / "log.jsonl", rows), tokenizer)
+    assert (found.requests, found.without_tools) == (2, 1) and "leaves out the tools of 1 requests" in found.cautions[0]
+
+
 def test_a_trace_of_block_hashes_needs_no_text(tokenizer: Any, tmp_path: Path) -> None:
     rows = [
         {"timestamp": 27482, "input_length": 150, "output_length": 9, "hash_ids": [1, 2, 3, 4, 5]},

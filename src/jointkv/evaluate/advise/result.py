@@ -48,6 +48,7 @@ class Advice(Origin):
         model: whose tokenizer and chat template made tokens of it.
         tenants: isolation keys (`cache_salt`) in it.
         unusable: entries of which no request could be made; `reasons` are the first ones.
+        without_tools: requests with tools that this model's chat template leaves out, so that they are not counted.
         tokens: of all prompts.
         exact_tokens: in whole blocks that exact prefix caching finds.
         same_tokens: in further blocks that are resident at the same position, behind another text.
@@ -66,6 +67,7 @@ class Advice(Origin):
     tenants: int
     unusable: int
     reasons: list[str]
+    without_tools: int
     tokens: int
     exact_tokens: int
     same_tokens: int
@@ -77,6 +79,20 @@ class Advice(Origin):
     def share(self, tokens: int) -> float:
         """`tokens` over all prompt tokens."""
         return tokens / self.tokens if self.tokens else 0.0
+
+    @property
+    def cautions(self) -> list[str]:
+        """What to know before trusting the numbers."""
+        found = []
+        if self.unusable:
+            entries = "1 entry" if self.unusable == 1 else f"{self.unusable:,} entries"
+            found.append(f"{entries} could not be used: {'; '.join(self.reasons)}")
+        if self.without_tools:
+            found.append(
+                f"the chat template of {self.model} leaves out the tools of {self.without_tools:,} requests, so they are "
+                "not counted: give the model that these requests are for"
+            )
+        return found
 
     @property
     def new_tokens(self) -> int:

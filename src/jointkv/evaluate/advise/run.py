@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from jointkv.evaluate.advise.kinds import ADVICE, BEFORE, BEHIND, Difference, Si
 from jointkv.evaluate.advise.resident import Resident
 from jointkv.evaluate.advise.result import Advice, Breaking
 from jointkv.evaluate.advise.tokenizing import LineTokenizer, Spelling
-from jointkv.evaluate.request_files import LoggedRequest, Unusable, chat_text, iter_requests, traced_tokens
+from jointkv.evaluate.request_files import SaltedRequest, Unusable, chat_text, iter_requests, traced_tokens
 
 TOGETHER = 64
 """Requests that are tokenized at a time."""
@@ -81,6 +81,7 @@ def advise(
         tenants=len(walk.tenants),
         unusable=read.unusable,
         reasons=read.reasons,
+        without_tools=read.without_tools,
         **walk.counts,
         **walk.breaks(),
         seconds=time.monotonic() - began,
@@ -104,10 +105,10 @@ class _Reader:
     def __init__(self, source: str | Path, tokenizer: Any, settings: Settings) -> None:
         self._source, self._tokenizer, self._settings = source, tokenizer, settings
         self._encode = LineTokenizer(tokenizer)
-        self.unusable, self.reasons = 0, list[str]()
+        self.unusable, self.reasons, self.without_tools = 0, list[str](), 0
 
     def __iter__(self) -> Iterator[_Prompt]:
-        for read in iter_requests(self._source, LoggedRequest, self._settings.count):
+        for read in iter_requests(self._source, SaltedRequest, self._settings.count):
             try:
                 if isinstance(read, Unusable):
                     raise BadInput(read.reason)
@@ -125,13 +126,20 @@ class _Reader:
         made = iter(self._encode([each.text or "" for each in texts], [each.bos for each in texts]))
         return [next(made) if each.traced is None else each.traced for each in prompts]
 
-    def _prompt(self, read: LoggedRequest) -> _Prompt:
+    def _prompt(self, read: SaltedRequest) -> _Prompt:
         place, owner = str(read.place.within), read.cache_salt
         if read.hash_ids:
             return _Prompt(place, owner, None, False, np.array(traced_tokens(self._tokenizer, read), np.int64))
         if read.prompt is not None and not (self._settings.chat and self._tokenizer.chat_template):
             return _Prompt(place, owner, read.prompt, True, None)
-        return _Prompt(place, owner, chat_text(self._tokenizer, read), False, None)
+        text = chat_text(self._tokenizer, read)
+        self.without_tools += bool(read.tools) and _name(read.tools[0]) not in text
+        return _Prompt(place, owner, text, False, None)
+
+
+def _name(tool: Mapping[str, Any]) -> str:
+    function = tool.get("function")
+    return str((function if isinstance(function, Mapping) else tool).get("name", ""))
 
 
 def _together(read: _Reader) -> Iterator[list[_Prompt]]:

@@ -37,7 +37,7 @@ class LineTokenizer:
         self.by_lines = True
 
     def __call__(self, texts: Sequence[str], bos: Sequence[bool]) -> list[Integers]:
-        """Ids of each text, int64 `[n]`; behind a beginning-of-sequence token where `bos`, if this tokenizer has one."""
+        """Ids of each text, int64 `[n]`; with a beginning-of-sequence token where `bos`, if this tokenizer has one."""
         rows = self._rows(texts)
         first = np.array(self._bos, np.int64)
         return [np.concatenate((first, row)) if wanted else row for row, wanted in zip(rows, bos, strict=True)]
