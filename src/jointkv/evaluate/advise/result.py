@@ -89,8 +89,8 @@ class Advice(Origin):
             found.append(f"{entries} could not be used: {'; '.join(self.reasons)}")
         if self.without_tools:
             found.append(
-                f"the chat template of {self.model} leaves out the tools of {self.without_tools:,} requests, so they are "
-                "not counted: give the model that these requests are for"
+                f"the chat template of {self.model} leaves out the tools of {self.without_tools:,} requests, so that "
+                "they are not counted: give the model that these requests are for"
             )
         return found
 
