@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from jointkv.errors import BadInput
 from jointkv.report.figure import png, style
+from jointkv.report.pictures.advice import AdvicePicture
 from jointkv.report.pictures.base import Picture
 from jointkv.report.pictures.frontier import Frontier
 from jointkv.report.pictures.influence import InfluenceOfAttackers
@@ -46,6 +47,7 @@ PICTURES: tuple[Picture[Any], ...] = (
     SideChannelAUC(),
     InfluenceOfAttackers(),
     ReusePredictors(),
+    AdvicePicture(),
     Frontier(),
 )
 FORMATS: tuple[type[BaseModel], ...] = tuple(dict.fromkeys(picture.reads for picture in PICTURES))
