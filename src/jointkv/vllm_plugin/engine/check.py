@@ -188,7 +188,7 @@ def check_connectors(config: Any) -> None:
     if sum(each.is_ours for each in found) != 1:
         raise UnsupportedEngine(
             "the jointkv worker runs without the jointkv connector, or with several of it; start with `jointkv serve`, "
-            "or take the arguments of `engine_args`"
+            "give the flags of `jointkv serve --dry-run`, or take the arguments of `engine_args`"
         )
     if refused(found):
         raise UnsupportedEngine(
