@@ -26,8 +26,8 @@ class BlockTables:
         manager: the scheduler's. Owned by vLLM; every change goes through its pool's own methods.
 
     Attributes:
-        kept: pages of requests that have left, with the step that may still write them, after which vLLM frees them: where
-            other connectors load pages a step ahead.
+        kept: pages of requests that have left, each with the step that may still write them. vLLM frees them after it,
+            where other connectors load pages and steps overlap.
     """
 
     def __init__(self, manager: KVCacheManager) -> None:
