@@ -1,0 +1,276 @@
+"""Bytes per token against KL of every codec, with real K and V: unrelated text, near-prefix requests, agent turns.
+
+Ratios are against 16 bits per number. Transforms are fitted to other text than what is sent. KL is of the next-token
+distributions of the true tokens behind a prompt, read from decoded pages, against the same model with what it computed.
+`python benchmarks/codec.py --output docs/results/bench`; three minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from jointkv.codec import CODECS, Aids, Bound, Chooser, Pages, Transform, decode, encode
+from jointkv.codec.base import step_share
+from jointkv.evaluate.score.fidelity import score
+from jointkv.evaluate.traffic import get_traffic
+from jointkv.evaluate.traffic.base import Request
+from jointkv.evaluate.traffic.long_documents import LongDocuments
+from jointkv.evaluate.traffic.near_prefix import session_line
+from jointkv.evaluate.traffic.tool_dialogues import load_dialogues
+from jointkv.hf.models import load_model
+from jointkv.hf.stored import cache_of, fit_transform, pages_of
+from timing import paired, write
+
+MODEL, BLOCK, PROMPT, TRUE_TOKENS = "smollm2", 32, 512, 64
+DTYPE = torch.bfloat16
+FIT_TEXTS = 12
+LEVELS = (8, 10, 12, 14, 16, 18)
+GOAL_KL = 1e-3
+BOUNDS = (Bound(0.1, 0.2), Bound(0.2, 0.3), Bound(0.3, 0.5), Bound(0.4, 0.7))
+PUBLISHED = {
+    "CacheGen (arXiv 2310.07240)": "3.5 to 4.3 times smaller",
+    "KVTC (arXiv 2511.01815)": "16 to 20 times, quality within a point",
+    "vLLM turboquant": "3.8 times, GSM8K 0.90 to 0.84",
+    "TokenDance": "11 to 17 times on agents, block-sparse differences",
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One computed prompt: its pages, what follows it, and the model's logits there.
+
+    Attributes:
+        tail: prompt tokens behind the last whole block, and the true tokens.
+        logits: over the true tokens, `[true, vocabulary]`.
+    """
+
+    tokens: Sequence[int]
+    pages: Pages
+    tail: list[int]
+    true: list[int]
+    logits: Tensor
+
+
+class Bench:
+    """The model, what it computed, and how far its answers move."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def prompt(self, request: Request) -> Prompt:
+        tokens, true = list(request.prompt), list(request.continuation)
+        cache = DynamicCache(config=self.model.config)
+        logits = self.model(torch.tensor([[*tokens, *true]]), past_key_values=cache).logits[0]
+        cache.crop(len(tokens) - 1)  # the last token of a prompt is always computed
+        pages = pages_of(cache, BLOCK, DTYPE)
+        return Prompt(tokens, pages, tokens[len(pages) * BLOCK :], true, logits[len(tokens) - 1 : -1].clone())
+
+    @torch.inference_mode()
+    def kl(self, prompt: Prompt, decoded: Pages) -> float:
+        """Mean over the true tokens."""
+        inputs = torch.tensor([prompt.tail + prompt.true])
+        logits = self.model(inputs, past_key_values=cache_of(self.model, decoded)).logits[0]
+        logits = logits[len(prompt.tail) - 1 : -1]
+        sums = score(logits[None], prompt.logits[None], [prompt.true])[0]
+        return float(sums.kl / sums.tokens)
+
+
+def unrelated(bench: Bench, prompts: Sequence[Prompt], transform: Transform) -> list[dict[str, Any]]:
+    """Every codec that needs no reference, over all of the text."""
+    rows = []
+    for name in ("raw", "fp8", "int4", "lossless"):
+        rows.append(_row(bench, prompts, name, lambda pages, name=name: _plain(pages, name, Aids())))
+    for level in LEVELS:
+        aids = Aids(transform, level=level)
+        row = _row(bench, prompts, "alone", lambda pages, aids=aids: _plain(pages, "alone", aids))
+        rows.append(row | {"level": level, "step": round(step_share(level), 4)})
+    return rows
+
+
+def _plain(pages: Pages, name: str, aids: Aids) -> tuple[int, Pages]:
+    messages = encode(CODECS[name], pages, aids)
+    return sum(map(len, messages)), decode(messages, pages.layout, pages.positions, aids)
+
+
+def _row(
+    bench: Bench, prompts: Sequence[Prompt], name: str, work: Callable[[Pages], tuple[int, Pages]]
+) -> dict[str, Any]:
+    sent, numbers, kls, errors = 0, 0, [], []
+    for prompt in prompts:
+        nbytes, decoded = work(prompt.pages)
+        sent += nbytes
+        numbers += _numbers(prompt.pages)
+        kls.append(bench.kl(prompt, decoded))
+        errors.append([float(error.max()) for error in prompt.pages.errors(decoded)])
+    key, value, token = np.array(errors).max(0).round(4).tolist()
+    worst = {"key": key, "value": value, "token": token}
+    return {"codec": name, "ratio": round(2 * numbers / sent, 3), "kl": mean(kls), "worst_error": worst}
+
+
+def _numbers(pages: Pages) -> int:
+    return len(pages) * (pages.layout.key_numbers + pages.layout.value_numbers)
+
+
+def stream(bench: Bench, prompts: Sequence[Prompt], transform: Transform, bound: Bound, level: int) -> dict[str, Any]:
+    """Requests one after the other to a receiver that keeps what it got; the first is not counted.
+
+    A block whose tokens and all before it are there costs nothing; one whose own tokens are there has a reference.
+    """
+    chooser = Chooser(bound, transform, level)
+    exact: dict[tuple[int, ...], Pages] = {}
+    by_text: dict[tuple[int, ...], Pages] = {}
+    sent, numbers, kls, codecs = 0, 0, [], Counter[str]()
+    for number, prompt in enumerate(prompts):
+        blocks = [tuple(prompt.tokens[: (i + 1) * BLOCK]) for i in range(len(prompt.pages))]
+        decoded = Pages.empty(prompt.pages.layout, prompt.pages.positions)
+        known = [i for i, block in enumerate(blocks) if block in exact]
+        for i in known:
+            decoded.put([i], exact[blocks[i]])
+        new = [i for i in range(len(blocks)) if i not in known]
+        references = [by_text.get(blocks[i][-BLOCK:]) for i in new]
+        if new:
+            encoded = chooser.encode(prompt.pages.take(torch.tensor(new)), *_given(references, prompt, new))
+            decoded.put(new, encoded.decoded)
+            for i, name in zip(new, encoded.codecs, strict=True):
+                exact[blocks[i]] = decoded.take(torch.tensor([i]))
+                if name not in ("reference", "difference"):
+                    by_text.setdefault(blocks[i][-BLOCK:], exact[blocks[i]])
+        if number:
+            sent += sum(map(len, encoded.messages)) if new else 0
+            sent += 32 * len(blocks)  # the address of each
+            numbers += _numbers(prompt.pages)
+            codecs.update(encoded.codecs if new else [])
+            codecs["prefix"] += len(known)
+            kls.append(bench.kl(prompt, decoded))
+    made = {"bound": bound.block, "token_bound": bound.token, "level": level, "codecs": dict(codecs)}
+    return {**made, "ratio": round(2 * numbers / sent, 2), "kl": mean(kls), "worst_request_kl": max(kls)}
+
+
+def _given(
+    references: Sequence[Pages | None], prompt: Prompt, new: Sequence[int]
+) -> tuple[Pages | None, Tensor | None]:
+    has = torch.tensor([reference is not None for reference in references])
+    if not has.any():
+        return None, None
+    filled = [
+        r if r is not None else prompt.pages.take(torch.tensor([i])) for r, i in zip(references, new, strict=True)
+    ]
+    joined = (torch.cat([getattr(page, side) for page in filled], 1) for side in ("keys", "values"))
+    return Pages(*joined, torch.cat([page.positions for page in filled])), has
+
+
+def agent_turns(tokenizer: Any, dialogues: int) -> list[Request]:
+    """Dialogues of one assistant, the whole history sent again at each turn behind a session line of its own."""
+    import random
+
+    draw, requests = random.Random(0), []
+    chosen = [dialogue for dialogue in load_dialogues() if len(dialogue.split_points()) >= 3][:dialogues]
+    for dialogue in chosen:
+        for at in sorted(dialogue.split_points())[-3:]:
+            history = "\n".join(f"{turn.speaker}: {turn.text}" for turn in dialogue.turns[:at])
+            following = "\n".join(f"{turn.speaker}: {turn.text}" for turn in dialogue.turns[at:])
+            head = f"System: {session_line(draw.randrange(10**8), draw)}\n{chosen[0].instructions}\n{history}\n"
+            prompt, true = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (head, following))
+            if len(true) >= 16:
+                requests.append(Request(tuple(prompt), tuple(true[:32]), head))
+    return requests
+
+
+def speed(pages: Pages, transform: Transform) -> dict[str, dict[str, float]]:
+    """Millions of bytes of 16-bit pages per second."""
+    megabytes, found = 2 * _numbers(pages) / 1e6, {}
+    noise = torch.randn(pages.keys.shape) * 0.02
+    references = Pages(pages.keys + (pages.keys * noise).to(DTYPE), pages.values, pages.positions)
+    for name in ("raw", "lossless", "fp8", "int4", "alone", "difference", "reference"):
+        aids = Aids(transform, references)
+        messages = encode(CODECS[name], pages, aids)
+        works = [
+            lambda name=name, aids=aids: encode(CODECS[name], pages, aids),
+            lambda m=messages, aids=aids: decode(m, pages.layout, pages.positions, aids),
+        ]
+        seconds = [min(times) for times in paired(works, repeats=3)]
+        found[name] = {way: round(megabytes / s, 1) for way, s in zip(("encode", "decode"), seconds, strict=True)}
+    chosen = Chooser(Bound(), transform)
+    found["chosen within a bound"] = {
+        "encode": round(megabytes / min(paired([lambda: chosen.encode(pages)], repeats=3)[0]), 1)
+    }
+    return found
+
+
+def at_kl(rows: Sequence[dict[str, Any]], goal: float = GOAL_KL) -> float | None:
+    """The ratio at `goal`, between the measured points on logarithmic scales; None outside of them."""
+    points = sorted((row["kl"], row["ratio"]) for row in rows)
+    for (low, small), (high, large) in pairwise(points):
+        if low <= goal <= high:
+            share = math.log(goal / low) / math.log(high / low)
+            return round(math.exp(math.log(small) * (1 - share) + math.log(large) * share), 2)
+    return None
+
+
+def texts(tokenizer: Any) -> tuple[list[Sequence[int]], list[Request]]:
+    """Token ids to fit a transform to, and requests of other text."""
+    other = [request.prompt for request in get_traffic("unrelated").requests(tokenizer, FIT_TEXTS, 1, seed=1)]
+    documents = LongDocuments(tokens=PROMPT, kinds=("novel",)).requests(tokenizer, 9, TRUE_TOKENS, seed=0)
+    return other + [request.prompt for request in documents[3:]], list(documents[:3])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2, help="for the speeds; one for the rest")
+    parser.add_argument("--output", type=Path, default=Path("out/bench"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = load_model(MODEL, dtype="float32")
+    bench = Bench(model)
+    fit, documents = texts(tokenizer)
+    transform = fit_transform(model, fit, BLOCK)
+    prompts = [bench.prompt(request) for request in documents]
+    alone = unrelated(bench, prompts, transform)
+    streams = {}
+    for name, requests in (
+        ("near_prefix", get_traffic("near_prefix").requests(tokenizer, 6, 48, seed=0)),
+        ("agent_turns", agent_turns(tokenizer, 3)),
+    ):
+        computed = [bench.prompt(request) for request in requests]
+        streams[name] = [stream(bench, computed, transform, bound, 14) for bound in BOUNDS]
+    torch.set_num_threads(arguments.threads)
+    pages = prompts[0].pages
+    result = {
+        "headline": {
+            "unrelated_ratio_at_kl": at_kl([row for row in alone if row["codec"] == "alone"]),
+            **{
+                f"{name}_ratio": max((r["ratio"] for r in rows if r["kl"] <= GOAL_KL), default=None)
+                for name, rows in streams.items()
+            },
+            "lossless_ratio": next(row["ratio"] for row in alone if row["codec"] == "lossless"),
+        },
+        "kl": GOAL_KL,
+        "model": MODEL,
+        "block_size": BLOCK,
+        "prompts": len(prompts),
+        "fitted_tokens": sum(len(text) // BLOCK * BLOCK for text in fit),
+        "unrelated": alone,
+        "streams": streams,
+        "megabytes_per_s": speed(pages, transform),
+        "threads_for_speed": arguments.threads,
+        "published": PUBLISHED,
+    }
+    write(arguments.output, "codec", result)
+
+
+if __name__ == "__main__":
+    main()
