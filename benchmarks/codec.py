@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -175,8 +176,6 @@ def _given(
 
 def agent_turns(tokenizer: Any, dialogues: int) -> list[Request]:
     """Dialogues of one assistant, the whole history sent again at each turn behind a session line of its own."""
-    import random
-
     draw, requests = random.Random(0), []
     chosen = [dialogue for dialogue in load_dialogues() if len(dialogue.split_points()) >= 3][:dialogues]
     for dialogue in chosen:

@@ -5,9 +5,11 @@ from jointkv.store.folder import Store
 from jointkv.store.names import Names
 from jointkv.store.pages import PageStore, Put
 from jointkv.store.records import Record
+from jointkv.store.wire import Fetched, fetch, serve
 
 __all__ = [
     "Collected",
+    "Fetched",
     "Names",
     "PageStore",
     "Put",
@@ -16,6 +18,8 @@ __all__ = [
     "Store",
     "Verified",
     "collect",
+    "fetch",
     "list_segments",
+    "serve",
     "verify",
 ]

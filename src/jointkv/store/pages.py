@@ -71,7 +71,7 @@ class PageStore:
 
     def prefix(self, tokens: Sequence[int]) -> int:
         """How many whole blocks of a prompt are stored, from its first on."""
-        there = self._store.has([block.address for block in self._names.of(tokens, self.layout.block_size)])
+        there = self._store.has(self.addresses(tokens))
         return there.index(False) if False in there else len(there)
 
     def put(self, tokens: Sequence[int], pages: Pages) -> Put:
@@ -106,10 +106,13 @@ class PageStore:
         self._store.put(records)
         return Put(len(blocks) - len(new), tuple(encoded.codecs), sum(record.nbytes for record in records))
 
+    def addresses(self, tokens: Sequence[int]) -> list[bytes]:
+        """Of the whole blocks of a prompt; what `jointkv.store.wire.fetch` asks for."""
+        return [block.address for block in self._names.of(tokens, self.layout.block_size)]
+
     def load(self, tokens: Sequence[int], most: int | None = None) -> Pages:
         """The pages of the longest stored prefix of a prompt, at most `most`; none where anything is not whole."""
-        blocks = self._names.of(tokens, self.layout.block_size)[:most]
-        records = self._store.get([block.address for block in blocks])
+        records = self._store.get(self.addresses(tokens)[:most])
         whole = records.index(None) if None in records else len(records)
         while True:
             pages, good = self._decode([record for record in records[:whole] if record is not None])
