@@ -1,0 +1,202 @@
+"""A store's costs: opening a large index, writing and reading pages, a warm restart, and fetching instead of computing.
+
+`python benchmarks/store.py --output docs/results/bench`; a few minutes on one core, and 2 GB of disk for the index.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from jointkv.codec import Bound, Pages, Transform
+from jointkv.evaluate.traffic import get_traffic
+from jointkv.evaluate.traffic.long_documents import LongDocuments
+from jointkv.hf.identity import model_fingerprint
+from jointkv.hf.models import load_model
+from jointkv.hf.stored import cache_of, fit_transform, pages_of
+from jointkv.store import PageStore, Record, Store, fetch, serve
+from jointkv.store.index import ENTRY, Table
+from jointkv.store.records import NO_BASE
+from jointkv.store.segments import DATA, TABLE
+from timing import write
+
+MODEL, BLOCK, DTYPE = "smollm2", 32, torch.bfloat16
+ENTRIES = 5000
+"""Of one segment: 256 MB of pages of 50 kB."""
+
+PROMPTS = (512, 2048, 4000)
+BOUND = Bound(0.2, 0.3)
+
+
+def opening(folder: Path, gigabytes: float, repeats: int) -> dict[str, float]:
+    """A store of so many closed segments that their indexes are so large; pages themselves are not there."""
+    with Store(folder) as store:
+        pass
+    draw, written, tables = np.random.default_rng(0), 0, 0
+    while written < gigabytes * 1e9:
+        entries = np.frombuffer(draw.bytes(ENTRIES * ENTRY.itemsize), ENTRY)
+        path = store.segments / f"{tables:016x}"
+        Table.of(entries).write(path.with_suffix(TABLE))
+        path.with_suffix(DATA).touch()
+        written += path.with_suffix(TABLE).stat().st_size
+        tables += 1
+    unknown = [draw.bytes(32) for _ in range(125)]
+    known = [bytes(entry) for entry in entries["address"][:125]]
+    opened, missed, found = [], [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        store = Store(folder, write=False)
+        opened.append(time.perf_counter() - start)
+        missed.append(_seconds(lambda store=store: store.has(unknown)))
+        found.append(_seconds(lambda store=store: store.has(known)))
+        store.close()
+    return {
+        "index_gb": round(written / 1e9, 3),
+        "segments": tables,
+        "pages": tables * ENTRIES,
+        "open_s": round(median(opened), 3),
+        "open_s_per_gb": round(median(opened) / (written / 1e9), 3),
+        "lookup_of_125_missing_ms": round(1e3 * median(missed), 2),
+        "lookup_of_125_ms": round(1e3 * median(found), 2),
+    }
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def moving(folder: Path, megabytes: int = 200, size: int = 200_000) -> dict[str, float]:
+    """Records of random bytes put and flushed, 16 at a time, and read again by another store."""
+    draw = np.random.default_rng(0)
+    count = megabytes * 1_000_000 // size
+    records = [Record(draw.bytes(32), draw.bytes(16), 0, NO_BASE, draw.bytes(size)) for _ in range(count)]
+
+    def put() -> None:
+        with Store(folder) as store:
+            for start in range(0, count, 16):
+                store.put(records[start : start + 16])
+                store.flush()
+
+    def get() -> None:
+        with Store(folder, write=False) as store:
+            for start in range(0, count, 16):
+                assert None not in store.get([record.address for record in records[start : start + 16]])
+
+    return {"put_mb_per_s": round(megabytes / _seconds(put), 1), "get_mb_per_s": round(megabytes / _seconds(get), 1)}
+
+
+def warm(model: PreTrainedModel, tokenizer: Any, folder: Path, repeats: int) -> list[dict[str, float]]:
+    """Time to the first token of stored prompts after a restart, and of fetched ones, against computing them."""
+    fit = [request.prompt for request in get_traffic("unrelated").requests(tokenizer, 12, 1, seed=1)]
+    transform = fit_transform(model, fit, BLOCK)
+    prompts = [
+        LongDocuments(tokens=length, kinds=("novel",)).requests(tokenizer, 1, 1, seed=0)[0] for length in PROMPTS
+    ]
+    return [_restart(model, list(prompt.prompt), transform, folder, repeats) for prompt in prompts]
+
+
+@torch.inference_mode()
+def _restart(
+    model: PreTrainedModel, tokens: list[int], transform: Transform, folder: Path, repeats: int
+) -> dict[str, float]:
+    computed = [_seconds(lambda: _first_token(model, tokens, None)) for _ in range(repeats)]
+    cache = DynamicCache(config=model.config)
+    model(torch.tensor([tokens[:-1]]), past_key_values=cache, logits_to_keep=1)
+    pages, fingerprint, place = pages_of(cache, BLOCK, DTYPE), model_fingerprint(model), folder / str(len(tokens))
+
+    def put() -> None:
+        with Store(place) as store:
+            stored = PageStore(store, fingerprint, pages.layout, bound=BOUND, transform=transform)
+            stored.put(tokens[: len(pages) * BLOCK], pages)
+
+    def restart() -> None:
+        with Store(place, write=False) as store:
+            found = PageStore(store, fingerprint, pages.layout, bound=BOUND).load(tokens)
+        assert len(found) == len(pages)
+        _first_token(model, tokens, found)
+
+    put_s, restarted = _seconds(put), [_seconds(restart) for _ in range(repeats)]
+    row = {
+        "tokens": len(tokens),
+        "computed_s": round(median(computed), 3),
+        "stored_s": round(median(restarted), 3),
+        "of_computing": round(median(restarted) / median(computed), 3),
+        "put_s": round(put_s, 3),
+    }
+    receiver = folder / f"{len(tokens)}-fetched"
+    return row | _fetched(place, receiver, fingerprint, pages, tokens, median(computed), median(restarted))
+
+
+def _first_token(model: PreTrainedModel, tokens: list[int], pages: Pages | None) -> None:
+    cache = DynamicCache(config=model.config) if pages is None else cache_of(model, pages)
+    known = 0 if pages is None else len(pages) * BLOCK
+    model(torch.tensor([tokens[known:]]), past_key_values=cache, logits_to_keep=1).logits.argmax()
+
+
+def _fetched(
+    sender: Path,
+    receiver: Path,
+    fingerprint: str,
+    pages: Pages,
+    tokens: list[int],
+    computed_s: float,
+    stored_s: float,
+) -> dict[str, float]:
+    """Over loopback; and the bandwidth at which sending takes as long as computing, with what else it takes."""
+    one, two = socket.socketpair()
+    with Store(sender, write=False) as source, Store(receiver, secret=source.secret) as target, one:
+        answering = threading.Thread(target=lambda: serve(two, source))
+        answering.start()
+        stored = PageStore(target, fingerprint, pages.layout, bound=BOUND)
+        start = time.perf_counter()
+        found = fetch(one, target, stored.addresses(tokens))
+        fetch_s = time.perf_counter() - start
+        one.shutdown(socket.SHUT_RDWR)
+        answering.join()
+    two.close()
+    left = computed_s - fetch_s - stored_s  # what the bytes may take
+    return {
+        "fetch_s": round(fetch_s, 3),
+        "bytes_per_token": round(found.received_bytes / len(tokens), 1),
+        "break_even_mbit_per_s": round(8e-6 * found.received_bytes / left, 2) if left > 0 else float("nan"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--index-gb", type=float, default=1.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where stores are made; default: the system's temporary folder")
+    parser.add_argument("--output", type=Path, default=Path("out/bench"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
+    try:
+        opened = opening(folder / "index", arguments.index_gb, arguments.repeats)
+        shutil.rmtree(folder / "index")
+        moved = moving(folder / "records")
+        model, tokenizer = load_model(MODEL, dtype="float32")
+        restarts = warm(model, tokenizer, folder / "warm", arguments.repeats)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    headline = {"open_s_per_gb": opened["open_s_per_gb"], "of_computing": restarts[-1]["of_computing"], **moved}
+    rows = {"opening": opened, "moving": moved, "restarts": restarts, "bound": [BOUND.block, BOUND.token]}
+    write(arguments.output, "store", {"headline": headline, "model": MODEL, "block_size": BLOCK, **rows})
+
+
+if __name__ == "__main__":
+    main()
