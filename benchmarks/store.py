@@ -101,12 +101,14 @@ def moving(folder: Path, megabytes: int = 200, size: int = 200_000) -> dict[str,
 
 def warm(model: PreTrainedModel, tokenizer: Any, folder: Path, repeats: int) -> list[dict[str, float]]:
     """Time to the first token of stored prompts after a restart, and of fetched ones, against computing them."""
-    fit = [request.prompt for request in get_traffic("unrelated").requests(tokenizer, 12, 1, seed=1)]
-    transform = fit_transform(model, fit, BLOCK)
-    prompts = [
-        LongDocuments(tokens=length, kinds=("novel",)).requests(tokenizer, 1, 1, seed=0)[0] for length in PROMPTS
-    ]
-    return [_restart(model, list(prompt.prompt), transform, folder, repeats) for prompt in prompts]
+    fit = get_traffic("unrelated").requests(tokenizer, 12, continuation_tokens=1, seed=1)
+    transform = fit_transform(model, [request.prompt for request in fit], BLOCK)
+    rows = []
+    for length in PROMPTS:
+        novel = LongDocuments(tokens=length, kinds=("novel",))
+        (request,) = novel.requests(tokenizer, 1, continuation_tokens=1, seed=0)
+        rows.append(_restart(model, list(request.prompt), transform, folder, repeats))
+    return rows
 
 
 @torch.inference_mode()

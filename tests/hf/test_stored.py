@@ -10,7 +10,7 @@ import torch
 from jointkv.codec import Bound
 from jointkv.errors import BadInput, LayoutError, UnsupportedModel
 from jointkv.hf.identity import model_fingerprint
-from jointkv.hf.stored import cache_of, fit_transform, layout_of, prefill_pages
+from jointkv.hf.stored import SCORED_TOKENS, cache_of, fit_transform, layout_of, prefill_pages, step_weights
 from jointkv.store import PageStore, Store
 from tests.hf.tiny_models import VOCABULARY, build_model
 
@@ -55,3 +55,18 @@ def test_what_does_not_fit() -> None:
         fit_transform(model, [[1, 2]], SIZE)
     with pytest.raises(UnsupportedModel, match="window"):
         layout_of(build_model("gemma3"), SIZE)
+
+
+def test_steps_are_finer_where_errors_matter() -> None:
+    model = build_model("llama")
+    # What the last layer reads of V goes straight into the answer; what the first reads hardly does.
+    model.model.layers[0].self_attn.o_proj.weight.data *= 1e-3
+    model.model.layers[2].self_attn.o_proj.weight.data *= 3
+    transform = fit_transform(model, [TEXT[::-1] * 3], SIZE)
+    weights = step_weights(model, transform, [TEXT * 2], SIZE)
+    assert weights.shape == (2, 3) and weights[1, 0] > 2 * weights[1, 2]
+    finer = transform.weighted(weights)
+    assert finer.identity != transform.identity
+    assert torch.allclose(finer.value.unit, transform.value.unit * weights[1])
+    with pytest.raises(BadInput, match="fills no block"):
+        step_weights(model, transform, [TEXT[: SCORED_TOKENS + 2]], SIZE)

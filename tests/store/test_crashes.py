@@ -122,14 +122,35 @@ def test_a_table_that_ends_anywhere(tmp_path: Path) -> None:
             assert opened.get([address(number) for number in range(3)]) == [record(number, 40) for number in range(3)]
 
 
+def test_a_child_does_not_write_where_its_parent_does(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.put([record(1)])
+
+        def work(pipe: int) -> None:
+            store.put([record(2)])
+            store.flush()
+            store.close()
+            os.write(pipe, b"x")
+
+        process, pipe = child(work)
+        assert acknowledged(pipe) == 1
+        os.waitpid(process, 0)
+        store.put([record(3)])
+        store.flush()
+        assert store.get([address(number) for number in (1, 2, 3)]) == [record(1), record(2), record(3)]
+    with Store(tmp_path, write=False) as store:
+        assert store.get([address(number) for number in (1, 2, 3)]) == [record(1), record(2), record(3)]
+        assert verify(store.segments, store.secret).sound
+
+
 def test_a_folder_that_two_processes_make_at_once(tmp_path: Path) -> None:
     def work(pipe: int) -> None:
         with Store(tmp_path / "store") as store:
             store.put([record(os.getpid())])
         os.write(pipe, b"x")
 
-    children = [child(work) for _ in range(4)]
-    assert [acknowledged(pipe) for _, pipe in children] == [1] * 4
+    children = [child(work) for _ in range(8)]
+    assert [acknowledged(pipe) for _, pipe in children] == [1] * 8
     for process, _ in children:
         os.waitpid(process, 0)
     with Store(tmp_path / "store", write=False) as store:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -79,12 +79,11 @@ class Transform:
     _plans: dict[float, Plan] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def fit(cls, samples: Pages, rotary: Sequence[Rotary], weights: Tensor | None = None) -> Transform:
+    def fit(cls, samples: Pages, rotary: Sequence[Rotary]) -> Transform:
         """Fit to pages of text that is like what will come, and not the same; a few thousand tokens are enough.
 
         Args:
             rotary: of each layer.
-            weights: factors on the steps of K and of V, `[2, layers]`: below 1 for layers whose errors matter more.
 
         Raises:
             BadInput: too few tokens, or numbers that are not finite.
@@ -93,11 +92,15 @@ class Transform:
         if int(counted.sum()) < 2:
             raise BadInput("a transform is fitted to more tokens than these")
         keys, values = turned_back(samples, rotary)
-        weight = torch.ones(2, len(keys)) if weights is None else weights
-        key, value = (
-            _fit_side(numbers[:, counted.flatten()], side) for numbers, side in zip((keys, values), weight, strict=True)
-        )
+        key, value = (_fit_side(numbers[:, counted.flatten()]) for numbers in (keys, values))
         return cls(tuple(rotary), key, value)
+
+    def weighted(self, weights: Tensor) -> Transform:
+        """With the steps of K and of V of each layer times `weights [2, layers]`: below 1 where errors matter more."""
+        key, value = (
+            replace(side, unit=side.unit * own) for side, own in zip((self.key, self.value), weights, strict=True)
+        )
+        return Transform(self.rotary, key, value)
 
     def check(self, layout: Layout) -> None:
         """Raises ModelMismatch unless pages of `layout` can be of this transform's model."""
@@ -193,7 +196,7 @@ def turned_back(pages: Pages, rotary: Sequence[Rotary]) -> tuple[Tensor, Tensor]
     return turned.flatten(2), pages.values.float().flatten(1, 2).flatten(2)
 
 
-def _fit_side(numbers: Tensor, weight: Tensor) -> Side:
+def _fit_side(numbers: Tensor) -> Side:
     """Of `numbers [layers, m, D]`."""
     mean = numbers.mean(1)
     centred = numbers - mean[:, None]
@@ -202,5 +205,5 @@ def _fit_side(numbers: Tensor, weight: Tensor) -> Side:
         raise BadInput("a transform cannot be fitted to numbers that are not finite")
     variance, basis = torch.linalg.eigh(covariance.double())
     deviation = variance.clamp(min=0).sqrt().flip(-1).float()
-    unit = deviation.square().mean(1).sqrt().clamp(min=1e-12) * weight
+    unit = deviation.square().mean(1).sqrt().clamp(min=1e-12)
     return Side(mean, basis.flip(-1).float().contiguous(), deviation, unit)

@@ -9,11 +9,21 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from jointkv.codec.base import Aids
 from jointkv.codec.pages import Layout, Pages
+from jointkv.codec.registry import decode, encode, get_codec
 from jointkv.codec.transform import Transform
 from jointkv.errors import BadInput, LayoutError, UnsupportedModel
 from jointkv.hf.identity import full_attention_layers
 from jointkv.hf.rotary import rotary_of
+
+SCORED_TOKENS = 24
+COARSE_LEVEL = 8
+"""Coarse enough that one layer's harm shows over rounding; see `jointkv.codec.base.step_share`."""
+
+LEAST_HARM = 1e-7
+WEIGHT_RANGE = 3.0
+"""Beyond it what was measured is noise."""
 
 
 @torch.no_grad()
@@ -27,7 +37,7 @@ def prefill_pages(
     """
     check_layers(model)
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor([list(tokens)], device=model.device), past_key_values=cache, use_cache=True)
+    model(input_ids=torch.tensor([list(tokens)], device=model.device), past_key_values=cache, logits_to_keep=1)
     return pages_of(cache, block_size, dtype)
 
 
@@ -77,6 +87,47 @@ def fit_transform(model: PreTrainedModel, texts: Sequence[Sequence[int]], block_
         torch.cat([pages.positions for pages in samples]),
     )
     return Transform.fit(joined, rotary_of(model, range(joined.layout.layers)))
+
+
+@torch.no_grad()
+def step_weights(
+    model: PreTrainedModel, transform: Transform, texts: Sequence[Sequence[int]], block_size: int
+) -> Tensor:
+    """How much coarser K and V of each layer may be quantised at the same harm, `[2, layers]`; see `weighted`.
+
+    One side of one layer at a time is quantised, and the KL of the next tokens measured. It grows with the square of
+    the step, so steps by its square root let all layers contribute alike, which is what few bits ask for.
+
+    Args:
+        texts: token ids, the last `SCORED_TOKENS` of which are scored; two or three are enough.
+
+    Raises:
+        BadInput: a text fills no block before the tokens that are scored.
+    """
+    aids = Aids(transform, level=COARSE_LEVEL)
+    harm = torch.zeros(2, len(transform.rotary))
+    for text in texts:
+        pages = prefill_pages(model, text[:-SCORED_TOKENS], block_size)
+        if not len(pages):
+            raise BadInput(f"a text of {len(text)} tokens fills no block before its last {SCORED_TOKENS}")
+        decoded = decode(encode(get_codec("alone"), pages, aids), pages.layout, pages.positions, aids)
+        rest = text[len(pages) * block_size :]
+        expected = _log_probabilities(model, pages, rest)
+        for layer in range(harm.shape[1]):
+            for side, name in enumerate(("keys", "values")):
+                mixed = Pages(pages.keys.clone(), pages.values.clone(), pages.positions)
+                getattr(mixed, name)[layer] = getattr(decoded, name)[layer]
+                found = _log_probabilities(model, mixed, rest)
+                harm[side, layer] += (expected.exp() * (expected - found)).sum(-1).mean()
+    weights = harm.clamp(min=LEAST_HARM).rsqrt()
+    return (weights / weights.log().mean().exp()).clamp(1 / WEIGHT_RANGE, WEIGHT_RANGE)
+
+
+def _log_probabilities(model: PreTrainedModel, pages: Pages, tokens: Sequence[int]) -> Tensor:
+    """Of the tokens behind each of the last `SCORED_TOKENS`."""
+    inputs = torch.tensor([list(tokens)], device=model.device)
+    logits = model(inputs, past_key_values=cache_of(model, pages), logits_to_keep=SCORED_TOKENS).logits[0]
+    return logits.float().log_softmax(-1).cpu()
 
 
 def layout_of(model: PreTrainedModel, block_size: int, dtype: torch.dtype | None = None) -> Layout:

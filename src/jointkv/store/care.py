@@ -88,11 +88,12 @@ def list_segments(folder: Path) -> list[Segment]:
     names, now, listed = {codec.number: name for name, codec in CODECS.items()}, time.time(), []
     with _system(folder):
         for name, (used, nbytes) in sorted(sizes(folder).items(), key=lambda item: -item[1][0]):
-            if not (folder / f"{name}{DATA}").exists():
+            try:
+                written = _is_written(folder, name)
+                kinds = Counter(_entries(folder, name)["kind"].tolist())
+            except FileNotFoundError:  # evicted meanwhile, or an index whose segment is gone
                 continue
-            kinds = Counter(_entries(folder, name)["kind"].tolist())
             codecs = {names.get(kind, "unknown"): count for kind, count in sorted(kinds.items())}
-            written = _is_written(folder, name)
             listed.append(Segment(name, nbytes, sum(kinds.values()), codecs, written, max(now - used, 0.0)))
     return listed
 
@@ -103,9 +104,12 @@ def verify(folder: Path, secret: bytes) -> Verified:
     counts: Counter[str] = Counter()
     with _system(folder):
         for name in _names(folder):
-            written = _is_written(folder, name)
-            entries = {int(e["offset"]): e for e in _entries(folder, name)}
-            found = found_in(folder / f"{name}{DATA}", secret)
+            try:
+                written = _is_written(folder, name)
+                entries = {int(e["offset"]): e for e in _entries(folder, name)}
+                found = found_in(folder / f"{name}{DATA}", secret)
+            except FileNotFoundError:  # evicted meanwhile
+                continue
             for place in found:
                 said = entries.pop(place.offset, None)
                 record = place.record

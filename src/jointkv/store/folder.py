@@ -66,6 +66,7 @@ class Store:
         self.secret = open_folder(self.folder, write, secret)
         self.segments = self.folder / SEGMENTS
         self._writer: SegmentWriter | None = None
+        self._process = os.getpid()
         self._pending: dict[bytes, Record] = {}
         self._lock = RLock()
         self._known = Known(self.segments, self.secret)
@@ -129,6 +130,7 @@ class Store:
     def flush(self) -> None:
         """Bring everything that was put to the disk. Raises StoreError, see `put`."""
         with self._lock:
+            self._after_fork()
             if self._writer is None:
                 return
             try:
@@ -143,6 +145,7 @@ class Store:
     def close(self) -> None:
         """Flush, close the segment, and forget what is known. Can be called again."""
         with self._lock:
+            self._after_fork()
             writer, self._writer = self._writer, None
             self._pending.clear()
             try:
@@ -152,6 +155,7 @@ class Store:
                 self._known.close()
 
     def _append(self, record: Record) -> None:
+        self._after_fork()
         limit = self._segment_bytes
         writer = self._writer
         if writer is not None and writer.size and writer.size + record.nbytes > limit:
@@ -172,6 +176,12 @@ class Store:
             self._give_up()
             raise
         self._pending[record.address] = record
+
+    def _after_fork(self) -> None:
+        """A segment has one writer: a child process leaves its parent's alone and begins one of its own."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._give_up()
 
     def _give_up(self) -> None:
         """After a failed write nothing says what the disk has of this segment beyond what was flushed."""
@@ -236,7 +246,7 @@ def open_folder(folder: Path, write: bool, secret: bytes | None) -> bytes:
 
 def _make(folder: Path, secret: bytes | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    strange = {path.name for path in folder.iterdir()} - {SEGMENTS, TRANSFORMS, SECRET}
+    strange = {path.name for path in folder.iterdir()} - {ABOUT, SEGMENTS, TRANSFORMS, SECRET}
     if any(not name.startswith(".tmp-") for name in strange):
         raise BadInput(f"{folder}: neither a store of pages nor an empty folder")
     if secret is None:
