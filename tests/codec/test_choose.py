@@ -49,6 +49,15 @@ def test_the_smallest_that_is_within() -> None:
     assert chosen.codecs == ["reference", "alone", "reference", "alone"]
 
 
+def test_without_a_transform_only_text_in_its_place_is_a_reference() -> None:
+    pages = random_pages(3)
+    moved = Pages(pages.keys, pages.values, pages.positions + torch.tensor([0, 8, 0]))
+    encoded = Chooser(Bound(0, 0)).encode(moved, pages)
+    assert encoded.codecs == ["reference", "lossless", "reference"]
+    found = decode(encoded.messages, pages.layout, moved.positions, Aids(None, pages))
+    assert torch.equal(found.content, moved.content)
+
+
 def test_numbers_that_are_none_are_kept_exactly() -> None:
     pages = random_pages(3)
     pages.keys[0, 1, 2, 0, 3], pages.values[2, 2, 0, 1, 1] = float("nan"), float("inf")

@@ -117,13 +117,17 @@ class Chooser:
         return Encoded([message or b"" for message in work.messages], work.decoded, pages.errors(work.decoded))
 
     def _from_references(self, work: _Work, references: Pages, has: Tensor) -> None:
-        near = self._try(work, "reference", has.nonzero()[:, 0], references, self.level)
-        useful = (near.key < USEFUL) & (near.value < USEFUL)
+        if self.transform is None:  # nothing says how keys are turned
+            has = has & (references.positions == work.pages.positions)
+        index = has.nonzero()[:, 0]
+        near = self._try(work, "reference", index, references, self.level)
         if self.transform is None or self.bound.block == 0:
             return
+        useful = set(index[(near.key < USEFUL) & (near.value < USEFUL)].tolist())
         for attempt in range(TRIES):
-            left = torch.tensor([i for i in has.nonzero()[:, 0][useful].tolist() if work.messages[i] is None])
-            self._try(work, "difference", left.long(), references, self.level + attempt * FINER)
+            left = [number for number in work.open().tolist() if number in useful]
+            index = torch.tensor(left, dtype=torch.long)
+            self._try(work, "difference", index, references, self.level + attempt * FINER)
 
     def _try(self, work: _Work, codec: str, index: Tensor, references: Pages | None, level: int) -> Errors:
         """Encode the pages `index` and keep those within the bound; errors of all of them."""
@@ -131,8 +135,6 @@ class Chooser:
             return Errors(*(torch.zeros(0),) * 3)
         aids = Aids(self.transform, None if references is None else references.take(index), level)
         pages = work.pages.take(index)
-        if codec == "reference" and self.transform is None:  # keys cannot be turned
-            aids = Aids(None, Pages(aids.the_references().keys, aids.the_references().values, pages.positions), level)
         messages = encode(CODECS[codec], pages, aids)
         decoded = decode(messages, pages.layout, pages.positions, aids)
         errors = pages.errors(decoded)
