@@ -12,7 +12,9 @@ from pydantic import BaseModel
 
 from jointkv.errors import BadInput
 from jointkv.report.figure import png, style
+from jointkv.report.pictures.advice import AdvicePicture
 from jointkv.report.pictures.base import Picture
+from jointkv.report.pictures.frontier import Frontier
 from jointkv.report.pictures.influence import InfluenceOfAttackers
 from jointkv.report.pictures.kl_against_bytes import KLAgainstBytes
 from jointkv.report.pictures.layer_map import LayerMap
@@ -23,6 +25,7 @@ from jointkv.report.pictures.predicted_against_measured import PredictedAgainstM
 from jointkv.report.pictures.rate_distortion import RateDistortion
 from jointkv.report.pictures.reuse_predictors import ReusePredictors
 from jointkv.report.pictures.serving import ServingLevels
+from jointkv.report.pictures.serving_arms import ServingArms
 from jointkv.report.pictures.serving_ratios import ServingRatios
 from jointkv.report.pictures.side_channel import SideChannelAUC
 from jointkv.report.pictures.task_scores import TaskScores
@@ -40,9 +43,12 @@ PICTURES: tuple[Picture[Any], ...] = (
     PaperLayers(),
     ServingLevels(),
     ServingRatios(),
+    ServingArms(),
     SideChannelAUC(),
     InfluenceOfAttackers(),
     ReusePredictors(),
+    AdvicePicture(),
+    Frontier(),
 )
 FORMATS: tuple[type[BaseModel], ...] = tuple(dict.fromkeys(picture.reads for picture in PICTURES))
 
