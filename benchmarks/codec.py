@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from jointkv.codec import CODECS, Aids, Bound, Chooser, Pages, Transform, decode, encode
-from jointkv.codec.base import step_share
+from jointkv.codec.base import START_LEVEL, step_share
 from jointkv.evaluate.score.fidelity import score
 from jointkv.evaluate.traffic import get_traffic
 from jointkv.evaluate.traffic.base import Request
@@ -40,7 +40,9 @@ DTYPE = torch.bfloat16
 FIT_TEXTS = 8
 LEVELS = (11, 14, 16)
 GOAL_KL = 1e-3
-BOUNDS = (Bound(0.1, 0.2), Bound(0.2, 0.3), Bound(0.3, 0.5))
+SETTINGS = ((Bound(0.1, 0.3), 14), (Bound(0.1, 0.3), 16), (Bound(0.2, 0.4), 16))
+"""Of streams: the bound, and the level of the first try."""
+
 PUBLISHED = {
     "CacheGen (arXiv 2310.07240)": "3.5 to 4.3 times smaller",
     "KVTC (arXiv 2511.01815)": "16 to 20 times, quality within a point",
@@ -216,44 +218,64 @@ def texts(tokenizer: Any) -> tuple[list[Sequence[int]], list[Request]]:
     return other + [request.prompt for request in documents[3:]], list(documents[:3])
 
 
+def the_transform(
+    model: PreTrainedModel, fit: Sequence[Sequence[int]], weigh_tokens: int, file: Path | None
+) -> tuple[Transform, Transform]:
+    """Without and with weights of the steps; what is fitted stays in `file` for another run."""
+    if file is not None and file.exists():
+        plain = Transform.load(file)
+    else:
+        plain = fit_transform(model, fit, BLOCK)
+        if file is not None:
+            plain.save(file)
+    weights = step_weights(model, plain, [fit[0], *(text[:weigh_tokens] for text in fit[-2:])], BLOCK)
+    return plain, plain.weighted(weights)
+
+
+def measure_unrelated(
+    bench: Bench, documents: Sequence[Request], plain: Transform, weighted: Transform
+) -> dict[str, Any]:
+    prompts = [bench.prompt(request) for request in documents]
+    rows = unrelated(bench, prompts, weighted)
+    aids = Aids(plain, level=START_LEVEL)
+    unweighted = _row(bench, prompts, "alone", lambda pages: _plain(pages, "alone", aids))
+    lossless = next(row["ratio"] for row in rows if row["codec"] == "lossless")
+    ratio = at_kl([row for row in rows if row["codec"] == "alone"])
+    headline = {"ratio_at_kl": ratio, "lossless_ratio": lossless}
+    return {"headline": headline, "prompts": len(prompts), "rows": rows, "without_weights": unweighted}
+
+
+def measure_streams(bench: Bench, tokenizer: Any, transform: Transform) -> dict[str, Any]:
+    near = get_traffic("near_prefix").requests(tokenizer, 5, continuation_tokens=48, seed=0)
+    streams = {}
+    for name, requests in (("near_prefix", near), ("agent_turns", agent_turns(tokenizer, 2))):
+        computed = [bench.prompt(request) for request in requests]
+        streams[name] = [stream(bench, computed, transform, bound, level) for bound, level in SETTINGS]
+    headline = {f"{name}_ratio": best(rows) for name, rows in streams.items()}
+    return {"headline": headline, "streams": streams}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=("unrelated", "streams"), action="append", help="both by default")
+    parser.add_argument("--weigh-tokens", type=int, default=256, help="of each text that steps are weighed with")
+    parser.add_argument("--transform", type=Path, help="file to keep the fitted transform in, between runs")
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load_model(MODEL, dtype="float32")
     bench = Bench(model)
     fit, documents = texts(tokenizer)
-    plain = fit_transform(model, fit, BLOCK)
-    transform = plain.weighted(step_weights(model, plain, [fit[0], fit[-2], fit[-1]], BLOCK))
-    prompts = [bench.prompt(request) for request in documents]
-    alone = unrelated(bench, prompts, transform)
-    aids = Aids(plain, level=14)
-    unweighted = _row(bench, prompts, "alone", lambda pages: _plain(pages, "alone", aids))
-    streams = {}
-    for name, requests in (
-        ("near_prefix", get_traffic("near_prefix").requests(tokenizer, 5, continuation_tokens=48, seed=0)),
-        ("agent_turns", agent_turns(tokenizer, 2)),
-    ):
-        computed = [bench.prompt(request) for request in requests]
-        streams[name] = [stream(bench, computed, transform, bound, 14) for bound in BOUNDS]
-    result = {
-        "headline": {
-            "unrelated_ratio_at_kl": at_kl([row for row in alone if row["codec"] == "alone"]),
-            **{f"{name}_ratio": best(rows) for name, rows in streams.items()},
-            "lossless_ratio": next(row["ratio"] for row in alone if row["codec"] == "lossless"),
-        },
-        "kl": GOAL_KL,
-        "model": MODEL,
-        "block_size": BLOCK,
-        "prompts": len(prompts),
-        "fitted_tokens": sum(len(text) // BLOCK * BLOCK for text in fit),
-        "unrelated": alone,
-        "unrelated_without_weights": unweighted,
-        "streams": streams,
-        "published": PUBLISHED,
-    }
-    write(arguments.output, "codec", result)
+    plain, weighted = the_transform(model, fit, arguments.weigh_tokens, arguments.transform)
+    about = {"kl": GOAL_KL, "model": MODEL, "block_size": BLOCK, "published": PUBLISHED}
+    about["weigh_tokens"] = arguments.weigh_tokens
+    about["fitted_tokens"] = sum(len(text) // BLOCK * BLOCK for text in fit)
+    for part in arguments.part or ("unrelated", "streams"):
+        if part == "unrelated":
+            found = measure_unrelated(bench, documents, plain, weighted)
+        else:
+            found = measure_streams(bench, tokenizer, weighted)
+        write(arguments.output, f"codec_{part}", found | about)
 
 
 if __name__ == "__main__":
