@@ -11,7 +11,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,7 +36,6 @@ MODEL, BLOCK, DTYPE = "smollm2", 32, torch.bfloat16
 ENTRIES = 5000
 """Of one segment: 256 MB of pages of 50 kB."""
 
-PROMPTS = (512, 4000)
 BOUND = Bound(0.2, 0.3)
 
 
@@ -99,12 +98,14 @@ def moving(folder: Path, megabytes: int = 200, size: int = 200_000) -> dict[str,
     return {"put_mb_per_s": round(megabytes / _seconds(put), 1), "get_mb_per_s": round(megabytes / _seconds(get), 1)}
 
 
-def warm(model: PreTrainedModel, tokenizer: Any, folder: Path, repeats: int) -> list[dict[str, float]]:
+def warm(
+    model: PreTrainedModel, tokenizer: Any, folder: Path, lengths: Sequence[int], repeats: int
+) -> list[dict[str, float]]:
     """Processor time to the first token of stored prompts after a restart, of fetched ones, and of computing them."""
-    fit = get_traffic("unrelated").requests(tokenizer, 12, continuation_tokens=1, seed=1)
+    fit = get_traffic("unrelated").requests(tokenizer, 4, continuation_tokens=1, seed=1)
     transform = fit_transform(model, [request.prompt for request in fit], BLOCK)
     rows = []
-    for length in PROMPTS:
+    for length in lengths:
         novel = LongDocuments(tokens=length, kinds=("novel",))
         (request,) = novel.requests(tokenizer, 1, continuation_tokens=1, seed=0)
         rows.append(_restart(model, list(request.prompt), transform, folder, repeats))
@@ -116,9 +117,13 @@ def _restart(
     model: PreTrainedModel, tokens: list[int], transform: Transform, folder: Path, repeats: int
 ) -> dict[str, float]:
     clock = time.process_time  # others on the machine would be in the seconds of a clock on the wall
-    computed = [_seconds(lambda: _first_token(model, tokens, None), clock) for _ in range(repeats)]
-    cache = DynamicCache(config=model.config)
-    model(torch.tensor([tokens[:-1]]), past_key_values=cache, logits_to_keep=1)
+    computed = []
+    for _ in range(repeats):
+        cache = DynamicCache(config=model.config)
+        start = clock()
+        model(torch.tensor([tokens]), past_key_values=cache, logits_to_keep=1).logits.argmax()
+        computed.append(clock() - start)
+    cache.crop(-1)  # the last token of a prompt is always computed
     pages, fingerprint, place = pages_of(cache, BLOCK, DTYPE), model_fingerprint(model), folder / str(len(tokens))
 
     def put() -> None:
@@ -130,7 +135,8 @@ def _restart(
         with Store(place, write=False) as store:
             found = PageStore(store, fingerprint, pages.layout, bound=BOUND).load(tokens)
         assert len(found) == len(pages)
-        _first_token(model, tokens, found)
+        inputs = torch.tensor([tokens[len(found) * BLOCK :]])
+        model(inputs, past_key_values=cache_of(model, found), logits_to_keep=1).logits.argmax()
 
     put_s, restarted = _seconds(put, clock), [_seconds(restart, clock) for _ in range(repeats)]
     row = {
@@ -142,12 +148,6 @@ def _restart(
     }
     receiver = folder / f"{len(tokens)}-fetched"
     return row | _fetched(place, receiver, fingerprint, pages, tokens, median(computed), median(restarted))
-
-
-def _first_token(model: PreTrainedModel, tokens: list[int], pages: Pages | None) -> None:
-    cache = DynamicCache(config=model.config) if pages is None else cache_of(model, pages)
-    known = 0 if pages is None else len(pages) * BLOCK
-    model(torch.tensor([tokens[known:]]), past_key_values=cache, logits_to_keep=1).logits.argmax()
 
 
 def _fetched(
@@ -179,26 +179,36 @@ def _fetched(
     }
 
 
+def restarts(folder: Path, lengths: Sequence[int], repeats: int) -> dict[str, Any]:
+    model, tokenizer = load_model(MODEL, dtype="float32")
+    rows = warm(model, tokenizer, folder, lengths, repeats)
+    headline = {"of_computing": rows[-1]["of_computing"]}
+    about = {"model": MODEL, "block_size": BLOCK, "bound": [BOUND.block, BOUND.token]}
+    return {"headline": headline, "restarts": rows, **about}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=("opening", "moving", "restart"), action="append", help="all by default")
     parser.add_argument("--index-gb", type=float, default=1.0)
+    parser.add_argument("--tokens", type=int, action="append", help="of a stored prompt, default 4000; may be repeated")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where stores are made; default: the system's temporary folder")
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
-    try:
-        opened = opening(folder / "index", arguments.index_gb, arguments.repeats)
-        shutil.rmtree(folder / "index")
-        moved = moving(folder / "records")
-        model, tokenizer = load_model(MODEL, dtype="float32")
-        restarts = warm(model, tokenizer, folder / "warm", arguments.repeats)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    headline = {"open_s_per_gb": opened["open_s_per_gb"], "of_computing": restarts[-1]["of_computing"], **moved}
-    rows = {"opening": opened, "moving": moved, "restarts": restarts, "bound": [BOUND.block, BOUND.token]}
-    write(arguments.output, "store", {"headline": headline, "model": MODEL, "block_size": BLOCK, **rows})
+    for part in arguments.part or ("opening", "moving", "restart"):
+        folder = Path(tempfile.mkdtemp(dir=arguments.folder))
+        try:
+            if part == "opening":
+                found: dict[str, Any] = opening(folder, arguments.index_gb, arguments.repeats)
+            elif part == "moving":
+                found = moving(folder)
+            else:
+                found = restarts(folder, arguments.tokens or [4000], arguments.repeats)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        write(arguments.output, f"store_{part}", {"headline": found} | found)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Bytes and whole numbers, packed by compressors that others maintain.
 
 Whole numbers near 0 go several to a byte, as digits, and bytes through the Huffman coder of zlib without its search for
-repetitions: within two percent of the entropy of quantised K and V from 0.4 bits on. Zstandard finds false repetitions
-there and needs a third more; an arithmetic coder (constriction) needs two percent less and decodes 20 times slower.
+repetitions: two percent above the entropy of such numbers from one bit on, ten percent at 0.4. Zstandard finds false
+repetitions there and needs a third more; an arithmetic coder (constriction) reaches it and decodes ten times slower.
 """
 
 from __future__ import annotations

@@ -78,12 +78,13 @@ class Table:
         short = np.ascontiguousarray(wanted).view(np.uint8).reshape(-1, size)[:, :8].copy().view("<u8")[:, 0]
         at = column.searchsorted(short)
         at[at == len(column)] = 0
-        row = at if rows is None else rows[at].astype(np.int64)
-        # A damaged table may name rows it lacks.
-        row = np.where((row >= 0) & (row < len(self.entries)), row, 0)
-        found = self.entries[name][row]
-        equal = np.fromiter((one.tobytes() == two.tobytes() for one, two in zip(found, wanted, strict=True)), bool)
-        return np.where(equal, row, -1)
+        found = np.full(len(wanted), -1)
+        for number in (column[at] == short).nonzero()[0]:  # few: all others are not there
+            row = int(at[number] if rows is None else rows[at[number]])
+            # A damaged table may name rows it lacks.
+            if row < len(self.entries) and self.entries[name][row].tobytes() == wanted[number].tobytes():
+                found[number] = row
+        return found
 
     def write(self, file: Path) -> None:
         """Write to `file` and to the disk; the caller renames it."""

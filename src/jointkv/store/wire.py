@@ -1,6 +1,6 @@
 """Pages between two stores with one secret: the receiver says what it lacks, the sender what that needs, then bytes.
 
-Three messages whatever the number of pages, because many small ones cost more than their bytes:
+Two round trips whatever the number of pages, because many small messages cost more than their bytes:
 
     receiver: WANT    addresses it lacks
     sender:   OFFER   those it has, each with the address of its base
