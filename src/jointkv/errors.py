@@ -49,7 +49,7 @@ class GradientLost(JointKVError, RuntimeError):
 
 
 class UnsupportedTransformers(JointKVError, ImportError):
-    """The installed transformers lacks what jointkv uses of it. The message names every difference."""
+    """The installed transformers lacks what jointkv uses, of which the message names all, or was never run with it."""
 
 
 class BadInput(JointKVError, ValueError):
