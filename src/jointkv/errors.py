@@ -62,3 +62,7 @@ class UnsupportedEngine(JointKVError, RuntimeError):
 
 class NativeUnavailable(JointKVError, RuntimeError):
     """A kernel could not be compiled or loaded on this machine. The message says why."""
+
+
+class StoreError(JointKVError, RuntimeError):
+    """A store of pages cannot be read or written, such as on a full disk. Says why; what was flushed is still there."""
