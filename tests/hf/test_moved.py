@@ -12,9 +12,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from jointkv.core.evidence import Evidence
 from jointkv.core.moved import Fills
+from jointkv.core.moved_text import UNWRITTEN, MovedText
 from jointkv.errors import InvalidPolicy, PoolFull, UnsupportedModel
 from jointkv.hf.cache import JointCache
-from jointkv.hf.moved import UNWRITTEN, MovedText
+from jointkv.hf.moved import MovedBlocks
 from jointkv.hf.pool import JointPool
 from jointkv.hf.prefill import PrefillResult
 from jointkv.hf.reuse import ReuseOptions
@@ -161,7 +162,7 @@ def test_a_fault_while_it_is_written_switches_reuse_off(monkeypatch: pytest.Monk
     def broken(*args: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(MovedText, "blocks", broken)
+    monkeypatch.setattr(MovedBlocks, "of", broken)
     prompt = near(SHARED, 2, header=6)
     cache, done = read(model, pool, prompt)
     assert pool.reuse is None and done.computed == len(prompt) and cache.length == len(prompt) - 1 and donor.length
@@ -181,7 +182,7 @@ def test_evidence_goes_where_the_tokens_of_a_page_go() -> None:
     still.add(np.array([1]), np.array([0.4], np.float32), np.zeros(1, np.uint64))
     column = np.array([1, 0])
     fills = Fills(np.array([0, 1]), np.array([0, 2]), np.array([1, 2]), column, np.array([9, 9]))
-    found, pages = MovedText(fills, np.zeros(2, np.int64), [], BLOCK), UNWRITTEN + np.arange(2)
+    found, pages = MovedText(fills, np.zeros(2, np.int64), BLOCK), UNWRITTEN + np.arange(2)
     covered = [0b1011, 0b1111]  # tokens 1 to 3 of page 0 and token 0 of page 1; all of page 2
     for bit in range(4):
         known = found.known(moved, still, pages, np.full(2, 1 << bit, np.uint64))

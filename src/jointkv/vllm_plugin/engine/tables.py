@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -99,6 +100,34 @@ class BlockTables:
         key = make_block_hash_with_group_id(request.block_hashes[tokens // self.pool.hash_block_size - 1], group)
         self._forget(key)
         self.pool._insert_block_hash(key, self.pool.blocks[page], num_tokens=tokens)
+
+    @contextmanager
+    def taken(self, count: int, keep: Iterable[int]) -> Iterator[list[int]]:
+        """Take `count` free pages, none of `keep`, for as long as nobody knows what they hold; none if there are fewer.
+
+        Afterwards they are free again, and those that a hash leads to by then are handed out last.
+        """
+        kept = [self.pool.blocks[page] for page in set(keep)]
+        self.pool.touch(kept)
+        try:
+            taken = self.pool.get_new_blocks(count) if count <= self.pool.get_num_free_blocks() else []
+        finally:
+            self.pool.free_blocks(kept)
+        try:
+            yield [block.block_id for block in taken]
+        finally:
+            self.pool.free_blocks(taken)
+
+    def needed(self, request: Request, pages: Iterable[int]) -> int:
+        """Free pages that it takes to start `request`, which will find `pages` beside what it finds now."""
+        found, _ = self._manager.get_computed_blocks(request)
+        held = {block.block_id for blocks in found.blocks for block in blocks if block.ref_cnt}
+        held |= {page for page in pages if page >= 0 and self.pool.blocks[page].ref_cnt}
+        return -(-request.num_tokens // self.groups[0].block_size) - len(held)
+
+    def evict(self, pages: set[int]) -> None:
+        """No hash leads to `pages` any more."""
+        self.pool.evict_blocks(pages)
 
     def found(self, request: Request) -> int:
         """Tokens that vLLM's prefix cache has for `request` now."""

@@ -10,6 +10,7 @@ from vllm.v1.request import Request
 from jointkv.core.reuse import Integers, ReusePlan, Run, Runs
 from jointkv.policy.reuse import Search
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
+from jointkv.vllm_plugin.scheduler.resident_text import ResidentText
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Intake:
     """A request that waits until what it need not compute is decided.
 
     Attributes:
+        text: where its text is resident.
         runs: of which too little is known without their entry blocks.
         resident: slots that may be reused, int64 `[n]`.
         end: the slot behind the last one that may be reused; one token at least is computed.
@@ -48,9 +50,13 @@ class Intake:
         asked: whether its entry block is being compared.
         helped: tokens that helpers have computed.
         begun: whether its turn has come.
+        filled: slots that read pages which were written for it, or for others like it.
+        needs_pages: free ones, to start, as was counted when pages were written for it; 0 before.
+        short: whether the pool has too few free pages for what is to be written.
     """
 
     tracked: TrackedRequest
+    text: ResidentText
     runs: Runs
     resident: Integers
     end: int
@@ -63,6 +69,9 @@ class Intake:
     asked: bool = False
     helped: int = 0
     begun: bool = False
+    filled: set[int] = field(default_factory=set)
+    needs_pages: int = 0
+    short: bool = False
 
     @property
     def needs(self) -> int:

@@ -17,6 +17,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from jointkv.core.moved_text import unwritten
 from jointkv.core.reuse import Run, stretches
 from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin.engine.line import helper_of, in_line, seats, send_ahead
@@ -24,6 +25,7 @@ from jointkv.vllm_plugin.engine.opt_out import OPT_OUT
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.evidence import Audit
+from jointkv.vllm_plugin.scheduler.fills import Fills
 from jointkv.vllm_plugin.scheduler.followers import Followers
 from jointkv.vllm_plugin.scheduler.intakes import Helper, Intake
 from jointkv.vllm_plugin.scheduler.licences import Licences
@@ -55,6 +57,7 @@ class Reuse:
         helpers: by name. Ended ones stay until `forget_ended`.
         followers: requests that wait for text that another one is computing.
         look_up: says what each could reuse.
+        fills: has pages written with text from other positions.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Reuse:
         self.helpers: dict[str, Helper] = {}
         self.followers = Followers(requests)
         self.look_up = LookUp(settings, rule, residents, self.followers, sharing, licences)
+        self.fills = Fills(sharing, residents, statistics)
         self._started: list[tuple[TrackedRequest, int, list[int]]] = []
         self._number = 0
 
@@ -116,7 +120,9 @@ class Reuse:
         intake = self.intakes.get(request_id)
         if intake is None:
             return request_id in self.followers.held
-        if intake.entry is not None or not intake.begun:
+        if intake.short:
+            return False  # there is no room for it, and it keeps its place in the line
+        if intake.entry is not None or not intake.begun or self.fills.awaits(intake):
             return True
         block_size = intake.tracked.block_size
         return bool(intake.helpers) and computed < intake.needs * block_size
@@ -157,10 +163,10 @@ class Reuse:
                 continue
             held = self.sharing.tables.block(name, GROUP, intake.entry)
             assert held is not None
-            intake.sources = [run for run in intake.sources if self.residents.still_holds(run)[0]]
+            intake.sources = [run for run in intake.sources if intake.text.holds(run)[0]]
             if intake.sources:
                 intake.asked = True
-                pairs = [(GROUP, held.block_id, int(run.pages[0])) for run in intake.sources]
+                pairs = [intake.text.pair(GROUP, held.block_id, int(run.pages[0])) for run in intake.sources]
                 yield Question(pairs, partial(self._hear, intake, list(intake.sources)))
             else:
                 intake.search.refused(intake.entry)
@@ -199,6 +205,7 @@ class Reuse:
     def start_anew(self) -> None:
         """Let everybody go. Who takes part still finds nothing of what it has adopted."""
         self.followers.start_anew()
+        self.fills.start_anew()
         for request_id, intake in list(self.intakes.items()):
             if intake.plan.skipped and request_id in self.requests.active:
                 self.sharing.forget(intake.tracked)
@@ -231,8 +238,13 @@ class Reuse:
         return self.intakes.get(name)
 
     def _send(self, intake: Intake) -> list[Request]:
-        """Helpers to send ahead, if any are due."""
-        return [] if intake.asked or intake.helpers or not intake.begun else list(self._new_helpers(intake))
+        """Helpers to send ahead, if any are due: behind pages that are there."""
+        if intake.asked or intake.helpers or not intake.begun:
+            return []
+        self.fills.place(intake, self.intakes.values())
+        if intake.short or self.fills.awaits(intake):
+            return []
+        return list(self._new_helpers(intake))
 
     def _advance(self, intake: Intake) -> None:
         """Turn to the next run; if there is none and nothing is reused, let the request go."""
@@ -267,29 +279,29 @@ class Reuse:
             return
         assert intake.asked and intake.entry is not None
         intake.asked = False
-        seen = intake.tracked.standing(intake.entry, intake.entry + 1)
-        held = np.array([self.residents.still_holds(run)[0] for run in sources], bool)
+        held = np.array([intake.text.holds(run)[0] for run in sources], bool)
         pages = np.array([run.pages[0] for run in sources])[held]
-        self.residents.testify(pages, answer.ratio[held], np.repeat(seen, len(pages)))
+        intake.text.testify(np.full(len(pages), intake.entry), pages, answer.ratio[held])
         nearest = int(answer.ratio.argmin())
         self._follow(intake, intake.entry, sources[nearest].behind, float(answer.ratio[nearest]))
         self._advance(intake)
 
     def _follow(self, intake: Intake, entry: int, run: Run, ratio: float) -> None:
         """Adopt what may be read of `run`, whose entry block is that far."""
-        known = self.residents.known(intake.tracked, np.arange(run.first, run.end), run.pages)
-        permitted = self.look_up.permitted(intake.tracked, self.residents.exact[run.pages])
-        permitted &= self.residents.still_holds(run)
+        known = intake.text.known(np.arange(run.first, run.end), run.pages)
+        permitted = self.look_up.permitted(intake.text, run.pages) & intake.text.holds(run)
         before = intake.plan
         intake.plan = self.rule.behind(before, run, known, ratio, permitted)
         intake.search.heard(entry, before, intake.plan)
         self._adopt(intake, stretches(intake.plan.pages != before.pages))
 
     def _adopt(self, intake: Intake, new: Iterable[range]) -> None:
-        """Lead the request to the pages of its plan."""
+        """Lead the request to the pages of its plan; those that are not written yet are when its turn has come."""
         for stretch in new:
-            pages = intake.plan.pages[stretch.start : stretch.stop].tolist()
-            self.sharing.adopt(intake.tracked, GROUP, stretch.start, pages)
+            pages = intake.plan.pages[stretch.start : stretch.stop]
+            for part in stretches(~unwritten(pages)):
+                first = stretch.start + part.start
+                self.sharing.adopt(intake.tracked, GROUP, first, pages[part.start : part.stop].tolist())
             self.statistics.add("reuse_runs")
 
     def _start(self, intake: Intake, computed: int) -> None:
@@ -304,4 +316,5 @@ class Reuse:
         late = sorted(set(range(blocks)) - set(adopted))
         self._started.append((tracked, tracked.request.num_preemptions, late))
         self.statistics.add("prompt_tokens_skipped", len(adopted) * tracked.block_size)
+        self.statistics.add("moved_tokens_skipped", len(intake.filled.intersection(adopted)) * tracked.block_size)
         self.statistics.add("reuse_gaps", len(intake.plan.gaps))

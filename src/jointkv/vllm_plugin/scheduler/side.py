@@ -18,7 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from jointkv.errors import IntegrityError
 from jointkv.policy.reuse import ReuseRule
-from jointkv.vllm_plugin.engine.steps import started
+from jointkv.vllm_plugin.engine.steps import pages_to_write, started
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Inquiry, Verdict, patience
 from jointkv.vllm_plugin.metrics import LEFT_ALONE, REPORT_EVERY, JointStats, LicenceGauges, Statistics
@@ -197,7 +197,7 @@ class SchedulerSide:
         engine must end.
         """
         self._step += 1
-        inquiry = Inquiry(self._step, self.sharing.take_remaps())
+        inquiry = Inquiry(self._step, self.sharing.take_remaps(), self.reuse.fills.take())
         self._ask(inquiry, output)
         return inquiry
 
@@ -252,6 +252,7 @@ class SchedulerSide:
         self.tables.check_integrity()
         self.candidates.residents.check_integrity()
         self.licences.check_integrity()
+        self.reuse.fills.check_integrity()
         self.bounds.check_integrity()
         for request_id, tracked in self.requests.active.items():
             if tracked.epoch == tracked.request.num_preemptions:
@@ -273,8 +274,9 @@ class SchedulerSide:
             return
         self._notice_reset()
         self.fusion.conclude(self.requests.among(output.num_scheduled_tokens))
-        self.candidates.forget_written(output, inquiry.step)
-        questions = [*self.reuse.questions(output), *self.fusion.questions(output)]
+        written = set(pages_to_write(output, self.requests.block_size))
+        self.candidates.forget_written([*self.reuse.fills.begin(written), *written], inquiry.step)
+        questions = [*self.reuse.fills.questions(), *self.reuse.questions(output), *self.fusion.questions(output)]
         self.questions.ask(inquiry, questions, self.fusion.signing())
 
     def _leave_alone(self, request_id: str, reason: str | None) -> None:

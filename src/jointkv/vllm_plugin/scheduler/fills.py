@@ -1,0 +1,165 @@
+"""Pages that are written with text from other positions: where they come from, who reads them, and when.
+
+A page is taken from the pool as any other and goes back to its end at once, found by nothing but private hashes: like
+every cached page it may be handed out again, and then its block is computed. The workers write it before the step that
+follows; no request starts that would read it before they have said so. Sources are read before anything of that step is
+written, and fills are carried out in the order in which they were planned here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import replace
+
+import numpy as np
+
+from jointkv.core.moved_text import unwritten
+from jointkv.core.reuse import COMPUTED, Integers, stretches
+from jointkv.errors import IntegrityError
+from jointkv.vllm_plugin.messages import PageFill
+from jointkv.vllm_plugin.metrics import Statistics
+from jointkv.vllm_plugin.scheduler.intakes import Intake
+from jointkv.vllm_plugin.scheduler.look_up import GROUP
+from jointkv.vllm_plugin.scheduler.questions import Answer, Question
+from jointkv.vllm_plugin.scheduler.residents import Residents
+from jointkv.vllm_plugin.scheduler.sharing import Sharing
+
+Content = tuple[int, int, int]
+"""Of a filled page: the request that has computed it, the slot where it is read, and by how much it has moved."""
+
+
+class Fills:
+    """Has pages written.
+
+    Args:
+        sharing: carries out.
+        residents: what there is; a page leaves it before it is written.
+        statistics: counts.
+
+    Attributes:
+        unconfirmed: pages of which the workers have not said yet that they are written.
+    """
+
+    def __init__(self, sharing: Sharing, residents: Residents, statistics: Statistics) -> None:
+        self._sharing, self._tables, self._residents = sharing, sharing.tables, residents
+        self._statistics = statistics
+        self.unconfirmed: set[int] = set()
+        self._planned: list[PageFill] = []
+        self._sent: list[int] = []
+        self._page_of: dict[Content, int] = {}
+        self._content_of: dict[int, Content] = {}
+
+    def place(self, intake: Intake, others: Iterable[Intake]) -> None:
+        """Have the pages written that the plan of `intake` reads and that are not yet, and lead the request to them.
+
+        Those that are written for a request with the same shift are read by this one as well. What has lost its sources
+        is computed. Where the pool has too few free pages for the request nothing is done, and it is `short`; where it
+        has too few besides those for the others, nothing is done either.
+
+        Args:
+            others: requests that wait to start.
+        """
+        self._lead_to_equal(intake)
+        (slots,) = np.nonzero(unwritten(intake.plan.pages))
+        intake.short = False
+        if not len(slots):
+            return
+        there = intake.text.can_be_written(intake.plan.pages[slots])
+        self._replace(intake, slots[~there], np.full(len(slots) - there.sum(), COMPUTED))
+        slots, free = slots[there], self._tables.pool.get_num_free_blocks()
+        written = intake.plan.pages[~unwritten(intake.plan.pages)]
+        needed = self._tables.needed(intake.tracked.request, written.tolist())
+        promised = sum(other.needs_pages for other in others if other is not intake)
+        intake.short = needed > free
+        if len(slots) and needed + promised <= free:
+            intake.needs_pages = needed
+            self._write(intake, slots)
+
+    def awaits(self, intake: Intake) -> bool:
+        """Whether pages that `intake` is to read are still to be written."""
+        pages = intake.plan.pages
+        return bool(unwritten(pages).any()) or not self.unconfirmed.isdisjoint(pages[sorted(intake.filled)].tolist())
+
+    def take(self) -> list[PageFill]:
+        """What the workers must write before the step, once."""
+        planned, self._planned = self._planned, []
+        self._sent = [page for fill in planned for page in fill.pages.tolist()]
+        return planned
+
+    def begin(self, written: Set[int]) -> Iterator[int]:
+        """Pages that the workers write before the step in which pages are `written`, maybe some of the same."""
+        yield from self._sent
+        for page in written & self._content_of.keys():
+            self._forget(page)
+
+    def questions(self) -> Iterator[Question]:
+        """Whether the pages are written, if any are."""
+        sent, self._sent = self._sent, []
+        if sent:
+            yield Question((), lambda answer: self._confirm(sent, answer))
+
+    def start_anew(self) -> None:
+        """Nobody finds a page any more that may not be written, and what is written serves nobody else."""
+        self._tables.evict(self.unconfirmed)
+        self.unconfirmed = set()
+        self._planned, self._sent = [], []
+        self._page_of, self._content_of = {}, {}
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when a page is known for two contents, or is resident as well."""
+        if self._content_of != {page: content for content, page in self._page_of.items()}:
+            raise IntegrityError("a page is filled with two texts")
+        if any(page in self._residents for page in self._content_of):
+            raise IntegrityError("a page that was filled with text from elsewhere is resident")
+
+    def _confirm(self, pages: list[int], answer: Answer) -> None:
+        self.unconfirmed.difference_update(pages)
+
+    def _lead_to_equal(self, intake: Intake) -> None:
+        """Of what is not written yet for `intake`, read what is for others."""
+        (slots,) = np.nonzero(unwritten(intake.plan.pages))
+        if len(slots):
+            contents = self._contents(intake, slots)
+            pages = np.array([self._page_of.get(content, COMPUTED) for content in contents], np.int64)
+            known = pages != COMPUTED
+            self._replace(intake, slots[known], pages[known])
+
+    def _write(self, intake: Intake, slots: Integers) -> None:
+        """Take pages for `slots [n]`, and have them written."""
+        fills, plan = intake.text.fills(intake.plan.pages[slots]), intake.plan
+        standing = plan.pages[~unwritten(plan.pages) & (plan.pages != COMPUTED)]
+        with self._tables.taken(len(slots), np.concatenate((fills.first, fills.second, standing)).tolist()) as taken:
+            pages = np.array(taken, np.int64)
+            if not len(pages):
+                self._replace(intake, slots, np.full(len(slots), COMPUTED))
+                return
+            contents = self._contents(intake, slots)
+            for page, content in zip(taken, contents, strict=True):
+                self._residents.remove(page)
+                self._forget(page)
+                self._page_of[content], self._content_of[page] = page, content
+            self._planned.append(PageFill(pages, fills))
+            self.unconfirmed.update(taken)
+            self._replace(intake, slots, pages)
+            self._statistics.add("pages_filled", len(taken))
+
+    def _replace(self, intake: Intake, slots: Integers, pages: Integers) -> None:
+        """In the plan of `intake`, let `slots [n]` read `pages [n]`, and lead the request to them."""
+        found = intake.plan.pages.copy()
+        found[slots] = pages
+        intake.plan = replace(intake.plan, pages=found)
+        led = np.zeros(len(found), bool)
+        led[slots[pages != COMPUTED]] = True
+        for stretch in stretches(led):
+            self._sharing.adopt(intake.tracked, GROUP, stretch.start, found[stretch.start : stretch.stop].tolist())
+            intake.filled.update(stretch)
+
+    def _contents(self, intake: Intake, slots: Integers) -> list[Content]:
+        fills = intake.text.fills(intake.plan.pages[slots])
+        columns = intake.text.origins(intake.plan.pages[slots]), slots, fills.shift
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def _forget(self, page: int) -> None:
+        content = self._content_of.pop(page, None)
+        if content is not None:
+            del self._page_of[content]
