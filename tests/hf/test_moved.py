@@ -176,27 +176,6 @@ def test_what_cannot_be_is_refused() -> None:
         JointPool(build_model("llama"), ANYTHING, block_size=3, reuse=ReuseOptions("probed", moved=True))
 
 
-def test_evidence_goes_where_the_tokens_of_a_page_go() -> None:
-    still, moved = Evidence(3), Evidence(3)
-    moved.covered[:] = [0b0111, 0b0101, 0b1111]
-    still.add(np.array([1]), np.array([0.4], np.float32), np.zeros(1, np.uint64))
-    column = np.array([1, 0])
-    fills = Fills(np.array([0, 1]), np.array([0, 2]), np.array([1, 2]), column, np.array([9, 9]))
-    found, pages = MovedText(fills, np.zeros(2, np.int64), BLOCK), UNWRITTEN + np.arange(2)
-    covered = [0b1011, 0b1111]  # tokens 1 to 3 of page 0 and token 0 of page 1; all of page 2
-    for bit in range(4):
-        known = found.known(moved, still, pages, np.full(2, 1 << bit, np.uint64))
-        assert known.new.tolist() == [not bits >> bit & 1 for bits in covered]
-    assert known.count.tolist() == [0, 0] and known.worst.tolist() == pytest.approx([0.4, 0.0])
-    assert BY_ENTRY.usable(known, 0.9).all() and not BY_ENTRY.usable(known).any()
-    found.testify(moved, pages, np.array([0.2, 0.3]), np.array([0b1111, 0b1000], np.uint64))
-    known = found.known(moved, still, pages, np.full(2, 0b1111, np.uint64))
-    assert known.count.tolist() == [1, 1] and known.worst.tolist() == pytest.approx([0.4, 0.3])
-    assert not known.new.any() and BY_ENTRY.usable(known).all()
-    assert moved.count.tolist() == [1, 1, 1] and still.count.tolist() == [0, 1, 0]
-    assert moved.covered.tolist() == [0b1111, 0b0101, 0b1111]
-
-
 def test_witnesses_elsewhere_make_the_entry_block_unnecessary(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pool = moving()
     monkeypatch.setattr(pool.reuse, "is_audit", lambda *found: True)

@@ -62,15 +62,14 @@ class Inquiry(KVConnectorMetadata):
     Attributes:
         step: number of the scheduler step, counted from 1.
         remaps: already committed; every worker must apply them before it prepares the step.
-        fills: pages to write before the step, in this order: a later one may write what an earlier one reads.
         group, own, other, second, offset, shift: of the pairs to compare, int64 `[n]`; see `Pair`.
         sign_group, sign: per page whose signature is asked for the layer group and the page, int64 `[m]`.
         tables: block ids per request and fused group as the scheduler knows them, only while integrity is checked.
+        fills: pages to write before the step, in this order: a later one may write what an earlier one reads.
     """
 
     step: int
     remaps: list[Remap] = field(default_factory=list)
-    fills: list[PageFill] = field(default_factory=list)
     group: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     own: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     other: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -80,6 +79,12 @@ class Inquiry(KVConnectorMetadata):
     sign_group: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     sign: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     tables: dict[str, dict[int, list[int]]] | None = None
+    fills: list[PageFill] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("second", "offset", "shift"):  # unless something else is said, text stands where it is read
+            if not len(getattr(self, name)):
+                setattr(self, name, np.zeros(len(self.group), np.int64))
 
     @property
     def asks(self) -> bool:

@@ -29,7 +29,7 @@ from tests.effort import FIRST_SEED, MACHINE_STEPS, machine_settings
 from tests.hazards import WHERE, runs
 from tests.vllm_plugin.engines import BOLD, write_model
 from tests.vllm_plugin.scheduler.fake_second_runner import write, write_all
-from tests.vllm_plugin.scheduler.fake_worker import Comparer, Signer, packed_pages
+from tests.vllm_plugin.scheduler.fake_worker import Comparer, Filler, Signer, packed_pages
 from tests.vllm_plugin.scheduler.machine import BLOCK, TEXTS, VARIANTS, SchedulerMachine, configuration
 
 EVENTS = 120
@@ -52,6 +52,9 @@ def _no_model() -> Iterator[None]:
         patch.setattr(side, "packed_pages", packed_pages)
         patch.setattr(side, "PageComparer", Comparer)
         patch.setattr(side, "PageSigner", Signer)
+        patch.setattr(side, "PageFiller", Filler)
+        patch.setattr(side, "number_order", lambda *_: (None, None))
+        patch.setattr(side, "rotary_of", lambda *_: None)
         patch.setattr(gpu_model_runner, "get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
         patch.setattr(StagedWriteTensor, "apply_write", write)
         patch.setattr(FusedStagedWriter, "apply", write_all)
@@ -116,6 +119,8 @@ def test_random_events(config: Any, record_property: Any) -> None:
     expected = {"approximate merges", "hits", "resumed", "finished", "aborted"}
     if config.scheduler_config.scheduler_cls is not None:
         expected |= {"helpers", "adopted", "reused"}
+    if config.kv_transfer_config.kv_connector_extra_config.get("moved"):
+        expected.add("filled")
     if config.kv_transfer_config.kv_connector_extra_config.get("candidates"):
         expected.add("merges of other text")
     seeds = itertools.count(FIRST_SEED)

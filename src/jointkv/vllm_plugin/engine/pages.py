@@ -60,7 +60,7 @@ def number_order(layers: Sequence[Any], num_blocks: int, block_size: int) -> tup
         LayoutError: an element is no number of its token alone, or layers differ.
     """
     token_of, is_value = _probe(layers[0], _page_rows(layers[0].kv_cache, num_blocks), block_size)
-    orders = [_probe_numbers(layer, _page_rows(layer.kv_cache, num_blocks), block_size) for layer in layers]
+    orders = [_probe_numbers(layer, _page_rows(layer.kv_cache, num_blocks), block_size, is_value) for layer in layers]
     if any(not torch.equal(orders[0], other) for other in orders[1:]):
         raise LayoutError("the layers of a group keep the numbers of a token in different orders")
     sides = []
@@ -74,7 +74,7 @@ def number_order(layers: Sequence[Any], num_blocks: int, block_size: int) -> tup
     return sides[0], sides[1]
 
 
-def _probe_numbers(layer: Any, pages: Tensor, block_size: int) -> Tensor:
+def _probe_numbers(layer: Any, pages: Tensor, block_size: int, is_value: Tensor) -> Tensor:
     """Which number of its token, all heads one after another, every element of a page is."""
     numbers, heads = _as_numbers(pages, layer), layer.num_kv_heads
     sizes = layer.head_size, _value_size(layer)
@@ -85,7 +85,8 @@ def _probe_numbers(layer: Any, pages: Tensor, block_size: int) -> Tensor:
         _write_marks(layer, key, value, block_size)
         read = numbers[PROBED_PAGE].to("cpu", torch.float32, copy=True)
         pages[PROBED_PAGE].zero_()
-        number_of |= (read > 1.4).long() << bit
+        for side in (is_value, ~is_value):  # K and V may have scales of their own
+            number_of[side] |= (read[side] > 1.4 * read[side].min()).long() << bit
     return number_of
 
 

@@ -56,6 +56,10 @@ def rotary_of(runner: Any, layers: Mapping[str, Any]) -> list[Rotary]:
         if rotary is None:
             raise _refused(name, "its K is not turned with its position as rotary embeddings do")
         found.append(rotary)
+    if not any(len(rotary.frequencies) for rotary in found):
+        raise UnsupportedEngine(
+            "moved=true turns keys by rotary embeddings, and this model tells positions in another way; drop moved=true"
+        )
     return found
 
 

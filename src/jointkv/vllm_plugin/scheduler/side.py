@@ -197,7 +197,7 @@ class SchedulerSide:
         engine must end.
         """
         self._step += 1
-        inquiry = Inquiry(self._step, self.sharing.take_remaps(), self.reuse.fills.take())
+        inquiry = Inquiry(self._step, self.sharing.take_remaps(), fills=self.reuse.fills.take())
         self._ask(inquiry, output)
         return inquiry
 
