@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import transformers
 from transformers import cache_utils, masking_utils

@@ -10,6 +10,7 @@ import typer
 
 from jointkv.cli.console import Cell, cells, named_errors, print_table, progress, write_json, wrote
 from jointkv.cli.evaluate_curves import curves
+from jointkv.cli.evaluate_frontier import frontier
 from jointkv.cli.evaluate_paper import paper
 from jointkv.cli.evaluate_reuse import reuse
 from jointkv.cli.loading import load
@@ -53,6 +54,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Compare fusion with other ways of holding KV in less memory.")
     group.callback(invoke_without_command=True)(evaluate)
     group.command()(curves)
+    group.command()(frontier)
     group.command()(paper)
     group.command()(reuse)
     app.add_typer(group, name="evaluate")

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from jointkv.errors import BadInput
 from jointkv.report.figure import png, style
 from jointkv.report.pictures.base import Picture
+from jointkv.report.pictures.frontier import Frontier
 from jointkv.report.pictures.influence import InfluenceOfAttackers
 from jointkv.report.pictures.kl_against_bytes import KLAgainstBytes
 from jointkv.report.pictures.layer_map import LayerMap
@@ -43,6 +44,7 @@ PICTURES: tuple[Picture[Any], ...] = (
     SideChannelAUC(),
     InfluenceOfAttackers(),
     ReusePredictors(),
+    Frontier(),
 )
 FORMATS: tuple[type[BaseModel], ...] = tuple(dict.fromkeys(picture.reads for picture in PICTURES))
 
