@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from jointkv.core.evidence import Evidence
-from jointkv.core.moved import Fills
-from jointkv.core.moved_text import UNWRITTEN, MovedText
 from jointkv.errors import InvalidPolicy, PoolFull, UnsupportedModel
 from jointkv.hf.cache import JointCache
 from jointkv.hf.moved import MovedBlocks
@@ -20,7 +16,7 @@ from jointkv.hf.pool import JointPool
 from jointkv.hf.prefill import PrefillResult
 from jointkv.hf.reuse import ReuseOptions
 from jointkv.policy import FusionPolicy
-from tests.hf.reusing import ALWAYS, ANYTHING, BY_ENTRY, NEVER, dense, near, reusing, text
+from tests.hf.reusing import ALWAYS, ANYTHING, NEVER, dense, near, reusing, text
 from tests.hf.tiny_models import BLOCK, build_model
 
 SHARED = text(10 * BLOCK, 5)

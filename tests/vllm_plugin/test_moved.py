@@ -16,7 +16,7 @@ from torch import Tensor
 from jointkv.core.moved import Fills
 from jointkv.vllm_plugin.worker.filler import PageFiller
 from tests.hazards import FIRST
-from tests.vllm_plugin.engines import LOSSY, Engine, Prompt, engine, text, write_model
+from tests.vllm_plugin.engines import LOSSY, Prompt, engine, text, write_model
 from tests.vllm_plugin.test_reuse import Served
 
 BLOCK, OUT, BODY = 32, 8, 20 * 32

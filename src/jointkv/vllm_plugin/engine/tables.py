@@ -118,9 +118,15 @@ class BlockTables:
         finally:
             self.pool.free_blocks(taken)
 
+    def renew(self, pages: Iterable[int]) -> None:
+        """Hand `pages` out last, as if they had just been found."""
+        blocks = [self.pool.blocks[page] for page in pages]
+        self.pool.touch(blocks)
+        self.pool.free_blocks(blocks)
+
     def needed(self, request: Request, pages: Iterable[int]) -> int:
         """Free pages that it takes to start `request`, which will find `pages` beside what it finds now."""
-        found, _ = self._manager.get_computed_blocks(request)
+        found = self._manager.get_computed_blocks(request)[0]
         held = {block.block_id for blocks in found.blocks for block in blocks if block.ref_cnt}
         held |= {page for page in pages if page >= 0 and self.pool.blocks[page].ref_cnt}
         return -(-request.num_tokens // self.groups[0].block_size) - len(held)

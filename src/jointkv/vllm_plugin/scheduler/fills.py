@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -37,15 +38,17 @@ class Fills:
         statistics: counts.
 
     Attributes:
-        unconfirmed: pages of which the workers have not said yet that they are written.
+        unconfirmed: pages of which the workers have not said yet that they are written, and when they were told to, by
+            a number; 0 for those that are still to be sent.
     """
 
     def __init__(self, sharing: Sharing, residents: Residents, statistics: Statistics) -> None:
         self._sharing, self._tables, self._residents = sharing, sharing.tables, residents
         self._statistics = statistics
-        self.unconfirmed: set[int] = set()
+        self.unconfirmed: dict[int, int] = {}
         self._planned: list[PageFill] = []
         self._sent: list[int] = []
+        self._number = 0
         self._page_of: dict[Content, int] = {}
         self._content_of: dict[int, Content] = {}
 
@@ -60,30 +63,30 @@ class Fills:
             others: requests that wait to start.
         """
         self._lead_to_equal(intake)
-        (slots,) = np.nonzero(unwritten(intake.plan.pages))
-        intake.short = False
+        slots, intake.short = self._still_to_write(intake), False
         if not len(slots):
             return
-        there = intake.text.can_be_written(intake.plan.pages[slots])
-        self._replace(intake, slots[~there], np.full(len(slots) - there.sum(), COMPUTED))
-        slots, free = slots[there], self._tables.pool.get_num_free_blocks()
-        written = intake.plan.pages[~unwritten(intake.plan.pages)]
+        written, free = intake.plan.pages[~unwritten(intake.plan.pages)], self._tables.pool.get_num_free_blocks()
         needed = self._tables.needed(intake.tracked.request, written.tolist())
         promised = sum(other.needs_pages for other in others if other is not intake)
         intake.short = needed > free
-        if len(slots) and needed + promised <= free:
+        if needed + promised <= free:
             intake.needs_pages = needed
             self._write(intake, slots)
 
     def awaits(self, intake: Intake) -> bool:
         """Whether pages that `intake` is to read are still to be written."""
         pages = intake.plan.pages
-        return bool(unwritten(pages).any()) or not self.unconfirmed.isdisjoint(pages[sorted(intake.filled)].tolist())
+        return bool(unwritten(pages).any()) or any(
+            page in self.unconfirmed for page in pages[sorted(intake.filled)].tolist()
+        )
 
     def take(self) -> list[PageFill]:
         """What the workers must write before the step, once."""
         planned, self._planned = self._planned, []
         self._sent = [page for fill in planned for page in fill.pages.tolist()]
+        self._number += 1
+        self.unconfirmed.update(dict.fromkeys(self._sent, self._number))
         return planned
 
     def begin(self, written: Set[int]) -> Iterator[int]:
@@ -96,12 +99,12 @@ class Fills:
         """Whether the pages are written, if any are."""
         sent, self._sent = self._sent, []
         if sent:
-            yield Question((), lambda answer: self._confirm(sent, answer))
+            yield Question((), partial(self._confirm, sent, self._number))
 
     def start_anew(self) -> None:
         """Nobody finds a page any more that may not be written, and what is written serves nobody else."""
-        self._tables.evict(self.unconfirmed)
-        self.unconfirmed = set()
+        self._tables.evict(set(self.unconfirmed))
+        self.unconfirmed = {}
         self._planned, self._sent = [], []
         self._page_of, self._content_of = {}, {}
 
@@ -112,8 +115,19 @@ class Fills:
         if any(page in self._residents for page in self._content_of):
             raise IntegrityError("a page that was filled with text from elsewhere is resident")
 
-    def _confirm(self, pages: list[int], answer: Answer) -> None:
-        self.unconfirmed.difference_update(pages)
+    def _confirm(self, pages: list[int], number: int, _: Answer) -> None:
+        for page in pages:
+            if self.unconfirmed.get(page) == number:  # else it was handed out and is to be written again
+                del self.unconfirmed[page]
+
+    def _still_to_write(self, intake: Intake) -> Integers:
+        """Slots of the plan whose pages are still to be written, int64 `[n]`; what has lost its sources is computed."""
+        (slots,) = np.nonzero(unwritten(intake.plan.pages))
+        if not len(slots):
+            return slots
+        there = intake.text.can_be_written(intake.plan.pages[slots])
+        self._replace(intake, slots[~there], np.full(len(slots) - there.sum(), COMPUTED))
+        return slots[there]
 
     def _lead_to_equal(self, intake: Intake) -> None:
         """Of what is not written yet for `intake`, read what is for others."""
@@ -139,7 +153,7 @@ class Fills:
                 self._forget(page)
                 self._page_of[content], self._content_of[page] = page, content
             self._planned.append(PageFill(pages, fills))
-            self.unconfirmed.update(taken)
+            self.unconfirmed.update(dict.fromkeys(taken, 0))
             self._replace(intake, slots, pages)
             self._statistics.add("pages_filled", len(taken))
 
@@ -152,6 +166,7 @@ class Fills:
         led[slots[pages != COMPUTED]] = True
         for stretch in stretches(led):
             self._sharing.adopt(intake.tracked, GROUP, stretch.start, found[stretch.start : stretch.stop].tolist())
+            self._tables.renew(found[stretch.start : stretch.stop].tolist())
             intake.filled.update(stretch)
 
     def _contents(self, intake: Intake, slots: Integers) -> list[Content]:

@@ -93,10 +93,10 @@ class WorkerSide:
         self.comparer = PageComparer(settings.across_layers, pages, self.norms, signer, self.filler)
 
     def apply(self, inquiry: Inquiry) -> None:
-        """Replace the block table entries that the scheduler has committed, and write pages, before the step is prepared.
+        """Replace the block table entries that the scheduler has committed, and write pages, before the step.
 
-        Replacing is not fail-safe: a worker that cannot follow the scheduler must not go on with pages that are no longer its own.
-        An inquiry that comes again is passed over, because tables may have changed since.
+        Replacing is not fail-safe: a worker that cannot follow the scheduler must not go on with pages that are no
+        longer its own. An inquiry that comes again is passed over, because tables may have changed since.
 
         Raises:
             IntegrityError: an inquiry before this one never came. vLLM ends the engine, before a page is written.
