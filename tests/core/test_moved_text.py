@@ -16,10 +16,9 @@ BY_ENTRY = ReuseRule(near=1.0, echoes=False)
 
 
 def test_runs_become_pages_that_are_not_written_yet() -> None:
-    """Text that stands where it stood is not among them, and each run is a source."""
+    """Each run is a source."""
     runs = [
         MovedRun(2, 11, 7, 1, np.array([5, 6, 9]), 1),
-        MovedRun(16, 8, 7, 0, np.array([1, 2]), 0),
         MovedRun(24, 8, 8, 0, np.array([3, 4]), -4),
     ]
     text = MovedText.of(runs, 0, 8, BLOCK)
@@ -29,7 +28,7 @@ def test_runs_become_pages_that_are_not_written_yet() -> None:
     fills = text.fills_of(text.found.page[1:3])
     assert (fills.first.tolist(), fills.second.tolist()) == ([6, 3], [9, 3])
     assert (fills.offset.tolist(), fills.shift.tolist()) == ([3, 0], [1, -4])
-    assert len(MovedText.of(runs, 2, 6, BLOCK)) == 1 and not len(MovedText.of(runs[1:2], 0, 8, BLOCK))
+    assert len(MovedText.of(runs, 2, 6, BLOCK)) == 1 and not len(MovedText.of(runs, 3, 6, BLOCK))
 
 
 @pytest.mark.parametrize("size", [3, 66])

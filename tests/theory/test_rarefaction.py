@@ -1,6 +1,5 @@
 """Rarefaction runs the real search, its interval covers fresh batches, and the Poisson model is compared with it."""
 
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -57,7 +57,8 @@ def stock(serene: Path) -> tuple[list[Prompt], list[Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def moving(serene: Path) -> Iterator[Served]:
+def moving(serene: Path, stock: tuple[list[Prompt], list[Tensor]]) -> Iterator[Served]:
+    """There is one engine at a time, so what stock vLLM answers comes first."""
     with engine(serene, pages=120, fusion=MOVING) as served:
         yield Served(served)
 

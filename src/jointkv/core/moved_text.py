@@ -33,8 +33,8 @@ class MovedText:
 
     @classmethod
     def of(cls, runs: Sequence[MovedRun], start: int, end: int, block_size: int) -> MovedText:
-        """Of the blocks from slot `start` to `end` those that `runs` give; text that has not moved is left out."""
-        parts = [run.within(start * block_size, end * block_size, block_size) for run in runs if run.shift]
+        """Of the blocks from slot `start` to `end` those that `runs` give."""
+        parts = [run.within(start * block_size, end * block_size, block_size) for run in runs]
         fills = [part.fills(block_size) for part in parts if part is not None]
         number = np.repeat(np.arange(len(fills)), [len(part) for part in fills])
         return cls(Fills.join(fills), number, block_size)
@@ -65,11 +65,16 @@ class MovedText:
         """
         fills = self.fills_of(pages)
         worst = [evidence.worst[side] for evidence in (moved, still) for side in (fills.first, fills.second)]
-        first, second = moved.covered[fills.first], moved.covered[fills.second]
-        by, rest = self._shifts(fills)
-        covered = (first >> by) | np.where(fills.offset > 0, second << rest, np.uint64(0))
         count = np.minimum(moved.count[fills.first], moved.count[fills.second])
-        return Known(count, np.maximum.reduce(worst), np.asarray(standing & ~covered) != 0)
+        return Known(count, np.maximum.reduce(worst), np.asarray(standing & ~self.covered(moved, pages)) != 0)
+
+    def covered(self, moved: Evidence, pages: Integers) -> Echoes:
+        """The echoes that clean witnesses of the sources cover, by the places of the tokens in `pages [n]`."""
+        fills = self.fills_of(pages)
+        by, rest = self._shifts(fills)
+        first, second = moved.covered[fills.first], moved.covered[fills.second]
+        found: Echoes = (first >> by) | np.where(fills.offset > 0, second << rest, np.uint64(0))
+        return found
 
     def testify(self, moved: Evidence, pages: Integers, ratios: NDArray[np.floating], standing: Echoes) -> None:
         """Blocks with the echoes `standing [n]` were computed, and `ratios [n]` from `pages [n]`."""

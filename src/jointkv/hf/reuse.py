@@ -137,7 +137,7 @@ class Reuse:
         if self.rotary is None:
             return None
         runs = self.residents.find_moved(tenant, tokens, self.rule.least)
-        return MovedText.of(runs, start, end, self.residents.block_size)
+        return MovedText.of([run for run in runs if run.shift], start, end, self.residents.block_size)
 
     def is_audit(self, tenant: Hashable, found: Found) -> bool:
         """Whether a prompt with these blocks to reuse is to be computed and compared: chance, or no licence."""

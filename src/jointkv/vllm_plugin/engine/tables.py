@@ -107,7 +107,7 @@ class BlockTables:
 
         Afterwards they are free again, and those that a hash leads to by then are handed out last.
         """
-        kept = [self.pool.blocks[page] for page in set(keep)]
+        kept = [self.pool.blocks[page] for page in sorted(set(keep))]
         self.pool.touch(kept)
         try:
             taken = self.pool.get_new_blocks(count) if count <= self.pool.get_num_free_blocks() else []
@@ -124,12 +124,15 @@ class BlockTables:
         self.pool.touch(blocks)
         self.pool.free_blocks(blocks)
 
-    def needed(self, request: Request, pages: Iterable[int]) -> int:
-        """Free pages that it takes to start `request`, which will find `pages` beside what it finds now."""
+    def found_pages(self, request: Request) -> set[int]:
+        """Pages that vLLM's prefix cache has for `request` now."""
         found = self._manager.get_computed_blocks(request)[0]
-        held = {block.block_id for blocks in found.blocks for block in blocks if block.ref_cnt}
-        held |= {page for page in pages if page >= 0 and self.pool.blocks[page].ref_cnt}
-        return -(-request.num_tokens // self.groups[0].block_size) - len(held)
+        return {block.block_id for blocks in found.blocks for block in blocks}
+
+    def needed(self, request: Request, pages: Iterable[int]) -> int:
+        """Free pages that it takes to start `request`, which will find `pages`."""
+        held = sum(self.pool.blocks[page].ref_cnt > 0 for page in pages)
+        return -(-request.num_tokens // self.groups[0].block_size) - held
 
     def evict(self, pages: set[int]) -> None:
         """No hash leads to `pages` any more."""

@@ -180,6 +180,11 @@ class Candidates:
             self.residents.remove(page)
             self._written[page] = step
 
+    def note_written(self, pages: Iterable[int], step: int) -> None:
+        """`pages` were written before `step` with text from elsewhere; they have left the index before that."""
+        for page in pages:
+            self._written[page] = step
+
     def cache_was_reset(self) -> bool:
         """Whether vLLM has emptied its prefix cache since the last call: old pages must not be used any more."""
         before, self._hash_map = self._hash_map, self._tables.pool.cached_block_hash_to_block

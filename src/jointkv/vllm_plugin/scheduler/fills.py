@@ -8,7 +8,7 @@ written, and fills are carried out in the order in which they were planned here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -38,6 +38,7 @@ class Fills:
         statistics: counts.
 
     Attributes:
+        sent: pages that the workers write before the step.
         unconfirmed: pages of which the workers have not said yet that they are written, and when they were told to, by
             a number; 0 for those that are still to be sent.
     """
@@ -47,7 +48,7 @@ class Fills:
         self._statistics = statistics
         self.unconfirmed: dict[int, int] = {}
         self._planned: list[PageFill] = []
-        self._sent: list[int] = []
+        self.sent: list[int] = []
         self._number = 0
         self._page_of: dict[Content, int] = {}
         self._content_of: dict[int, Content] = {}
@@ -57,7 +58,7 @@ class Fills:
 
         Those that are written for a request with the same shift are read by this one as well. What has lost its sources
         is computed. Where the pool has too few free pages for the request nothing is done, and it is `short`; where it
-        has too few besides those for the others, nothing is done either.
+        has too few besides those for others that are about to start, it waits for them.
 
         Args:
             others: requests that wait to start.
@@ -66,13 +67,23 @@ class Fills:
         slots, intake.short = self._still_to_write(intake), False
         if not len(slots):
             return
-        written, free = intake.plan.pages[~unwritten(intake.plan.pages)], self._tables.pool.get_num_free_blocks()
-        needed = self._tables.needed(intake.tracked.request, written.tolist())
-        promised = sum(other.needs_pages for other in others if other is not intake)
+        own, free = self._found(intake), self._tables.pool.get_num_free_blocks()
+        needed = self._tables.needed(intake.tracked.request, own)
+        before = [other for other in others if other is not intake and other.covered and not other.helpers]
+        promised = sum(other.needs_pages for other in before)
         intake.short = needed > free
-        if needed + promised <= free:
+        if needed + promised > free:
+            return
+        keep = own.union(*map(self._found, before))
+        if self._write(intake, slots, keep) or (not promised and self._write(intake, slots, own)):
             intake.needs_pages = needed
-            self._write(intake, slots)
+        elif not promised:
+            self._replace(intake, slots, np.full(len(slots), COMPUTED))
+
+    def lost(self, intake: Intake) -> bool:
+        """Whether sources are gone that the plan of `intake` needs still; others may have become resident."""
+        pages = intake.plan.pages[unwritten(intake.plan.pages)]
+        return bool(len(pages)) and not intake.text.can_be_written(pages).all()
 
     def awaits(self, intake: Intake) -> bool:
         """Whether pages that `intake` is to read are still to be written."""
@@ -84,36 +95,32 @@ class Fills:
     def take(self) -> list[PageFill]:
         """What the workers must write before the step, once."""
         planned, self._planned = self._planned, []
-        self._sent = [page for fill in planned for page in fill.pages.tolist()]
+        self.sent = [page for fill in planned for page in fill.pages.tolist()]
         self._number += 1
-        self.unconfirmed.update(dict.fromkeys(self._sent, self._number))
+        self.unconfirmed.update(dict.fromkeys(self.sent, self._number))
         return planned
 
-    def begin(self, written: Set[int]) -> Iterator[int]:
-        """Pages that the workers write before the step in which pages are `written`, maybe some of the same."""
-        yield from self._sent
-        for page in written & self._content_of.keys():
+    def forget_written(self, pages: Iterable[int]) -> None:
+        """Pages that the step writes hold something else from then on."""
+        for page in pages:
             self._forget(page)
 
     def questions(self) -> Iterator[Question]:
         """Whether the pages are written, if any are."""
-        sent, self._sent = self._sent, []
-        if sent:
-            yield Question((), partial(self._confirm, sent, self._number))
+        if self.sent:
+            yield Question((), partial(self._confirm, self.sent, self._number))
 
     def start_anew(self) -> None:
         """Nobody finds a page any more that may not be written, and what is written serves nobody else."""
         self._tables.evict(set(self.unconfirmed))
         self.unconfirmed = {}
-        self._planned, self._sent = [], []
+        self._planned, self.sent = [], []
         self._page_of, self._content_of = {}, {}
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError when a page is known for two contents, or is resident as well."""
+        """Raises IntegrityError when a page is known for two contents."""
         if self._content_of != {page: content for content, page in self._page_of.items()}:
             raise IntegrityError("a page is filled with two texts")
-        if any(page in self._residents for page in self._content_of):
-            raise IntegrityError("a page that was filled with text from elsewhere is resident")
 
     def _confirm(self, pages: list[int], number: int, _: Answer) -> None:
         for page in pages:
@@ -135,27 +142,36 @@ class Fills:
         if len(slots):
             contents = self._contents(intake, slots)
             pages = np.array([self._page_of.get(content, COMPUTED) for content in contents], np.int64)
+            fills = intake.text.fills(intake.plan.pages[slots])
+            there = intake.text.can_be_written(intake.plan.pages[slots]) & (fills.shift == 0)
+            pages[there] = fills.first[there]  # written for others with the same shift, whatever from
             known = pages != COMPUTED
             self._replace(intake, slots[known], pages[known])
 
-    def _write(self, intake: Intake, slots: Integers) -> None:
-        """Take pages for `slots [n]`, and have them written."""
-        fills, plan = intake.text.fills(intake.plan.pages[slots]), intake.plan
-        standing = plan.pages[~unwritten(plan.pages) & (plan.pages != COMPUTED)]
-        with self._tables.taken(len(slots), np.concatenate((fills.first, fills.second, standing)).tolist()) as taken:
+    def _found(self, intake: Intake) -> set[int]:
+        """Pages that `intake` would find, or that its plan leads it to."""
+        pages = intake.plan.pages
+        planned = pages[~unwritten(pages) & (pages != COMPUTED)]
+        return self._tables.found_pages(intake.tracked.request).union(planned.tolist())
+
+    def _write(self, intake: Intake, slots: Integers, keep: set[int]) -> bool:
+        """Take pages for `slots [n]`, sources and `keep` excepted, and have them written; whether there were any."""
+        fills = intake.text.fills(intake.plan.pages[slots])
+        with self._tables.taken(len(slots), keep.union(fills.first.tolist(), fills.second.tolist())) as taken:
+            if not taken:
+                return False
             pages = np.array(taken, np.int64)
-            if not len(pages):
-                self._replace(intake, slots, np.full(len(slots), COMPUTED))
-                return
-            contents = self._contents(intake, slots)
+            numbers, contents = intake.plan.pages[slots], self._contents(intake, slots)
             for page, content in zip(taken, contents, strict=True):
                 self._residents.remove(page)
                 self._forget(page)
                 self._page_of[content], self._content_of[page] = page, content
+            intake.text.offer(slots, numbers, pages)
             self._planned.append(PageFill(pages, fills))
             self.unconfirmed.update(dict.fromkeys(taken, 0))
             self._replace(intake, slots, pages)
             self._statistics.add("pages_filled", len(taken))
+            return True
 
     def _replace(self, intake: Intake, slots: Integers, pages: Integers) -> None:
         """In the plan of `intake`, let `slots [n]` read `pages [n]`, and lead the request to them."""

@@ -85,6 +85,11 @@ class ResidentText:
         assert self._moved is not None
         return self._moved.fills_of(pages)
 
+    def offer(self, slots: Integers, numbers: Integers, pages: Integers) -> None:
+        """Let others find `pages [n]`, to which the blocks `slots [n]` are written that had these `numbers [n]`."""
+        assert self._moved is not None
+        self._residents.add_filled(self.tracked, self._moved, slots, numbers, pages)
+
     def pair(self, group: int, own: int, page: int) -> Pair:
         """The question how far the block in page `own` is from what `page` holds, or will."""
         if not unwritten(np.array([page]))[0]:

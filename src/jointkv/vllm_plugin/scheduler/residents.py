@@ -19,6 +19,9 @@ NOBODY = -1
 MOST_PREEMPTIONS = 1 << 20
 """Of a request at the most: what it computes again is another source."""
 
+FILLED = 1 << 50
+"""Numbers from here on are no requests': of what was written from pages at other positions each part is a source."""
+
 
 class Residents:
     """Pages that may serve others, with the evidence of earlier comparisons. A page leaves before it is written.
@@ -28,7 +31,8 @@ class Residents:
         block_size: tokens per page.
         reuses: whether more than the index is kept, for reuse.
         signature_size: numbers of a signature.
-        moved: whether text is also found at other positions; then pages behind what was reused are no sources.
+        moved: whether text is also found at other positions. Sources are pages whose contexts are exact, and those
+            that were written from them.
 
     Attributes:
         index: finds pages by bucket.
@@ -49,6 +53,7 @@ class Residents:
         self.exact = np.zeros(pages, bool)
         self.evidence, self.evidence_moved = Evidence(pages), Evidence(pages)
         self._content = ContentIndex(block_size) if moved else None
+        self._filled = FILLED
         self._slot = np.zeros(pages, np.int64)
         self._tokens = np.zeros((pages, block_size), np.int32)
 
@@ -69,6 +74,23 @@ class Residents:
             source = tracked.number * MOST_PREEMPTIONS + tracked.epoch
             tokens = tracked.tokens(slot, slot + 1).astype(np.int64)
             self._content.add(tracked.isolation, tokens, np.array([slot]), np.array([page]), source)
+
+    def add_filled(
+        self, tracked: TrackedRequest, text: MovedText, slots: Integers, numbers: Integers, pages: Integers
+    ) -> None:
+        """Offer `pages [n]`, which will hold the blocks `slots [n]` of `tracked`, as `numbers [n]` of `text` say.
+
+        Whoever reads them keeps the text resident, when its sources are handed out. Evidence goes with it.
+        """
+        assert self._content is not None
+        standing, covered = tracked.standing(0, int(slots.max()) + 1)[slots], text.covered(self.evidence_moved, numbers)
+        known = text.known(self.evidence_moved, self.evidence, numbers, standing)
+        self.evidence_moved.inherit(pages, known, covered)
+        self.evidence.start(pages, covered)
+        self._filled += 1
+        self.source[pages], self._slot[pages], self.exact[pages] = self._filled, slots, False
+        tokens = tracked.tokens(0, int(slots.max()) + 1)[slots].astype(np.int64)
+        self._content.add(tracked.isolation, tokens, slots, pages, self._filled)
 
     def testify(self, pages: Integers, ratios: NDArray[np.float32], seen: Echoes) -> None:
         """Blocks with the tokens of the resident `pages [n]` are that far from them: error over bound, `[n]`.
@@ -121,9 +143,10 @@ class Residents:
         """What of the blocks `first` to `end` of `tracked` is resident at other positions, in stretches of `least`."""
         if self._content is None or end <= first:
             return None
-        tokens = tracked.tokens(0, end).ravel().astype(np.int64)
-        size = tracked.block_size
-        text = MovedText.of(self._content.find(tracked.isolation, tokens, least * size), first, end, size)
+        tokens, size = tracked.tokens(0, end).ravel().astype(np.int64), tracked.block_size
+        found = self._content.find(tracked.isolation, tokens, least * size)
+        # Text that stands where it stood is found by the other index, but for what was written from elsewhere.
+        text = MovedText.of([run for run in found if run.shift or run.source > FILLED], first, end, size)
         return text if len(text) else None
 
     def places(self, pages: Integers) -> Integers:

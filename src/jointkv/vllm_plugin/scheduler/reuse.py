@@ -97,6 +97,8 @@ class Reuse:
             if request is None:
                 break
             name = request.request_id
+            if name in self.intakes and self.fills.lost(self.intakes[name]):
+                del self.intakes[name]
             intake = self.intakes.get(name) or self._take_in(request)
             # Who is not looked at may start all the same, and computes everything: better too many than too few.
             if intake is None:

@@ -275,7 +275,9 @@ class SchedulerSide:
         self._notice_reset()
         self.fusion.conclude(self.requests.among(output.num_scheduled_tokens))
         written = set(pages_to_write(output, self.requests.block_size))
-        self.candidates.forget_written([*self.reuse.fills.begin(written), *written], inquiry.step)
+        self.candidates.note_written(self.reuse.fills.sent, inquiry.step)
+        self.candidates.forget_written(written, inquiry.step)
+        self.reuse.fills.forget_written(written)
         questions = [*self.reuse.fills.questions(), *self.reuse.questions(output), *self.fusion.questions(output)]
         self.questions.ask(inquiry, questions, self.fusion.signing())
 
