@@ -14,6 +14,8 @@ pytest.importorskip("vllm")
 from torch import Tensor
 
 from jointkv.core.moved import Fills
+from jointkv.theory.licence import Licence
+from jointkv.vllm_plugin.scheduler.licences import PageClass
 from jointkv.vllm_plugin.worker.filler import PageFiller
 from tests.hazards import FIRST
 from tests.vllm_plugin.engines import LOSSY, Prompt, engine, text, write_model
@@ -185,16 +187,19 @@ def test_a_fault_while_a_page_is_written(
     side.recovery, side.enabled = type(side.recovery)(60.0, 3), True
 
 
-def test_a_licence_of_its_own(serene: Path) -> None:
+def test_a_licence_of_its_own(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Audits of text at other positions say nothing of text that stands where it is read, nor the other way round."""
-    earned = {"reuse": "licensed", "reuse_miss_rate": 0.9, "reuse_confidence": 0.3}
-    with engine(serene, fusion={**MOVING, **earned}) as licensed:
-        licensed.generate(named(32), 2)
-        states = lambda: licensed.statistics["licences"]["classes"]  # noqa: E731
-        while states().get("moved 1", ("", 1))[0] != "granted":
-            audits = licensed.statistics["reuse_audits"]
-            licensed.generate(named(32, 33 + audits)[1:], 2)
-            assert licensed.statistics["reuse_audits"] > audits and not licensed.statistics["prompt_tokens_skipped"]
-        assert states()["exact 1"][0] != "granted"
-        licensed.generate(named(32, 37)[1:], 2)
-        assert licensed.statistics["moved_tokens_skipped"] > 0
+    side = served.engine.side
+    monkeypatch.setattr(side.reuse.look_up, "settings", side.settings.model_copy(update={"reuse": "licensed"}))
+    monkeypatch.setattr(side.licences, "_new", lambda page_class: Licence(0.9, 0.3))
+    served.engine.generate(named(32), 2)
+    key = next(iter(side.candidates.residents.index._buckets.values()))[0][0][0]
+    moved, exact = PageClass(key, exact=False, moved=True), PageClass(key, exact=True)
+    for head in range(33, 63):
+        if side.licences.granted(moved):
+            break
+        served.engine.generate([text(head, head) + named(32)[0][32:]], 2)
+        assert not served.new("prompt_tokens_skipped")
+    assert served.new("reuse_audits") and side.licences.granted(moved) and not side.licences.granted(exact)
+    served.engine.generate([text(64 + 5, 1) + named(32)[0][32:]], 2)
+    assert served.new("moved_tokens_skipped") > 0
