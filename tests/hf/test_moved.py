@@ -42,7 +42,7 @@ def test_what_stands_elsewhere_is_copied_with_its_keys_turned(header: int) -> No
     assert done.moved >= (whole - 2) * BLOCK and done.moved % BLOCK == 0
     first = done.rows[0].reused[0] * BLOCK
     shift, end = header - BLOCK, first + done.moved
-    for layer, rotary in enumerate(pool.reuse._rotary):
+    for layer, rotary in enumerate(pool.reuse.rotary):
         there, here = donor.batch.read(layer), cache.batch.read(layer)
         assert torch.equal(here[1][:, :, first:end], there[1][:, :, first - shift : end - shift])
         keys = there[0][0, :, first - shift : end - shift].transpose(0, 1)

@@ -75,7 +75,7 @@ def from_tokens(rows: Sequence[Sequence[int]], block_size: int, rule: ReuseRule 
             for run in content.find("", tokens[:-1], (rule.least + 1) * block_size):
                 # The first block of a run is computed and compared.
                 moved += len(set(run.fills(block_size).slots[1:].tolist()) - read) * block_size if run.shift else 0
-            content.add("", tokens[: blocks * block_size].reshape(blocks, -1), np.arange(blocks), own, number)
+            content.add("", tokens[: blocks * block_size].reshape(blocks, block_size), np.arange(blocks), own, number)
         page += blocks
     return replace(walk.result(), moved_tokens=moved if content is not None else None)
 
