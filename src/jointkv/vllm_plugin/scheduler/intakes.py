@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -77,6 +78,23 @@ class Intake:
     def needs(self) -> int:
         """Blocks that the request is to find when it starts."""
         return max((stretch.stop for stretch in self.plan.reused), default=0)
+
+    @property
+    def gap_ends(self) -> list[int]:
+        """Where gaps end that are not covered yet; up to the next entry block, while there is one."""
+        until = self.end if self.entry is None else self.entry
+        ends = [gap.stop for gap in self.plan.gaps if self.covered < gap.stop <= until]
+        if self.entry is not None and self.entry + 1 > self.covered:
+            ends.append(self.entry + 1)
+        return ends
+
+    def adopted(self, table: Sequence[int]) -> list[int]:
+        """Slots that read the pages of the plan where the request has found those of `table`.
+
+        A page that was handed out meanwhile has been computed anew, by a helper or by the request itself.
+        """
+        reused = (slot for stretch in self.plan.reused for slot in stretch if slot < len(table))
+        return [slot for slot in reused if table[slot] == self.plan.pages[slot]]
 
     @property
     def ahead(self) -> int:

@@ -97,9 +97,7 @@ class Reuse:
             if request is None:
                 break
             name = request.request_id
-            if name in self.intakes and self.fills.lost(self.intakes[name]):
-                del self.intakes[name]
-            intake = self.intakes.get(name) or self._take_in(request)
+            intake = self._known(name) or self._take_in(request)
             # Who is not looked at may start all the same, and computes everything: better too many than too few.
             if intake is None:
                 if name not in self.helpers and name not in self.followers.held:
@@ -225,6 +223,13 @@ class Reuse:
         # One that was preempted after its request has found everything would compute it again.
         return helper.stray or (helper.owner not in self.intakes and helper.request.status != RequestStatus.RUNNING)
 
+    def _known(self, name: str) -> Intake | None:
+        """What was found for a request; nothing where sources are gone, so that it is looked up anew."""
+        intake = self.intakes.get(name)
+        if intake is not None and not (intake.asked or intake.helpers) and self.fills.lost(intake):
+            del self.intakes[name]
+        return self.intakes.get(name)
+
     def _take_in(self, request: Request) -> Intake | None:
         """Look up a request that has not been yet. None where it computes all, or waits for another's text."""
         name, tracked = request.request_id, self.requests.active.get(request.request_id)
@@ -259,12 +264,8 @@ class Reuse:
             self._let_go(intake.tracked.request.request_id)
 
     def _new_helpers(self, intake: Intake) -> Iterator[Request]:
-        """One for each gap that is not covered yet; up to the next entry block, while there is one."""
-        until = intake.end if intake.entry is None else intake.entry
-        ends = [gap.stop for gap in intake.plan.gaps if intake.covered < gap.stop <= until]
-        if intake.entry is not None and intake.entry + 1 > intake.covered:
-            ends.append(intake.entry + 1)
-        request, pool = intake.tracked.request, self.sharing.tables.pool
+        """One for each gap that is to be computed next."""
+        request, pool, ends = intake.tracked.request, self.sharing.tables.pool, intake.gap_ends
         for end in ends:
             self._number += 1
             name = f"{request.request_id}-gap-{self._number}"
@@ -310,13 +311,11 @@ class Reuse:
         """The request starts and has found `computed` tokens."""
         tracked, plan, blocks = intake.tracked, intake.plan, computed // intake.tracked.block_size
         (table,) = self.sharing.tables.of([tracked.request.request_id])[tracked.request.request_id]
-        # A page that was handed out meanwhile has been computed anew, by a helper or by the request itself.
-        reused = [slot for stretch in plan.reused for slot in stretch if slot < blocks]
-        adopted = [slot for slot in reused if table[slot] == plan.pages[slot]]
+        adopted = intake.adopted(table[:blocks])
         tracked.served |= {(GROUP, slot) for slot in adopted}
         tracked.next_slot = max(tracked.next_slot, blocks)
         late = sorted(set(range(blocks)) - set(adopted))
         self._started.append((tracked, tracked.request.num_preemptions, late))
         self.statistics.add("prompt_tokens_skipped", len(adopted) * tracked.block_size)
         self.statistics.add("moved_tokens_skipped", len(intake.filled.intersection(adopted)) * tracked.block_size)
-        self.statistics.add("reuse_gaps", len(intake.plan.gaps))
+        self.statistics.add("reuse_gaps", len(plan.gaps))
