@@ -109,6 +109,24 @@ def test_each_layer_by_itself() -> None:
     assert not torch.equal(found[0].frequencies, found[2].frequencies)
 
 
+class Wrapped(nn.Module):
+    """Stands for a layer with adapters before a step has said which."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        raise IndexError("no adapter")
+
+
+def test_adapters_are_passed_over() -> None:
+    layer = Layer(rotary())
+    layer.qkv = wrapped = Wrapped(layer.qkv)  # type: ignore[assignment]
+    (found,) = rotary_of(*runner(layer))
+    assert len(found.frequencies) == SIZE // 2 and layer.qkv is wrapped
+
+
 @pytest.mark.parametrize(
     ("layers", "context", "cause"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -115,7 +116,8 @@ def _computed(name: str, module: torch.nn.Module, layer: Any, hidden: Tensor, pl
 
     hook = layer.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        module(positions=places.to(hidden.device), hidden_states=hidden.clone())
+        with _without_adapters(module):
+            module(positions=places.to(hidden.device), hidden_states=hidden.clone())
     except _Reached as reached:
         return tuple(  # type: ignore[return-value]
             side.detach().clone().view(PROBES, layer.num_kv_heads, -1).cpu() for side in (reached.key, reached.value)
@@ -125,6 +127,19 @@ def _computed(name: str, module: torch.nn.Module, layer: Any, hidden: Tensor, pl
     finally:
         hook.remove()
     raise _refused(name, "the module around it never comes to it")
+
+
+@contextmanager
+def _without_adapters(module: torch.nn.Module) -> Iterator[None]:
+    """Inside, layers with LoRA adapters are those that they were made of: which adapter is meant only a step says."""
+    wrapped = {name: child for name, child in module.named_children() if hasattr(child, "base_layer")}
+    for name, child in wrapped.items():
+        setattr(module, name, child.base_layer)
+    try:
+        yield
+    finally:
+        for name, child in wrapped.items():
+            setattr(module, name, child)
 
 
 def _refused(name: str, why: str) -> UnsupportedEngine:
