@@ -285,7 +285,7 @@ class Reuse:
         held = np.array([intake.text.holds(run)[0] for run in sources], bool)
         pages = np.array([run.pages[0] for run in sources])[held]
         intake.text.testify(np.full(len(pages), intake.entry), pages, answer.ratio[held])
-        nearest = int(answer.ratio.argmin())
+        nearest = self.rule.serving(sources, answer.ratio)
         self._follow(intake, intake.entry, sources[nearest].behind, float(answer.ratio[nearest]))
         self._advance(intake)
 
