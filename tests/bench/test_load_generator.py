@@ -129,3 +129,4 @@ def test_the_load_in_the_words_of_vllm(load: Load, expected: tuple[object, ...])
     assert (made.rate, made.burstiness, made.concurrency) == expected and made.seed == 7
     assert (made.requests[0][2] is not None) == (load.kind == "replay")
     assert made.one_first == (load.kind == "one_first")
+    assert made.turns == [(None, 0.0, None)] * 3

@@ -52,6 +52,26 @@ def test_traffic() -> None:
     assert made != from_traffic("near_prefix", TOKENIZER, 3, 7, 1, LIMITS)
 
 
+def test_turns_keep_their_session_and_their_tenant(tmp_path: Path) -> None:
+    made = from_traffic("agent_turns_clock", TOKENIZER, 6, 7, 0, Limits(None, 10_000, 16))
+    assert len({request.session for request in made.requests}) == 2
+    assert {request.salt for request in made.requests} == {"tenant-0", "tenant-1"}
+    assert made.requests[0].think == 0 and made.requests[-1].think > 0 and made.requests[0].timestamp is None
+    rows = [{"prompt": "How", "session_id": "a", "cache_salt": "x"}, {"prompt": "many", "session_id": 7}]
+    found = [(request.session, request.salt) for request in read(tmp_path / "log.jsonl", rows).requests]
+    assert found == [("a", "x"), (7, None)]
+
+
+def test_a_trace_of_block_hashes_repeats_as_its_blocks_do(tmp_path: Path) -> None:
+    rows = [
+        {"timestamp": 2500, "input_length": 40, "output_length": 3, "hash_ids": [1, 2, 3]},
+        {"timestamp": 1000, "input_length": 48, "output_length": 4, "hash_ids": [1, 2, 4]},
+    ]
+    first, second = read(tmp_path / "trace.jsonl", rows, timed=True).requests
+    assert (first.timestamp, second.timestamp) == (0.0, 1.5) and (first.output_tokens, second.output_tokens) == (4, 3)
+    assert first.prompt[:32] == second.prompt[:32] and first.prompt[32:40] != second.prompt[32:]
+
+
 def test_a_data_set_says_what_it_is() -> None:
     made = from_traffic("dataset:GSM8K", TOKENIZER, 2, 7, 0, LIMITS)
     assert made.name == "dataset:GSM8K" and made.description.startswith("GSM8K, ")

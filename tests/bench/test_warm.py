@@ -87,3 +87,9 @@ def test_the_first_requests_are_for_before() -> None:
     assert Workload("log", "", BEFORE).split(0).requests == BEFORE
     with pytest.raises(BadInput, match="--warmup 6: of 6 requests none would be left"):
         Workload("log", "", BEFORE).split(6)
+
+
+def test_warm_requests_have_the_salt_of_their_tenant(server: Server, sent: list[Any]) -> None:
+    salted = (replace(BEFORE[0], salt="a"), BEFORE[1])
+    warm_traffic(replace(made(), warmup=salted), server, REUSE)
+    assert sorted((body["prompt"][0], body.get("cache_salt")) for body in sent) == [(0, "a"), (1, None)]

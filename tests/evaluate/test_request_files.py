@@ -77,7 +77,10 @@ def test_byte_order_mark_windows_line_ends_and_blank_lines(path: Path) -> None:
         (b"null", "a JSON object expected, found null"),
         (b"true", "a JSON object expected, found boolean"),
         (b"3.5", "a JSON object expected, found number"),
-        (b"{}", "none of the fields 'prompt', 'text', 'question', 'messages', 'conversations'; found: no field"),
+        (
+            b"{}",
+            "none of the fields 'prompt', 'text', 'question', 'messages', 'conversations', 'hash_ids'; found: no field",
+        ),
         (b'{"promt": "a", "id": 1}', "none of the fields .*; found: 'promt', 'id'"),
         (b'{"prompt": null}', "none of the fields .*; found: 'prompt'"),
         (b'{"prompt": ["a"]}', "prompt: Input should be a valid string"),

@@ -95,6 +95,7 @@ def spec_of(url: str, model: str, tokenizer: str, load: Load, requests: Sequence
         concurrency=load.concurrency,
         seed=seed,
         one_first=load.kind == "one_first",
+        turns=[(each.session, each.think, each.salt) for each in requests],
     )
 
 

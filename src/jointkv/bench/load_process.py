@@ -18,6 +18,9 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
+from pydantic import Field
+
+from jointkv.bench.in_turn import InTurn
 from jointkv.bench.one_first import OneFirst
 from jointkv.bench.record import Record
 from jointkv.bench.result import RequestSample
@@ -26,7 +29,12 @@ BACKEND = "jointkv"
 
 
 class Spec(Record):
-    """What the process is told. `requests` are `(prompt, output tokens, seconds after the start)`."""
+    """What the process is told.
+
+    Attributes:
+        requests: `(prompt, output tokens, seconds after the start)`.
+        turns: of each request `(session, seconds to think before it, salt)`; empty where none is part of a session.
+    """
 
     url: str
     model: str
@@ -37,6 +45,7 @@ class Spec(Record):
     concurrency: int | None
     seed: int
     one_first: bool
+    turns: list[tuple[int | str | None, float, str | None]] = Field(default_factory=list)
 
 
 class Answer(RequestSample):
@@ -84,6 +93,9 @@ def generate(spec: Spec, notify: Callable[[dict[str, Any]], None], wait: Callabl
     from vllm.tokenizers import get_tokenizer
 
     finished, send = 0, async_request_openai_completions
+    in_turn = any(session is not None or salt is not None for session, _, salt in spec.turns)
+    if in_turn:
+        send = InTurn(send, spec.turns, spec.concurrency).send
     if spec.one_first:
         send = OneFirst(send).send
 
@@ -97,8 +109,14 @@ def generate(spec: Spec, notify: Callable[[dict[str, Any]], None], wait: Callabl
     # A backend of our own beside vLLM's, which is theirs and counts: the only progress theirs knows is a bar.
     ASYNC_REQUEST_FUNCS[BACKEND] = counted
     samples = [
-        SampleRequest(prompt=prompt, prompt_len=len(prompt), expected_output_len=output_tokens, timestamp=at)
-        for prompt, output_tokens, at in spec.requests
+        SampleRequest(
+            prompt=prompt,
+            prompt_len=len(prompt),
+            expected_output_len=output_tokens,
+            timestamp=at,
+            request_id=str(number),
+        )
+        for number, (prompt, output_tokens, at) in enumerate(spec.requests)
     ]
     tokenizer = get_tokenizer(spec.tokenizer)
     random.seed(spec.seed)
@@ -126,7 +144,8 @@ def generate(spec: Spec, notify: Callable[[dict[str, Any]], None], wait: Callabl
             selected_percentiles=[],
             ignore_eos=True,
             goodput_config_dict={},
-            max_concurrency=spec.concurrency,
+            # A turn that waits for the one before it must not take the place of another request.
+            max_concurrency=None if in_turn else spec.concurrency,
             lora_modules=None,
             extra_headers=None,
             extra_body={"temperature": 0.0},

@@ -74,6 +74,8 @@ class Plan:
         digest = hashlib.sha256()
         for request in (*self.warmup, *self.requests):
             digest.update(repr((request.prompt, request.output_tokens, request.timestamp)).encode())
+            if request.session is not None or request.salt is not None:
+                digest.update(repr((request.session, request.think, request.salt)).encode())
         return digest.hexdigest()
 
 

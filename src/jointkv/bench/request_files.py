@@ -30,7 +30,8 @@ def from_file(
 
     See `iter_requests` for what a source may hold. How much is generated is said by `output_tokens`, `max_tokens` or
     `max_completion_tokens`, or else by the length of the answer; with `timed` each request has a `timestamp`, in
-    seconds or ISO 8601 (without a zone: UTC).
+    seconds or ISO 8601 (without a zone: UTC). Requests with one `session_id` are turns of a conversation, and those
+    with a `cache_salt` keep it.
 
     Args:
         tokenizer: of the `transformers` library.
@@ -79,7 +80,8 @@ def _serving_request(read: LoggedRequest, tokenizer: Any, output_tokens: int | N
     if when is not None and when.tzinfo is None:
         when = when.replace(tzinfo=UTC)
     length = output_tokens or read.output_tokens or answer or default
-    return ServingRequest(prompt, length, None if when is None else when.timestamp())
+    seconds = None if when is None else when.timestamp()
+    return ServingRequest(prompt, length, seconds, session=read.session_id, salt=read.cache_salt)
 
 
 def _from_zero(requests: list[ServingRequest]) -> list[ServingRequest]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.traffic import get_traffic
-from jointkv.evaluate.traffic.base import Tokenizer, encode
+from jointkv.evaluate.traffic.base import Request, Tokenizer, encode
 
 VLLM_DATA = {
     "random": ("RandomDataset", "vLLM's random data: consecutive token ids from a random start, 1024 tokens"),
@@ -30,11 +30,17 @@ class ServingRequest:
         output_tokens: how many are generated, whatever end tokens come up.
         timestamp: seconds after the first request of the log it was taken from, whose requests stand in the order of
             time; None where arrival is the load's business.
+        session: of which conversation it is a turn; it is not sent before the turn before it is answered.
+        think: seconds that pass between the two.
+        salt: of whose requests alone it may share pages, vLLM's `cache_salt`.
     """
 
     prompt: tuple[int, ...]
     output_tokens: int
     timestamp: float | None = None
+    session: int | str | None = None
+    think: float = 0.0
+    salt: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -104,16 +110,26 @@ def from_traffic(
     """
     if name.replace("-", "_") in VLLM_DATA:
         name = name.replace("-", "_")
-        prompts, description = _vllm_prompts(name, tokenizer, count, seed), VLLM_DATA[name][1]
+        description = VLLM_DATA[name][1]
+        requests = tuple(
+            ServingRequest(prompt, output_tokens) for prompt in _vllm_prompts(name, tokenizer, count, seed)
+        )
     else:
         traffic = get_traffic(name)
         made = traffic.requests(tokenizer, count, continuation_tokens=1, seed=seed)
-        name, prompts, description = traffic.name, [request.prompt for request in made], traffic.description
-    requests = tuple(ServingRequest(prompt, output_tokens) for prompt in prompts)
+        name, description = traffic.name, traffic.description
+        requests = tuple(_from_request(request, output_tokens) for request in made)
     problem = limits.problem(max(requests, key=lambda request: request.tokens))
     if problem is not None:
         raise BadInput(f"traffic {name!r}: the longest request has {problem}")
     return Workload(name, description, requests)
+
+
+def _from_request(request: Request, output_tokens: int) -> ServingRequest:
+    course = request.course
+    if course is None:
+        return ServingRequest(request.prompt, output_tokens)
+    return ServingRequest(request.prompt, output_tokens, session=course.session, think=course.think, salt=course.tenant)
 
 
 def _vllm_prompts(name: str, tokenizer: Any, count: int, seed: int) -> Sequence[tuple[int, ...]]:

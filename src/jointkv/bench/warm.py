@@ -31,7 +31,7 @@ def warm_up(server: Server, model: str, requests: Sequence[ServingRequest]) -> N
     source = [token for request in requests for token in reversed(request.prompt)]
     length = min(WARM_UP_PROMPT_TOKENS, max(len(request.prompt) for request in requests))
     offsets = [(number * length) % max(1, len(source) - length) for number in range(WARM_UP_REQUESTS)]
-    _serve(server, model, [source[offset : offset + length] for offset in offsets])
+    _serve(server, model, [(source[offset : offset + length], None) for offset in offsets])
     server.reset_prefix_cache()
 
 
@@ -49,14 +49,19 @@ def warm_traffic(plan: Plan, server: Server, arm: Arm) -> Warmup | None:
     requests = plan.warmup if arm.reuses else _last(plan.warmup, arm.pool_blocks * plan.facts["block_size"])
     began = time.perf_counter()
     with Watch(server.url) as watch:
-        _serve(server, plan.model, [request.prompt for request in requests])
+        _serve(server, plan.model, [(request.prompt, request.salt) for request in requests])
         seconds = time.perf_counter() - began
     return Warmup(requests=len(requests), seconds=seconds, reuse=watch.reuse())
 
 
-def _serve(server: Server, model: str, prompts: Iterable[Sequence[int]]) -> None:
-    def send(prompt: Sequence[int]) -> None:
+def _serve(server: Server, model: str, prompts: Iterable[tuple[Sequence[int], str | None]]) -> None:
+    """Prompts with their salts."""
+
+    def send(salted: tuple[Sequence[int], str | None]) -> None:
+        prompt, salt = salted
         body = {"model": model, "prompt": list(prompt), "max_tokens": OUTPUT_TOKENS, "ignore_eos": True}
+        if salt is not None:
+            body["cache_salt"] = salt
         get(f"{server.url}/v1/completions", timeout=SECONDS, body=body)
 
     try:

@@ -4,12 +4,14 @@ import typer
 
 import jointkv
 from jointkv.cli import bench, evaluate, model, report
+from jointkv.cli.advise import advise
 from jointkv.cli.calibrate import calibrate
 from jointkv.cli.demo import demo
 from jointkv.cli.doctor import doctor
 from jointkv.cli.generate import generate
 from jointkv.cli.inspect import inspect
 from jointkv.cli.serve import SETTINGS, serve
+from jointkv.cli.traffic import traffic
 
 app = typer.Typer(name="jointkv", add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -27,7 +29,7 @@ def main(
         typer.echo(context.get_help())
 
 
-for verb in (calibrate, demo, doctor, generate, inspect):
+for verb in (advise, calibrate, demo, doctor, generate, inspect, traffic):
     app.command()(verb)
 app.command(**SETTINGS)(serve)
 for group in (bench, evaluate, model, report):

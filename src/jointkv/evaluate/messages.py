@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter, ValidationInfo
@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from jointkv.errors import BadInput
+from jointkv.evaluate.content_blocks import Numbered, as_function, without_blocks
 from jointkv.evaluate.jsonl import Encodable, Text, check_not_empty, validated
 
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -37,14 +38,23 @@ def _as_templates_take_it(given: Any) -> Any:
     if not isinstance(given, Mapping):
         return given
     message = {name: value for name, value in given.items() if value is not None}
+    if isinstance(message.get("content"), list):
+        message, parts = without_blocks(message)
+        message["content"] = _joined(parts)
     calls = message.get("tool_calls")
     if calls or message.get("function_call") or ("content" in given and message.get("role") == "assistant"):
         message.setdefault("content", "")
-    if isinstance(message.get("content"), list):
-        message["content"] = "\n".join(_part(number, part) for number, part in enumerate(message["content"]))
     if isinstance(calls, list):
         message["tool_calls"] = [_with_objects(call) for call in calls]
     return message
+
+
+def _joined(parts: Iterable[Numbered]) -> str:
+    return "\n".join(_part(number, part) for number, part in parts)
+
+
+def _system(given: Any) -> Any:
+    return _joined(enumerate(given)) if isinstance(given, list) else given
 
 
 def _part(number: int, part: Any) -> str:
@@ -75,12 +85,12 @@ def _with_objects(call: Any) -> Any:
 
 def _tools(given: Any) -> Any:
     """Data sets hold a list of tools as a string of JSON too."""
-    if not isinstance(given, str):
-        return given
-    try:
-        return json.loads(given) if given.strip() else ()
-    except (ValueError, RecursionError):
-        raise PydanticCustomError("tools", "is a string that is not JSON") from None
+    if isinstance(given, str):
+        try:
+            given = json.loads(given) if given.strip() else ()
+        except (ValueError, RecursionError):
+            raise PydanticCustomError("tools", "is a string that is not JSON") from None
+    return [as_function(tool) for tool in given] if isinstance(given, list) else given
 
 
 _PART = TypeAdapter(_TextPart)
@@ -88,3 +98,5 @@ Message = Annotated[_Message, BeforeValidator(_as_templates_take_it)]
 """One message for `tokenizer.apply_chat_template`; whatever else it holds is kept."""
 Tools = Annotated[tuple[dict[str, Any], ...], BeforeValidator(_tools)]
 """Descriptions of tools for the same."""
+System = Annotated[Encodable | None, BeforeValidator(_system)]
+"""What stands before all messages, where a log has it apart from them: text, or parts of text."""

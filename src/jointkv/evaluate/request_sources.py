@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets.hub import Hub, HubUnavailable, fetch_records
+from jointkv.evaluate.json_array import Broken, array_items
 from jointkv.evaluate.jsonl import parse_object, read_lines
 from jointkv.system.settings import Settings
 
@@ -38,13 +38,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a source, not looked into yet: a line of JSON, or `content` that is a row already."""
+    """One entry of a source, not looked into yet: a line of JSON, `content` that is a row already, or `Broken`."""
 
     place: Place
     content: Any
 
     def fields(self) -> Mapping[str, Any]:
         """Its fields. Raises `BadInput` when it is no object."""
+        if isinstance(self.content, Broken):
+            raise BadInput(self.content.reason)
         if isinstance(self.content, bytes):
             return parse_object(self.content)
         if not isinstance(self.content, Mapping):
@@ -60,7 +62,7 @@ def entries(source: str | Path, count: int | None = None) -> Iterator[Entry]:
     - `hub:OWNER/NAME`, with `:SPLIT` (else `train`) or `:CONFIG:SPLIT` after it: rows of a data set;
     - any other file: JSON, an object on every line, or one array of objects.
 
-    Raises `BadInput` for a source that cannot be read, or is no JSON as a whole.
+    Nothing is read whole, however large it is. Raises `BadInput` for a source that cannot be read.
     """
     name = str(source)
     if name.startswith(HUB):
@@ -83,10 +85,15 @@ def _is_array(path: Path) -> bool:
 
 
 def _items(path: Path) -> Iterator[tuple[int, Any]]:
+    number = -1
     try:
-        yield from enumerate(json.loads(path.read_bytes()))
+        with path.open(encoding="utf-8-sig") as file:
+            for number, item in enumerate(array_items(file)):
+                yield number, item
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: not JSON: {error}") from None
+        yield number + 1, Broken(f"not JSON: {error}")
 
 
 def _prompts(path: Path) -> Iterator[tuple[int, Any]]:

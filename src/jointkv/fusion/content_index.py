@@ -138,7 +138,7 @@ class ContentIndex:
         offset, window = held.table.find(self._rolling(tokens), SOURCES)
         page, part = window // 2, window % 2 * self._half
         equal = self._equal(tokens, offset, page, part)
-        return self._without_overlap(self._runs(held, tokens, offset[equal], page[equal], part[equal]), least)
+        return self._without_overlap(self._runs(held, tokens, offset[equal], page[equal], part[equal], least), least)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when pages, sources and owners disagree."""
@@ -189,8 +189,13 @@ class ContentIndex:
         ours = np.lib.stride_tricks.sliding_window_view(tokens, self._half)[offset]
         return (ours == theirs).all(1)
 
-    def _runs(self, held: _Owner, tokens: Integers, offset: Integers, page: Integers, part: Integers) -> list[MovedRun]:
-        """Windows that follow each other in one source, put together and extended."""
+    def _runs(
+        self, held: _Owner, tokens: Integers, offset: Integers, page: Integers, part: Integers, least: int
+    ) -> list[MovedRun]:
+        """Windows that follow each other in one source, put together and extended; none that is too short all the same.
+
+        Texts that resemble themselves, such as lists of tools, have hundreds of those.
+        """
         source, place = self._source[page], self._slot[page] * self.block_size + part
         shift = offset - place
         order = np.lexsort((place, shift, source))
@@ -199,6 +204,8 @@ class ContentIndex:
         new |= np.diff(place, prepend=NOWHERE) > self._half
         starts = np.flatnonzero(new)
         ends = np.append(starts[1:], len(source))[: len(starts)] - 1
+        long = place[ends] + 3 * self._half - place[starts] >= least  # at each end it grows by a window at most
+        starts, ends = starts[long], ends[long]
         found = np.stack((source[starts], shift[starts], place[starts], place[ends])).T.tolist()
         return [
             self._extended(held.texts[number].pages, tokens, by, first, last + self._half, number)

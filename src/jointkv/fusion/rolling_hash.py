@@ -38,10 +38,18 @@ class RollingHash:
         count = len(tokens) - self.size + 1
         if count < 1:
             return np.zeros(0, np.uint64)
+        sums = self._sums(tokens)
+        return _mixed((sums[self.size :] - sums[:count]) * self._inverse[:count])
+
+    def beginnings(self, tokens: Integers) -> Hashes:
+        """Of the first 0, 1, ..., n of `tokens [n]`, uint64 `[n + 1]`."""
+        return _mixed(self._sums(tokens))
+
+    def _sums(self, tokens: Integers) -> Hashes:
         self._prepare(len(tokens))
         sums = np.zeros(len(tokens) + 1, np.uint64)
         np.cumsum(_mixed(tokens.astype(np.uint64) ^ self._salt) * self._powers[: len(tokens)], out=sums[1:])
-        return _mixed((sums[self.size :] - sums[:count]) * self._inverse[:count])
+        return sums
 
     def _prepare(self, length: int) -> None:
         if len(self._powers) < length:

@@ -15,6 +15,11 @@ from jointkv.evaluate.traffic.unrelated import PROMPT_TOKENS
 from tests.evaluate.toy_tokenizers import ALL, MAKERS, REAL
 
 FOUR_SHOT = ("near_prefix", "names")
+NAMES = tuple(name for name in traffic_names() if not name.startswith("agent_turns_"))
+"""One of the agents stands for all, which have tests of their own."""
+
+SHORT = tuple(sorted({*NAMES} - {"agent_turns", "near_prefix", "shuffled_examples"}))
+"""Whose requests can all be made in a test."""
 
 
 def sized(name: str) -> Traffic:
@@ -67,6 +72,7 @@ def test_packaged_sample_is_whole_and_licensed() -> None:
 def test_registry() -> None:
     assert traffic_names() == (
         *("near_prefix", "names", "shuffled_examples", "tool_dialogues", "tools_reordered"),
+        *("agent_turns", "agent_turns_nonce", "agent_turns_clock", "agent_turns_tools", "agent_turns_thoughts"),
         *("edited_document", "museum", "retrieval", "long_documents", "unrelated", "random_tokens"),
     )
     assert [get_traffic(name).name for name in traffic_names()] == list(traffic_names())
@@ -78,7 +84,7 @@ def test_registry() -> None:
         get_traffic("no-such")
 
 
-@pytest.mark.parametrize("name", traffic_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_requests_are_distinct_and_complete(name: str, tokenizer: Tokenizer) -> None:
     requests = sized(name).requests(tokenizer, 24, continuation_tokens=48)
     assert len(requests) == len({request.prompt for request in requests}) == 24
@@ -86,7 +92,7 @@ def test_requests_are_distinct_and_complete(name: str, tokenizer: Tokenizer) -> 
     assert all(len(request.continuation) == 48 for request in requests)
 
 
-@pytest.mark.parametrize("name", traffic_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_requests_depend_on_the_seed_only(name: str, small_tokenizer: Tokenizer) -> None:
     traffic = sized(name)
     first = traffic.requests(small_tokenizer, 6, seed=3)
@@ -149,7 +155,7 @@ def test_continuation_is_the_true_answer(name: str, small_tokenizer: Tokenizer) 
         assert small_tokenizer.decode(list(request.prompt)) == request.text
 
 
-@pytest.mark.parametrize("name", traffic_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_prompt_starts_with_bos_where_the_tokenizer_adds_one(name: str) -> None:
     for request in sized(name).requests(MAKERS["with_bos"](), 3):
         assert request.prompt.count(0) == 1
@@ -158,7 +164,7 @@ def test_prompt_starts_with_bos_where_the_tokenizer_adds_one(name: str) -> None:
         assert "<s>" not in request.text
 
 
-@pytest.mark.parametrize("name", sorted({*traffic_names()} - {"near_prefix", "shuffled_examples"}))
+@pytest.mark.parametrize("name", SHORT)
 def test_too_many_requests_are_refused_with_the_possible_number(name: str, small_tokenizer: Tokenizer) -> None:
     traffic = sized(name)
     with pytest.raises(BadInput, match=r"can make \d+ distinct requests .* 100000 requested") as refusal:
@@ -169,7 +175,7 @@ def test_too_many_requests_are_refused_with_the_possible_number(name: str, small
         traffic.requests(small_tokenizer, possible + 1)
 
 
-@pytest.mark.parametrize("name", sorted({*traffic_names()} - {"near_prefix", "shuffled_examples", "random_tokens"}))
+@pytest.mark.parametrize("name", sorted({*SHORT} - {"random_tokens"}))
 def test_continuation_longer_than_all_text_is_refused(name: str, small_tokenizer: Tokenizer) -> None:
     with pytest.raises(BadInput, match="can make 0 distinct requests"):
         get_traffic(name).requests(small_tokenizer, 1, continuation_tokens=100_000)
@@ -179,7 +185,7 @@ def test_continuation_longer_than_all_text_is_refused(name: str, small_tokenizer
     ("count", "continuation_tokens", "field"),
     [(0, 8, "count"), (-1, 8, "count"), (1, 0, "continuation_tokens")],
 )
-@pytest.mark.parametrize("name", traffic_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_senseless_numbers_are_refused(
     name: str, count: int, continuation_tokens: int, field: str, small_tokenizer: Tokenizer
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from jointkv.core.blocks import PagedKV, served_errors
 from jointkv.core.evidence import Known
 from jointkv.core.reuse import COMPUTED, Integers
+from jointkv.evaluate.advise.resident import Resident
 from jointkv.evaluate.holding.prefilled import Prefilled
-from jointkv.fusion.content_index import ContentIndex
 from jointkv.hf.residents import Matches, Residents
 from jointkv.policy import FusionPolicy
 from jointkv.policy.reuse import Computed, ReuseRule, decide
@@ -64,20 +64,18 @@ class Reusable:
 
 def from_tokens(rows: Sequence[Sequence[int]], block_size: int, rule: ReuseRule | None = None) -> Reusable:
     """What could be skipped of requests (token ids) if every block were near enough: the most that reuse can do."""
-    rule = rule or ReuseRule()
-    walk, page, moved = _Walk(block_size, replace(rule, echoes=False)), 0, 0
-    content = ContentIndex(block_size) if block_size % 2 == 0 else None
-    for number, row in enumerate(rows):
-        blocks, tokens = len(row) // block_size, np.array(row, np.int64)
-        own = np.arange(page, page + blocks)
-        read = walk.request(row, own, lambda slots, pages: np.zeros(len(slots)), evidence=False)
-        if content is not None:
-            for run in content.find("", tokens[:-1], (rule.least + 1) * block_size):
-                # The first block of a run is computed and compared.
-                moved += len(set(run.fills(block_size).slots[1:].tolist()) - read) * block_size if run.shift else 0
-            content.add("", tokens[: blocks * block_size].reshape(blocks, block_size), np.arange(blocks), own, number)
-        page += blocks
-    return replace(walk.result(), moved_tokens=moved if content is not None else None)
+    resident = Resident(block_size, None, (rule or ReuseRule()).least + 1)
+    seen = [resident.request("", np.array(row, np.int64)) for row in rows]
+    skipped = sum(each.same_tokens for each in seen)
+    return Reusable(
+        requests=len(rows),
+        tokens=sum(each.tokens for each in seen),
+        exact_tokens=sum(each.exact_tokens for each in seen),
+        skipped_tokens=skipped,
+        runs=sum(each.stretches for each in seen),
+        blocks=skipped // block_size,
+        moved_tokens=sum(each.moved_tokens for each in seen) if resident.finds_moved else None,
+    )
 
 
 def by_audits(
@@ -123,19 +121,13 @@ class _Steps(Computed):
 class _Walk:
     """Requests one after another, and sums over them."""
 
-    def __init__(self, block_size: int, rule: ReuseRule, licence: Licence | None = None) -> None:
+    def __init__(self, block_size: int, rule: ReuseRule, licence: Licence) -> None:
         self._size, self._rule, self._licence = block_size, rule, licence
         self._residents = Residents(block_size)
         self._requests = self._tokens = self._exact = self._skipped = self._runs = self._missed = 0
 
-    def request(
-        self,
-        row: Sequence[int],
-        own: Integers,
-        ratios: Ratios,
-        evidence: bool = True,
-    ) -> set[int]:
-        """One more, whose blocks are in the pages `own`; slots that need not be computed."""
+    def request(self, row: Sequence[int], own: Integers, ratios: Ratios) -> None:
+        """One more, whose blocks are in the pages `own`."""
         tokens = np.array(row, np.int64)
         matches = self._residents.find("", tokens[:-1])
         slots = max(0, len(tokens) - 1) // self._size
@@ -143,31 +135,28 @@ class _Walk:
         plan = decide(matches.found, len(matches.exact), slots, self._rule, steps)
         reused = np.flatnonzero(plan.pages != COMPUTED)
         missed = int((ratios(reused, plan.pages[reused]) > 1).sum())
-        if self._licence is not None and len(reused):
+        if len(reused):
             self._licence.observe(missed / len(reused))
-        if evidence:
-            self._witness(matches, ratios)
+        self._witness(matches, ratios)
         self._residents.add("", tokens, np.arange(len(own)), own, self._requests)
         self._requests, self._tokens = self._requests + 1, self._tokens + len(tokens)
         self._exact += len(matches.exact) * self._size
         self._skipped += len(reused) * self._size
         self._runs, self._missed = self._runs + len(plan.reused), self._missed + missed
-        return {*range(len(matches.exact)), *reused.tolist()}
 
     def result(self) -> Reusable:
         """What was found."""
-        found = Reusable(
+        return Reusable(
             requests=self._requests,
             tokens=self._tokens,
             exact_tokens=self._exact,
             skipped_tokens=self._skipped,
             runs=self._runs,
             blocks=self._skipped // self._size,
+            missed_blocks=self._missed,
+            miss_limit=self._licence.limit,
+            granted=self._licence.granted,
         )
-        if self._licence is None:
-            return found
-        licence = self._licence
-        return replace(found, missed_blocks=self._missed, miss_limit=licence.limit, granted=licence.granted)
 
     def _witness(self, matches: Matches, ratios: Ratios) -> None:
         chosen = (matches.slot >= len(matches.exact)) & ~matches.same_context

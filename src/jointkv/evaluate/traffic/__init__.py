@@ -1,7 +1,8 @@
 """Kinds of traffic to evaluate fusion on, by name."""
 
 from jointkv.evaluate.named import find
-from jointkv.evaluate.traffic.base import Request, Tokenizer, Traffic
+from jointkv.evaluate.traffic.agent_turns import AgentTurns
+from jointkv.evaluate.traffic.base import Course, Request, Tokenizer, Traffic
 from jointkv.evaluate.traffic.edited_document import EditedDocument
 from jointkv.evaluate.traffic.from_dataset import PREFIX, DatasetTraffic
 from jointkv.evaluate.traffic.long_documents import LongDocuments
@@ -15,7 +16,16 @@ from jointkv.evaluate.traffic.tool_dialogues import ToolDialogues
 from jointkv.evaluate.traffic.tools_reordered import ToolsReordered
 from jointkv.evaluate.traffic.unrelated import Unrelated
 
-__all__ = ["DatasetTraffic", "LongDocuments", "Request", "Tokenizer", "Traffic", "get_traffic", "traffic_names"]
+__all__ = [
+    "Course",
+    "DatasetTraffic",
+    "LongDocuments",
+    "Request",
+    "Tokenizer",
+    "Traffic",
+    "get_traffic",
+    "traffic_names",
+]
 
 _TRAFFICS: tuple[Traffic, ...] = (
     NearPrefix(),
@@ -23,6 +33,7 @@ _TRAFFICS: tuple[Traffic, ...] = (
     ShuffledExamples(),
     ToolDialogues(),
     ToolsReordered(),
+    *(AgentTurns(change) for change in AgentTurns.CHANGES),
     EditedDocument(),
     Museum(),
     Retrieval(),

@@ -35,15 +35,35 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
+class Course:
+    """Where in a conversation a request stands.
+
+    Attributes:
+        session: number of the conversation, whose requests come in their order.
+        tenant: whose it is; only requests of one tenant may share anything.
+        seconds: when it comes, after the first request of all.
+        think: seconds after the answer before.
+        messages: the prompt as `(role, content)`, as a chat has it.
+    """
+
+    session: int
+    tenant: str
+    seconds: float
+    think: float
+    messages: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Request:
     """One request: the prompt to prefill and the true tokens that follow it, both as token ids.
 
-    `text` is the prompt as text, without special tokens.
+    `text` is the prompt as text, without special tokens; `course` is None for a request on its own.
     """
 
     prompt: tuple[int, ...]
     continuation: tuple[int, ...]
     text: str
+    course: Course | None = None
 
 
 class Traffic(ABC):

@@ -56,11 +56,7 @@ class Dialogue:
 
 def load_dialogues() -> list[Dialogue]:
     """The packaged dialogues, in the order of the file."""
-    rows = [record.fields for record in read_records(packaged("toolcall_sample.jsonl"))]
-    tools: dict[str, Any] = {}
-    for row in rows:
-        for tool in json.loads(row["tools"]):
-            tools.setdefault(tool["name"], tool)
+    rows, tools = _rows(), load_tools()
     dialogues = []
     for number, row in enumerate(rows):
         called = {tool["name"] for tool in json.loads(row["tools"])}
@@ -70,6 +66,19 @@ def load_dialogues() -> list[Dialogue]:
         turns = tuple(Turn(_SPEAKERS[turn["from"]], turn["value"]) for turn in row["conversations"])
         dialogues.append(Dialogue(_instructions(assistant, tools), turns))
     return dialogues
+
+
+def load_tools() -> dict[str, Any]:
+    """The descriptions of all tools in the packaged dialogues by name, in the order of the file."""
+    tools: dict[str, Any] = {}
+    for row in _rows():
+        for tool in json.loads(row["tools"]):
+            tools.setdefault(tool["name"], tool)
+    return tools
+
+
+def _rows() -> list[Mapping[str, Any]]:
+    return [record.fields for record in read_records(packaged("toolcall_sample.jsonl"))]
 
 
 def _instructions(assistant: str, tools: Mapping[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""What a log of requests says, without a model: which prompt tokens need not be computed, and what breaks prefixes."""
