@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
@@ -85,6 +85,19 @@ class Inquiry(KVConnectorMetadata):
         for name in ("second", "offset", "shift"):  # unless something else is said, text stands where it is read
             if not len(getattr(self, name)):
                 setattr(self, name, np.zeros(len(self.group), np.int64))
+
+    @classmethod
+    def among(cls, metadata: Any) -> Inquiry:
+        """What the plugin's connector says in a step, of which `metadata` is that of one connector or of several."""
+        found = cls._among(metadata)
+        assert found is not None, "the step has no inquiry"
+        return found
+
+    @classmethod
+    def _among(cls, metadata: Any) -> Inquiry | None:
+        if isinstance(metadata, cls):
+            return metadata
+        return next(filter(None, map(cls._among, getattr(metadata, "metadata", ()))), None)
 
     @property
     def asks(self) -> bool:

@@ -52,6 +52,7 @@ class Fills:
         self._number = 0
         self._page_of: dict[Content, int] = {}
         self._content_of: dict[int, Content] = {}
+        self._source_of: dict[int, int] = {}
 
     def place(self, intake: Intake, others: Iterable[Intake]) -> None:
         """Have the pages written that the plan of `intake` reads and that are not yet, and lead the request to them.
@@ -100,11 +101,6 @@ class Fills:
         self.unconfirmed.update(dict.fromkeys(self.sent, self._number))
         return planned
 
-    def forget_written(self, pages: Iterable[int]) -> None:
-        """Pages that the step writes hold something else from then on."""
-        for page in pages:
-            self._forget(page)
-
     def questions(self) -> Iterator[Question]:
         """Whether the pages are written, if any are."""
         if self.sent:
@@ -115,7 +111,7 @@ class Fills:
         self._tables.evict(set(self.unconfirmed))
         self.unconfirmed = {}
         self._planned, self.sent = [], []
-        self._page_of, self._content_of = {}, {}
+        self._page_of, self._content_of, self._source_of = {}, {}, {}
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when a page is known for two contents."""
@@ -141,7 +137,7 @@ class Fills:
         (slots,) = np.nonzero(unwritten(intake.plan.pages))
         if len(slots):
             contents = self._contents(intake, slots)
-            pages = np.array([self._page_of.get(content, COMPUTED) for content in contents], np.int64)
+            pages = np.array([self._page(content) for content in contents], np.int64)
             fills = intake.text.fills(intake.plan.pages[slots])
             there = intake.text.can_be_written(intake.plan.pages[slots]) & (fills.shift == 0)
             pages[there] = fills.first[there]  # written for others with the same shift, whatever from
@@ -167,6 +163,7 @@ class Fills:
                 self._forget(page)
                 self._page_of[content], self._content_of[page] = page, content
             intake.text.offer(slots, numbers, pages)
+            self._source_of.update(zip(taken, self._residents.source[pages].tolist(), strict=True))
             self._planned.append(PageFill(pages, fills))
             self.unconfirmed.update(dict.fromkeys(taken, 0))
             self._replace(intake, slots, pages)
@@ -189,6 +186,14 @@ class Fills:
         fills = intake.text.fills(intake.plan.pages[slots])
         columns = intake.text.origins(intake.plan.pages[slots]), slots, fills.shift
         return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def _page(self, content: Content) -> int:
+        """The page with that content, or `COMPUTED`: it may have been handed out since."""
+        page = self._page_of.get(content, COMPUTED)
+        if page != COMPUTED and self._residents.source[page] != self._source_of[page]:
+            self._forget(page)
+            return COMPUTED
+        return page
 
     def _forget(self, page: int) -> None:
         content = self._content_of.pop(page, None)
