@@ -26,7 +26,13 @@ def finding() -> dict[str, float]:
     texts = [draw.integers(0, 50_000, TOKENS) for _ in range(RESIDENT // TOKENS)]
     index, blocks = ContentIndex(BLOCK_SIZE), TOKENS // BLOCK_SIZE
     for number, text in enumerate(texts):
-        index.add("key", text, np.arange(blocks), np.arange(number * blocks, (number + 1) * blocks), number)
+        index.add(
+            "key",
+            text.reshape(blocks, -1),
+            np.arange(blocks),
+            np.arange(number * blocks, (number + 1) * blocks),
+            number,
+        )
     pieces = [text[1000 * number + 13 :][:9_900] for number, text in enumerate(texts)]
     moved = np.concatenate([draw.integers(0, 50_000, 137), *pieces])[:TOKENS]
     strange = draw.integers(0, 50_000, TOKENS)

@@ -25,7 +25,8 @@ def strange(count: int, seed: int, vocabulary: int = 50_000) -> np.ndarray:
 def put(index: ContentIndex, tokens: np.ndarray, first_page: int, source: int, owner: str = "key") -> list[int]:
     count = len(tokens) // index.block_size
     pages = np.arange(first_page, first_page + count)
-    index.add(owner, tokens, np.arange(count), pages, source)
+    blocks = tokens[: count * index.block_size].reshape(count, -1)
+    index.add(owner, blocks, np.arange(count), pages, source)
     return pages.tolist()
 
 
@@ -221,7 +222,8 @@ class Churn(RuleBasedStateMachine):
     def add(self, seed: int, blocks: int, owner: str) -> tuple[str, list[int]]:
         count = min(blocks, len(self.free))
         pages, tokens = [self.free.pop() for _ in range(count)], strange(24, seed)
-        self.index.add(owner, tokens, np.arange(count), np.array(pages, np.int64), self.next_source)
+        blocks = tokens[: count * BLOCK].reshape(count, BLOCK)
+        self.index.add(owner, blocks, np.arange(count), np.array(pages, np.int64), self.next_source)
         self.next_source += 1
         for slot, page in enumerate(pages):
             self.held[owner][page] = tokens[slot * BLOCK : (slot + 1) * BLOCK]

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from jointkv.core.evidence import Evidence
-from jointkv.core.moved import Fills
 from jointkv.errors import InvalidPolicy, PoolFull, UnsupportedModel
 from jointkv.hf.cache import JointCache
-from jointkv.hf.moved import UNWRITTEN, MovedText
+from jointkv.hf.moved import MovedBlocks
 from jointkv.hf.pool import JointPool
 from jointkv.hf.prefill import PrefillResult
 from jointkv.hf.reuse import ReuseOptions
 from jointkv.policy import FusionPolicy
-from tests.hf.reusing import ALWAYS, ANYTHING, BY_ENTRY, NEVER, dense, near, reusing, text
+from tests.hf.reusing import ALWAYS, ANYTHING, NEVER, dense, near, reusing, text
 from tests.hf.tiny_models import BLOCK, build_model
 
 SHARED = text(10 * BLOCK, 5)
@@ -45,7 +42,7 @@ def test_what_stands_elsewhere_is_copied_with_its_keys_turned(header: int) -> No
     assert done.moved >= (whole - 2) * BLOCK and done.moved % BLOCK == 0
     first = done.rows[0].reused[0] * BLOCK
     shift, end = header - BLOCK, first + done.moved
-    for layer, rotary in enumerate(pool.reuse._rotary):
+    for layer, rotary in enumerate(pool.reuse.rotary):
         there, here = donor.batch.read(layer), cache.batch.read(layer)
         assert torch.equal(here[1][:, :, first:end], there[1][:, :, first - shift : end - shift])
         keys = there[0][0, :, first - shift : end - shift].transpose(0, 1)
@@ -161,7 +158,7 @@ def test_a_fault_while_it_is_written_switches_reuse_off(monkeypatch: pytest.Monk
     def broken(*args: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(MovedText, "blocks", broken)
+    monkeypatch.setattr(MovedBlocks, "of", broken)
     prompt = near(SHARED, 2, header=6)
     cache, done = read(model, pool, prompt)
     assert pool.reuse is None and done.computed == len(prompt) and cache.length == len(prompt) - 1 and donor.length
@@ -173,27 +170,6 @@ def test_what_cannot_be_is_refused() -> None:
         JointPool(build_model("gpt2"), ANYTHING, reuse=ReuseOptions("probed", moved=True))
     with pytest.raises(InvalidPolicy, match="even block size"):
         JointPool(build_model("llama"), ANYTHING, block_size=3, reuse=ReuseOptions("probed", moved=True))
-
-
-def test_evidence_goes_where_the_tokens_of_a_page_go() -> None:
-    still, moved = Evidence(3), Evidence(3)
-    moved.covered[:] = [0b0111, 0b0101, 0b1111]
-    still.add(np.array([1]), np.array([0.4], np.float32), np.zeros(1, np.uint64))
-    column = np.array([1, 0])
-    fills = Fills(np.array([0, 1]), np.array([0, 2]), np.array([1, 2]), column, np.array([9, 9]))
-    found, pages = MovedText(fills, np.zeros(2, np.int64), [], BLOCK), UNWRITTEN + np.arange(2)
-    covered = [0b1011, 0b1111]  # tokens 1 to 3 of page 0 and token 0 of page 1; all of page 2
-    for bit in range(4):
-        known = found.known(moved, still, pages, np.full(2, 1 << bit, np.uint64))
-        assert known.new.tolist() == [not bits >> bit & 1 for bits in covered]
-    assert known.count.tolist() == [0, 0] and known.worst.tolist() == pytest.approx([0.4, 0.0])
-    assert BY_ENTRY.usable(known, 0.9).all() and not BY_ENTRY.usable(known).any()
-    found.testify(moved, pages, np.array([0.2, 0.3]), np.array([0b1111, 0b1000], np.uint64))
-    known = found.known(moved, still, pages, np.full(2, 0b1111, np.uint64))
-    assert known.count.tolist() == [1, 1] and known.worst.tolist() == pytest.approx([0.4, 0.3])
-    assert not known.new.any() and BY_ENTRY.usable(known).all()
-    assert moved.count.tolist() == [1, 1, 1] and still.count.tolist() == [0, 1, 0]
-    assert moved.covered.tolist() == [0b1111, 0b0101, 0b1111]
 
 
 def test_witnesses_elsewhere_make_the_entry_block_unnecessary(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jointkv.core.evidence import Known
-from jointkv.core.reuse import COMPUTED, Found, ReusePlan
+from jointkv.core.moved_text import UNWRITTEN
+from jointkv.core.reuse import COMPUTED, Found, ReusePlan, Run
 from jointkv.policy.reuse import ReuseRule, decide
 
 
@@ -100,6 +101,18 @@ def test_the_nearest_source_is_adopted_behind_its_entry_block() -> None:
     steps = Scripted({(1, 11): 0.6, (1, 21): 0.2})
     assert decide(resident, 0, 6, ReuseRule(), steps).reused == [range(2, 6)]
     assert steps.log == [("compute", 2), ("compute", 2), ("adopt", 2, [22, 23, 24, 25])]
+
+
+def test_of_sources_that_are_near_enough_one_goes_first_that_need_not_be_written() -> None:
+    rule, pages = ReuseRule(near=0.5), ([3, 4], [UNWRITTEN, UNWRITTEN + 1], [7, 8])
+    sources = [Run(2, number, np.array(held)) for number, held in enumerate(pages)]
+    for ratios, serves in (
+        ([0.4, 0.1, 0.3], 2),
+        ([0.6, 0.2, 0.9], 1),
+        ([0.6, 0.9, 0.8], 0),
+        ([math.nan, math.inf, 0.7], 2),
+    ):
+        assert rule.serving(sources, np.array(ratios)) == serves
 
 
 def test_what_is_witnessed_is_adopted_without_an_entry_block() -> None:

@@ -35,7 +35,7 @@ class Census:
         self._writer: dict[int, str] = {}
         tables = engine.side.tables
         replace, execute, hand_out = tables.replace, engine.runner.execute_model, engine.pool.get_new_blocks
-        adopt = engine.side.sharing.adopt
+        adopt, fill = engine.side.sharing.adopt, engine.side.candidates.residents.add_filled
 
         def watched(request_id: str, group: int, slot: int, page: int) -> None:
             self._before_replacing(request_id, slot, page)
@@ -45,6 +45,10 @@ class Census:
             for page in pages:
                 self._before_replacing(tracked.request.request_id, first, page)
             adopt(tracked, group, first, pages)
+
+        def filled(tracked: Any, text: Any, slots: Any, numbers: Any, pages: Any) -> None:
+            self._before_filling(tracked.request.request_id, text.fills_of(numbers), pages.tolist())
+            fill(tracked, text, slots, numbers, pages)
 
         def compared(scheduler_output: Any, *more: Any, **options: Any) -> Any:
             result = execute(scheduler_output, *more, **options)
@@ -59,6 +63,7 @@ class Census:
 
         patch.setattr(tables, "replace", watched)
         patch.setattr(engine.side.sharing, "adopt", adopted)
+        patch.setattr(engine.side.candidates.residents, "add_filled", filled)
         patch.setattr(engine.runner, "execute_model", compared)
         patch.setattr(engine.pool, "get_new_blocks", handed_out)
         engine.watchers.append(self.after_step)
@@ -120,6 +125,15 @@ class Census:
         self.met.append((request_id, self._writer.get(page, held[0] if held else "unknown")))
         size = self.engine.vllm_scheduler.block_size
         self.generated += (slot + 1) * size > request.num_prompt_tokens
+
+    def _before_filling(self, request_id: str, fills: Any, pages: list[int]) -> None:
+        """Pages are written from text of one party, for one of that party."""
+        sources = {*fills.first.tolist(), *fills.second.tolist()}
+        assert {self._written_by[page][:2] for page in sources} == {self._party(request_id)[:2]}
+        assert not self._party(request_id)[2] and not sources & set(pages)
+        for page in pages:
+            self._written_by[page] = self._party(request_id)
+            self._writer[page] = request_id
 
     def _compare_worker(self, scheduler_output: Any) -> None:
         """The tables with which a step was computed are the scheduler's."""

@@ -48,6 +48,7 @@ OUT = 12
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 EQUAL = [text(90, number // 2) for number in range(6)]
 ALIKE = near_prefix(6, shared=160, head=32)
+MOVED = [text(32 + 5 * number, number) + text(160, 99) + text(20, 10 + number) for number in range(3)]
 NORMS = {"max_relative_error": 0.5, "max_token_error": None, "own_norms": True}
 PROBED = {**LOSSY, "reuse": "probed", "reuse_audit_rate": 1e-9}
 EVENTS = int(os.environ.get("JOINTKV_TEST_EVENTS", "60"))
@@ -78,6 +79,12 @@ def crowd(served: Engine) -> Found:
 def one_after_the_other(served: Engine) -> Found:
     """The first is there when the others come."""
     return {"tokens": [*served.generate(ALIKE[:1], OUT), *served.generate(ALIKE[1:], OUT)]}
+
+
+def behind_other_lengths(served: Engine) -> Found:
+    """The first is there when the others come, whose heads are longer."""
+    tokens = [*served.generate(MOVED[:1], OUT), *served.generate(MOVED[1:], OUT)]
+    return {"tokens": tokens, "moved": served.statistics["moved_tokens_skipped"]}
 
 
 def together(served: Engine) -> Found:
@@ -134,6 +141,7 @@ CASES = {
     "crowd": Case(crowd, EXACT, TIGHT, UNCACHED),
     "crowd, two groups": Case(crowd, {**EXACT, "layer_groups": 2}, 2 * TIGHT, UNCACHED),
     "reuse": Case(one_after_the_other, PROBED),
+    "moved": Case(behind_other_lengths, {**PROBED, "moved": True}),
     "norms": Case(together, NORMS, options=UNCACHED),
     "crowd, drafts": Case(crowd, EXACT, TIGHT, {**UNCACHED, "speculative_config": DRAFTS}),
     "norms, drafts": Case(together, NORMS, options={**UNCACHED, "speculative_config": DRAFTS}),

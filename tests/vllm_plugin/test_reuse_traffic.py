@@ -80,8 +80,14 @@ class Traffic:
             marks=runs("reuse", FIRST),
         ),
         pytest.param({}, {"async_scheduling": True, "max_num_seqs": 3}, marks=runs("reuse", FIRST_AHEAD)),
+        pytest.param(
+            {"reuse_audit_rate": 0.2, "moved": True},
+            {"async_scheduling": True},
+            marks=[*runs("text that moved", FIRST_AHEAD), pytest.mark.slow],
+        ),
+        pytest.param({"moved": True}, {}, marks=[*runs("text that moved", FIRST), pytest.mark.slow]),
     ],
-    ids=["chunks", "licensed, priorities", "asynchronous, few seats"],
+    ids=["chunks", "licensed, priorities", "asynchronous, few seats", "moved, asynchronous", "moved"],
 )
 def test_random_requests(
     fusion: dict[str, Any],

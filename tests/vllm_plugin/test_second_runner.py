@@ -45,7 +45,7 @@ def both(*names: str) -> list[str]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """All in one process: to import vLLM takes longer than to serve a case."""
     together = ["stock", "off", "warmed up", "equal, asynchronous", "stock, crowd", "crowd, drafts"]
-    return play(tmp_path_factory.mktemp("second"), *together, *both("crowd", "reuse", "norms"))
+    return play(tmp_path_factory.mktemp("second"), *together, *both("crowd", "reuse", "moved", "norms"))
 
 
 def everywhere(what: str) -> Any:
@@ -82,6 +82,12 @@ def test_preempted_and_aborted_requests_leave_tables_and_answers_right(found: An
 @everywhere("reuse")
 def test_resident_text_is_not_computed(found: Any) -> None:
     assert all(found[name]["prompt_tokens_skipped"] > 0 for name in both("reuse"))
+
+
+@HAZARD
+@everywhere("text that moved")
+def test_text_behind_headers_of_other_lengths_is_not_computed(found: Any) -> None:
+    assert all(found[name]["moved"] > 0 for name in both("moved"))
 
 
 @HAZARD

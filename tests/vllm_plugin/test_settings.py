@@ -123,6 +123,14 @@ def test_what_has_a_bound_or_does_nothing_needs_no_consent(options: dict[str, An
     assert not PluginSettings.parse(options).unbounded
 
 
+def test_text_that_moved_is_about_reuse() -> None:
+    with pytest.raises(BadInput, match=r"moved=true.*reuse=off; set reuse=licensed"):
+        PluginSettings.parse({"moved": True})
+    settings = PluginSettings.parse({"moved": True, "reuse": "auto"})
+    assert settings.moves and not settings.with_reuse_decided(possible=False).moves
+    assert not PluginSettings.parse({"reuse": "licensed"}).moves
+
+
 @pytest.mark.parametrize("reuse", ["licensed", "probed"])
 @pytest.mark.parametrize(
     ("options", "cause"),

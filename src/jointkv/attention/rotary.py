@@ -55,6 +55,36 @@ class Rotary:
         return numbers[..., :pairs], numbers[..., pairs : 2 * pairs]
 
 
+NOT_TURNED = Rotary(torch.zeros(0, dtype=torch.float64), False)
+"""A layer whose keys do not depend on their position."""
+
+
+def that_turns(before: Tensor, after: Tensor, shift: Tensor, candidates: Sequence[Rotary]) -> Rotary | None:
+    """Which of `candidates` turns the keys `before [n, ..., d]` to `after`, which stand `shift [n]` tokens later.
+
+    What a model says of itself is one thing; that K which it has computed are so is another. None where no candidate
+    leaves mere rounding.
+    """
+    tolerance = 10 * torch.finfo(before.dtype).eps
+    for candidate in candidates:
+        fits = 2 * len(candidate.frequencies) <= before.shape[-1]
+        if fits and far(candidate.turn(before.float(), shift), after) <= _slack(candidate, shift, tolerance):
+            return candidate
+    return None
+
+
+def far(one: Tensor, two: Tensor) -> float:
+    """Relative error of the whole."""
+    return float((one.float() - two.float()).norm() / two.float().norm().clamp(min=1e-30))
+
+
+def _slack(candidate: Rotary, shift: Tensor, tolerance: float) -> float:
+    """Models compute angles in float32, which at long distances are off by more than keys are."""
+    if not len(candidate.frequencies):
+        return tolerance
+    return tolerance + float(shift.max() * candidate.frequencies.max()) * torch.finfo(torch.float32).eps
+
+
 def moved_blocks(kv: PagedKV, fills: Fills, rotary: Sequence[Rotary]) -> PagedKV:
     """The blocks that `fills [n]` describe, as pages 0 to n - 1: K turned to their new position, V as it is.
 

@@ -116,6 +116,10 @@ class Evidence:
         self.worst[pages] = 0.0
         self.covered[pages] = own
 
+    def inherit(self, pages: NDArray[np.int64], known: Known, covered: Echoes) -> None:
+        """What `pages [n]` hold comes from pages of which so much is `known [n]`, and these echoes `covered [n]`."""
+        self.count[pages], self.worst[pages], self.covered[pages] = known.count, known.worst, covered
+
     def add(self, pages: NDArray[np.int64], ratio: NDArray[np.float32], seen: Echoes) -> None:
         """Another computed block was compared with each of `pages [n]`, no page twice.
 

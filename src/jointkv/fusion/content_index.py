@@ -79,7 +79,7 @@ class ContentIndex:
         return page in self._owner_of
 
     def add(self, owner: Hashable, tokens: Integers, slots: Integers, pages: Integers, source: int) -> None:
-        """Make `pages [n]` resident, which hold the blocks `slots [n]` of the request `source` with these `tokens [m]`.
+        """Make `pages [n]` with these `tokens [n, block_size]` resident: blocks `slots [n]` of the request `source`.
 
         Raises:
             IntegrityError: one of them is resident already.
@@ -90,15 +90,14 @@ class ContentIndex:
         if len(set(numbers)) < len(numbers) or not self._owner_of.keys().isdisjoint(numbers):
             raise IntegrityError("a page is added to the index twice")
         self._reach(max(numbers))
-        blocks = tokens[: len(tokens) // self.block_size * self.block_size].reshape(-1, self.block_size)
-        self._tokens[pages] = blocks[slots]
+        self._tokens[pages] = tokens
         self._source[pages], self._slot[pages] = source, slots
         self._owner_of.update(dict.fromkeys(numbers, owner))
         held = self._owners.get(owner) or self._new_owner(owner)
         self._number[pages] = held.number
         self._place(held, slots, pages, source)
-        starts = slots[:, None] * self.block_size + np.array([0, self._half])
-        self._hashes[pages] = self._rolling(tokens)[starts]
+        starts = np.arange(len(pages))[:, None] * self.block_size + np.array([0, self._half])
+        self._hashes[pages] = self._rolling(tokens.reshape(-1))[starts]
         held.table.add(self._hashes[pages].reshape(-1), _windows(pages))
         held.pages += len(numbers)
 

@@ -5,107 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from jointkv.attention.rotary import Rotary, moved_blocks
 from jointkv.core.blocks import LayerAggregate, PagedKV, ServedErrors, served_errors
-from jointkv.core.evidence import PLACES, Echoes, Evidence, Known
-from jointkv.core.moved import Fills, MovedRun
-from jointkv.core.reuse import Found, Integers
-from jointkv.errors import InvalidPolicy
-
-UNWRITTEN = 1 << 40
-"""Numbers from here on stand for pages that are written when they are adopted; pools have fewer pages."""
+from jointkv.core.moved_text import MovedText
+from jointkv.core.reuse import Integers
 
 
 @dataclass(frozen=True, eq=False)
-class MovedText:
-    """What of one prompt could be written from resident text.
+class MovedBlocks:
+    """What pages that are not written yet will hold.
 
     Attributes:
-        fills: one per block, slots in order.
-        run: which of the runs each belongs to, int64 `[n]`.
+        text: which of them there are.
+        kv: resident pages.
         rotary: of each layer.
-        block_size: tokens per page.
     """
 
-    fills: Fills
-    run: Integers
+    text: MovedText
+    kv: PagedKV
     rotary: Sequence[Rotary]
-    block_size: int
 
-    @classmethod
-    def of(cls, runs: Sequence[MovedRun], start: int, end: int, block_size: int, rotary: Sequence[Rotary]) -> MovedText:
-        """Of the blocks from slot `start` to `end` those that `runs` give; text that has not moved is left out."""
-        parts = [run.within(start * block_size, end * block_size, block_size) for run in runs if run.shift]
-        fills = [part.fills(block_size) for part in parts if part is not None]
-        number = np.repeat(np.arange(len(fills)), [len(part) for part in fills])
-        return cls(Fills.join(fills), number, rotary, block_size)
+    def of(self, pages: Integers) -> PagedKV:
+        """Of `pages [n]`."""
+        return moved_blocks(self.kv, self.text.fills_of(pages), self.rotary)
 
-    @property
-    def found(self) -> Found:
-        """As planning wants it: a source for every run, and pages that are not written yet."""
-        count = len(self.fills)
-        return Found(self.fills.slots, UNWRITTEN + np.arange(count), UNWRITTEN + self.run, np.ones(count, bool))
-
-    def blocks(self, kv: PagedKV, pages: Integers) -> PagedKV:
-        """What `pages [n]`, which are not written yet, will hold."""
-        return moved_blocks(kv, self.fills.where(pages - UNWRITTEN), self.rotary)
-
-    def errors(self, kv: PagedKV, own: torch.Tensor, pages: Integers, aggregate: LayerAggregate) -> ServedErrors:
+    def errors(self, own: torch.Tensor, pages: Integers, aggregate: LayerAggregate) -> ServedErrors:
         """As `served_errors`, if the blocks in the pages `own [n]` were read from `pages [n]`."""
-        would = self.blocks(kv, pages)
+        would = self.of(pages)
         joined = PagedKV(
             *(
                 [torch.cat((layer[own], other)) for layer, other in zip(layers, others, strict=True)]
-                for layers, others in ((kv.keys, would.keys), (kv.values, would.values))
+                for layers, others in ((self.kv.keys, would.keys), (self.kv.values, would.values))
             )
         )
         return served_errors(joined, torch.arange(len(pages)), len(pages) + torch.arange(len(pages)), aggregate)
-
-    def known(self, moved: Evidence, still: Evidence, pages: Integers, standing: Echoes) -> Known:
-        """What evidence says of `pages [n]` for blocks with the echoes `standing [n]`.
-
-        Args:
-            moved: of witnesses at other positions, which count as far as both pages of a block have them.
-            still: of witnesses at the source's position: what they say against a page holds here too.
-        """
-        fills = self.fills.where(pages - UNWRITTEN)
-        worst = [evidence.worst[side] for evidence in (moved, still) for side in (fills.first, fills.second)]
-        first, second = moved.covered[fills.first], moved.covered[fills.second]
-        by, rest = self._shifts(fills)
-        covered = (first >> by) | np.where(fills.offset > 0, second << rest, np.uint64(0))
-        count = np.minimum(moved.count[fills.first], moved.count[fills.second])
-        return Known(count, np.maximum.reduce(worst), np.asarray(standing & ~covered) != 0)
-
-    def testify(self, moved: Evidence, pages: Integers, ratios: NDArray[np.floating], standing: Echoes) -> None:
-        """Blocks with the echoes `standing [n]` were computed, and `ratios [n]` from `pages [n]`."""
-        fills, ratios = self.fills.where(pages - UNWRITTEN), ratios.astype(np.float32)
-        by, rest = self._shifts(fills)
-        whole = np.uint64((1 << self.block_size) - 1)
-        for side, seen, said in (
-            (fills.first, standing << by & whole, slice(None)),
-            (fills.second, standing >> rest, fills.offset > 0),
-        ):
-            one, first = np.unique(side[said], return_index=True)  # a text may stand in a prompt twice
-            moved.add(one, ratios[said][first], seen[said][first])
-
-    def _shifts(self, fills: Fills) -> tuple[Echoes, Echoes]:
-        """By how many bits echoes of a block are shifted against those of its first page and, there, of its second."""
-        by = fills.offset.astype(np.uint64)
-        # By a whole word numpy shifts in any way; where the second page holds nothing it does not count.
-        return by, np.minimum(np.uint64(self.block_size) - by, np.uint64(PLACES - 1))
-
-
-def check_block_size(block_size: int) -> None:
-    """Raises InvalidPolicy for blocks whose text cannot be found, or its echoes not be told apart, elsewhere."""
-    if block_size % 2 or block_size > PLACES:
-        raise InvalidPolicy(f"reuse: text that moved needs an even block size up to {PLACES}, not {block_size}")
-
-
-def unwritten(pages: Integers) -> NDArray[np.bool_]:
-    """Which of `pages [n]` there are not yet."""
-    found: NDArray[np.bool_] = pages >= UNWRITTEN
-    return found

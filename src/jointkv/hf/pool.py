@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from jointkv.core.bookkeeping import bookkeeping
+from jointkv.core.moved_text import check_block_size
 from jointkv.core.plan import FusionPlan
 from jointkv.core.pool import BlockPool
 from jointkv.errors import InvalidPolicy, UnsupportedModel, UnsupportedUse
 from jointkv.fusion.fuser import Fuser
 from jointkv.hf.hooks import attach_hooks, attention_of
 from jointkv.hf.identity import Weights, full_attention_layers, model_identity, weights_mark
-from jointkv.hf.moved import check_block_size
 from jointkv.hf.reuse import Reuse, ReuseOptions
 from jointkv.hf.rotary import rotary_of
 from jointkv.hf.states import check_states, widest_dtype

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from jointkv.core.blocks import PagedKV, served_errors
 from jointkv.core.evidence import Known
+from jointkv.core.moved_text import MovedText, unwritten
 from jointkv.core.reuse import COMPUTED, Integers, ReusePlan
 from jointkv.errors import BadInput, LayoutError, PoolFull
 from jointkv.hf.batch import Batch
-from jointkv.hf.moved import MovedText, unwritten
+from jointkv.hf.moved import MovedBlocks
 from jointkv.hf.paged_cache import PagedCache
 from jointkv.hf.residents import Matches
 from jointkv.hf.reuse import Reuse
@@ -139,7 +140,7 @@ class RowSteps:
         for part in np.split(pages, np.flatnonzero(np.diff(unwritten(pages))) + 1):
             tokens = self._tokens[first * self._size : (first + len(part)) * self._size]
             if len(part) and self.moved is not None and unwritten(part)[0]:
-                self._cache.write(self.moved.blocks(self._kv, part), tokens)
+                self._cache.write(self._elsewhere(self.moved).of(part), tokens)
             else:
                 self._cache.adopt(torch.from_numpy(part), tokens, exact)
             first += len(part)
@@ -151,7 +152,7 @@ class RowSteps:
             errors = served_errors(self._kv, own[~moved], torch.from_numpy(pages[~moved]), rule.across_layers)
             result[~moved] = rule.ratio([error.numpy() for error in errors])
         if self.moved is not None and moved.any():
-            errors = self.moved.errors(self._kv, own[moved], pages[moved], rule.across_layers)
+            errors = self._elsewhere(self.moved).errors(own[moved], pages[moved], rule.across_layers)
             result[moved] = rule.ratio([error.numpy() for error in errors])
         return result
 
@@ -166,6 +167,11 @@ class RowSteps:
         for column in ("count", "worst", "new"):
             getattr(known, column)[moved] = getattr(elsewhere, column)
         return known
+
+    def _elsewhere(self, text: MovedText) -> MovedBlocks:
+        reuse = self._cache.pool.reuse
+        assert reuse is not None and reuse.rotary is not None
+        return MovedBlocks(text, self._kv, reuse.rotary)
 
     @property
     def _kv(self) -> PagedKV:

@@ -132,7 +132,7 @@ class Residents:
             evidence.start(pages, standing(rows.ravel(), self.block_size)[slots])
         self._held[number] += len(pages)
         if self._content is not None:
-            self._content.add(tenant, tokens, slots, pages, source)
+            self._content.add(tenant, rows[slots], slots, pages, source)
         self._drop_empty(np.array([number]))
 
     def forget(self, pages: torch.Tensor) -> None:

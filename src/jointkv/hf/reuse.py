@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jointkv.attention.rotary import Rotary
+from jointkv.core.moved_text import MovedText, unwritten
 from jointkv.core.reuse import Found, Integers
 from jointkv.errors import InvalidPolicy
-from jointkv.hf.moved import MovedText, unwritten
 from jointkv.hf.residents import Residents
 from jointkv.policy import FusionPolicy
 from jointkv.policy.profile import ReuseEvidence
@@ -106,10 +106,10 @@ class Reuse:
     """What a pool knows for reuse.
 
     Args:
-        rotary: of each layer, where text that has moved is read.
         audits: of a profile, which may grant the first licences; see `Licence.from_profile`.
 
     Attributes:
+        rotary: how each layer turns its keys, where text that has moved is read.
         residents: which pages hold which text, and their witnesses.
         licences: by class of text.
         counters: those of `COUNTERS`.
@@ -123,7 +123,7 @@ class Reuse:
         audits: ReuseEvidence | None = None,
         rotary: Sequence[Rotary] | None = None,
     ) -> None:
-        self.options, self._audits, self._rotary = options, audits, rotary
+        self.options, self._audits, self.rotary = options, audits, rotary
         self.rule = options.rule or (ReuseRule() if audits is None else audits.rule)
         self.residents = Residents(block_size, moved=rotary is not None)
         self.licences: dict[TextClass, Licence] = {}
@@ -134,10 +134,10 @@ class Reuse:
 
     def moved_text(self, tenant: Hashable, tokens: Integers, start: int, end: int) -> MovedText | None:
         """What of the blocks `start` to `end` of a prompt is resident elsewhere; None where nobody asked for it."""
-        if self._rotary is None:
+        if self.rotary is None:
             return None
         runs = self.residents.find_moved(tenant, tokens, self.rule.least)
-        return MovedText.of(runs, start, end, self.residents.block_size, self._rotary)
+        return MovedText.of([run for run in runs if run.shift], start, end, self.residents.block_size)
 
     def is_audit(self, tenant: Hashable, found: Found) -> bool:
         """Whether a prompt with these blocks to reuse is to be computed and compared: chance, or no licence."""

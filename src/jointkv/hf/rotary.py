@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from jointkv.attention.rotary import Rotary
+from jointkv.attention.rotary import NOT_TURNED, Rotary, far, that_turns
 from jointkv.errors import UnsupportedModel
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -54,7 +54,7 @@ def _kinds(module: torch.nn.Module) -> list[object]:
 
 def _candidates(model: PreTrainedModel) -> list[Rotary]:
     """What the model's buffers offer, each once, and turning nothing at all."""
-    found = [Rotary(torch.zeros(0, dtype=torch.float64), False)]
+    found = [NOT_TURNED]
     seen: list[Tensor] = []
     for name, buffer in model.named_buffers():
         if not name.endswith("inv_freq") or "original" in name:
@@ -75,25 +75,11 @@ def _alone(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> Dynamic
 
 def _that_turns(before: object, after: object, shifts: Tensor, candidates: Sequence[Rotary], layer: int) -> Rotary:
     values = before.values, after.values  # type: ignore[attr-defined]
-    keys, turned = before.keys, after.keys  # type: ignore[attr-defined]
-    tolerance = 10 * torch.finfo(keys.dtype).eps
-    if _far(*values) <= tolerance:
-        for candidate in candidates:
-            fits = 2 * len(candidate.frequencies) <= keys.shape[-1]
-            if fits and _far(candidate.turn(keys.float(), shifts), turned) <= _slack(candidate, shifts, tolerance):
-                return candidate
-    raise UnsupportedModel(
-        f"text that moved: K of layer {layer} is not turned with its position as rotary embeddings do"
-    )
-
-
-def _slack(candidate: Rotary, shifts: Tensor, tolerance: float) -> float:
-    """Models compute angles in float32, which at long distances are off by more than keys are."""
-    if not len(candidate.frequencies):
-        return tolerance
-    return tolerance + float(shifts.max() * candidate.frequencies.max()) * torch.finfo(torch.float32).eps
-
-
-def _far(one: Tensor, two: Tensor) -> float:
-    """Relative error of the whole."""
-    return float((one.float() - two.float()).norm() / two.float().norm().clamp(min=1e-30))
+    keys = before.keys, after.keys  # type: ignore[attr-defined]
+    same = far(*values) <= 10 * torch.finfo(values[0].dtype).eps
+    found = that_turns(*keys, shifts, candidates) if same else None
+    if found is None:
+        raise UnsupportedModel(
+            f"text that moved: K of layer {layer} is not turned with its position as rotary embeddings do"
+        )
+    return found

@@ -10,6 +10,7 @@ the run, see `core.evidence`. Measured in docs/reuse.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jointkv.core.evidence import Known
+from jointkv.core.moved_text import unwritten
 from jointkv.core.reuse import COMPUTED, Found, Integers, ReusePlan, Run, Runs
 
 
@@ -106,6 +108,16 @@ class ReuseRule:
         usable = self.usable(known, entry) if permitted is None else self.usable(known, entry) & permitted
         return plan.adopting(run.first, np.where(usable, run.pages, COMPUTED), self.least)
 
+    def serving(self, sources: Sequence[Run], ratios: NDArray[np.floating]) -> int:
+        """Which of `sources`, whose entry blocks have the `ratios [n]`, serves: the nearest.
+
+        Of those that are near enough, the nearest one whose pages stand where they are read: they need not be written.
+        """
+        cost = np.nan_to_num(ratios, nan=np.inf, posinf=np.inf)
+        moved = unwritten(np.array([run.pages[0] for run in sources]))
+        standing = ~moved & (cost <= self.near)
+        return int(np.where(standing | ~standing.any(), cost, np.inf).argmin())
+
     def _order(self, found: Found, known: Known) -> NDArray[np.floating]:
         """Of several pages for a slot the one with the smallest number serves, `[n]`."""
         expected = self.expected(known)
@@ -180,7 +192,7 @@ def decide(found: Found, start: int, end: int, rule: ReuseRule, steps: Steps) ->
         steps.compute(entry + 1)
         sources = runs.through(entry, end, rule.least + 1, rule.sources)
         ratios = steps.ratios(np.full(len(sources), entry), np.array([run.pages[0] for run in sources]))
-        nearest = int(np.nan_to_num(ratios, nan=np.inf).argmin())
+        nearest = rule.serving(sources, ratios)
         run = sources[nearest].behind
         known = steps.known(np.arange(run.first, run.end), run.pages)
         wider = rule.behind(plan, run, known, float(ratios[nearest]))

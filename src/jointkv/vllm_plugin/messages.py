@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from jointkv.core.moved import Fills
+from jointkv.core.reuse import Integers
 from jointkv.errors import IntegrityError, LayoutError
 from jointkv.vllm_plugin.engine.runners.base import Remap
 
@@ -23,6 +25,36 @@ def patience(batches: int) -> int:
     return 2 * (batches + 1)
 
 
+class Pair(NamedTuple):
+    """A new block and a resident one, to be compared.
+
+    Attributes:
+        group: KV-cache group.
+        own, other: their pages.
+        second, offset, shift: where the resident text stands at another position: the page that holds the rest of it,
+            its first token in `other`, and by how many tokens the new block stands later, see `core.moved.Fills`.
+    """
+
+    group: int
+    own: int
+    other: int
+    second: int = 0
+    offset: int = 0
+    shift: int = 0
+
+
+class PageFill(NamedTuple):
+    """Pages to write from text at another position.
+
+    Attributes:
+        pages: to write, int64 `[n]`.
+        fills: from what, `[n]`.
+    """
+
+    pages: Integers
+    fills: Fills
+
+
 @dataclass
 class Inquiry(KVConnectorMetadata):
     """Scheduler to workers: table entries to replace before the step, pages to compare after it.
@@ -30,9 +62,10 @@ class Inquiry(KVConnectorMetadata):
     Attributes:
         step: number of the scheduler step, counted from 1.
         remaps: already committed; every worker must apply them before it prepares the step.
-        group, own, other: per pair the layer group, the page of the new block and the resident page, int64 `[n]`.
+        group, own, other, second, offset, shift: of the pairs to compare, int64 `[n]`; see `Pair`.
         sign_group, sign: per page whose signature is asked for the layer group and the page, int64 `[m]`.
         tables: block ids per request and fused group as the scheduler knows them, only while integrity is checked.
+        fills: pages to write before the step, in this order: a later one may write what an earlier one reads.
     """
 
     step: int
@@ -40,9 +73,18 @@ class Inquiry(KVConnectorMetadata):
     group: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     own: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     other: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    second: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    offset: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    shift: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     sign_group: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     sign: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     tables: dict[str, dict[int, list[int]]] | None = None
+    fills: list[PageFill] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("second", "offset", "shift"):  # unless something else is said, text stands where it is read
+            if not len(getattr(self, name)):
+                setattr(self, name, np.zeros(len(self.group), np.int64))
 
     @classmethod
     def among(cls, metadata: Any) -> Inquiry:
@@ -60,7 +102,12 @@ class Inquiry(KVConnectorMetadata):
     @property
     def asks(self) -> bool:
         """Whether there is anything to answer."""
-        return bool(len(self.group) or len(self.sign))
+        return bool(len(self.group) or len(self.sign) or self.fills)
+
+    def moved(self, chosen: np.ndarray) -> Fills:
+        """By what the resident blocks of the pairs `chosen [n]`, by number, would be written: they stand elsewhere."""
+        columns = (self.own, self.other, self.second, self.offset, self.shift)
+        return Fills(*(column[chosen] for column in columns))
 
 
 @dataclass
@@ -75,7 +122,7 @@ class Verdict(KVConnectorWorkerMetadata):
         signatures: of the pages that were asked for, float16 `[m, size]`; not finite where a page holds no numbers.
         seconds: spent on comparing and signing.
         sign_seconds: those of them spent on signing.
-        apply_seconds: spent on replacing table entries since the last verdict.
+        apply_seconds: spent on replacing table entries and writing pages of text that moved since the last verdict.
         fault: why the worker gave up, if it did; then there is no answer.
         broken: whether the fault is a broken invariant.
         ranks: workers whose answers are joined in this one.

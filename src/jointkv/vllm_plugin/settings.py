@@ -66,6 +66,8 @@ class PluginSettings(BaseModel):
         reuse_miss_rate: share of reused blocks that may be beyond the bounds, in (0, 1).
         reuse_confidence: of the limit on that share, at all times together, in (0, 1).
         reuse_audit_rate: share of requests that could reuse and are computed and compared all the same, in (0, 1].
+        moved: text is also reused that is resident at another position, in pages of the request's own, written with
+            its keys turned; under a licence of its own. Needs `reuse`.
         profile: what `jointkv calibrate` wrote, for this model and block size. Options given beside it win; a bound
             given beside it is the limit up to which the profile's bound is adapted, which else is the profile's own.
         adapt: with a profile, move its bounds when the live errors are not those that were calibrated.
@@ -104,6 +106,7 @@ class PluginSettings(BaseModel):
     reuse_miss_rate: float = Field(default=0.02, gt=0.0, lt=1.0)
     reuse_confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
     reuse_audit_rate: float = Field(default=0.02, gt=0.0, le=1.0)
+    moved: bool = False
     profile: Path | None = None
     adapt: bool = True
     retry_after: float | None = Field(default=60.0, ge=0.0, allow_inf_nan=False)
@@ -142,6 +145,8 @@ class PluginSettings(BaseModel):
             )
         if settings.reuse not in ("off", "auto") and settings.reuse_obstacle is not None:
             raise BadInput(f"jointkv: reuse={settings.reuse} does not go with {settings.reuse_obstacle}; set reuse=off")
+        if settings.moved and settings.reuse == "off":
+            raise BadInput("jointkv: moved=true is about text that is reused, and reuse=off; set reuse=licensed")
         return settings
 
     @property
@@ -154,6 +159,11 @@ class PluginSettings(BaseModel):
         if self.reuse != "auto":
             return self
         return self.model_copy(update={"reuse": "licensed" if possible and self.reuses else "off"})
+
+    @property
+    def moves(self) -> bool:
+        """Whether text may be reused that is resident at another position."""
+        return self.moved and self.reuses
 
     @property
     def only_equal(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ SIZES = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.fl
 FULL = FullAttentionSpec(**SIZES)
 FOREIGN = "vllm.v1.core.sched.scheduler.Scheduler"
 SLIDING = SlidingWindowSpec(**SIZES, sliding_window=64)
+MOVED = {"reuse": "licensed", "moved": True}
 RECURRENT = MambaSpec(block_size=32, shapes=((1,),), dtypes=(torch.float32,))
 
 
@@ -115,6 +117,9 @@ def test_setups_that_are_refused(changes: dict[str, Any], cause: str) -> None:
         (groups(RECURRENT), {}, "no layer of this model has full attention"),
         (groups(object()), {}, "kind object"),
         (groups(FULL), {"scope": "chunk", "chunk_tokens": 100}, "chunk_tokens=100 is not a multiple"),
+        (groups(MLAAttentionSpec(**SIZES)), MOVED, "moved=true was not written for latent attention"),
+        (groups(replace(FULL, dtype=torch.float8_e4m3fn)), MOVED, "fp8 pages.*--kv-cache-dtype"),
+        (groups(replace(FULL, block_size=128)), MOVED, "even block size up to 64.*--block-size"),
     ],
 )
 def test_caches_that_are_refused(held: Any, options: dict[str, Any], cause: str) -> None:

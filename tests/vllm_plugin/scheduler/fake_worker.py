@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,7 @@ from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from jointkv.core.moved import Fills
 from jointkv.policy import FusionPolicy
 from jointkv.vllm_plugin.engine.others import ours
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
@@ -31,6 +32,9 @@ from jointkv.vllm_plugin.worker.mixin import RemappingWorker
 LAYERS = 2
 ANSWER = 900
 """Most generated tokens are `ANSWER` plus their position, so answers of different requests have equal text."""
+
+FILLED = "text from elsewhere"
+"""In the place of a request's name: who wrote a page."""
 
 Block = tuple[int, ...]
 
@@ -94,6 +98,17 @@ class Pages:
         self.text[page][place] = text
         self.writers[page], self.salts[page], self.versions[page] = by
 
+    def moved(self, fills: Fills) -> Iterator[list[tuple[int, int, tuple[int, int]]]]:
+        """Of blocks that are written from others: page, number and text at the new position of every token."""
+        columns = (fills.first, fills.second, fills.offset, fills.shift)
+        for first, second, offset, shift in zip(*(column.tolist() for column in columns), strict=True):
+            places = [divmod(offset + place, self.size) for place in range(self.size)]
+            tokens = [((second if behind else first), place) for behind, place in places]
+            yield [
+                (page, self.numbers[page][place], (self.text[page][place][0] + shift, self.text[page][place][1]))
+                for page, place in tokens
+            ]
+
     def block(self, page: int) -> Block:
         """All numbers of a page."""
         return tuple(self.numbers[page])
@@ -130,6 +145,24 @@ class Signer:
         return found
 
 
+class Filler:
+    """In the place of `PageFiller`."""
+
+    def __init__(self, pages: Pages, *_: Any) -> None:
+        self.pages = pages
+
+    def fill(self, targets: np.ndarray, fills: Fills) -> None:
+        """Write blocks as they stand elsewhere, at their new positions."""
+        pages = self.pages
+        for target, tokens in zip(targets.tolist(), list(pages.moved(fills)), strict=True):
+            sources = {page for page, _, _ in tokens}
+            salts, versions = ({of[page] for page in sources} for of in (pages.salts, pages.versions))
+            assert len(salts) == len(versions) == 1, "a page is written from texts of two keys or models"
+            by = FILLED, salts.pop(), versions.pop()
+            for place, (_, number, text) in enumerate(tokens):
+                pages.write(target, place, number, text, by)
+
+
 class Comparer:
     """In the place of `PageComparer`.
 
@@ -139,16 +172,24 @@ class Comparer:
 
     is_apart = False
 
-    def __init__(self, across_layers: str, groups: dict[int, Pages], norms: None, signer: Signer | None) -> None:
+    def __init__(
+        self, across_layers: str, groups: dict[int, Pages], norms: None, signer: Signer | None, filler: Filler | None
+    ) -> None:
         self.groups, self.signer = groups, signer
 
     def begin(self, inquiry: Inquiry) -> Comparison:
         """Compare the pairs of `inquiry`."""
         found = []
-        for group, own, other in zip(inquiry.group.tolist(), inquiry.own.tolist(), inquiry.other.tolist(), strict=True):
+        asked = inquiry.moved(np.arange(len(inquiry.group)))
+        for pair, (group, own, other) in enumerate(np.stack((inquiry.group, inquiry.own, inquiry.other), 1).tolist()):
             pages = self.groups[group]
             assert pages.salts[own] == pages.salts[other], "pages of different salts are compared"
-            found.append((*errors(pages.block(own), pages.block(other)), 1.0, 1.0))
+            block = pages.block(other)
+            if asked.shift[pair]:
+                (tokens,) = pages.moved(asked.where(np.array([pair])))
+                assert pages.text[own] == [text for _, _, text in tokens], "a block is compared with other text"
+                block = tuple(number for _, number, _ in tokens)
+            found.append((*errors(pages.block(own), block), 1.0, 1.0))
         verdict = Verdict(inquiry.step, *np.array(found, np.float32).reshape(-1, 5).T)
         if self.signer is not None and len(inquiry.sign):
             verdict.signatures = self.signer.sign(inquiry)

@@ -79,6 +79,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"reuse": "probed", "reuse_audit_rate": 0.1, "scope": "both", **IN_CHUNKS},
         {"second_runner": True, "async_scheduling": True, "apart": True},
     ),
+    "reuse, moved text": ({"reuse": "probed", "reuse_audit_rate": 0.1, "moved": True}, {}),
+    "reuse, moved text, asynchronous": (
+        {**EARNED_SOON, "moved": True},
+        {"second_runner": True, "async_scheduling": True, "apart": True},
+    ),
     "reuse, signatures": ({"reuse": "probed", "reuse_audit_rate": 0.2, "candidates": "both"}, {}),
     "reuse, priorities, licence": (
         {**EARNED_SOON, "min_pool_usage": 0.5},
@@ -156,6 +161,7 @@ class SchedulerMachine:
         self.oracle.attach(self.core, runners[0])
         assert self.core.scheduler.use_v2_model_runner == isinstance(runners[0], SecondRunner)
         self.oracle.side.reuse.look_up.draw = random.Random(0).random
+        self.moves = self.oracle.settings.moves
         self.names = itertools.count()
 
     @property
@@ -249,7 +255,8 @@ class SchedulerMachine:
         tail, out, salt = _tail(rng), rng.randint(1, 20), rng.choice(SALTS)
         alone, priority = rng.random() < 0.1, rng.randrange(3)
         for number in range(rng.randint(1, 3)):
-            self.submit([head + number] * BLOCK + text[:length] + tail, out, salt, alone, priority)
+            size = BLOCK + (rng.randrange(4) if self.moves else 0)
+            self.submit([head + number] * size + text[:length] + tail, out, salt, alone, priority)
         self.advance()
 
     def next_turn(self, rng: random.Random) -> None:

@@ -72,6 +72,7 @@ class ReuseOracle(Oracle):
 
     def check(self) -> None:
         super().check()
+        self._check_content()
         for name in self.scheduler.requests:
             helper = self.side.helpers.get(name)
             assert helper is None or helper.owner in self.scheduler.requests, "a helper outlives its request"
@@ -108,9 +109,13 @@ class ReuseOracle(Oracle):
         assert not request.sampling_params.extra_args, "a request that opted out reuses"  # type: ignore[union-attr]
         assert request.cache_salt is not None or self.settings.isolation == "salt", "a request without a salt reuses"
         adopted = self._adopted.setdefault(request.request_id, {})
+        fills = self.side.reuse.fills
+        unwritten = {page for fill in fills._planned for page in fill.pages.tolist()}
         for slot, page in enumerate(pages, first):
-            self._check_text(account, slot, page)
-            adopted[slot] = page, self.pages.generation[page]
+            if page not in unwritten:
+                self._check_text(account, slot, page)
+            adopted[slot] = page, self.pages.generation[page] + (page in unwritten)
+            self.totals["filled"] += page in fills._content_of
         self.totals["adopted"] += len(pages)
 
     def _check_text(self, account: Account, slot: int, page: int) -> None:
@@ -121,6 +126,15 @@ class ReuseOracle(Oracle):
         assert self.pages.salts[page] == account.request.cache_salt, "salts share a page"
         assert self.pages.versions[page] == self.model.version, "a page of old weights is reused"
 
+    def _check_content(self) -> None:
+        """What is found at other positions holds what the index says, for whom it says."""
+        content = self.side.candidates.residents._content
+        for page, owner in {} if content is None else content._owner_of.items():
+            assert content._tokens[page].tolist() == [token for _, token in self.pages.text[page]], (
+                "a page has other text"
+            )
+            assert owner[0] == self.pages.salts[page], "a page is found under another salt"
+
     def _start(self, account: Account, hits: int, numbers: list[list[int]]) -> None:
         super()._start(account, hits, numbers)
         name = account.request.request_id
@@ -130,6 +144,10 @@ class ReuseOracle(Oracle):
         table = self.groups[GROUP].req_to_blocks[name]
         for slot, (page, generation) in list(adopted.items()):
             if slot < hits and (table[slot].block_id, self.pages.generation[page]) == (page, generation):
+                assert page not in self.side.reuse.fills.unconfirmed, (
+                    "a page is read of which nobody says it is written"
+                )
+                self._check_text(account, slot, page)
                 account.ever[GROUP][slot].add(self.pages.block(page))
                 account.merged.add((GROUP, slot))
                 self.totals["reused"] += 1

@@ -30,7 +30,7 @@ from tests.effort import COMBINATION_STEPS, FIRST_SEED, machine_settings
 from tests.hazards import WHERE, runs
 from tests.vllm_plugin.engines import BOLD, write_model
 from tests.vllm_plugin.scheduler.fake_second_runner import write, write_all
-from tests.vllm_plugin.scheduler.fake_worker import Comparer, Signer, packed_pages
+from tests.vllm_plugin.scheduler.fake_worker import Comparer, Filler, Signer, packed_pages
 from tests.vllm_plugin.scheduler.machine import (
     BLOCK,
     SHARES,
@@ -61,6 +61,9 @@ def _no_model() -> Iterator[None]:
         patch.setattr(side, "packed_pages", packed_pages)
         patch.setattr(side, "PageComparer", Comparer)
         patch.setattr(side, "PageSigner", Signer)
+        patch.setattr(side, "PageFiller", Filler)
+        patch.setattr(side, "number_order", lambda *_: (None, None))
+        patch.setattr(side, "rotary_of", lambda *_: None)
         patch.setattr(gpu_model_runner, "get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
         patch.setattr(StagedWriteTensor, "apply_write", write)
         patch.setattr(FusedStagedWriter, "apply", write_all)
@@ -128,6 +131,7 @@ def test_random_events(variant: str, config: Any, record_property: Any) -> None:
     expected |= {"helpers", "adopted", "reused"} if "reuse" in fusion else set()
     expected |= {"merges of other text"} if "candidates" in fusion else set()
     expected |= {"loaded"} if "beside" in options else set()
+    expected |= {"filled"} if "moved" in fusion else set()
     seeds = itertools.count(FIRST_SEED)
     enough = COMBINATION_STEPS / SHARES[combination(variant)]
     while totals["steps"] < enough or not all(totals[name] for name in expected):

@@ -131,7 +131,9 @@ class Resident:
                 pages.append(page)
         if pages:
             if self._content is not None:
-                self._content.add(owner, tokens, np.array(slots[::-1]), np.array(pages[::-1]), source)
+                chosen = np.array(slots[::-1])
+                blocks = tokens[: len(keys) * self._size].reshape(-1, self._size)[chosen]
+                self._content.add(owner, blocks, chosen, np.array(pages[::-1]), source)
             self.sources[source], self._left_of[source] = tokens.astype(np.int32), len(pages)
         if len(self._blocks) > self._most + self._most // SLACK:
             self._shrink()

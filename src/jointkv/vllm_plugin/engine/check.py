@@ -18,7 +18,8 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from jointkv.errors import UnsupportedEngine
+from jointkv.core.moved_text import check_block_size
+from jointkv.errors import InvalidPolicy, UnsupportedEngine
 from jointkv.fusion.signature_index import SignatureIndex
 from jointkv.policy import LayerGroups
 from jointkv.policy.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
@@ -95,6 +96,8 @@ def check_engine(
         raise UnsupportedEngine(
             f"chunk_tokens={settings.chunk_tokens} is not a multiple of the engine's block size {block_size}"
         )
+    if settings.moved:
+        _check_moved(kv_cache_config, groups)
     if settings.layer_groups != len(groups):
         raise UnsupportedEngine(
             f"layer_groups={settings.layer_groups}, but the engine keeps {len(groups)} block tables for full "
@@ -127,6 +130,21 @@ def _taking_part(settings: PluginSettings, kv_cache_config: KVCacheConfig, group
             "layer; lower them"
         )
     return tuple(number for number, takes_part in zip(groups, fused, strict=True) if takes_part)
+
+
+def _check_moved(kv_cache_config: KVCacheConfig, groups: tuple[int, ...]) -> None:
+    """Raises UnsupportedEngine where pages cannot be written with text that moved; of keys see `rotary_of`."""
+    for spec in (kv_cache_config.kv_cache_groups[number].kv_cache_spec for number in groups):
+        if isinstance(spec, MLAAttentionSpec):
+            raise UnsupportedEngine("moved=true was not written for latent attention (MLA); drop it")
+        if spec.dtype.itemsize == 1:
+            raise UnsupportedEngine(
+                "moved=true turns keys, and those of fp8 pages would be rounded again; drop it, or --kv-cache-dtype"
+            )
+        try:
+            check_block_size(spec.block_size)
+        except InvalidPolicy as error:
+            raise UnsupportedEngine(f"{error}; set --block-size, or drop moved=true") from None
 
 
 def _check_signatures(settings: PluginSettings, pages: int) -> None:

@@ -50,6 +50,57 @@ def packed_pages(layers: Sequence[Any], num_blocks: int, block_size: int) -> Pac
     return PackedPages(views, token_of, is_value)
 
 
+def number_order(layers: Sequence[Any], num_blocks: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """Which element of a page is which number: of K long `[tokens, heads, size]`, of V likewise; found as above.
+
+    Args:
+        layers: attention layers whose pages `packed_pages` could read.
+
+    Raises:
+        LayoutError: an element is no number of its token alone, or layers differ.
+    """
+    token_of, is_value = _probe(layers[0], _page_rows(layers[0].kv_cache, num_blocks), block_size)
+    orders = [_probe_numbers(layer, _page_rows(layer.kv_cache, num_blocks), block_size, is_value) for layer in layers]
+    if any(not torch.equal(orders[0], other) for other in orders[1:]):
+        raise LayoutError("the layers of a group keep the numbers of a token in different orders")
+    sides = []
+    for side, size in ((~is_value, layers[0].head_size), (is_value, _value_size(layers[0]))):
+        (elements,) = side.nonzero(as_tuple=True)
+        heads = len(elements) // (block_size * size)
+        place = token_of[elements] * heads * size + orders[0][elements]
+        if len(elements) != block_size * heads * size or not torch.equal(place.sort().values, torch.arange(len(place))):
+            raise LayoutError("the numbers of a token do not fill its part of a page")
+        sides.append(elements[place.argsort()].view(block_size, heads, size))
+    return sides[0], sides[1]
+
+
+def _probe_numbers(layer: Any, pages: Tensor, block_size: int, is_value: Tensor) -> Tensor:
+    """Which number of its token, all heads one after another, every element of a page is."""
+    numbers, heads = _as_numbers(pages, layer), layer.num_kv_heads
+    sizes = layer.head_size, _value_size(layer)
+    number_of = torch.zeros(pages.shape[1], dtype=torch.long)
+    for bit in range((heads * max(sizes) - 1).bit_length()):
+        marks = [1 + (torch.arange(heads * size, device=pages.device) >> bit & 1) for size in sizes]
+        key, value = (mark.to(getattr(layer, "dtype", numbers.dtype)) for mark in marks)
+        _write_marks(layer, key, value, block_size)
+        read = numbers[PROBED_PAGE].to("cpu", torch.float32, copy=True)
+        pages[PROBED_PAGE].zero_()
+        for side in (is_value, ~is_value):  # K and V may have scales of their own
+            number_of[side] |= (read[side] > 1.4 * read[side].min()).long() << bit
+    return number_of
+
+
+def _write_marks(layer: Any, key: Tensor, value: Tensor, block_size: int) -> None:
+    """Have the layer's backend write `key [heads * size]` and `value` for every token of the probed page."""
+    slots = PROBED_PAGE * block_size + torch.arange(block_size, device=key.device)
+    sides = (side.view(layer.num_kv_heads, -1).expand(block_size, -1, -1).contiguous() for side in (key, value))
+    layer.impl.do_kv_cache_update(layer, *sides, layer.kv_cache, slots)
+
+
+def _value_size(layer: Any) -> int:
+    return int(getattr(layer, "head_size_v", layer.head_size))
+
+
 def _page_rows(cache: Any, num_blocks: int) -> Tensor:
     """The cache tensor as `[pages, elements]` in the order in which they lie, a view."""
     if not isinstance(cache, Tensor) or cache.shape[:1] != (num_blocks,):
@@ -105,6 +156,6 @@ def _write(layer: Any, mark: Tensor, slots: Tensor) -> None:
     heads, size = layer.num_kv_heads, layer.head_size
     key, value = (
         (sign * mark)[:, None, None].expand(-1, heads, size).contiguous()
-        for sign, size in ((1, size), (-1, getattr(layer, "head_size_v", size)))
+        for sign, size in ((1, size), (-1, _value_size(layer)))
     )
     backend.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)

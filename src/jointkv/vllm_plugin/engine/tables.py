@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -104,6 +105,43 @@ class BlockTables:
         key = make_block_hash_with_group_id(request.block_hashes[tokens // self.pool.hash_block_size - 1], group)
         self._forget(key)
         self.pool._insert_block_hash(key, self.pool.blocks[page], num_tokens=tokens)
+
+    @contextmanager
+    def taken(self, count: int, keep: Iterable[int]) -> Iterator[list[int]]:
+        """Take `count` free pages, none of `keep`, for as long as nobody knows what they hold; none if there are fewer.
+
+        Afterwards they are free again, and those that a hash leads to by then are handed out last.
+        """
+        kept = [self.pool.blocks[page] for page in sorted(set(keep))]
+        self.pool.touch(kept)
+        try:
+            taken = self.pool.get_new_blocks(count) if count <= self.pool.get_num_free_blocks() else []
+        finally:
+            self.pool.free_blocks(kept)
+        try:
+            yield [block.block_id for block in taken]
+        finally:
+            self.pool.free_blocks(taken)
+
+    def renew(self, pages: Iterable[int]) -> None:
+        """Hand `pages` out last, as if they had just been found."""
+        blocks = [self.pool.blocks[page] for page in pages]
+        self.pool.touch(blocks)
+        self.pool.free_blocks(blocks)
+
+    def found_pages(self, request: Request) -> set[int]:
+        """Pages that vLLM's prefix cache has for `request` now."""
+        found = self._manager.get_computed_blocks(request)[0]
+        return {block.block_id for blocks in found.blocks for block in blocks}
+
+    def needed(self, request: Request, pages: Iterable[int]) -> int:
+        """Free pages that it takes to start `request`, which will find `pages`."""
+        held = sum(self.pool.blocks[page].ref_cnt > 0 for page in pages)
+        return -(-request.num_tokens // self.groups[0].block_size) - held
+
+    def evict(self, pages: set[int]) -> None:
+        """No hash leads to `pages` any more."""
+        self.pool.evict_blocks(pages)
 
     def found(self, request: Request) -> int:
         """Tokens that vLLM's prefix cache has for `request` now."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jointkv.core.evidence import Known
+from jointkv.core.moved_text import UNWRITTEN
 from jointkv.core.reuse import COMPUTED, Found, Integers
 from jointkv.policy.reuse import Computed, ReuseRule, decide
 from jointkv.vllm_plugin.scheduler.evidence import Audit, Compared
@@ -24,12 +25,13 @@ class Record:
 
     Attributes:
         adopted, missed: blocks that would have been reused, and those of them beyond the bounds.
-        exact: see `PageClass`.
+        exact, moved: see `PageClass`.
     """
 
     adopted: int
     missed: int
     exact: bool
+    moved: bool = False
 
 
 class Audits:
@@ -46,23 +48,20 @@ class Audits:
 
     def note(self, tracked: TrackedRequest, audit: Audit, slot: int, page: int, ratio: float) -> None:
         """One pair has come back; witnesses are heard only when the audit is over."""
-        residents, known = self._residents, self._residents.evidence
-        if page not in residents:
+        residents, seen, one = self._residents, tracked.standing(slot, slot + 1), np.array([page])
+        if page >= UNWRITTEN:
+            assert audit.text is not None
+            if not audit.text.can_be_written(one)[0]:
+                return
+            source, exact, known = audit.text.source(page), False, audit.text.known(np.array([slot]), one)
+        elif page not in residents:
             return
-        seen = tracked.standing(slot, slot + 1)
-        audit.compared.append(
-            Compared(
-                slot,
-                page,
-                int(residents.source[page]),
-                bool(residents.exact[page]),
-                ratio if ratio == ratio else math.inf,
-                int(known.count[page]),
-                float(known.worst[page]),
-                bool(known.new(np.array([page]), seen)[0]),
-                int(seen[0]),
-            )
-        )
+        else:
+            source, exact = int(residents.source[page]), bool(residents.exact[page])
+            known = residents.evidence.known(one, seen)
+        ratio = ratio if ratio == ratio else math.inf
+        evidence = int(known.count[0]), float(known.worst[0]), bool(known.new[0]), int(seen[0])
+        audit.compared.append(Compared(slot, page, source, exact, ratio, *evidence))
 
     def conclude_if_complete(self, tracked: TrackedRequest) -> None:
         """Once the prompt was looked at and all answers are there: records to the licences, ratios to the pages."""
@@ -71,8 +70,15 @@ class Audits:
             return
         tracked.audit = None
         for record in records(audit.compared, end, self._rule):
-            self._licences.observe(PageClass(tracked.isolation, record.exact), record.missed, record.adopted)
-        held = [one for one in audit.compared if self._residents.source[one.page] == one.source]
+            page_class = PageClass(tracked.isolation, record.exact, record.moved)
+            self._licences.observe(page_class, record.missed, record.adopted)
+        moved = [one for one in audit.compared if one.moved]
+        if moved and audit.text is not None:
+            slots, pages = np.array([(one.slot, one.page) for one in moved], np.int64).T
+            there, ratios = audit.text.can_be_written(pages), np.array([one.ratio for one in moved], np.float32)
+            audit.text.testify(slots[there], pages[there], ratios[there])
+        still = [one for one in audit.compared if not one.moved]
+        held = [one for one in still if self._residents.source[one.page] == one.source]
         self._residents.testify(
             np.array([one.page for one in held], np.int64),
             np.array([one.ratio for one in held], np.float32),
@@ -86,10 +92,10 @@ def records(compared: list[Compared], end: int, rule: ReuseRule) -> Iterator[Rec
     plan = decide(steps.found, 0, end, rule, steps)
     reused = np.flatnonzero(plan.pages != COMPUTED)
     used = [steps.of[slot, page] for slot, page in zip(reused.tolist(), plan.pages[reused].tolist(), strict=True)]
-    for exact in (True, False):
-        ratios = [one.ratio for one in used if one.exact is exact]
+    for exact, moved in ((True, False), (False, False), (False, True)):
+        ratios = [one.ratio for one in used if (one.exact, one.moved) == (exact, moved)]
         if ratios:
-            yield Record(len(ratios), sum(ratio > 1 for ratio in ratios), exact)
+            yield Record(len(ratios), sum(ratio > 1 for ratio in ratios), exact, moved)
 
 
 class _Imagined(Computed):

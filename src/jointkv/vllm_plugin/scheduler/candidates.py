@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from jointkv.core.moved_text import UNWRITTEN
 from jointkv.fusion.token_index import Bucket, places
 from jointkv.vllm_plugin.engine.steps import pages_to_write
 from jointkv.vllm_plugin.engine.tables import BlockTables
+from jointkv.vllm_plugin.messages import Pair
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.evidence import Audit
@@ -33,6 +35,7 @@ class Member:
         buckets: where pages of the same text are found.
         places: where pages are found by their signatures.
         candidates: resident pages that may serve it.
+        moved: what is compared for an audit besides, of text at other positions, by numbers of pages to be written.
         fuses: whether one of them may; else they are compared for an audit alone.
         audit: gets to know how far they are.
         tried: those it was compared with before, in vain.
@@ -48,10 +51,18 @@ class Member:
     buckets: tuple[Bucket, ...]
     places: tuple[Hashable, ...]
     candidates: list[int] = field(default_factory=list)
+    moved: list[int] = field(default_factory=list)
     fuses: bool = True
     audit: Audit | None = None
     tried: tuple[int, ...] = ()
     signature: NDArray[np.float32] | None = None
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """What is to be compared with its block."""
+        still = [Pair(self.group, self.page, page) for page in self.candidates]
+        text = None if self.audit is None else self.audit.text
+        return still if text is None else still + [text.pair(self.group, self.page, page) for page in self.moved]
 
     @property
     def of_prompt(self) -> bool:
@@ -88,7 +99,7 @@ class Candidates:
         self._requests, self._bounds, self._statistics = requests, bounds, statistics
         self._block_size = tables.groups[groups[0]].block_size
         self.residents = Residents(
-            tables.pool.num_gpu_blocks, self._block_size, settings.reuses, settings.signature_size
+            tables.pool.num_gpu_blocks, self._block_size, settings.reuses, settings.signature_size, settings.moves
         )
         self._chunk_blocks = settings.chunk_tokens // self._block_size
         self._written = np.zeros(tables.pool.num_gpu_blocks, np.int64)
@@ -177,6 +188,11 @@ class Candidates:
             self.residents.remove(page)
             self._written[page] = step
 
+    def note_written(self, pages: Iterable[int], step: int) -> None:
+        """`pages` were written before `step` with text from elsewhere; they have left the index before that."""
+        for page in pages:
+            self._written[page] = step
+
     def cache_was_reset(self) -> bool:
         """Whether vLLM has emptied its prefix cache since the last call: old pages must not be used any more."""
         before, self._hash_map = self._hash_map, self._tables.pool.cached_block_hash_to_block
@@ -217,7 +233,10 @@ class Candidates:
             same = self.residents.index.candidates(member.buckets[:1], len(self._written))
             known = [page for page in same if page in named]
             member.candidates = known or self._by_text(member)
-            member.audit = audit if member.candidates else None
+            if audit is not None and audit.text is not None:
+                numbers = np.array([page for page in named if page >= UNWRITTEN], np.int64)
+                member.moved = numbers[audit.text.can_be_written(numbers)].tolist() if len(numbers) else []
+            member.audit = audit if member.candidates or member.moved else None
 
     def _by_text(self, member: Member) -> list[int]:
         if self._settings.candidates == "signature":

@@ -3,6 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jointkv.core.evidence import Known
+from jointkv.core.moved_text import UNWRITTEN
+from jointkv.core.reuse import Integers
+from jointkv.vllm_plugin.messages import Pair
+
+
+class AuditedText(Protocol):
+    """What an audit asks of where its pages were found, see `ResidentText`."""
+
+    def can_be_written(self, pages: Integers) -> NDArray[np.bool_]: ...
+
+    def known(self, slots: Integers, pages: Integers) -> Known: ...
+
+    def pair(self, group: int, own: int, page: int) -> Pair: ...
+
+    def source(self, page: int) -> int: ...
+
+    def testify(self, slots: Integers, pages: Integers, ratios: NDArray[np.floating]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -25,6 +48,11 @@ class Compared:
     new: bool
     seen: int
 
+    @property
+    def moved(self) -> bool:
+        """Whether the text stands at another position there: what was compared was never written to a page."""
+        return self.page >= UNWRITTEN
+
 
 @dataclass
 class Audit:
@@ -32,6 +60,7 @@ class Audit:
 
     Attributes:
         pages: by slot, those that could have served; where none are named, whatever is compared counts.
+        text: where these pages were found.
         chosen: by the draw, after a licence; its blocks keep their pages until the prompt is computed, so that all of
             it is exact.
         compared: what has come back.
@@ -39,6 +68,7 @@ class Audit:
     """
 
     pages: dict[int, list[int]] = field(default_factory=dict)
+    text: AuditedText | None = None
     chosen: bool = False
     compared: list[Compared] = field(default_factory=list)
     outstanding: int = 0

@@ -49,10 +49,9 @@ class Fusion:
         members = list(self._to_compare(output))
         for member in members:
             if member.audit is not None:
-                member.audit.outstanding += len(member.candidates)
+                member.audit.outstanding += len(member.candidates) + len(member.moved)
         if members:
-            pairs = [(member.group, member.page, page) for member in members for page in member.candidates]
-            yield Question(pairs, partial(self._hear, members))
+            yield Question([pair for member in members for pair in member.pairs], partial(self._hear, members))
 
     def signing(self) -> Signing | None:
         """What the workers shall sign after the step that `questions` was asked for, which comes first."""
@@ -85,7 +84,7 @@ class Fusion:
             else:
                 self.statistics.reject(reason)
         for member in self.candidates.new_members(output):
-            if member.candidates:
+            if member.candidates or member.moved:
                 yield member
             else:
                 self._keep(member)
@@ -94,20 +93,24 @@ class Fusion:
         """Carry out what is allowed. Proposals whose blocks have changed since are dropped."""
         first = 0
         for member in members:
-            part = answer.part(first, len(member.candidates))
-            first += len(member.candidates)
+            count, moved = len(member.candidates), len(member.moved)
+            part, elsewhere = answer.part(first, count), answer.part(first + count, moved)
+            first += count + moved
             if member.audit is not None:
-                self._note(member, part)
-            if member.fuses:
+                self._note(member, part, elsewhere)
+            if member.fuses and member.candidates:
                 self._settle(member, part)
             elif self.candidates.unchanged(member):
                 self._keep(member)
         self.conclude({id(member.tracked): member.tracked for member in members}.values())
 
-    def _note(self, member: Member, answer: Answer) -> None:
-        audit = member.audit
+    def _note(self, member: Member, answer: Answer, elsewhere: Answer) -> None:
+        audit, moved = member.audit, member.moved
         assert audit is not None
-        audit.outstanding -= len(member.candidates)
+        audit.outstanding -= len(member.candidates) + len(moved)
+        for page, ratio in zip(moved, elsewhere.ratio, strict=True):
+            self.audits.note(member.tracked, audit, member.slot, page, float(ratio))
+        member.moved = []  # once is enough, whatever else it is compared with
         for page, ratio in zip(member.candidates, answer.ratio, strict=True):
             if self.candidates.unchanged_since(page, answer.step):
                 self.audits.note(member.tracked, audit, member.slot, page, float(ratio))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +11,7 @@ from vllm.v1.request import Request
 from jointkv.core.reuse import Integers, ReusePlan, Run, Runs
 from jointkv.policy.reuse import Search
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
+from jointkv.vllm_plugin.scheduler.resident_text import ResidentText
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Intake:
     """A request that waits until what it need not compute is decided.
 
     Attributes:
+        text: where its text is resident.
         runs: of which too little is known without their entry blocks.
         resident: slots that may be reused, int64 `[n]`.
         end: the slot behind the last one that may be reused; one token at least is computed.
@@ -48,9 +51,13 @@ class Intake:
         asked: whether its entry block is being compared.
         helped: tokens that helpers have computed.
         begun: whether its turn has come.
+        filled: slots that read pages which were written for it, or for others like it.
+        needs_pages: free ones, to start, as was counted when pages were written for it; 0 before.
+        short: whether the pool has too few free pages for what is to be written.
     """
 
     tracked: TrackedRequest
+    text: ResidentText
     runs: Runs
     resident: Integers
     end: int
@@ -63,11 +70,31 @@ class Intake:
     asked: bool = False
     helped: int = 0
     begun: bool = False
+    filled: set[int] = field(default_factory=set)
+    needs_pages: int = 0
+    short: bool = False
 
     @property
     def needs(self) -> int:
         """Blocks that the request is to find when it starts."""
         return max((stretch.stop for stretch in self.plan.reused), default=0)
+
+    @property
+    def gap_ends(self) -> list[int]:
+        """Where gaps end that are not covered yet; up to the next entry block, while there is one."""
+        until = self.end if self.entry is None else self.entry
+        ends = [gap.stop for gap in self.plan.gaps if self.covered < gap.stop <= until]
+        if self.entry is not None and self.entry + 1 > self.covered:
+            ends.append(self.entry + 1)
+        return ends
+
+    def adopted(self, table: Sequence[int]) -> list[int]:
+        """Slots that read the pages of the plan where the request has found those of `table`.
+
+        A page that was handed out meanwhile has been computed anew, by a helper or by the request itself.
+        """
+        reused = (slot for stretch in self.plan.reused for slot in stretch if slot < len(table))
+        return [slot for slot in reused if table[slot] == self.plan.pages[slot]]
 
     @property
     def ahead(self) -> int:

@@ -30,16 +30,18 @@ class PageClass(NamedTuple):
 
     Attributes:
         isolation: the isolation key: evidence does not cross tenants either.
-        exact: whether they were computed behind nothing that was reused or fused.
+        exact: whether they were computed behind nothing that was reused or fused, and stand where they are read.
+        moved: whether they hold text that stands at another position where it is read.
     """
 
     isolation: Hashable
     exact: bool
+    moved: bool = False
 
     @property
     def words(self) -> str:
         """What may be said of the class: nothing of its key."""
-        return "exact" if self.exact else "approximate"
+        return "moved" if self.moved else "exact" if self.exact else "approximate"
 
 
 def first_licences(settings: PluginSettings, audits: ReuseEvidence | None) -> Callable[[PageClass], Licence]:
@@ -130,7 +132,7 @@ class Licences:
     def _forget(self, page_class: PageClass) -> None:
         del self._licences[page_class]
         key = page_class.isolation
-        if not any(PageClass(key, exact) in self._licences for exact in (False, True)):
+        if not any(page_class.isolation == key for page_class in self._licences):
             self._numbers.pop(key, None)
 
     def _number(self, isolation: Hashable) -> None:

@@ -8,14 +8,15 @@ import random
 import numpy as np
 from numpy.typing import NDArray
 
-from jointkv.core.evidence import Known
-from jointkv.core.reuse import Found
+from jointkv.core.moved_text import unwritten
+from jointkv.core.reuse import Integers
 from jointkv.policy.reuse import ReuseRule, Search
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.followers import Followers
 from jointkv.vllm_plugin.scheduler.intakes import Intake
 from jointkv.vllm_plugin.scheduler.licences import Licences, PageClass
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
+from jointkv.vllm_plugin.scheduler.resident_text import ResidentText
 from jointkv.vllm_plugin.scheduler.residents import Residents
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
 from jointkv.vllm_plugin.settings import PluginSettings
@@ -62,30 +63,35 @@ class LookUp:
         request = tracked.request
         end = (request.num_tokens - 1) // tracked.block_size
         start = self._sharing.tables.found(request) // tracked.block_size
-        found = self._residents.find(tracked, start, end, GROUP)
+        text = ResidentText(self._residents, tracked, start, end, GROUP, self._rule.least)
+        found = text.found
         resident = int(np.count_nonzero(np.diff(found.slot, prepend=-1)))
         if self._granted(PageClass(tracked.isolation, exact=True)) and self._followers.follows(tracked, end, resident):
             return None
         if not found.stretches(self._rule.least):
             return None
-        known = self._residents.known(tracked, found.slot, found.page)
-        permitted = self.permitted(tracked, found.exact)
+        known = text.known(found.slot, found.page)
+        permitted = self.permitted(text, found.page)
         if not found.where(permitted).stretches(self._rule.least):
-            tracked.audit = Audit(self._pages(found, known))
+            tracked.audit = Audit(self._pages(text), text=text)
             return None
         if tracked.private_from is None and self.draw() < self.settings.reuse_audit_rate:
-            tracked.audit = Audit(self._pages(found, known), chosen=True)
+            tracked.audit = Audit(self._pages(text), text=text, chosen=True)
             return None
         tracked.audit = None
         found, known = found.where(permitted), known.where(permitted)
         plan = self._rule.witnessed(found, known, end)
         runs, slots = self._rule.unwitnessed(found, known, plan), np.unique(found.slot)
-        return Intake(tracked, runs, slots, end, plan, Search(start), covered=start)
+        return Intake(tracked, text, runs, slots, end, plan, Search(start), covered=start)
 
-    def permitted(self, tracked: TrackedRequest, exact: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which pages a licence allows `tracked` to read, by whether their contexts are exact: bool `[n]`."""
-        either = [self._granted(PageClass(tracked.isolation, value)) for value in (False, True)]
-        return np.array(either)[exact.astype(np.int64)]
+    def permitted(self, text: ResidentText, pages: Integers) -> NDArray[np.bool_]:
+        """Which of the `pages [n]` of `text` a licence allows to read, by their class: bool `[n]`."""
+        moved, key = unwritten(pages), text.tracked.isolation
+        either = [self._granted(PageClass(key, exact)) for exact in (False, True)]
+        allowed = np.array(either)[text.exact(pages).astype(np.int64)]
+        if moved.any():
+            allowed[moved] = self._granted(PageClass(key, exact=False, moved=True))
+        return allowed
 
     def _may_reuse(self, tracked: TrackedRequest) -> bool:
         request = tracked.request
@@ -97,10 +103,10 @@ class LookUp:
     def _granted(self, page_class: PageClass) -> bool:
         return self.settings.reuse == "probed" or self._licences.granted(page_class)
 
-    def _pages(self, found: Found, known: Known) -> dict[int, list[int]]:
+    def _pages(self, text: ResidentText) -> dict[int, list[int]]:
         """By slot, the pages that would be compared or served."""
         pages: dict[int, list[int]] = {}
-        asked = self._rule.asked(found, known)
+        asked = self._rule.asked(text.found, text.known(text.found.slot, text.found.page))
         for slot, page in zip(asked.slot.tolist(), asked.page.tolist(), strict=True):
             pages.setdefault(slot, []).append(page)
         return pages

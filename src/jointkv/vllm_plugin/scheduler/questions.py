@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jointkv.vllm_plugin.messages import Inquiry, Verdict
+from jointkv.vllm_plugin.messages import Inquiry, Pair, Verdict
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 
@@ -43,11 +43,11 @@ class Question:
     """Pairs to compare.
 
     Attributes:
-        pairs: group, page of the new block and resident page of each.
+        pairs: blocks to compare.
         hear: gets their answer, unless there is none any more.
     """
 
-    pairs: Sequence[tuple[int, int, int]]
+    pairs: Sequence[Pair]
     hear: Callable[[Answer], None]
 
 
@@ -97,7 +97,8 @@ class Questions:
         self._expect_none_before(inquiry.step - self._patience)
         pairs = [pair for question in questions for pair in question.pairs]
         if pairs:
-            inquiry.group, inquiry.own, inquiry.other = np.array(pairs, np.int64).T
+            columns = np.array(pairs, np.int64).T
+            inquiry.group, inquiry.own, inquiry.other, inquiry.second, inquiry.offset, inquiry.shift = columns
         if signing is not None:
             inquiry.sign_group, inquiry.sign = np.array(signing.pages, np.int64).T
         if inquiry.asks:

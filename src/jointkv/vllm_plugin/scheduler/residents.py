@@ -6,13 +6,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jointkv.core.evidence import Echoes, Evidence, Known
+from jointkv.core.moved_text import MovedText
 from jointkv.core.reuse import Found, Integers, Run
 from jointkv.errors import IntegrityError
+from jointkv.fusion.content_index import ContentIndex
 from jointkv.fusion.signature_index import SignatureIndex
 from jointkv.fusion.token_index import Bucket, TokenIndex, places
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 
 NOBODY = -1
+
+MOST_PREEMPTIONS = 1 << 20
+"""Of a request at the most: what it computes again is another source."""
+
+FILLED = 1 << 50
+"""Numbers from here on are no requests': of what was written from pages at other positions each part is a source."""
 
 
 class Residents:
@@ -23,6 +31,8 @@ class Residents:
         block_size: tokens per page.
         reuses: whether more than the index is kept, for reuse.
         signature_size: numbers of a signature.
+        moved: whether text is also found at other positions. Sources are pages whose contexts are exact, and those
+            that were written from them.
 
     Attributes:
         index: finds pages by bucket.
@@ -30,15 +40,20 @@ class Residents:
         source: number of the request that computed the page, int64 `[pages]`.
         exact: whether everything before its block was computed or an exact hit, bool `[pages]`.
         evidence: what witnesses say of each page.
+        evidence_moved: the same, of witnesses at other positions.
     """
 
-    def __init__(self, pages: int, block_size: int, reuses: bool = True, signature_size: int = 0) -> None:
+    def __init__(
+        self, pages: int, block_size: int, reuses: bool = True, signature_size: int = 0, moved: bool = False
+    ) -> None:
         self.index = TokenIndex()
         self.signatures = SignatureIndex(signature_size)
         self._reuses = reuses
         self.source = np.full(pages, NOBODY, np.int64)
         self.exact = np.zeros(pages, bool)
-        self.evidence = Evidence(pages)
+        self.evidence, self.evidence_moved = Evidence(pages), Evidence(pages)
+        self._content = ContentIndex(block_size) if moved else None
+        self._filled = FILLED
         self._slot = np.zeros(pages, np.int64)
         self._tokens = np.zeros((pages, block_size), np.int32)
 
@@ -54,6 +69,28 @@ class Residents:
         self.exact[page] = tracked.private_from is None or (slot + 1) * tracked.block_size <= tracked.private_from
         self.evidence.start(np.array([page]), tracked.standing(slot, slot + 1))
         self._tokens[page] = tracked.tokens(slot, slot + 1)[0]
+        if self._content is not None and self.exact[page]:
+            self.evidence_moved.start(np.array([page]), tracked.standing(slot, slot + 1))
+            source = tracked.number * MOST_PREEMPTIONS + tracked.epoch
+            tokens = tracked.tokens(slot, slot + 1).astype(np.int64)
+            self._content.add(tracked.isolation, tokens, np.array([slot]), np.array([page]), source)
+
+    def add_filled(
+        self, tracked: TrackedRequest, text: MovedText, slots: Integers, numbers: Integers, pages: Integers
+    ) -> None:
+        """Offer `pages [n]`, which will hold the blocks `slots [n]` of `tracked`, as `numbers [n]` of `text` say.
+
+        Whoever reads them keeps the text resident, when its sources are handed out. Evidence goes with it.
+        """
+        assert self._content is not None
+        standing, covered = tracked.standing(0, int(slots.max()) + 1)[slots], text.covered(self.evidence_moved, numbers)
+        known = text.known(self.evidence_moved, self.evidence, numbers, standing)
+        self.evidence_moved.inherit(pages, known, covered)
+        self.evidence.start(pages, covered)
+        self._filled += 1
+        self.source[pages], self._slot[pages], self.exact[pages] = self._filled, slots, False
+        tokens = tracked.tokens(0, int(slots.max()) + 1)[slots].astype(np.int64)
+        self._content.add(tracked.isolation, tokens, slots, pages, self._filled)
 
     def testify(self, pages: Integers, ratios: NDArray[np.float32], seen: Echoes) -> None:
         """Blocks with the tokens of the resident `pages [n]` are that far from them: error over bound, `[n]`.
@@ -74,6 +111,13 @@ class Residents:
         self.signatures.check_integrity()
         if not all(page in self.index for page in self.signatures):
             raise IntegrityError("a page has a signature and is not resident")
+        if self._content is not None:
+            self._content.check_integrity()
+            self.evidence_moved.check_integrity()
+            if sum(page in self._content for page in np.flatnonzero(self.source != NOBODY).tolist()) != len(
+                self._content
+            ):
+                raise IntegrityError("a page is found at other positions and is not resident")
         self.evidence.check_integrity()
 
     def known(self, tracked: TrackedRequest, slots: Integers, pages: Integers) -> Known:
@@ -95,9 +139,25 @@ class Residents:
                 slot, page = slot[~clash], page[~clash]
         return Found(slot, page, self.source[page], self.exact[page])
 
+    def find_moved(self, tracked: TrackedRequest, first: int, end: int, least: int) -> MovedText | None:
+        """What of the blocks `first` to `end` of `tracked` is resident at other positions, in stretches of `least`."""
+        if self._content is None or end <= first:
+            return None
+        tokens, size = tracked.tokens(0, end).ravel().astype(np.int64), tracked.block_size
+        found = self._content.find(tracked.isolation, tokens, least * size)
+        # Text that stands where it stood is found by the other index, but for what was written from elsewhere.
+        text = MovedText.of([run for run in found if run.shift or run.source > FILLED], first, end, size)
+        return text if len(text) else None
+
+    def places(self, pages: Integers) -> Integers:
+        """What the resident `pages [n]` hold: number of the request, and slot; int64 `[2, n]`."""
+        return np.stack((self.source[pages], self._slot[pages]))
+
     def remove(self, page: int) -> None:
         """`page` is about to be written, or given away."""
         self.index.remove(page)
+        if self._content is not None:
+            self._content.remove(page)
         self.signatures.remove(page)
         self.source[page] = NOBODY
 
@@ -113,4 +173,6 @@ class Residents:
         """Forget every page; an index may be what is broken."""
         self.index = TokenIndex()
         self.signatures = SignatureIndex(self.signatures.size)
+        if self._content is not None:
+            self._content = ContentIndex(self._content.block_size)
         self.source[:] = NOBODY

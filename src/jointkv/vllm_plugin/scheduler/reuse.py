@@ -17,6 +17,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from jointkv.core.moved_text import unwritten
 from jointkv.core.reuse import Run, stretches
 from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin.engine.line import helper_of, in_line, seats, send_ahead
@@ -24,6 +25,7 @@ from jointkv.vllm_plugin.engine.opt_out import OPT_OUT
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.evidence import Audit
+from jointkv.vllm_plugin.scheduler.fills import Fills
 from jointkv.vllm_plugin.scheduler.followers import Followers
 from jointkv.vllm_plugin.scheduler.intakes import Helper, Intake
 from jointkv.vllm_plugin.scheduler.licences import Licences
@@ -55,6 +57,7 @@ class Reuse:
         helpers: by name. Ended ones stay until `forget_ended`.
         followers: requests that wait for text that another one is computing.
         look_up: says what each could reuse.
+        fills: has pages written with text from other positions.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Reuse:
         self.helpers: dict[str, Helper] = {}
         self.followers = Followers(requests)
         self.look_up = LookUp(settings, rule, residents, self.followers, sharing, licences)
+        self.fills = Fills(sharing, residents, statistics)
         self._started: list[tuple[TrackedRequest, int, list[int]]] = []
         self._number = 0
 
@@ -93,7 +97,7 @@ class Reuse:
             if request is None:
                 break
             name = request.request_id
-            intake = self.intakes.get(name) or self._take_in(request)
+            intake = self._known(name) or self._take_in(request)
             # Who is not looked at may start all the same, and computes everything: better too many than too few.
             if intake is None:
                 if name not in self.helpers and name not in self.followers.held:
@@ -116,7 +120,9 @@ class Reuse:
         intake = self.intakes.get(request_id)
         if intake is None:
             return request_id in self.followers.held
-        if intake.entry is not None or not intake.begun:
+        if intake.short:
+            return False  # there is no room for it, and it keeps its place in the line
+        if intake.entry is not None or not intake.begun or self.fills.awaits(intake):
             return True
         block_size = intake.tracked.block_size
         return bool(intake.helpers) and computed < intake.needs * block_size
@@ -157,10 +163,10 @@ class Reuse:
                 continue
             held = self.sharing.tables.block(name, GROUP, intake.entry)
             assert held is not None
-            intake.sources = [run for run in intake.sources if self.residents.still_holds(run)[0]]
+            intake.sources = [run for run in intake.sources if intake.text.holds(run)[0]]
             if intake.sources:
                 intake.asked = True
-                pairs = [(GROUP, held.block_id, int(run.pages[0])) for run in intake.sources]
+                pairs = [intake.text.pair(GROUP, held.block_id, int(run.pages[0])) for run in intake.sources]
                 yield Question(pairs, partial(self._hear, intake, list(intake.sources)))
             else:
                 intake.search.refused(intake.entry)
@@ -199,6 +205,7 @@ class Reuse:
     def start_anew(self) -> None:
         """Let everybody go. Who takes part still finds nothing of what it has adopted."""
         self.followers.start_anew()
+        self.fills.start_anew()
         for request_id, intake in list(self.intakes.items()):
             if intake.plan.skipped and request_id in self.requests.active:
                 self.sharing.forget(intake.tracked)
@@ -216,6 +223,13 @@ class Reuse:
         # One that was preempted after its request has found everything would compute it again.
         return helper.stray or (helper.owner not in self.intakes and helper.request.status != RequestStatus.RUNNING)
 
+    def _known(self, name: str) -> Intake | None:
+        """What was found for a request; nothing where sources are gone, so that it is looked up anew."""
+        intake = self.intakes.get(name)
+        if intake is not None and not (intake.asked or intake.helpers) and self.fills.lost(intake):
+            del self.intakes[name]
+        return self.intakes.get(name)
+
     def _take_in(self, request: Request) -> Intake | None:
         """Look up a request that has not been yet. None where it computes all, or waits for another's text."""
         name, tracked = request.request_id, self.requests.active.get(request.request_id)
@@ -231,8 +245,13 @@ class Reuse:
         return self.intakes.get(name)
 
     def _send(self, intake: Intake) -> list[Request]:
-        """Helpers to send ahead, if any are due."""
-        return [] if intake.asked or intake.helpers or not intake.begun else list(self._new_helpers(intake))
+        """Helpers to send ahead, if any are due: behind pages that are there."""
+        if intake.asked or intake.helpers or not intake.begun:
+            return []
+        self.fills.place(intake, self.intakes.values())
+        if intake.short or self.fills.awaits(intake):
+            return []
+        return list(self._new_helpers(intake))
 
     def _advance(self, intake: Intake) -> None:
         """Turn to the next run; if there is none and nothing is reused, let the request go."""
@@ -245,12 +264,8 @@ class Reuse:
             self._let_go(intake.tracked.request.request_id)
 
     def _new_helpers(self, intake: Intake) -> Iterator[Request]:
-        """One for each gap that is not covered yet; up to the next entry block, while there is one."""
-        until = intake.end if intake.entry is None else intake.entry
-        ends = [gap.stop for gap in intake.plan.gaps if intake.covered < gap.stop <= until]
-        if intake.entry is not None and intake.entry + 1 > intake.covered:
-            ends.append(intake.entry + 1)
-        request, pool = intake.tracked.request, self.sharing.tables.pool
+        """One for each gap that is to be computed next."""
+        request, pool, ends = intake.tracked.request, self.sharing.tables.pool, intake.gap_ends
         for end in ends:
             self._number += 1
             name = f"{request.request_id}-gap-{self._number}"
@@ -267,41 +282,40 @@ class Reuse:
             return
         assert intake.asked and intake.entry is not None
         intake.asked = False
-        seen = intake.tracked.standing(intake.entry, intake.entry + 1)
-        held = np.array([self.residents.still_holds(run)[0] for run in sources], bool)
+        held = np.array([intake.text.holds(run)[0] for run in sources], bool)
         pages = np.array([run.pages[0] for run in sources])[held]
-        self.residents.testify(pages, answer.ratio[held], np.repeat(seen, len(pages)))
-        nearest = int(answer.ratio.argmin())
+        intake.text.testify(np.full(len(pages), intake.entry), pages, answer.ratio[held])
+        nearest = self.rule.serving(sources, answer.ratio)
         self._follow(intake, intake.entry, sources[nearest].behind, float(answer.ratio[nearest]))
         self._advance(intake)
 
     def _follow(self, intake: Intake, entry: int, run: Run, ratio: float) -> None:
         """Adopt what may be read of `run`, whose entry block is that far."""
-        known = self.residents.known(intake.tracked, np.arange(run.first, run.end), run.pages)
-        permitted = self.look_up.permitted(intake.tracked, self.residents.exact[run.pages])
-        permitted &= self.residents.still_holds(run)
+        known = intake.text.known(np.arange(run.first, run.end), run.pages)
+        permitted = self.look_up.permitted(intake.text, run.pages) & intake.text.holds(run)
         before = intake.plan
         intake.plan = self.rule.behind(before, run, known, ratio, permitted)
         intake.search.heard(entry, before, intake.plan)
         self._adopt(intake, stretches(intake.plan.pages != before.pages))
 
     def _adopt(self, intake: Intake, new: Iterable[range]) -> None:
-        """Lead the request to the pages of its plan."""
+        """Lead the request to the pages of its plan; those that are not written yet are when its turn has come."""
         for stretch in new:
-            pages = intake.plan.pages[stretch.start : stretch.stop].tolist()
-            self.sharing.adopt(intake.tracked, GROUP, stretch.start, pages)
+            pages = intake.plan.pages[stretch.start : stretch.stop]
+            for part in stretches(~unwritten(pages)):
+                first = stretch.start + part.start
+                self.sharing.adopt(intake.tracked, GROUP, first, pages[part.start : part.stop].tolist())
             self.statistics.add("reuse_runs")
 
     def _start(self, intake: Intake, computed: int) -> None:
         """The request starts and has found `computed` tokens."""
         tracked, plan, blocks = intake.tracked, intake.plan, computed // intake.tracked.block_size
         (table,) = self.sharing.tables.of([tracked.request.request_id])[tracked.request.request_id]
-        # A page that was handed out meanwhile has been computed anew, by a helper or by the request itself.
-        reused = [slot for stretch in plan.reused for slot in stretch if slot < blocks]
-        adopted = [slot for slot in reused if table[slot] == plan.pages[slot]]
+        adopted = intake.adopted(table[:blocks])
         tracked.served |= {(GROUP, slot) for slot in adopted}
         tracked.next_slot = max(tracked.next_slot, blocks)
         late = sorted(set(range(blocks)) - set(adopted))
         self._started.append((tracked, tracked.request.num_preemptions, late))
         self.statistics.add("prompt_tokens_skipped", len(adopted) * tracked.block_size)
-        self.statistics.add("reuse_gaps", len(intake.plan.gaps))
+        self.statistics.add("moved_tokens_skipped", len(intake.filled.intersection(adopted)) * tracked.block_size)
+        self.statistics.add("reuse_gaps", len(plan.gaps))

@@ -216,7 +216,7 @@ class SchedulerSide:
         engine must end.
         """
         self._step += 1
-        inquiry = Inquiry(self._step, self.sharing.take_remaps())
+        inquiry = Inquiry(self._step, self.sharing.take_remaps(), fills=self.reuse.fills.take())
         self._ask(inquiry, output)
         return inquiry
 
@@ -272,6 +272,7 @@ class SchedulerSide:
         self.tables.check_integrity()
         self.candidates.residents.check_integrity()
         self.licences.check_integrity()
+        self.reuse.fills.check_integrity()
         self.bounds.check_integrity()
         for request_id, tracked in self.requests.active.items():
             if tracked.epoch == tracked.request.num_preemptions:
@@ -293,8 +294,9 @@ class SchedulerSide:
             return
         self._notice_reset()
         self.fusion.conclude(self.requests.among(output.num_scheduled_tokens))
+        self.candidates.note_written(self.reuse.fills.sent, inquiry.step)
         self.candidates.forget_written(output, inquiry.step)
-        questions = [*self.reuse.questions(output), *self.fusion.questions(output)]
+        questions = [*self.reuse.fills.questions(), *self.reuse.questions(output), *self.fusion.questions(output)]
         self.questions.ask(inquiry, questions, self.fusion.signing())
 
     def _leave_alone(self, request_id: str, reason: str | None) -> None:

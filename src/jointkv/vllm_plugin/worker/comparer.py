@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from jointkv.fusion.pair_sums import (
 )
 from jointkv.vllm_plugin.attention.norms import OwnNorms
 from jointkv.vllm_plugin.messages import COSINES, ERRORS, Inquiry, Verdict
+from jointkv.vllm_plugin.worker.filler import PageFiller
 from jointkv.vllm_plugin.worker.signer import PageSigner
 
 
@@ -31,7 +32,7 @@ class Comparison:
     """What has begun for an inquiry.
 
     Attributes:
-        parts: which pairs, bool `[n]`, and what takes their sums from the device.
+        parts: which pairs, bool `[n]` or numbers, and what takes their sums from the device.
         seconds: spent so far.
         signatures: takes those that were asked for from the device, where there are any.
         sign_seconds: those of `seconds` spent on them.
@@ -52,6 +53,7 @@ class PageComparer:
         groups: pages of each KV-cache group that takes part, by group number.
         norms: takes the factors, where blocks keep their own norms.
         signer: signs pages, where the scheduler asks for it.
+        filler: knows what text at another position would be, where the scheduler asks for it.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class PageComparer:
         groups: dict[int, PackedPages],
         norms: OwnNorms | None = None,
         signer: PageSigner | None = None,
+        filler: PageFiller | None = None,
     ) -> None:
-        self.across_layers = across_layers
+        self.across_layers, self.filler = across_layers, filler
         self.groups = groups
         self.norms = norms
         self.signer = signer
@@ -79,15 +82,24 @@ class PageComparer:
     def begin(self, inquiry: Inquiry) -> Comparison:
         """Have the pairs of `inquiry` compared as their pages are once all that was asked of the device is done."""
         start, parts = time.perf_counter(), []
-        for number in np.unique(inquiry.group):
-            chosen = inquiry.group == number
+        moved = inquiry.shift != 0
+        for number in np.unique(inquiry.group[~moved]):
+            chosen = (inquiry.group == number) & ~moved
             own, other = (torch.from_numpy(pages[chosen]) for pages in (inquiry.own, inquiry.other))
             parts.append((chosen, start_pair_sums(self.groups[int(number)], own, other)))
+        if moved.any():
+            parts += self._begin_moved(inquiry, np.flatnonzero(moved))
         compared, signatures = time.perf_counter(), None
         if self.signer is not None and len(inquiry.sign):
             signatures = self.signer.begin(inquiry)
         end = time.perf_counter()
         return Comparison(inquiry, parts, end - start, signatures, end - compared)
+
+    def _begin_moved(self, inquiry: Inquiry, pairs: np.ndarray) -> Iterator[tuple[np.ndarray, Callable[[], Tensor]]]:
+        """Pairs of which the resident block stands at another position, by their numbers."""
+        assert self.filler is not None
+        for part, pages, own in self.filler.compared(inquiry.own[pairs], inquiry.moved(pairs)):
+            yield pairs[part], start_pair_sums(pages, own, len(own) + own)
 
     @bookkeeping
     def finish(self, comparison: Comparison) -> Verdict:

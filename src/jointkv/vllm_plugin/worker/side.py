@@ -14,12 +14,14 @@ from jointkv.errors import IntegrityError, LayoutError
 from jointkv.vllm_plugin.attention.install import share_reading
 from jointkv.vllm_plugin.attention.norms import OwnNorms
 from jointkv.vllm_plugin.attention.reading import SharedReading
-from jointkv.vllm_plugin.engine.pages import packed_pages
+from jointkv.vllm_plugin.engine.pages import number_order, packed_pages
+from jointkv.vllm_plugin.engine.rotary import rotary_of
 from jointkv.vllm_plugin.engine.runners.base import WorkerTables
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.metrics import JointStats, WorkerStatistics
 from jointkv.vllm_plugin.settings import PluginSettings
 from jointkv.vllm_plugin.worker.comparer import Comparison, PageComparer
+from jointkv.vllm_plugin.worker.filler import NumberOrder, PageFiller
 from jointkv.vllm_plugin.worker.signer import PageSigner
 
 logger = init_logger(f"vllm.{__name__}")
@@ -40,8 +42,10 @@ class WorkerSide:
         comparer: None where the settings switch fusion off.
         readings: what the layers of each group share that read shared pages once, by group.
         norms: of blocks that keep their own.
+        filler: writes pages of text that moved, where the settings ask for it.
 
     Raises:
+        UnsupportedEngine: see `rotary_of`.
         LayoutError: the pages are laid out in a way that was never seen.
     """
 
@@ -59,6 +63,8 @@ class WorkerSide:
         self.comparer: PageComparer | None = None
         self.readings: dict[int, SharedReading] = {}
         self.norms: OwnNorms | None = None
+        self.filler: PageFiller | None = None
+        self._fault: Exception | None = None
         self._begun: Comparison | Verdict | None = None
         self._statistics = WorkerStatistics()
         self._last_step = 0
@@ -79,13 +85,18 @@ class WorkerSide:
         signer = None
         if settings.finds_other_text:
             signer = PageSigner(pages, settings.signature_size, settings.similarity, rank, ranks)
-        self.comparer = PageComparer(settings.across_layers, pages, self.norms, signer)
+        if settings.moves:
+            (group,) = (kv_cache_config.kv_cache_groups[number] for number in groups)
+            named = {name: layers[name] for name in group.layer_names}
+            order = number_order(list(named.values()), kv_cache_config.num_blocks, group.kv_cache_spec.block_size)
+            self.filler = PageFiller(pages[groups[0]], NumberOrder(*order), rotary_of(tables.runner, named))
+        self.comparer = PageComparer(settings.across_layers, pages, self.norms, signer, self.filler)
 
     def apply(self, inquiry: Inquiry) -> None:
-        """Replace the block table entries that the scheduler has committed, before the step is prepared.
+        """Replace the block table entries that the scheduler has committed, and write pages, before the step.
 
-        Not fail-safe: a worker that cannot follow the scheduler must not go on with pages that are no longer its own.
-        An inquiry that comes again is passed over, because tables may have changed since.
+        Replacing is not fail-safe: a worker that cannot follow the scheduler must not go on with pages that are no
+        longer its own. An inquiry that comes again is passed over, because tables may have changed since.
 
         Raises:
             IntegrityError: an inquiry before this one never came. vLLM ends the engine, before a page is written.
@@ -96,9 +107,20 @@ class WorkerSide:
         if inquiry.step > self._last_step:
             self._last_step = inquiry.step
             self.tables.replace(inquiry.remaps)
+            self._fill(inquiry)
             if self.norms is not None:
                 self.norms.commit(inquiry.remaps)
         self._apply_seconds += time.perf_counter() - start
+
+    def _fill(self, inquiry: Inquiry) -> None:
+        """Write pages of text that moved. The scheduler hears of a fault before anybody reads them."""
+        self._fault = None
+        try:
+            for pages, fills in inquiry.fills:
+                assert self.filler is not None
+                self.filler.fill(pages, fills)
+        except Exception as error:
+            self._fault = error
 
     def follow(self, output: SchedulerOutput) -> None:
         """Take note of the rows of the step and forget the norms of blocks that are gone, before it is prepared."""
@@ -127,6 +149,8 @@ class WorkerSide:
 
     def _begin(self, inquiry: Inquiry) -> Comparison | Verdict | None:
         try:
+            if self._fault is not None:
+                raise self._fault
             if inquiry.tables is not None:
                 self._check_tables(inquiry.tables)
             return None if self.comparer is None or not inquiry.asks else self.comparer.begin(inquiry)

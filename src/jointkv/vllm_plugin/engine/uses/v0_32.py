@@ -16,7 +16,8 @@ TABLES = (
     Use(
         f"{CORE}.block_pool:BlockPool",
         "blocks num_gpu_blocks hash_block_size free_block_queue cached_block_hash_to_block "
-        "cached_block_hashes_by_block touch(_) free_blocks(_) _insert_block_hash(_,_,num_tokens) get_usage()",
+        "cached_block_hashes_by_block touch(_) free_blocks(_) get_new_blocks(_) get_num_free_blocks() "
+        "evict_blocks(_) _insert_block_hash(_,_,num_tokens) get_usage()",
     ),
     Use(f"{CORE}.block_pool:BlockPool", "enable_kv_cache_events kv_event_queue"),
     Use(f"{CORE}.kv_cache_utils", "maybe_convert_block_hash(_)"),
