@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from jointkv.bench.divergence import Parting, ask
 from jointkv.bench.environment import server_environment
 from jointkv.bench.load_generator import spec_of
 from jointkv.bench.load_process import generate
 from jointkv.bench.measure import measure
 from jointkv.bench.requests import ServingRequest
-from jointkv.bench.result import Load
+from jointkv.bench.result import NEAR_TIE, Load
 from jointkv.bench.server import Server, free_port, server_command
 from jointkv.bench.warm import warm_up
 from tests.bench.plans import arm, plan
@@ -129,6 +130,10 @@ def test_a_fused_run(server: Server, tokenizer: str) -> None:
     assert run.server_cpu_seconds is not None and 0.3 * run.seconds < run.server_cpu_seconds < 2 * run.seconds
     assert run.foreign_cpu is not None and 0 <= run.foreign_cpu <= 1
     assert 0 < run.pool_usage_peak < 1 and run.running_peak == 6 and 1 < run.running_mean <= 6
+    (token, *_) = encode(texts[0], add_special_tokens=False).input_ids
+    same, unlikely = (Parting("fused", load.label, 1, 0, (), token, other) for other in (token, encode.eos_token_id))
+    certain, no_tie = ask(server, made, [same, unlikely])
+    assert (certain.gap, certain.least) == (0.0, False) and no_tie.gap > NEAR_TIE and not no_tie.near_tie
     started = pids(server)
     assert len(started) > 2
     server.stop()

@@ -159,7 +159,7 @@ def test_every_shape_of_result_makes_a_page_and_pictures(result: ServingResult, 
     text = page(tmp_path, one=result)
     assert "near-prefix" in text and "nan" not in Elements(text).text.lower().split()
     written = make_pictures(save(tmp_path, one=result), tmp_path / "plots")
-    expected = {"serving.png", "serving.md"} | (
+    expected = {"serving.png", "serving.md", "serving_arms.png", "serving_arms.md"} | (
         {"serving_ratios.png", "serving_ratios.md"} if verdicts(result) else set()
     )
     assert {path.name for path in written} == expected

@@ -14,12 +14,12 @@ Outputs = Mapping[Key, Sequence[str]]
 
 
 def compare_outputs(outputs: Outputs, arms: Sequence[Arm], loads: Sequence[Load]) -> list[Fidelity]:
-    """Each arm against `large_pool` (or `stock`, or the first arm) in equal rounds, and against itself in others.
+    """Each arm against the `reference_arm` in equal rounds, and against itself in others.
 
     What has no pair of runs is left out.
     """
     names = [arm.name for arm in arms]
-    reference = next((name for name in (LARGE_POOL, "stock") if name in names), names[0])
+    reference = reference_arm(names)
     found = []
     for load in loads:
         rounds = sorted({number for _, label, number in outputs if label == load.label})
@@ -32,6 +32,11 @@ def compare_outputs(outputs: Outputs, arms: Sequence[Arm], loads: Sequence[Load]
             if texts:
                 found.append(_fidelity(arm, against, load, texts))
     return found
+
+
+def reference_arm(names: Sequence[str]) -> str:
+    """Of arms, the one whose answers are right: that which never runs out of memory, else the stock engine."""
+    return next((name for name in (LARGE_POOL, "stock") if name in names), names[0])
 
 
 def common_prefix(one: str, other: str) -> float:

@@ -205,6 +205,36 @@ class Fidelity(Record):
     pairs: int
 
 
+NEAR_TIE = 0.1
+"""Nats: the reference held one token for 1.1 times as likely as the other, at the most."""
+
+
+class Divergence(Record):
+    """One answer that differs from the reference arm's, at its first different token.
+
+    Attributes:
+        against: the reference arm.
+        request: number of the request, from 0.
+        token: number of the first different token of the answer, from 0.
+        gap: difference of the log-probabilities that the reference gives the two tokens there, in nats.
+        least: one of the two is not among the likeliest that it tells of: the gap is that or more.
+    """
+
+    arm: str
+    against: str
+    load: str
+    round: int
+    request: int
+    token: int
+    gap: float
+    least: bool = False
+
+    @property
+    def near_tie(self) -> bool:
+        """Whether rounding may have decided: the reference itself was of two minds."""
+        return not self.least and self.gap <= NEAR_TIE
+
+
 class Comparison(Record):
     """One metric of two arms under one load, paired by round.
 
@@ -233,6 +263,7 @@ class ServingResult(Record):
         traffic: name and description of the requests, and what stands in for what.
         block_bytes: bytes of one block of the pool, K and V of all layers that share it.
         warmup: requests served before every run.
+        divergences: of all answers that differ; None where the reference was not asked.
     """
 
     format: Literal["jointkv.bench.serving/1"] = "jointkv.bench.serving/1"
@@ -258,6 +289,7 @@ class ServingResult(Record):
     fidelity: list[Fidelity]
     comparisons: list[Comparison]
     warmup: int = 0
+    divergences: list[Divergence] | None = None
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -154,6 +154,7 @@ def _run(options: Options, output: Path, port: int, start_timeout: float, fresh:
     """Raises `typer.Exit` when a server or a load fails, and on Ctrl-C; the runs before that are kept."""
     require_vllm()
     from jointkv.bench import options as options_
+    from jointkv.bench.divergence import with_divergences
     from jointkv.bench.environment import server_environment
     from jointkv.bench.load_generator import LoadFailed
     from jointkv.bench.measure import measure
@@ -173,7 +174,10 @@ def _run(options: Options, output: Path, port: int, start_timeout: float, fresh:
         serve = server_starter(plan, environment, cores, port or free_port(), start_timeout, output / "logs")
         try:
             with progress(len(steps_left(plan, folder))) as steps:
-                return run_plan(plan, folder, serve, partial(measure, client_cores=client), steps)
+                result = run_plan(plan, folder, serve, partial(measure, client_cores=client), steps)
+            result = with_divergences(result, plan, folder.outputs, serve, model.tokenizer, stages)
+            folder.write_result(result)
+            return result
         except (ServerFailed, LoadFailed) as error:
             _say(f"error: {error}", style="red")
             _say(KEPT.format(output), style="red")

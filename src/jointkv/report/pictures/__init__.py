@@ -25,6 +25,7 @@ from jointkv.report.pictures.predicted_against_measured import PredictedAgainstM
 from jointkv.report.pictures.rate_distortion import RateDistortion
 from jointkv.report.pictures.reuse_predictors import ReusePredictors
 from jointkv.report.pictures.serving import ServingLevels
+from jointkv.report.pictures.serving_arms import ServingArms
 from jointkv.report.pictures.serving_ratios import ServingRatios
 from jointkv.report.pictures.side_channel import SideChannelAUC
 from jointkv.report.pictures.task_scores import TaskScores
@@ -42,6 +43,7 @@ PICTURES: tuple[Picture[Any], ...] = (
     PaperLayers(),
     ServingLevels(),
     ServingRatios(),
+    ServingArms(),
     SideChannelAUC(),
     InfluenceOfAttackers(),
     ReusePredictors(),

@@ -51,6 +51,9 @@ def load_table(result: ServingResult, load: Load) -> Table:
     for title, part in (("equal to", "equal"), ("common beginning with", "common_prefix")):
         cells = [_agreement(result, load, arm, part) for arm in arms]
         groups.setdefault("Same answers", []).append([title, *cells, *([""] * len(pairs))])
+    if result.divergences is not None:
+        cells = [_near_ties(result, load, arm) for arm in arms]
+        groups["Same answers"].append(["differ first at a near tie of the reference", *cells, *([""] * len(pairs))])
     headings = ["", *(f"{called(arm)} ({arm.title}; {arm.pool_blocks:,} blocks)" for arm in arms)]
     headings += [f"{called(pair.upper)} ÷ {called(pair.lower)} (median ratio)" for pair in pairs]
     return Table(f"{load.label}: median and range over rounds", headings, groups)
@@ -64,6 +67,16 @@ def _agreement(result: ServingResult, load: Load, arm: Arm, part: str) -> str:
         for each in sorted(known, key=lambda each: each.against == arm.name)
     ]
     return ", ".join(parts) or NOT_MEASURED
+
+
+def _near_ties(result: ServingResult, load: Load, arm: Arm) -> str:
+    """How many of the differing answers rounding may have decided, and the largest gap between the two tokens."""
+    found = [each for each in result.divergences or () if (each.arm, each.load) == (arm.name, load.label)]
+    if not found:
+        return NOT_MEASURED
+    worst = max(found, key=lambda each: (each.least, each.gap))
+    ties = sum(each.near_tie for each in found)
+    return f"{ties} of {len(found)} (largest gap {'over ' if worst.least else ''}{worst.gap:.2g} nats)"
 
 
 RUNS: Columns[Run] = {

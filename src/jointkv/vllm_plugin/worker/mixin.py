@@ -63,7 +63,7 @@ class RemappingWorker:
         if self.settings() is None or not has_kv_transfer_group():
             raise UnsupportedEngine(
                 "the jointkv worker runs without the jointkv connector, or with others; start with `jointkv serve`, or "
-                f"give --kv-transfer-config as the README says, with no other connector{self._other_connectors()}"
+                f"give the flags of `jointkv serve --dry-run`, with no other connector{self._other_connectors()}"
             )
         get_kv_transfer_group().attach(self.model_runner)
         return result
