@@ -58,6 +58,7 @@ def test_following_the_advice_brings_what_it_says(tokenizer: Any, tmp_path: Path
 def test_what_breaks_the_prefix_of_agents(name: str, says: str, tokenizer: Any, tmp_path: Path) -> None:
     found = agents(name, tokenizer, tmp_path / "log.jsonl", 16)
     assert found.breaks[0].says == says and found.breaks[0].gain > 0
+    assert [each.says for each in found.breaks].count(says) == 1
     assert found.exact_tokens + found.gain <= found.tokens
 
 

@@ -40,6 +40,8 @@ ADVICE = {
     "text": "send first what is the same in most requests, and what differs behind it",
     "blocks": "the log has no text, only hashes of blocks: look at what stands there in the prompts themselves",
 }
+ANYWHERE = ("tools", "order", "thought")
+"""Kinds that are one fault wherever they stand."""
 BEFORE, BEHIND = 64, 64
 """Tokens that are looked at before the first that differs, and from there on."""
 LONGEST = 64
