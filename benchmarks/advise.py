@@ -116,6 +116,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--log", log, "--requests", str(requests)]
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | ONE_CORE)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
+            print(done.stdout.splitlines()[-1], flush=True)
     headline = {
         f"{log}_processor_seconds": median(row["processor_seconds"] for row in rows if row["log"] == log)
         for log in LOGS

@@ -13,7 +13,7 @@ from jointkv.core.reuse import Integers
 from jointkv.evaluate.advise.resident import Seen
 
 Tokens = NDArray[np.integer]
-RUNS = 6
+RUNS = 4
 """Of a request that are followed back, the longest."""
 PROBE = 16
 """Tokens by which a text is looked for elsewhere."""
