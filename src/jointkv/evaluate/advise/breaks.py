@@ -13,8 +13,8 @@ from jointkv.core.reuse import Integers
 from jointkv.evaluate.advise.resident import Seen
 
 Tokens = NDArray[np.integer]
-RUNS = 4
-"""Of a request that are followed back, the longest."""
+RUNS = 6
+"""Of a request that are followed back, the longest: the one of its own conversation is seldom among the first."""
 PROBE = 16
 """Tokens by which a text is looked for elsewhere."""
 
