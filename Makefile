@@ -17,7 +17,7 @@ HAZARDS := docs/results/reliability
 # Tests that start vLLM; elsewhere they skip themselves.
 ENGINE_TESTS := tests/vllm_plugin tests/benchmarks tests/bench/test_real_engine.py
 
-.PHONY: setup setup-vllm setup-eval demo test test-slow test-vllm test-eval soak fuzz matrix nightly lint bench docs clean
+.PHONY: setup setup-vllm setup-eval demo test test-slow test-vllm test-eval soak fuzz matrix nightly results lint bench docs clean
 
 # Errors are shown; warnings about how pip is set up on this machine are not.
 PIP_OPTIONS := -qq --disable-pip-version-check
@@ -95,6 +95,21 @@ nightly: setup setup-vllm
 	JOINTKV_TEST_STEPS=100000 $(VLLM_BIN)/pytest --timeout=0 -m "(hazard or runs) and not gpu" --hazards=$(HAZARDS)/vllm.json \
 	  $(ENGINE_TESTS)
 	$(BIN)/python tests/hazards.py $(HAZARDS)/runs.json $(HAZARDS)/core.json $(HAZARDS)/vllm.json $(HAZARDS)/fuzz.json $(wildcard $(HAZARDS)/soak*.json)
+
+# Every picture and table of README and docs, from the committed results.
+PLOTS := $(BIN)/jointkv report plots
+RESULTS := docs/results
+
+results: setup
+	$(PLOTS) $(RESULTS)/serving/near_prefix.json $(RESULTS)/serving/small_pool.json --output $(RESULTS)/serving \
+	  --only serving --only serving_ratios
+	$(PLOTS) $(RESULTS)/serving/one_first.json --output $(RESULTS)/serving --only serving_arms
+	$(PLOTS) $(wildcard $(RESULTS)/evaluate/*.json) --output $(RESULTS)/evaluate
+	$(PLOTS) $(filter-out %/profile%,$(wildcard $(RESULTS)/calibration/*.json)) --output $(RESULTS)/calibration
+	$(PLOTS) $(RESULTS)/paper/paper.json --output $(RESULTS)/paper
+	$(PLOTS) $(wildcard $(RESULTS)/reuse/predictors*.json) $(RESULTS)/reuse/evaluate.json --output $(RESULTS)/reuse
+	$(PLOTS) $(RESULTS)/side_channel/tiny.json $(RESULTS)/side_channel/influence.json --output $(RESULTS)/side_channel
+	$(PLOTS) $(RESULTS)/frontier/frontier.json --output $(RESULTS)/frontier
 
 lint: setup
 	$(BIN)/ruff check .

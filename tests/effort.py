@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, settings
 MACHINE_STEPS = int(os.environ.get("JOINTKV_TEST_STEPS", "3000"))
 """Steps of every state machine: 100,000 with `make nightly`."""
 
+COMBINATION_STEPS = max(2000, MACHINE_STEPS // 5)
+"""Steps of vLLM's scheduler with each model runner, each order of scheduling, fusion and reuse: 20,000 nightly."""
+
 FIRST_SEED = int(os.environ.get("JOINTKV_TEST_SEED", "0"))
 """Of tests that try one seed after the other."""
 

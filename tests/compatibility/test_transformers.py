@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import pytest
 import transformers
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from transformers import cache_utils, masking_utils
 from typer.testing import CliRunner
 
@@ -20,6 +25,7 @@ HAZARD = pytest.mark.hazard(
 def test_the_installed_release_is_accepted() -> None:
     compatibility.check_transformers()
     compatibility.check_overrides()
+    compatibility.check_release()
 
 
 @HAZARD
@@ -42,6 +48,24 @@ def test_something_is_gone(monkeypatch: pytest.MonkeyPatch, owner: object, name:
         compatibility.check_transformers()
     assert isinstance(refusal.value, JointKVError) and isinstance(refusal.value, ImportError)
     assert transformers.__version__ in str(refusal.value)
+
+
+@HAZARD
+@pytest.mark.parametrize("version", ["5.15.1", "5.24.0", "5.24.0.dev0", "6.0.0"])
+def test_a_release_that_was_never_run(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """5.24 has every interface, and its models call the cache by another name."""
+    # By name: another test may have imported it anew.
+    monkeypatch.setattr("transformers.__version__", version)
+    with pytest.raises(
+        compatibility.UnsupportedTransformers, match=r"never run with jointkv, which works with >=5\.16"
+    ):
+        compatibility.check_release()
+
+
+def test_releases_are_those_that_are_installed_with_jointkv() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    wanted = map(Requirement, project["optional-dependencies"]["hf"])
+    assert [each.specifier for each in wanted if each.name == "transformers"] == [SpecifierSet(compatibility.RELEASES)]
 
 
 @HAZARD

@@ -58,6 +58,16 @@ def test_committed_tables_are_those_of_the_committed_results(folder: str) -> Non
             assert picture.table(chosen) == (RESULTS / folder / f"{picture.name}.md").read_text(encoding="utf-8")
 
 
+def test_one_picture_alone(tmp_path: Path) -> None:
+    path = RESULTS / "serving" / "one_first.json"
+    assert make_pictures([path], tmp_path, ["serving_arms"]) == [
+        tmp_path / "serving_arms.png",
+        tmp_path / "serving_arms.md",
+    ]
+    with pytest.raises(BadInput, match="unknown picture 'arms'; there are kl_against_bytes, "):
+        make_pictures([path], tmp_path, ["arms"])
+
+
 def test_formats_and_names_of_pictures_are_unique() -> None:
     assert len(PICTURE) == len(PICTURES)
     assert len({kind.model_fields["format"].default for kind in FORMATS}) == len(FORMATS)

@@ -24,6 +24,7 @@ from vllm.platforms.cpu import CpuPlatform
 
 from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin import engine_args
+from jointkv.vllm_plugin.engine.others import ours
 
 VOCABULARY = 512
 WATCHED = {"min_pool_usage": 0.0, "check_integrity": True}
@@ -125,7 +126,8 @@ class Engine:
 
     @property
     def connector(self) -> Any:
-        return self.vllm_scheduler.connector
+        """The plugin's, wherever it stands; None in the stock engine."""
+        return ours(self.vllm_scheduler.connector)
 
     @property
     def side(self) -> Any:
@@ -236,8 +238,14 @@ class Engine:
 
 
 @contextmanager
-def engine(model: Path, pages: int = 200, fusion: dict[str, Any] | None = None, **options: Any) -> Iterator[Engine]:
-    """An engine of this process; `fusion` are options of the plugin, None is the stock engine."""
+def engine(
+    model: Path,
+    pages: int = 200,
+    fusion: dict[str, Any] | None = None,
+    beside: Sequence[dict[str, Any]] = (),
+    **options: Any,
+) -> Iterator[Engine]:
+    """An engine of this process; `fusion` are options of the plugin, None is the stock engine; see `engine_args`."""
     with released_at_exit():
         settings: dict[str, Any] = {
             "dtype": "float32",
@@ -249,7 +257,7 @@ def engine(model: Path, pages: int = 200, fusion: dict[str, Any] | None = None, 
             "skip_tokenizer_init": True,
             "seed": 0,
         }
-        attached = {} if fusion is None else engine_args(**{**WATCHED, **fusion})
+        attached = {} if fusion is None else engine_args(beside, **{**WATCHED, **fusion})
         with kept_asynchronous() if options.get("async_scheduling") else nullcontext():
             llm = LLM(str(model), **{**settings, **attached, **options})
         try:

@@ -3,7 +3,7 @@
 import typer
 
 import jointkv
-from jointkv.cli import bench, evaluate, model, report
+from jointkv.cli import bench, evaluate, model, report, store
 from jointkv.cli.advise import advise
 from jointkv.cli.calibrate import calibrate
 from jointkv.cli.demo import demo
@@ -32,5 +32,5 @@ def main(
 for verb in (advise, calibrate, demo, doctor, generate, inspect, traffic):
     app.command()(verb)
 app.command(**SETTINGS)(serve)
-for group in (bench, evaluate, model, report):
+for group in (bench, evaluate, model, report, store):
     group.register(app)

@@ -9,6 +9,7 @@ from jointkv.cli.console import named_errors, require, stderr_console
 
 def plots(
     results: list[Path] = typer.Argument(..., metavar="RESULT.json...", help="Files that other verbs wrote."),
+    only: list[str] | None = typer.Option(None, metavar="PICTURE", help="This picture alone; may be repeated."),
     output: Path = typer.Option(Path("out/plots"), help="Folder for the pictures and tables."),
 ) -> None:
     """Draw every picture that the results have something for, and write the same numbers as Markdown beside it.
@@ -19,7 +20,7 @@ def plots(
         require("matplotlib")
         from jointkv.report.pictures import make_pictures
 
-        for path in make_pictures(results, output):
+        for path in make_pictures(results, output, only or ()):
             _wrote(path)
 
 

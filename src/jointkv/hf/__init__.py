@@ -8,5 +8,6 @@ from jointkv.hf.cache import JointCache  # noqa: E402
 from jointkv.hf.pool import JointPool  # noqa: E402
 
 compatibility.check_overrides()
+compatibility.check_release()  # last: the others say what is different
 
 __all__ = ["JointCache", "JointPool"]

@@ -8,6 +8,10 @@ from collections.abc import Iterable
 from jointkv.errors import UnsupportedTransformers
 from jointkv.system.interfaces import Use, differences
 
+RELEASES = ">=5.16,<5.24"
+"""Those that jointkv's tests were run with, as pyproject.toml has them."""
+
+REMEDY = "Install a release that is: pip install 'jointkv[hf]'"
 LAYER = "update lazy_initialization get_seq_length get_mask_sizes offload prefetch"
 OPERATIONS = "update reset reorder_cache batch_select_indices batch_repeat_interleave crop"
 USES = (
@@ -47,11 +51,24 @@ def check_overrides() -> None:
     )
 
 
+def check_release() -> None:
+    """Raises `UnsupportedTransformers` unless the release was run.
+
+    What its models call their arguments, and what they do with a cache, no look at interfaces tells.
+    """
+    from packaging.specifiers import SpecifierSet  # comes with transformers
+
+    version = importlib.import_module("transformers").__version__
+    if not SpecifierSet(RELEASES).contains(version, prereleases=True):
+        raise UnsupportedTransformers(
+            f"transformers {version} was never run with jointkv, which works with {RELEASES}. {REMEDY}"
+        )
+
+
 def _refuse(uses: Iterable[Use]) -> None:
     transformers = importlib.import_module("transformers")  # where it is missing, its name is all there is to say
     found = differences(uses)
     if found:
         raise UnsupportedTransformers(
-            f"transformers {transformers.__version__} is not what jointkv was written for: {'; '.join(found)}. "
-            "Install a release that is: pip install 'jointkv[hf]'"
+            f"transformers {transformers.__version__} is not what jointkv was written for: {'; '.join(found)}. {REMEDY}"
         )

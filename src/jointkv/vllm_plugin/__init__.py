@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jointkv.vllm_plugin.settings import PluginSettings
@@ -16,15 +17,16 @@ SCHEDULER = "jointkv.vllm_plugin.engine.scheduler.JointScheduler"
 REQUEST_CHECK = "jointkv.vllm_plugin.engine.opt_out:RequestCheck"
 
 
-def engine_args(**options: Any) -> dict[str, Any]:
+def engine_args(beside: Sequence[dict[str, Any]] = (), **options: Any) -> dict[str, Any]:
     """Engine arguments that turn fusion on: `LLM(model, **engine_args(max_relative_error=0.1))`.
 
     Args:
+        beside: other KV connectors, each as in `kv_transfer_config`. vLLM loads from the first that has something.
         options: as in `PluginSettings`.
 
     Returns:
         `kv_transfer_config`, `worker_cls`, `logits_processors` (to which others may be added) and, where the options
-        reuse, `scheduler_cls`: for `vllm.LLM` or `vllm.EngineArgs`.
+        reuse or others stand beside, `scheduler_cls`: for `vllm.LLM` or `vllm.EngineArgs`.
 
     Raises:
         BadInput, InvalidPolicy: see `PluginSettings.parse`.
@@ -32,7 +34,16 @@ def engine_args(**options: Any) -> dict[str, Any]:
     PluginSettings.parse(options)
     from vllm.platforms import current_platform
 
-    return arguments_for("cpu" if current_platform.is_cpu() else "gpu", options)
+    arguments = arguments_for("cpu" if current_platform.is_cpu() else "gpu", options)
+    if not beside:
+        return arguments
+    connectors = [arguments["kv_transfer_config"], *beside]
+    several = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
+    return {
+        **arguments,
+        "scheduler_cls": SCHEDULER,
+        "kv_transfer_config": {**several, "kv_connector_extra_config": {"connectors": connectors}},
+    }
 
 
 def arguments_for(device: str, options: dict[str, Any]) -> dict[str, Any]:

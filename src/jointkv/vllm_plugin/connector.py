@@ -6,9 +6,11 @@ hear about either is answered here.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -17,7 +19,8 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from jointkv.errors import UnsupportedEngine
-from jointkv.vllm_plugin.engine.check import check_engine, reuse_obstacle
+from jointkv.vllm_plugin import CONNECTOR, CONNECTOR_MODULE
+from jointkv.vllm_plugin.engine.check import BESIDE_OTHERS, ReuseObstacle, check_engine, reuse_obstacle
 from jointkv.vllm_plugin.engine.groups import LayerGroupManager, LayerGroupSpec, register
 from jointkv.vllm_plugin.engine.opt_out import RequestCheck
 from jointkv.vllm_plugin.engine.runners import RUNNERS, runner_of
@@ -45,10 +48,9 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        settings = PluginSettings.parse(self._kv_transfer_config.kv_connector_extra_config)
+        self._asked = settings = PluginSettings.parse(self._kv_transfer_config.kv_connector_extra_config)
         self.groups = check_engine(vllm_config, kv_cache_config, settings, PARTS)
-        self._no_reuse = reuse_obstacle(vllm_config, kv_cache_config) if settings.reuse == "auto" else None
-        self.settings = settings.with_reuse_decided(self._no_reuse is None)
+        self._decide_on_reuse(reuse_obstacle(vllm_config, kv_cache_config) if settings.reuse == "auto" else None)
         register()  # vLLM makes its block tables after this
         self._at_scheduler = role == KVConnectorRole.SCHEDULER
 
@@ -76,12 +78,29 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         """Take hold of the block tables."""
         super().bind_kv_cache_manager(kv_cache_manager)
+        self._manager = kv_cache_manager
         ranks = self._vllm_config.parallel_config.world_size
         batches = self._vllm_config.max_concurrent_batches
         self.scheduler = SchedulerSide(self.settings, kv_cache_manager, self.groups, ranks, batches)
         if self._no_reuse is not None:
             logger.info("jointkv serves without reuse: %s", self._no_reuse.why)
             self.scheduler.statistics.no_reuse = self._no_reuse.reason
+
+    def stand_beside_others(self) -> None:
+        """Other connectors store and load pages too, see `engine.others`. Before the first request.
+
+        Raises:
+            UnsupportedEngine: reuse was asked for.
+        """
+        if self.settings.reuses:
+            if self._asked.reuse != "auto":
+                raise UnsupportedEngine(f"jointkv does not reuse here: {BESIDE_OTHERS.why}; set reuse=off")
+            self._decide_on_reuse(BESIDE_OTHERS)
+            self.bind_kv_cache_manager(self._manager)
+        self.scheduler.beside_others = True
+
+    def _decide_on_reuse(self, obstacle: ReuseObstacle | None) -> None:
+        self._no_reuse, self.settings = obstacle, self._asked.with_reuse_decided(obstacle is None)
 
     def on_new_request(self, request: Request) -> None:
         """See `SchedulerSide.admit`."""
@@ -118,7 +137,8 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         return (None if self.scheduler.holds(request, num_computed_tokens) else 0), False
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
-        """Nothing to load."""
+        """Nothing to load; others may. See `SchedulerSide.allocate`."""
+        self.scheduler.allocate(request, blocks.get_block_ids())
 
     # With every worker.
 
@@ -129,7 +149,8 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
             UnsupportedEngine: it is another engine's: vLLM has one connector per process, that of the first engine.
             LayoutError: see `WorkerSide`.
         """
-        if runner.vllm_config is not self._vllm_config:
+        # Of several connectors each has a copy of the engine's configuration with the same parts.
+        if runner.vllm_config.parallel_config is not self._vllm_config.parallel_config:
             raise UnsupportedEngine(
                 "another engine of this process has jointkv, and vLLM would let both read its pages; end it first, or "
                 "leave VLLM_ENABLE_V1_MULTIPROCESSING on, so that each engine has a process of its own"
@@ -159,6 +180,10 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         """Nothing to save."""
 
+
+with suppress(ValueError):  # it is registered already
+    # Statistics of several connectors name their class, which the process with `/metrics` looks up.
+    KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, JointConnector.__name__)
 
 PARTS: dict[str, type] = {
     "connector": JointConnector,

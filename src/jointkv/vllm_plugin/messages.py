@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
@@ -42,6 +43,19 @@ class Inquiry(KVConnectorMetadata):
     sign_group: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     sign: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     tables: dict[str, dict[int, list[int]]] | None = None
+
+    @classmethod
+    def among(cls, metadata: Any) -> Inquiry:
+        """What the plugin's connector says in a step, of which `metadata` is that of one connector or of several."""
+        found = cls._among(metadata)
+        assert found is not None, "the step has no inquiry"
+        return found
+
+    @classmethod
+    def _among(cls, metadata: Any) -> Inquiry | None:
+        if isinstance(metadata, cls):
+            return metadata
+        return next(filter(None, map(cls._among, getattr(metadata, "metadata", ()))), None)
 
     @property
     def asks(self) -> bool:

@@ -63,6 +63,7 @@ NO_REUSE = {
     "scheduler": "the scheduler is another class",
     "prefix_caching": "prefix caching is off",
     "kv_cache_groups": "the model has several KV-cache groups, such as sliding windows beside full attention",
+    "connectors": "other KV connectors stand beside jointkv's",
 }
 """What keeps an engine from reuse where nobody has switched it off."""
 REPORT_EVERY = 64

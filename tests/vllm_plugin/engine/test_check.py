@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +12,15 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from jointkv.errors import BadInput, InvalidPolicy, UnsupportedEngine
-from jointkv.vllm_plugin import CONNECTOR, CONNECTOR_MODULE, SCHEDULER, WORKERS, engine_args
+from jointkv.vllm_plugin import CONNECTOR_MODULE, SCHEDULER, WORKERS, engine_args
 from jointkv.vllm_plugin.connector import PARTS
 from jointkv.vllm_plugin.engine import check as engine_check
-from jointkv.vllm_plugin.engine.others import beside
+from jointkv.vllm_plugin.engine import uses
+from jointkv.vllm_plugin.engine.check import check_connectors
 from jointkv.vllm_plugin.engine.scheduler import JointScheduler
 from jointkv.vllm_plugin.engine.uses import is_tested, vllm_version
 from jointkv.vllm_plugin.metrics import NO_REUSE
@@ -203,7 +206,7 @@ def test_a_foreign_class_on_top_of_ours_is_welcome() -> None:
 
 
 def test_an_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_check, "vllm_version", lambda: "0.34.0")
+    monkeypatch.setattr(uses, "vllm_version", lambda: "0.34.0")
     with pytest.raises(UnsupportedEngine, match=r"vLLM 0\.34\.0 was never run.*0\.32.*allow_untested"):
         check(config())
     assert check(config(), allow_untested=True) == (0,)
@@ -242,31 +245,55 @@ def test_a_real_engine_with_the_worker_but_no_connector(calm: Path) -> None:
         pass
 
 
-def test_a_real_engine_with_two_connectors(calm: Path) -> None:
-    both = engine_args()
-    child, other = both["kv_transfer_config"], {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-    both["kv_transfer_config"] = {
+def several(*children: dict[str, Any]) -> dict[str, Any]:
+    return {
         "kv_connector": "MultiConnector",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"connectors": [child, other]},
+        "kv_connector_extra_config": {"connectors": list(children)},
     }
-    with (
-        pytest.raises(UnsupportedEngine, match=r"no other connector beside it: ExampleConnector, which stores"),
-        engine(calm, **both, disable_hybrid_kv_cache_manager=True),
-    ):
+
+
+OURS = engine_args()["kv_transfer_config"]
+EXAMPLE = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "scheduler", "cause"),
+    [
+        (OURS, None, None),
+        (several(OURS), None, None),
+        (several(EXAMPLE, several(OURS)), SCHEDULER, None),
+        (several(EXAMPLE, several(OURS)), None, f"needs its own scheduler.*{SCHEDULER}"),
+        (several(EXAMPLE), SCHEDULER, "without the jointkv connector"),
+        (several(OURS, OURS), SCHEDULER, "or with several of it"),
+        (
+            several(OURS, several({"kv_connector": "OffloadingConnector"}, {"kv_connector": "Mine"})),
+            SCHEDULER,
+            "beside OffloadingConnector, which remembers the pages.*; Mine, which was never read; leave it out",
+        ),
+        (
+            several(OURS, {**EXAMPLE, "kv_connector_module_path": "mine"}),
+            SCHEDULER,
+            "beside ExampleConnector, which was",
+        ),
+    ],
+)
+def test_connectors_are_found_however_deep_they_stand(
+    asked: dict[str, Any], scheduler: str | None, cause: str | None
+) -> None:
+    made = config(scheduler_config__scheduler_cls=scheduler)
+    made.kv_transfer_config = SimpleNamespace(
+        **{"kv_connector_module_path": None, "kv_connector_extra_config": {}, **asked}
+    )
+    with nullcontext() if cause is None else pytest.raises(UnsupportedEngine, match=cause):
+        check_connectors(made)
+
+
+def test_a_real_engine_with_a_connector_that_was_never_read(calm: Path) -> None:
+    other = {**EXAMPLE, "kv_connector_module_path": ExampleConnector.__module__}
+    refused = pytest.raises(UnsupportedEngine, match=r"does not work beside ExampleConnector, which was never read")
+    with refused, engine(calm, **engine_args([other])):
         pass
-
-
-def test_connectors_are_named_however_deep_they_stand() -> None:
-    def several(*children: dict[str, Any]) -> dict[str, Any]:
-        return {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": children}}
-
-    ours, offloading, mine = ({"kv_connector": name} for name in (CONNECTOR, "OffloadingConnector", "Mine"))
-    nested = several(ours, several(offloading, mine))
-    found = list(beside(nested["kv_connector"], nested["kv_connector_extra_config"], CONNECTOR))
-    assert [each.partition(",")[0] for each in found] == ["OffloadingConnector", "Mine"]
-    assert "remembers the pages" in found[0] and "never read" in found[1]
-    assert not list(beside(CONNECTOR, {}, CONNECTOR)) and not list(beside(None, {}, CONNECTOR))
 
 
 def test_an_unknown_option_at_the_start_of_an_engine(calm: Path) -> None:

@@ -1,8 +1,7 @@
-"""What a step writes: pages that it hands out, but not those that a request found in the prefix cache."""
+"""What a step says of the requests in it: who starts or comes back, and which pages those that go on will write."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,29 +12,23 @@ from jointkv.vllm_plugin.engine.steps import pages_to_write, resumed
 from tests.vllm_plugin.scheduling import BLOCK, step_of
 
 
-def new(pages: list[int], computed: int) -> Any:
-    return SimpleNamespace(req_id="new", block_ids=(pages,), num_computed_tokens=computed)
-
-
 @pytest.mark.parametrize(
     ("output", "written"),
     [
         (step_of(), []),
-        (step_of([new([4, 5, 6], 0)]), [4, 5, 6]),
-        (step_of([new([4, 5, 6], 2 * BLOCK)]), [6]),
         (step_of(running=[("a", None, 70), ("b", [9], 64)]), [9]),
-        (step_of(running=[("a", [7, 8, 9], BLOCK)], resumed=["a"]), [8, 9]),
+        (step_of(running=[("a", [7, 8, 9], BLOCK)], resumed=["a"]), []),
         (step_of(running=[("a", [7], 3 * BLOCK)]), [7]),
     ],
 )
 def test_pages_to_write(output: Any, written: list[int]) -> None:
-    assert list(pages_to_write(output, BLOCK)) == written
+    assert list(pages_to_write(output)) == written
 
 
 def test_pages_that_are_to_be_zeroed_are_written() -> None:
-    output = step_of([new([4], 0)])
+    output = step_of(running=[("a", [7], 64)])
     output.new_block_ids_to_zero = [11, 12]
-    assert list(pages_to_write(output, BLOCK)) == [4, 11, 12]
+    assert list(pages_to_write(output)) == [7, 11, 12]
 
 
 def test_resumed() -> None:

@@ -12,6 +12,7 @@ import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group, kv_transfer_state
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiKVConnectorWorkerMetadata
 from vllm.utils.math_utils import cdiv
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -22,6 +23,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from jointkv.policy import FusionPolicy
+from jointkv.vllm_plugin.engine.others import ours
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.worker.comparer import Comparison
 from jointkv.vllm_plugin.worker.mixin import RemappingWorker
@@ -242,9 +244,11 @@ class Runner:
         self.watcher.begin(output)
         connector: Any = get_kv_transfer_group()
         connector.bind_connector_metadata(output.kv_connector_metadata)
+        connector.start_load_kv(None)
         # A request may read pages that one before it writes in the same step.
         sampled = {name: self._compute(name, count) for name, count in output.num_scheduled_tokens.items()}
-        arrived = KVConnectorOutput(kv_connector_worker_meta=self.mail.carry(connector.build_connector_worker_meta()))
+        connector.wait_for_save()
+        arrived = KVConnectorOutput(kv_connector_worker_meta=self._answer(connector))
         connector.clear_connector_metadata()
         if not sampled:
             return ModelRunnerOutput.with_kv_conn_output_only(arrived)
@@ -256,6 +260,11 @@ class Runner:
             kv_connector_output=arrived,
         )
         return None
+
+    def _answer(self, connector: Any) -> Any:
+        """What arrives of the verdict, in the place of its connector, the first of several."""
+        verdict = self.mail.carry(ours(connector).build_connector_worker_meta())
+        return verdict if ours(connector) is connector else MultiKVConnectorWorkerMetadata((verdict, None))
 
     def sample_tokens(self) -> ModelRunnerOutput | None:
         output, self._output = self._output, None
@@ -325,7 +334,9 @@ class BareWorker:
         )
         self.model_runner = self._make_runner(self.vllm_config, config)
         context = self.vllm_config.compilation_config.static_forward_context
-        context.update({f"layers.{number}": self.model_runner.pages for number in range(LAYERS)})
+        layers = {f"layers.{number}": self.model_runner.pages for number in range(LAYERS)}
+        context.update(layers)
+        kv_transfer_state._KV_CONNECTOR_AGENT.register_kv_caches(layers)
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         return CompilationTimes(0.0, 0.0)

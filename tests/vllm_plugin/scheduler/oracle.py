@@ -15,6 +15,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from jointkv.fusion.signature import token_hashes
 from jointkv.fusion.token_index import places
+from jointkv.vllm_plugin.engine.others import ours
 from jointkv.vllm_plugin.engine.steps import started
 from tests.vllm_plugin.scheduler.fake_worker import Block, Model, Runner, within_bounds
 
@@ -81,7 +82,7 @@ class Oracle:
         self.scheduler = core.scheduler
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.groups = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        self.connector = self.scheduler.connector
+        self.connector = ours(self.scheduler.connector)
         self.side = self.connector.scheduler
         self.settings = self.connector.settings
         self.policy = self.settings.fusion_policy()
@@ -114,7 +115,7 @@ class Oracle:
         for name in output.num_scheduled_tokens:
             for number, group in enumerate(self.groups):
                 table = [block.block_id for block in group.req_to_blocks[name]]
-                for found in get_kv_transfer_group().worker.tables.read(name, number, len(table)):
+                for found in ours(get_kv_transfer_group()).worker.tables.read(name, number, len(table)):
                     assert found == table, f"the worker's table of {name}, group {number}, is not the scheduler's"
         self._starting = {name for name, _ in started(output)}
         self.totals["resumed"] += sum(self.accounts[name].request.num_preemptions > 0 for name in self._starting)
@@ -143,7 +144,9 @@ class Oracle:
 
     def may_read(self, account: Account, group: int, slot: int, page: int) -> bool:
         """Whether a private hash of a request may lead to `page`."""
-        return account.may_read(group, slot, self.pages.block(page), self.policy)
+        block = self.pages.block(page)
+        exact = tuple(account.exact[group][slot * self.size : (slot + 1) * self.size])
+        return block == exact or account.may_read(group, slot, block, self.policy)
 
     @property
     def clients(self) -> list[Account]:
@@ -265,6 +268,7 @@ class Oracle:
             for name, blocks in group.req_to_blocks.items():
                 assert not blocks or self.scheduler.requests[name].status == RequestStatus.RUNNING
                 entries.update(block.block_id for block in blocks if not block.is_null)
+        entries.update(block.block_id for _, blocks in self.scheduler.deferred_frees for block in blocks)
         free = [block.block_id for block in self.pool.free_block_queue.get_all_free_blocks()]
         assert len(free) == len(set(free)) == self.pool.get_num_free_blocks(), "the free queue is broken"
         assert not entries.keys() & set(free), "a page is free and referenced"

@@ -114,3 +114,40 @@ def test_beyond_the_bound_a_block_becomes_resident_itself() -> None:
     assert pair.settle(error=0.21) == []
     assert set(pair.pages[1]) <= set(pair.side.candidates.residents.index._buckets)
     assert pair.side.statistics.totals()["rejected"] == {"bound": 1}
+
+
+@pytest.mark.parametrize("loaded", [0, 3])
+def test_pages_that_a_request_starts_with_are_found_by_nobody_whose_text_they_held(loaded: int) -> None:
+    """Also those that another connector fills: vLLM counts them as computed."""
+    manager = new_manager(pages=4, prefix_caching=False)
+    side = SchedulerSide(PluginSettings(min_pool_usage=0.0), manager, (0,))
+    first, second = (new_request({"salt": name}, name) for name in ("red", "blue"))
+    side.admit(first)
+    inquiry = side.next_inquiry(step_of([start(manager, first)]))
+    side.settle(verdict_on(inquiry))
+    residents, pages = side.candidates.residents, manager.get_block_ids("red")[0]
+    assert len(pages) == 4 and all(page in residents for page in pages)
+    side.dismiss("red")
+    manager.free(first)
+    side.admit(second)
+    assert not side.holds(second, 0)
+    given = manager.allocate_slots(second, len(TOKENS) - loaded * BLOCK, num_external_computed_tokens=loaded * BLOCK)
+    assert given is not None
+    side.allocate(second, manager.get_block_ids("blue"))
+    assert sorted(manager.get_block_ids("blue")[0]) == sorted(pages)
+    assert not any(page in residents for page in pages) and side.recovery.cause is None
+
+
+def test_pages_that_a_request_finds_stay_resident() -> None:
+    manager = new_manager(pages=8)
+    side = SchedulerSide(PluginSettings(min_pool_usage=0.0), manager, (0,))
+    first, second = (new_request({}, name) for name in ("first", "second"))
+    side.admit(first)
+    side.settle(verdict_on(side.next_inquiry(step_of([start(manager, first)]))))
+    side.admit(second)
+    blocks, found = manager.get_computed_blocks(second)[:2]
+    assert found == 3 * BLOCK and not side.holds(second, found)
+    assert manager.allocate_slots(second, BLOCK, num_new_computed_tokens=found, new_computed_blocks=blocks) is not None
+    pages = manager.get_block_ids("second")[0]
+    side.allocate(second, (pages,))
+    assert [page in side.candidates.residents for page in pages] == [True, True, True, False]

@@ -23,14 +23,23 @@ from vllm.v1.request import Request
 from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
 
+from jointkv.vllm_plugin.engine import check
 from jointkv.vllm_plugin.scheduler import side as scheduler_side
 from jointkv.vllm_plugin.worker import side
-from tests.effort import FIRST_SEED, MACHINE_STEPS, machine_settings
+from tests.effort import COMBINATION_STEPS, FIRST_SEED, machine_settings
 from tests.hazards import WHERE, runs
 from tests.vllm_plugin.engines import BOLD, write_model
 from tests.vllm_plugin.scheduler.fake_second_runner import write, write_all
 from tests.vllm_plugin.scheduler.fake_worker import Comparer, Signer, packed_pages
-from tests.vllm_plugin.scheduler.machine import BLOCK, TEXTS, VARIANTS, SchedulerMachine, configuration
+from tests.vllm_plugin.scheduler.machine import (
+    BLOCK,
+    SHARES,
+    TEXTS,
+    VARIANTS,
+    SchedulerMachine,
+    combination,
+    configuration,
+)
 
 EVENTS = 120
 """In the life of one engine core; some steps each."""
@@ -56,6 +65,8 @@ def _no_model() -> Iterator[None]:
         patch.setattr(StagedWriteTensor, "apply_write", write)
         patch.setattr(FusedStagedWriter, "apply", write_all)
         patch.setattr(engine_core, "freeze_gc_heap", lambda: None)
+        patch.setattr(check, "refused", lambda found: "")
+        patch.setattr(check, "check_interfaces", lambda parts: None)  # has tests of its own, and takes long
         gc.collect()
         gc.freeze()
         yield
@@ -94,32 +105,32 @@ HAZARD = pytest.mark.hazard(
 )
 
 
+WHATS = {"layer_groups": "layer groups", "scope": "chunks of one request", "candidates": "blocks of other text"}
+"""What some options show, beside fusion or reuse."""
+
+
 def marked(variant: str) -> Any:
     """With what it shows of what runs where."""
     fusion, options = VARIANTS[variant]
-    place = WHERE[2 * options.get("second_runner", False) + options.get("async_scheduling", False)]
-    whats = {
-        "reuse": "reuse",
-        "layer_groups": "layer groups",
-        "scope": "chunks of one request",
-        "candidates": "blocks of other text",
-    }
-    found = [what for option, what in whats.items() if option in fusion] or ["fusion"]
+    second, ahead, reuses = combination(variant)
+    found = ["reuse" if reuses else "fusion", *(what for option, what in WHATS.items() if option in fusion)]
     found += ["pipeline stages"] * ("pipeline_parallel_size" in options)
-    return pytest.param(variant, marks=[mark for what in found for mark in runs(what, place)])
+    found += ["beside other connectors"] * ("beside" in options)
+    return pytest.param(variant, marks=[mark for what in found for mark in runs(what, WHERE[2 * second + ahead])])
 
 
 @HAZARD
-@pytest.mark.parametrize("variant", map(marked, VARIANTS))
-def test_random_events(config: Any, record_property: Any) -> None:
+@pytest.mark.parametrize("variant", [marked(variant) for variant in VARIANTS])
+def test_random_events(variant: str, config: Any, record_property: Any) -> None:
     totals = Counter[str]()
     expected = {"approximate merges", "hits", "resumed", "finished", "aborted"}
-    if config.scheduler_config.scheduler_cls is not None:
-        expected |= {"helpers", "adopted", "reused"}
-    if config.kv_transfer_config.kv_connector_extra_config.get("candidates"):
-        expected.add("merges of other text")
+    fusion, options = VARIANTS[variant]
+    expected |= {"helpers", "adopted", "reused"} if "reuse" in fusion else set()
+    expected |= {"merges of other text"} if "candidates" in fusion else set()
+    expected |= {"loaded"} if "beside" in options else set()
     seeds = itertools.count(FIRST_SEED)
-    while totals["steps"] < MACHINE_STEPS / len(VARIANTS) or not all(totals[name] for name in expected):
+    enough = COMBINATION_STEPS / SHARES[combination(variant)]
+    while totals["steps"] < enough or not all(totals[name] for name in expected):
         seed = next(seeds)
         try:
             play(config, totals, random.Random(seed))

@@ -14,9 +14,15 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.hazards import FIRST
+from tests.vllm_plugin.engines import EXACT, Prompt, engine, near_prefix, text
+
+OUT = 8
+PATIENCE_S = 600
+"""Two ranks that share their cores with others wait for each other."""
 
 PROBED = {"reuse": "probed", "reuse_audit_rate": 1e-9}
 STAGES = [pytest.mark.slow, pytest.mark.runs("pipeline stages", *FIRST)]
+TWO_CORES = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks want two cores")
 SCRIPT = '''
 import json, os, sys
 os.sched_setaffinity(0, range(os.cpu_count()))
@@ -40,10 +46,10 @@ def main():
 
     from jointkv.vllm_plugin import engine_args
     from jointkv.vllm_plugin.scheduler import side
-    from tests.vllm_plugin.engines import BOLD, WATCHED, near_prefix
+    from tests.vllm_plugin.engines import BOLD, WATCHED
 
     side.ReuseRule = BOLD
-    parallel, options = map(json.loads, sys.argv[2:])
+    prompts, parallel, options = map(json.loads, sys.argv[2:])
     arguments = engine_args(**WATCHED, **options)
     if "pipeline_parallel_size" in parallel:
         arguments["worker_cls"] = "two_ranks.ProfilingWorker"
@@ -52,11 +58,11 @@ def main():
         block_size=32, skip_tokenizer_init=True, **parallel, **arguments,
     )
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
-    prompts = [{"prompt_token_ids": prompt} for prompt in near_prefix(4, shared=320)]
+    prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = [one for part in (prompts[:1], prompts[1:]) for one in llm.generate(part, params, use_tqdm=False)]
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     print("FOUND", json.dumps({
-        "lengths": [len(output.outputs[0].token_ids) for output in outputs],
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "statistics": scheduler.connector.scheduler.totals(),
         "references": sum(b.ref_cnt for b in scheduler.kv_cache_manager.block_pool.blocks if not b.is_null),
         "attention": llm.collective_rpc(attention),
@@ -68,7 +74,27 @@ if __name__ == "__main__":
 '''
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks want two cores")
+def found(model: Path, folder: Path, prompts: list[Prompt], parallel: dict[str, Any], options: dict[str, Any]) -> Any:
+    """What the script says of two ranks that serve the first prompt, and then the others."""
+    script = folder / "two_ranks.py"
+    script.write_text(SCRIPT)
+    environment = {
+        **os.environ,
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(script), str(model), *map(json.dumps, (prompts, parallel, options))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")] or [done.stderr[-3000:]]
+    said = json.loads(line.removeprefix("FOUND "))
+    assert [len(tokens) for tokens in said["tokens"]] == [OUT] * len(prompts)
+    assert said["references"] == 0 and said["statistics"]["faults"] == 0 and len(said["attention"]) == 2
+    return said
+
+
+@TWO_CORES
+@pytest.mark.timeout(PATIENCE_S + 60)
 @pytest.mark.parametrize(
     ("parallel", "options"),
     [
@@ -81,33 +107,25 @@ if __name__ == "__main__":
     ],
 )
 def test_two_ranks_merge(calm: Path, tmp_path: Path, parallel: str, options: dict[str, Any]) -> None:
-    script = tmp_path / "two_ranks.py"
-    script.write_text(SCRIPT)
-    environment = {
-        **os.environ,
-        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [
-        sys.executable,
-        str(script),
-        str(calm),
-        json.dumps({f"{parallel}_parallel_size": 2}),
-        json.dumps(options),
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")] or [done.stderr[-3000:]]
-    found = json.loads(line.removeprefix("FOUND "))
-    assert found["lengths"] == [8] * 4 and found["references"] == 0
-    assert found["statistics"]["faults"] == 0
+    said = found(calm, tmp_path, near_prefix(4, shared=320), {f"{parallel}_parallel_size": 2}, options)
     if "reuse" in options:
-        assert found["statistics"]["prompt_tokens_skipped"] > 500
+        assert said["statistics"]["prompt_tokens_skipped"] > 500
     else:
-        assert found["statistics"]["blocks_merged"] > 15
+        assert said["statistics"]["blocks_merged"] > 15
     if "candidates" in options:  # pages of the first request, which has ended, serve nobody
-        assert found["statistics"]["blocks_merged_by_signature"] == found["statistics"]["blocks_merged"]
+        assert said["statistics"]["blocks_merged_by_signature"] == said["statistics"]["blocks_merged"]
     if "own_norms" in options:
-        for ((fault, steps, shared_steps),) in found["attention"]:
-            assert fault is None and shared_steps == steps >= 8
-    assert len(found["attention"]) == 2
+        for ((fault, steps, shared_steps),) in said["attention"]:
+            assert fault is None and shared_steps == steps >= OUT
+
+
+@TWO_CORES
+@pytest.mark.slow
+@pytest.mark.timeout(PATIENCE_S + 60)
+@pytest.mark.runs("pipeline stages", *FIRST)
+def test_bound_zero_changes_no_token_of_two_stages(calm: Path, tmp_path: Path) -> None:
+    prompts = [text(150, number // 3) for number in range(9)]
+    with engine(calm, enable_prefix_caching=False) as stock:
+        expected = stock.generate(prompts, OUT)
+    said = found(calm, tmp_path, prompts, {"pipeline_parallel_size": 2, "enable_prefix_caching": False}, EXACT)
+    assert said["tokens"] == expected and said["statistics"]["blocks_merged"] > 15

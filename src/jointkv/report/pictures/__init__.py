@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from itertools import combinations
 from pathlib import Path
@@ -53,19 +53,26 @@ PICTURES: tuple[Picture[Any], ...] = (
 FORMATS: tuple[type[BaseModel], ...] = tuple(dict.fromkeys(picture.reads for picture in PICTURES))
 
 
-def make_pictures(paths: Sequence[Path], output: Path) -> list[Path]:
+def make_pictures(paths: Sequence[Path], output: Path, only: Collection[str] = ()) -> list[Path]:
     """Write every picture that the results in `paths` have something for, and its table; returns the files written.
 
     All are made before the first is written.
 
+    Args:
+        only: names of pictures; all that there is something for if empty.
+
     Raises:
-        BadInput: what `read_result` raises, results that must not be put together, one with nothing to show, or a
-            folder that cannot be written.
+        BadInput: an unknown name, what `read_result` raises, results that must not be put together, one with nothing to
+            show, or a folder that cannot be written.
     """
+    names = [picture.name for picture in PICTURES]
+    for name in only:
+        if name not in names:
+            raise BadInput(f"unknown picture {name!r}; there are {', '.join(names)}")
     results = [(path, read_result(path, FORMATS)) for path in paths]
     files: dict[str, bytes] = {}
     shown = set()
-    for picture in PICTURES:
+    for picture in (each for each in PICTURES if not only or each.name in only):
         chosen = [(path, each) for path, each in results if isinstance(each, picture.reads) and picture.rows([each])]
         for (before, one), (path, other) in combinations(chosen, 2):
             reason = conflict(picture.conditions(one), picture.conditions(other))

@@ -22,9 +22,11 @@ from jointkv.errors import UnsupportedEngine
 from jointkv.fusion.signature_index import SignatureIndex
 from jointkv.policy import LayerGroups
 from jointkv.policy.identity import ModelIdentity, checkpoint_fingerprint, checkpoint_folder
+from jointkv.vllm_plugin import SCHEDULER
 from jointkv.vllm_plugin.engine.groups import LayerGroupSpec
+from jointkv.vllm_plugin.engine.others import STORES_FOR_ALL, connectors, refused
 from jointkv.vllm_plugin.engine.scheduler import JointScheduler
-from jointkv.vllm_plugin.engine.uses import check_interfaces, is_tested, tested_versions, vllm_version
+from jointkv.vllm_plugin.engine.uses import check_interfaces, check_version
 from jointkv.vllm_plugin.settings import PluginSettings
 
 SPECULATORS = (None, "ngram")
@@ -47,6 +49,9 @@ class ReuseObstacle(NamedTuple):
     reason: str
     why: str
     remedy: str = ""
+
+
+BESIDE_OTHERS = ReuseObstacle("connectors", STORES_FOR_ALL)
 
 
 def check_engine(
@@ -173,10 +178,39 @@ def _check_setup(config: Any, settings: PluginSettings) -> None:
             raise UnsupportedEngine(f"jointkv does not work with {name}; {remedy}, or serve without jointkv")
 
 
+def check_connectors(config: Any) -> None:
+    """Raises UnsupportedEngine unless the plugin's connector is there, once, alone or among others that may be.
+
+    Args:
+        config: the engine's `VllmConfig`; a connector among several sees of them itself alone.
+    """
+    found = connectors(config.kv_transfer_config)
+    if sum(each.is_ours for each in found) != 1:
+        raise UnsupportedEngine(
+            "the jointkv worker runs without the jointkv connector, or with several of it; start with `jointkv serve`, "
+            "give the flags of `jointkv serve --dry-run`, or take the arguments of `engine_args`"
+        )
+    if refused(found):
+        raise UnsupportedEngine(
+            f"jointkv does not work beside {refused(found)}; leave it out, or serve without jointkv"
+        )
+    scheduler = _scheduler(config)
+    if len(found) > 1 and (scheduler is None or not issubclass(scheduler, JointScheduler)):
+        raise UnsupportedEngine(
+            "beside other connectors jointkv needs its own scheduler; take the arguments of `engine_args(beside=...)`, "
+            f"or add --scheduler-cls {SCHEDULER}"
+        )
+
+
+def _scheduler(config: Any) -> type | None:
+    """The scheduler class that was asked for; None for vLLM's own."""
+    named = config.scheduler_config.scheduler_cls
+    return resolve_obj_by_qualname(named) if isinstance(named, str) else named
+
+
 def reuse_obstacle(config: Any, kv_cache_config: KVCacheConfig) -> ReuseObstacle | None:
     """What keeps the engine from reuse, however the plugin is set; arguments as of `check_engine`."""
-    scheduler = config.scheduler_config.scheduler_cls
-    found = resolve_obj_by_qualname(scheduler) if isinstance(scheduler, str) else scheduler
+    found = _scheduler(config)
     if found is None or not issubclass(found, JointScheduler):
         name = "vLLM's own" if found is None else f"{found.__module__}.{found.__qualname__}"
         return ReuseObstacle(
@@ -200,12 +234,7 @@ def reuse_obstacle(config: Any, kv_cache_config: KVCacheConfig) -> ReuseObstacle
 
 
 def _check_tested(config: Any) -> None:
-    version = vllm_version()
-    if not is_tested(version):
-        raise UnsupportedEngine(
-            f"vLLM {version} was never run with jointkv (tested: {tested_versions()}); install a tested version, or "
-            "set allow_untested to try"
-        )
+    check_version()
     device = config.device_config.device_type
     if device != "cpu":
         raise UnsupportedEngine(

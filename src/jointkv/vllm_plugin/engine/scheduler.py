@@ -18,7 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from jointkv.errors import UnsupportedEngine
 from jointkv.vllm_plugin.engine.line import without
-from jointkv.vllm_plugin.settings import PluginSettings
+from jointkv.vllm_plugin.engine.others import ours
 
 
 class JointScheduler(Scheduler):
@@ -30,11 +30,15 @@ class JointScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(getattr(self.connector, "settings", None), PluginSettings):
+        connector = ours(self.connector)
+        if connector is None:
             raise UnsupportedEngine(
                 "jointkv's scheduler runs without its connector; start with `jointkv serve`, or drop --scheduler-cls"
             )
-        self._side: Any = self.connector.scheduler
+        if connector is not self.connector:
+            connector.stand_beside_others()
+        self._side: Any = connector.scheduler
+        self._side.tables.kept = self.deferred_frees
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Send helpers ahead, then schedule as vLLM does."""

@@ -16,15 +16,13 @@ def resumed(output: SchedulerOutput) -> Iterator[tuple[str, int]]:
                 yield request_id, computed
 
 
-def pages_to_write(output: SchedulerOutput, block_size: int) -> Iterator[int]:
-    """Pages that the step hands out and that will be written: not those that a request found in the prefix cache."""
-    for new in output.scheduled_new_reqs:
-        for pages in new.block_ids:
-            yield from pages[new.num_computed_tokens // block_size :]
-    found, cached = dict(resumed(output)), output.scheduled_cached_reqs
+def pages_to_write(output: SchedulerOutput) -> Iterator[int]:
+    """Pages that the step gives to requests that go on, all of which will be written, and those to be zeroed."""
+    cached = output.scheduled_cached_reqs
     for request_id, groups in zip(cached.req_ids, cached.new_block_ids, strict=True):
-        for pages in groups or ():
-            yield from pages[found.get(request_id, 0) // block_size :]
+        if request_id not in cached.resumed_req_ids:
+            for pages in groups or ():
+                yield from pages
     yield from output.new_block_ids_to_zero or ()
 
 

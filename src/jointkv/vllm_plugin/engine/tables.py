@@ -24,6 +24,10 @@ class BlockTables:
 
     Args:
         manager: the scheduler's. Owned by vLLM; every change goes through its pool's own methods.
+
+    Attributes:
+        kept: pages of requests that have left, each with the step that may still write them. vLLM frees them after it,
+            where other connectors load pages and steps overlap.
     """
 
     def __init__(self, manager: KVCacheManager) -> None:
@@ -32,6 +36,7 @@ class BlockTables:
         self.groups = manager.coordinator.single_type_managers
         self.prefix_caching = manager.enable_caching
         self.events = PrivateEvents(self.pool)
+        self.kept: Iterable[tuple[int, Iterable[KVCacheBlock]]] = ()
 
     def block(self, request_id: str, group: int, slot: int) -> KVCacheBlock | None:
         """The block that `request_id` holds at `slot`, or None."""
@@ -157,6 +162,7 @@ class BlockTables:
             for block in blocks
             if not block.is_null
         )
+        entries.update(block.block_id for _, blocks in self.kept for block in blocks)
         for block in self.pool.blocks:
             if not block.is_null and block.ref_cnt != entries[block.block_id]:
                 raise IntegrityError(

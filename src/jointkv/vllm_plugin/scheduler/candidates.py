@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Hashable, Iterator
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -164,9 +164,16 @@ class Candidates:
         there = self.unchanged_since(page, step) and page in self.residents
         return there and (member.signature is None or self._in_use(page))
 
+    def forget_given(self, pages: Iterable[Sequence[int]], found: int, step: int) -> None:
+        """Of `pages`, by group, that a request holds which starts in `step`, those behind the first `found` tokens."""
+        self._forget((page for group in pages for page in group[found // self._block_size :]), step)
+
     def forget_written(self, output: SchedulerOutput, step: int) -> None:
-        """Pages that `step` hands out and will write leave the index before any worker can write them."""
-        for page in pages_to_write(output, self._block_size):
+        """Pages that `step` gives to running requests leave the index before any worker can write them."""
+        self._forget(pages_to_write(output), step)
+
+    def _forget(self, pages: Iterable[int], step: int) -> None:
+        for page in pages:
             self.residents.remove(page)
             self._written[page] = step
 

@@ -82,6 +82,13 @@ class Sharing:
             self.tables.forget(tracked.request, tracked.private_from)
             self.tables.answer_for(tracked.request, tracked.private_from, None)
 
+    def part(self, tracked: TrackedRequest, found: int) -> bool:
+        """Whether a request that would find `found` tokens finds private pages among them; not again."""
+        if tracked.private_from is None or found <= tracked.private_from:
+            return False
+        self.tables.forget(tracked.request, tracked.private_from)
+        return True
+
     def forget(self, tracked: TrackedRequest) -> None:
         """No page answers for the private hashes of a request that has ended."""
         if tracked.private_from is not None:

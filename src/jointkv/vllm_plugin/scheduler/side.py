@@ -83,6 +83,7 @@ class SchedulerSide:
 
     Attributes:
         enabled: whether anything is fused now.
+        beside_others: whether other connectors load pages, and may overwrite what a request found in the prefix cache.
     """
 
     def __init__(
@@ -112,7 +113,9 @@ class SchedulerSide:
         signs = settings.finds_other_text
         self.fusion = Fusion(self.candidates, self.bounds, self.sharing, audits, self.statistics, signs)
         self.questions = Questions(self.bounds, self.statistics, patience(batches), settings.signature_size)
+        self.beside_others = False
         self._helped: list[tuple[str, int]] = []
+        self._found: dict[str, int] = {}
         self._groups, self._ranks = groups, ranks
         self._step = 0
         self._reports = 0
@@ -173,8 +176,24 @@ class SchedulerSide:
 
     @fail_safe
     def holds(self, request: Request, computed: int) -> bool:
-        """Whether `request`, which would find `computed` tokens now, is to wait."""
+        """Whether `request`, which would find `computed` tokens now, is to wait.
+
+        Beside other connectors a request that comes back finds none of its private pages: others may read them.
+        """
+        self._found[request.request_id] = computed
+        if self.beside_others:
+            tracked = self.requests.find(request.request_id)
+            return tracked is not None and self.sharing.part(tracked, computed)
         return self.reuse.holds(request.request_id, computed)
+
+    @fail_safe
+    def allocate(self, request: Request, pages: Sequence[Sequence[int]]) -> None:
+        """`request` starts or comes back with `pages`, by group: those that it did not find will be written.
+
+        By the workers or by a load: another connector may have found more.
+        """
+        found = self._found.pop(request.request_id, request.num_computed_tokens)
+        self.candidates.forget_given(pages, found, self._step + 1)
 
     @property
     def helpers(self) -> dict[str, Helper]:
@@ -218,6 +237,7 @@ class SchedulerSide:
         """Forget a request that has finished or was aborted. Its pages stay resident until they are reused."""
         if request_id in self.requests.active:
             self._leave_alone(request_id, passed_over(self.requests.active[request_id], self.settings))
+        self._found.pop(request_id, None)
         self.reuse.ended(request_id)
         self.reuse.dismiss(request_id)
         tracked = self.requests.pop(request_id)

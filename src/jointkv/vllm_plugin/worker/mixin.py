@@ -8,10 +8,11 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from jointkv.errors import UnsupportedEngine
-from jointkv.vllm_plugin import CONNECTOR, CONNECTOR_MODULE
+from jointkv.vllm_plugin.engine.check import check_connectors
 from jointkv.vllm_plugin.engine.groups import split_layers
 from jointkv.vllm_plugin.engine.opt_out import without_check
-from jointkv.vllm_plugin.engine.others import beside
+from jointkv.vllm_plugin.engine.others import connectors, ours
+from jointkv.vllm_plugin.messages import Inquiry
 from jointkv.vllm_plugin.settings import PluginSettings
 
 
@@ -23,10 +24,8 @@ class RemappingWorker:
 
     def settings(self) -> PluginSettings | None:
         """The plugin's, or None where the engine was started without its connector."""
-        transfer = self.vllm_config.kv_transfer_config
-        if transfer is None or transfer.kv_connector_module_path != CONNECTOR_MODULE:
-            return None
-        return PluginSettings.parse(transfer.kv_connector_extra_config)
+        own = [each for each in connectors(self.vllm_config.kv_transfer_config) if each.is_ours]
+        return PluginSettings.parse(dict(own[0].options)) if own else None
 
     def init_device(self) -> None:
         """Make the model runner, without what is for requests that arrive."""
@@ -56,30 +55,19 @@ class RemappingWorker:
         """Allocate the KV cache, then let the connector read its layout.
 
         Raises:
-            UnsupportedEngine: the connector is missing, or is one of several.
+            UnsupportedEngine: see `check_connectors`.
             LayoutError: see `WorkerSide`.
         """
+        check_connectors(self.vllm_config)
         result = super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
-        if self.settings() is None or not has_kv_transfer_group():
-            raise UnsupportedEngine(
-                "the jointkv worker runs without the jointkv connector, or with others; start with `jointkv serve`, or "
-                f"give the flags of `jointkv serve --dry-run`, with no other connector{self._other_connectors()}"
-            )
-        get_kv_transfer_group().attach(self.model_runner)
+        ours(get_kv_transfer_group()).attach(self.model_runner)
         return result
-
-    def _other_connectors(self) -> str:
-        transfer = self.vllm_config.kv_transfer_config
-        if transfer is None:
-            return ""
-        others = "; ".join(beside(transfer.kv_connector, transfer.kv_connector_extra_config, CONNECTOR))
-        return others and f" beside it: {others}"
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Replace table entries, then run the step. vLLM warms up by steps of its own, with the connector put away."""
         if has_kv_transfer_group():
-            side = get_kv_transfer_group().worker
+            side = ours(get_kv_transfer_group()).worker
             with side.tables.between_steps():
-                side.apply(scheduler_output.kv_connector_metadata)
+                side.apply(Inquiry.among(scheduler_output.kv_connector_metadata))
                 side.follow(scheduler_output)
         return super().execute_model(scheduler_output)  # type: ignore[misc]

@@ -5,6 +5,7 @@ A new version is one more file and a line in `VERSIONS`. Imports vllm only insid
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import distributions
@@ -20,6 +21,7 @@ VERSIONS: dict[str, ModuleType] = {"0.32.": v0_32, "0.33.": v0_33}
 """By how the version begins, the newest last."""
 
 
+@functools.cache  # the description of every package is read
 def vllm_version() -> str:
     """The installed version, whatever the wheel is called; of several wheels that of the one that is imported."""
     return next((each.version for each in distributions() if each.name in DISTRIBUTIONS), "unknown")
@@ -33,6 +35,16 @@ def is_tested(version: str) -> bool:
 def tested_versions() -> str:
     """For messages."""
     return ", ".join(f"{start}x" for start in VERSIONS)
+
+
+def check_version() -> None:
+    """Raises `UnsupportedEngine` where vLLM is a version that the plugin was never run with."""
+    version = vllm_version()
+    if not is_tested(version):
+        raise UnsupportedEngine(
+            f"vLLM {version} was never run with jointkv (tested: {tested_versions()}); install a tested version, or "
+            "set allow_untested to try"
+        )
 
 
 def used() -> ModuleType:

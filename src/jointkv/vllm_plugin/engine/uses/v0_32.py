@@ -10,6 +10,7 @@ BACKENDS = "vllm.v1.attention.backends"
 TABLES = (
     Use(f"{CORE}.kv_cache_manager:KVCacheManager", "block_pool coordinator enable_caching kv_cache_config"),
     Use(f"{CORE}.kv_cache_manager:KVCacheManager", "get_computed_blocks(_) prefix_cache_stats"),
+    Use(f"{CORE}.kv_cache_manager:KVCacheBlocks", "get_block_ids()"),
     Use(f"{CORE}.kv_cache_coordinator:KVCacheCoordinator", "single_type_managers"),
     Use(f"{CORE}.single_type_kv_cache_manager:FullAttentionManager", "req_to_blocks num_cached_block block_size"),
     Use(
@@ -63,8 +64,8 @@ STEPS = (
 SCHEDULING = (
     Use(
         f"{CORE}.sched.scheduler:Scheduler",
-        "connector requests running waiting deferred_waiting policy kv_cache_manager max_num_running_reqs "
-        "max_num_scheduled_tokens "
+        "connector requests running waiting deferred_waiting deferred_frees policy kv_cache_manager "
+        "max_num_running_reqs max_num_scheduled_tokens "
         "add_request(_) finish_requests(_,_)",
     ),
     Use(f"{CORE}.sched.request_queue:SchedulingPolicy", "FCFS"),
@@ -110,7 +111,10 @@ CONFIGURATION = (
     Use("vllm.config:SchedulerConfig", "disable_hybrid_kv_cache_manager scheduler_cls async_scheduling"),
     Use("vllm.config:DeviceConfig", "device_type"),
     Use("vllm.config:ModelConfig", "model revision get_total_num_kv_heads() get_head_size()"),
-    Use("vllm.config:KVTransferConfig", "kv_connector_module_path kv_connector_extra_config"),
+    Use("vllm.config:KVTransferConfig", "kv_connector kv_connector_module_path kv_connector_extra_config"),
+    Use(f"{CONNECTOR.rpartition('.')[0]}.factory:KVConnectorFactory", "register_connector(_,_,_)"),
+    Use(f"{CONNECTOR}.multi_connector:MultiConnector", "sub_connectors"),
+    Use(f"{CONNECTOR}.multi_connector:MultiKVConnectorMetadata", "metadata"),
     Use("vllm.config:SpeculativeConfig", "method"),
 )
 METRICS = (

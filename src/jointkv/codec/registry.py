@@ -1,0 +1,61 @@
+"""All codecs, and messages that name theirs in their first byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from jointkv.codec.alone import Alone
+from jointkv.codec.base import Aids, Codec
+from jointkv.codec.difference import Difference
+from jointkv.codec.exact import Exact
+from jointkv.codec.fp8 import Float8
+from jointkv.codec.int4 import Int4
+from jointkv.codec.pages import Layout, Pages
+from jointkv.codec.raw import Raw
+from jointkv.codec.reference import Reference
+from jointkv.errors import BadInput
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec for codec in (Raw(), Exact(), Reference(), Alone(), Difference(), Float8(), Int4())
+}
+_BY_NUMBER = {codec.number: codec for codec in CODECS.values()}
+
+NEEDS_REFERENCE = frozenset(CODECS[name].number for name in ("reference", "difference"))
+"""First bytes of messages that say nothing without a reference page."""
+
+
+def get_codec(name: str) -> Codec:
+    """The codec `name`. Raises BadInput for an unknown one."""
+    if name not in CODECS:
+        raise BadInput(f"unknown codec {name!r}; there are {', '.join(CODECS)}")
+    return CODECS[name]
+
+
+def encode(codec: Codec, pages: Pages, aids: Aids) -> list[bytes]:
+    """Messages of `pages`, one each, without a look at errors; see `jointkv.codec.choose`."""
+    return [bytes([codec.number]) + payload for payload in codec.encode(pages, aids)]
+
+
+def decode(messages: Sequence[bytes], layout: Layout, positions: Tensor, aids: Aids) -> Pages:
+    """The pages of `messages`, whatever their codecs, at `positions [n]`.
+
+    Raises:
+        BadInput: malformed, of an unknown codec, or without what they need of `aids`.
+        ModelMismatch: encoded with another transform.
+    """
+    pages = Pages.empty(layout, positions)
+    chosen: dict[int, list[int]] = {}
+    for number, message in enumerate(messages):
+        if not message or message[0] not in _BY_NUMBER:
+            raise BadInput("a page of an unknown codec; a newer jointkv may have written it")
+        chosen.setdefault(message[0], []).append(number)
+    for code, numbers in chosen.items():
+        index = torch.tensor(numbers)
+        references = aids.references if code in NEEDS_REFERENCE else None
+        mine = Aids(aids.transform, None if references is None else references.take(index))
+        payloads = [messages[number][1:] for number in numbers]
+        pages.put(numbers, _BY_NUMBER[code].decode(payloads, layout, positions[index], mine))
+    return pages
