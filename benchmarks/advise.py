@@ -1,13 +1,14 @@
-"""How long `jointkv advise` takes on 10,000 requests of some 4,000 tokens, and how much memory.
+"""How long `jointkv advise` takes on requests of some 4,000 tokens, on one core, and how much memory.
 
 Two logs: agents behind a number, with tools and a history of which no two sessions have a line in common; and texts
-that share nothing, the most there can be to tokenize.
+that share nothing, the most there can be to tokenize; time grows with their number.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import subprocess
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jointkv.evaluate.advise.run import Settings, advise
@@ -62,6 +64,7 @@ def unrelated(requests: int) -> Iterator[dict[str, Any]]:
         yield {"prompt": "\n".join(said(rng, words, WORDS_OF_A_TEXT // 10) for _ in range(10))}
 
 
+ONE_CORE = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 LOGS = {"agents": agents, "unrelated": unrelated}
 
 
@@ -98,6 +101,7 @@ def measure(log: str, requests: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--unrelated", type=int, default=2_000, help="requests of the log that shares nothing")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     parser.add_argument("--log", choices=LOGS, help=argparse.SUPPRESS)
@@ -108,10 +112,15 @@ def main() -> None:
     rows = []
     for log in LOGS:
         for _ in range(given.repeats):  # each in a process of its own, so that its memory is its own
-            command = [sys.executable, __file__, "--log", log, "--requests", str(given.requests)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            requests = given.requests if log == "agents" else given.unrelated
+            command = [sys.executable, __file__, "--log", log, "--requests", str(requests)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | ONE_CORE)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
-    headline = {f"{log}_seconds": sorted(row["seconds"] for row in rows if row["log"] == log) for log in LOGS}
+            print(done.stdout.splitlines()[-1], flush=True)
+    headline = {
+        f"{log}_processor_seconds": median(row["processor_seconds"] for row in rows if row["log"] == log)
+        for log in LOGS
+    }
     write(given.output, "advise", {"headline": headline, "model": MODEL, "runs": rows})
 
 

@@ -24,26 +24,26 @@ TOOLS = """You are an assistant with tools. Answer with one call as JSON, or in 
 QUESTIONS = ("Which trains go from Bern to Basel?", "And back in the evening?", "Send that to Ada, please.")
 
 
-def main(model_name: str = "smollm2") -> list[tuple[int, int]]:
-    """Three turns; returns prompt tokens and tokens skipped of each."""
+def main(model_name: str = "smollm2", turns: int = 3, tokens: int = 12) -> list[tuple[int, int]]:
+    """Answer in so many tokens each; returns prompt tokens and tokens skipped of each turn."""
     model, tokenizer = load_model(model_name, dtype="float32")
     pool = JointPool(model, reuse="probed")
-    history, turns = "", []
+    history, done = "", []
     kept = []  # a cache keeps its pages resident as long as it lives
-    for question in QUESTIONS:
+    for question in QUESTIONS[:turns]:
         history += f"User: {question}\nAssistant:"
         prompt = f"Request {random.randrange(10**11, 10**12)}.\n{TOOLS}{history}"
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         cache = JointCache(pool, isolation_key="my-agent")
-        done = cache.prefill(model, inputs.input_ids, inputs.attention_mask)
+        skipped = cache.prefill(model, inputs.input_ids, inputs.attention_mask).skipped
         with torch.no_grad():
-            output = model.generate(**inputs, past_key_values=cache, max_new_tokens=12, do_sample=False)
+            output = model.generate(**inputs, past_key_values=cache, max_new_tokens=tokens, do_sample=False)
         answer = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         history += f"{answer}\n"
         kept.append(cache)
-        turns.append((inputs.input_ids.shape[1], done.skipped))
-        print(f"{turns[-1][0]} prompt tokens, {done.skipped} of them read instead of computed:{answer.strip()!r}")
-    return turns
+        done.append((inputs.input_ids.shape[1], skipped))
+        print(f"{done[-1][0]} prompt tokens, {skipped} of them read instead of computed: {answer.strip()!r}")
+    return done
 
 
 if __name__ == "__main__":

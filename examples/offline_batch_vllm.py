@@ -21,6 +21,7 @@ QUESTIONS = ("How many visitors came?", "What must be mended?", "When was the cl
 
 def main(model: str | None = None, **options: object) -> float:
     """Answer the questions; returns how many blocks were merged."""
+    from prometheus_client import REGISTRY
     from vllm import LLM, SamplingParams
 
     from jointkv.vllm_plugin import engine_args
@@ -34,7 +35,8 @@ def main(model: str | None = None, **options: object) -> float:
     prompts = [f"Request {4711 + 97 * n}.\n{REPORT}\nQuestion: {q}\nAnswer:" for n, q in enumerate(QUESTIONS)]
     for answer in llm.generate(prompts, SamplingParams(max_tokens=16, temperature=0), use_tqdm=False):
         print(repr(answer.outputs[0].text.strip()))
-    merged = sum(each.value for each in llm.get_metrics() if each.name == "jointkv_blocks_merged")
+    counted = (sample for family in REGISTRY.collect() for sample in family.samples)  # what a server has in /metrics
+    merged = sum(sample.value for sample in counted if sample.name == "jointkv_blocks_merged_total")
     print(f"{merged:g} blocks given back to the pool")
     return merged
 

@@ -75,7 +75,7 @@ def _print(found: "Advice") -> None:
         console.print(f"caution: {caution}", highlight=False, markup=False)
     for row in found.breaks:
         console.print(
-            f"\n{row.says} at token {row.token:,} breaks the prefix of {row.requests:,} requests "
+            f"\n{row.says} at token {row.token:,} breaks the prefix of {_requests(row.requests)} "
             f"({row.place}: {row.ours!r}, before {row.theirs!r}).\n  {row.advice}: +{row.gain:,} exact tokens, "
             f"{row.gain_share:.1%} of all.",
             highlight=False,
@@ -83,6 +83,10 @@ def _print(found: "Advice") -> None:
         )
     if not found.breaks:
         console.print("No difference breaks prefixes that would be worth having.", highlight=False)
+
+
+def _requests(number: int) -> str:
+    return "1 request" if number == 1 else f"{number:,} requests"
 
 
 def _draw(found: "Advice", output: Path) -> None:

@@ -38,8 +38,14 @@ def agents(name: str, tokenizer: Any, path: Path, count: int = 12) -> Advice:
     return on(write(path, [as_row(each, number, "m", 8) for number, each in enumerate(made)]), tokenizer)
 
 
-def test_following_the_advice_brings_what_it_says(tokenizer: Any, tmp_path: Path) -> None:
-    behind, without = (agents(name, tokenizer, tmp_path / name) for name in ("agent_turns_nonce", "agent_turns"))
+@pytest.fixture(scope="module")
+def without(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Advice:
+    """Of agents whose prefixes nothing breaks."""
+    return agents("agent_turns", tokenizer, tmp_path_factory.mktemp("log") / "log.jsonl")
+
+
+def test_following_the_advice_brings_what_it_says(without: Advice, tokenizer: Any, tmp_path: Path) -> None:
+    behind = agents("agent_turns_nonce", tokenizer, tmp_path / "log.jsonl")
     assert behind.exact_tokens == 0 and behind.same_tokens > 0.8 * without.exact_tokens
     (found,) = behind.breaks
     assert (found.says, found.requests, found.anchor) == ("a 12-digit number", 10, "<system>Request ")
@@ -55,10 +61,14 @@ def test_following_the_advice_brings_what_it_says(tokenizer: Any, tmp_path: Path
         ("agent_turns_thoughts", "a thought stripped"),
     ],
 )
-def test_what_breaks_the_prefix_of_agents(name: str, says: str, tokenizer: Any, tmp_path: Path) -> None:
-    found = agents(name, tokenizer, tmp_path / "log.jsonl", 16)
+def test_what_breaks_the_prefix_of_agents(
+    name: str, says: str, without: Advice, tokenizer: Any, tmp_path: Path
+) -> None:
+    found = agents(name, tokenizer, tmp_path / "log.jsonl")
     assert found.breaks[0].says == says and found.breaks[0].gain > 0
-    assert found.exact_tokens + found.gain <= found.tokens
+    assert [each.says for each in found.breaks].count(says) == 1
+    if "thoughts" not in name:  # other prompts than without them
+        assert found.exact_tokens + found.gain == pytest.approx(without.exact_tokens, rel=0.05)
 
 
 def test_a_log_without_anything_in_common(tokenizer: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from jointkv.evaluate.advise.resident import Seen
 
 Tokens = NDArray[np.integer]
 RUNS = 6
-"""Of a request that are followed back, the longest."""
+"""Of a request that are followed back, the longest: the one of its own conversation is seldom among the first."""
 PROBE = 16
 """Tokens by which a text is looked for elsewhere."""
 
@@ -29,7 +29,7 @@ class Break:
         theirs: the earlier request.
         theirs_resume: the same place there.
         gain: tokens more that an exact prefix would have, in whole blocks, if what differs stood behind.
-        reordered: whether what stands there instead stands elsewhere in the request.
+        reordered: whether what stands there in each of them stands later in the other.
     """
 
     at: int
@@ -52,7 +52,7 @@ def find_break(
         if at >= run.end or (resumes <= at and not run.shift):
             continue
         their_resume = resumes - run.shift
-        reordered = _reordered(tokens, theirs, at, resumes, their_resume)
+        reordered = _reordered(tokens, theirs, at)
         # In one order all that is resident would follow; else only what follows in this request.
         follows = sum(each.tokens for each in behind) if reordered else run.end - max(resumes, at)
         gain = (at + follows) // block_size * block_size - seen.exact_tokens
@@ -77,16 +77,14 @@ def _back(tokens: Tokens, theirs: Tokens, run: MovedRun) -> int:
     return run.first - (length - int(differ[-1]) - 1 if len(differ) else length)
 
 
-def _reordered(tokens: Tokens, theirs: Tokens, at: int, resumes: int, their_resume: int) -> bool:
-    """Whether what one of them has between is elsewhere in the other."""
-    return _holds(tokens, theirs[at:their_resume]) or _holds(theirs, tokens[at:resumes])
+def _reordered(tokens: Tokens, theirs: Tokens, at: int) -> bool:
+    """Whether what comes next in each of them comes later in the other."""
+    return _comes_later(theirs, tokens, at) and _comes_later(tokens, theirs, at)
 
 
-def _holds(tokens: Tokens, text: Tokens) -> bool:
-    if len(text) < PROBE or len(tokens) < PROBE:
+def _comes_later(tokens: Tokens, other: Tokens, at: int) -> bool:
+    probe, rest = other[at : at + PROBE], tokens[at:]
+    if len(probe) < PROBE or len(rest) < PROBE:
         return False
-    start = (len(text) - PROBE) // 2
-    probe = text[start : start + PROBE]
-    (first,) = np.nonzero(tokens[: len(tokens) - PROBE + 1] == probe[0])
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, PROBE)[first]
-    return bool((windows == probe).all(1).any())
+    starts = np.flatnonzero((rest[: 1 - PROBE] == probe[0]) & (rest[1 : 2 - PROBE] == probe[1]))
+    return any(np.array_equal(rest[start : start + PROBE], probe) for start in starts.tolist())

@@ -40,8 +40,12 @@ ADVICE = {
     "text": "send first what is the same in most requests, and what differs behind it",
     "blocks": "the log has no text, only hashes of blocks: look at what stands there in the prompts themselves",
 }
+ANYWHERE = ("tools", "order", "thought")
+"""Kinds that are one fault wherever they stand."""
 BEFORE, BEHIND = 64, 64
 """Tokens that are looked at before the first that differs, and from there on."""
+LONGEST = 64
+"""Characters on either side of the difference that are one thing with it."""
 SHOWN = 48
 """Characters of an example."""
 
@@ -129,7 +133,8 @@ def described(kind: str, shortest: int, longest: int) -> str:
 
 def _covering(pattern: re.Pattern[str], text: str, at: int) -> re.Match[str] | None:
     """What of `text` matches and holds the character `at`, or ends just before it."""
-    return next((found for found in pattern.finditer(text) if found.start() <= at <= found.end()), None)
+    around = pattern.finditer(text, max(0, at - LONGEST), at + LONGEST)
+    return next((found for found in around if found.start() <= at <= found.end()), None)
 
 
 def _thought(text: str, at: int) -> bool:

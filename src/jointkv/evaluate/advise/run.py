@@ -14,7 +14,7 @@ import numpy as np
 from jointkv.core.reuse import Integers
 from jointkv.errors import BadInput
 from jointkv.evaluate.advise.breaks import Break, find_break
-from jointkv.evaluate.advise.kinds import ADVICE, BEFORE, BEHIND, Difference, Sides, described, difference
+from jointkv.evaluate.advise.kinds import ADVICE, ANYWHERE, BEFORE, BEHIND, Difference, Sides, described, difference
 from jointkv.evaluate.advise.resident import Resident
 from jointkv.evaluate.advise.result import Advice, Breaking
 from jointkv.evaluate.advise.tokenizing import LineTokenizer, Spelling
@@ -218,7 +218,7 @@ class _Walk:
         return difference(Sides("".join(ours), "".join(theirs)), place, found.reordered)
 
     def _note(self, prompt: _Prompt, found: Difference, gain: int) -> None:
-        key = (found.kind, found.anchor)
+        key = (found.kind, "" if found.kind in ANYWHERE else found.anchor)
         if key not in self._clusters:
             if len(self._clusters) >= MOST_KINDS:
                 self._other += gain
