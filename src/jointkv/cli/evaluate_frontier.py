@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @named_errors()
 def frontier(
     model: Model = "smollm2",
-    traffic: list[str] | None = typer.Option(None, help="Kind of requests; may be repeated. Default four."),
+    traffic: list[str] | None = typer.Option(None, help="Kind of requests; may be repeated. Default three."),
     requests: int = typer.Option(12, help="Requests of each kind."),
     tokens: int = typer.Option(24, min=1, help="True tokens scored after each prompt."),
     block_size: list[int] | None = typer.Option(

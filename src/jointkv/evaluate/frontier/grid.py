@@ -39,7 +39,7 @@ class FrontierSettings:
         most_kl: a series ends with the first policy beyond it.
     """
 
-    traffics: tuple[str, ...] = ("unrelated", "retrieval", "near_prefix", "long_documents")
+    traffics: tuple[str, ...] = ("unrelated", "retrieval", "near_prefix")
     requests: int = 12
     tokens: int = 24
     block_sizes: tuple[int, ...] = (4, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 from transformers import PreTrainedModel
 
@@ -34,16 +35,16 @@ def run_frontier(
     series = list(all_series(settings))
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     groups = {each: LayerGroups.of(each.policy(each.levels[0], "batch"), layers).count for each in series}
-    for name in settings.traffics:
-        traffic = get_traffic(name)
-        requests = traffic.requests(
-            tokenizer, settings.requests, continuation_tokens=settings.tokens, seed=settings.seed
-        )
-        for size in settings.block_sizes:
-            batch = prefill(model, requests, block_size=size)
-            for each, count in groups.items():
-                report(f"{name}, blocks of {size}: {each.candidates}, {each.serves}, {each.decides}, {count} groups")
-                yield from _rows(model, batch, traffic, each, count, settings.most_kl)
+    drawn = {
+        traffic: traffic.requests(tokenizer, settings.requests, continuation_tokens=settings.tokens, seed=settings.seed)
+        for traffic in map(get_traffic, settings.traffics)
+    }
+    for (traffic, requests), size in product(drawn.items(), settings.block_sizes):
+        batch = prefill(model, requests, block_size=size)
+        for each, count in groups.items():
+            kind = f"{each.candidates}, {each.serves}, {each.decides}, {count} groups"
+            report(f"{traffic.name}, blocks of {size}: {kind}")
+            yield from _rows(model, batch, traffic, each, count, settings.most_kl)
 
 
 def _rows(
