@@ -24,6 +24,7 @@ VLLM_FLAGS = {
     "--no-enable-prefix-caching",
     "--enforce-eager",
     "--logits-processors",
+    "--kv-transfer-config",
     "--scheduler-cls",
 }
 """Flags of vLLM's that the pages name; tests/docs/test_vllm_flags.py asks vLLM for them."""
