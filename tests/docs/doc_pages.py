@@ -25,6 +25,7 @@ VLLM_FLAGS = {
     "--enforce-eager",
     "--logits-processors",
     "--kv-transfer-config",
+    "--max-model-len",
     "--scheduler-cls",
 }
 """Flags of vLLM's that the pages name; tests/docs/test_vllm_flags.py asks vLLM for them."""

@@ -186,7 +186,8 @@ def test_inline_commands_and_options_exist(page: Path) -> None:
         elif words[0].startswith("--"):
             assert words[0].partition("=")[0] in known, code
             if words[0] in ("--fuse", "--set") and words[1:] != ["KEY=VALUE"]:
-                fusion_options(words[1:], {}, words[0])
+                serves = {} if any(word.startswith("reuse=") for word in words) else {"reuse": "auto"}
+                fusion_options(words[1:], serves, words[0])
 
 
 def verbs() -> list[Any]:

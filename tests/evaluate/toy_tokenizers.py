@@ -1,5 +1,7 @@
 """Tokenizers of several kinds, trained on the packaged sample, and the real one."""
 
+from typing import Any
+
 import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RawTokenizer
@@ -7,6 +9,23 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jointkv.evaluate.traffic import Tokenizer
 from jointkv.evaluate.traffic.gsm8k import load_problems
+
+
+class Remembering:
+    """A tokenizer that does each text once: the same requests are drawn again and again here."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._found: dict[tuple[str, bool], Any] = {}
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any:
+        key = text, add_special_tokens
+        if key not in self._found:
+            self._found[key] = self._tokenizer(text, add_special_tokens=add_special_tokens)
+        return self._found[key]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 def byte_level(*, single_digits: bool, bos: bool = False) -> PreTrainedTokenizerFast:

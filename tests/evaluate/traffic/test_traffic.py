@@ -12,7 +12,7 @@ from jointkv.evaluate.traffic.four_shot import EXAMPLE_ROWS, shared_text
 from jointkv.evaluate.traffic.gsm8k import load_problems
 from jointkv.evaluate.traffic.random_tokens import RandomTokens
 from jointkv.evaluate.traffic.unrelated import PROMPT_TOKENS
-from tests.evaluate.toy_tokenizers import ALL, MAKERS, REAL
+from tests.evaluate.toy_tokenizers import ALL, MAKERS, REAL, Remembering
 
 FOUR_SHOT = ("near_prefix", "names")
 NAMES = tuple(name for name in traffic_names() if not name.startswith("agent_turns_"))
@@ -43,7 +43,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def small_tokenizer() -> Tokenizer:
-    return MAKERS["single_digits"]()
+    return Remembering(MAKERS["single_digits"]())  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="module", params=[REAL])
