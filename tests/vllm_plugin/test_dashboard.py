@@ -262,6 +262,8 @@ def test_the_dashboard_shows_what_happened(prometheus: Prometheus) -> None:
         "left_alone",
         "no_reuse",
         "by_signature",
+        "moved",
+        "pages_filled",
     )
     for expression in dashboard_expressions():
         if not any(name in expression for name in (*zero_on_a_healthy_server, "kv_cache_usage_perc")):
