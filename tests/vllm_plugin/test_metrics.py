@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 pytest.importorskip("vllm")
 
@@ -24,6 +24,15 @@ def metrics(registry: CollectorRegistry) -> JointPromMetrics:
     kinds: Any = {kind: partial(kind, registry=registry) for kind in (Counter, Gauge, Histogram)}
     engines: dict[int, list[object]] = {0: ["model", "0"], 1: ["model", "1"]}
     return JointPromMetrics(SimpleNamespace(kv_transfer_config=None), kinds, ["model_name", "engine"], engines)
+
+
+def test_a_second_engine_of_a_process_counts_from_zero() -> None:
+    kinds: Any = {kind: kind for kind in (Counter, Gauge, Histogram)}
+    for _ in range(2):
+        made = JointPromMetrics(SimpleNamespace(kv_transfer_config=None), kinds, ["model_name"], {0: ["model"]})
+        assert REGISTRY.get_sample_value("jointkv_pages_freed_total", {"model_name": "model"}) == 0
+        made.observe({"counters": {"pages_freed": 3}}, 0)
+        assert REGISTRY.get_sample_value("jointkv_pages_freed_total", {"model_name": "model"}) == 3
 
 
 def licences(state: str = "earning", limit: float = 1.0) -> LicenceGauges:

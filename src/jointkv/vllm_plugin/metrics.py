@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, TypedDict
 
+from prometheus_client import REGISTRY, Gauge, Histogram
 from prometheus_client import Counter as PromCounter
-from prometheus_client import Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
@@ -232,6 +232,13 @@ class WorkerStatistics:
         return JointStats({"counters": dict(new)})
 
 
+def _unregister_earlier() -> None:
+    """As vLLM does with its own metrics: those of an engine made before in this process give way to the new one's."""
+    for collector in list(REGISTRY._collector_to_names):
+        if getattr(collector, "_name", "").startswith("jointkv_"):
+            REGISTRY.unregister(collector)
+
+
 class JointPromMetrics(KVConnectorPromMetrics):
     """Registers the metrics with vLLM and fills them from `JointStats`."""
 
@@ -242,6 +249,7 @@ class JointPromMetrics(KVConnectorPromMetrics):
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
+        _unregister_earlier()
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._labelnames = labelnames
         self._counters = {

@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.registry import _ATTN_OVERRIDES, AttentionBacken
 from vllm.v1.worker.gpu_worker import Worker
 
 from jointkv.errors import UnsupportedEngine
-from jointkv.vllm_plugin import CONNECTOR_MODULE
+from jointkv.vllm_plugin import CONNECTOR, CONNECTOR_MODULE
 from jointkv.vllm_plugin.attention.gpu import JointGPUAttention, JointGPUBackend, JointGPUBuilder
 from jointkv.vllm_plugin.attention.install import override
 from jointkv.vllm_plugin.worker.gpu import JointGPUWorker
@@ -41,7 +41,8 @@ def test_registration_leaves_the_registry_as_it_was() -> None:
 def engine_config(
     backends: dict[str, str] | None = None, head_size: int = 64, pages: str = "auto", **options: Any
 ) -> Any:
-    transfer = SimpleNamespace(kv_connector_module_path=CONNECTOR_MODULE, kv_connector_extra_config=options)
+    names = {"kv_connector": CONNECTOR, "kv_connector_module_path": CONNECTOR_MODULE}
+    transfer = SimpleNamespace(**names, kv_connector_extra_config=options)
     return SimpleNamespace(
         attention_config=AttentionConfig(backend_per_kind=backends or {}),
         kv_transfer_config=transfer,

@@ -92,6 +92,7 @@ def test_pages_without_numbers_have_none() -> None:
     comparer = PageComparer("rms", {0: pages}, None, PageSigner({0: pages}, 32))
     both = asking([(0, 4), (0, 5)])
     both.group, both.own, both.other = np.array([[0], [5], [5]])
+    both.second = both.offset = both.shift = np.zeros(1, np.int64)
     verdict: Verdict = comparer.finish(comparer.begin(both))
     verdict.check(1, 2, 32)
     assert np.isfinite(verdict.signatures).all(1).tolist() == [False, True] and verdict.key_error.tolist() == [0]

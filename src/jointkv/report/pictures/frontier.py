@@ -75,9 +75,9 @@ def _draw(axes: Axes, rows: Sequence[FrontierRow]) -> None:
                 named = {"label": label} if look["linestyle"] else {}
                 axes.plot(*zip(*points, strict=True), "o", color=colour(place), markersize=3.5, **look, **named)
     axes.axvline(LIMIT, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xscale("log")
-    axes.set_xlim(LEAST_KL / 2, None)
     axes.set_xlabel("KL (nats)")
+    log_axis(axes, "x", LEAST_KL / 2, max(LIMIT, *(row.kl for row in rows)))
+    axes.set_xticks([10.0**power for power in range(-6, 1, 2)])
     log_axis(axes, "y", 1.0, max(1.5, *(row.ratio for row in rows)))
     plain_ticks(axes.yaxis)
 
