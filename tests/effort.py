@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-MACHINE_STEPS = int(os.environ.get("JOINTKV_TEST_STEPS", "3000"))
+MACHINE_STEPS = int(os.environ.get("JOINTKV_TEST_STEPS", "2000"))
 """Steps of every state machine: 100,000 with `make nightly`."""
 
 COMBINATION_STEPS = max(2000, MACHINE_STEPS // 5)
@@ -17,7 +17,7 @@ COMBINATION_STEPS = max(2000, MACHINE_STEPS // 5)
 FIRST_SEED = int(os.environ.get("JOINTKV_TEST_SEED", "0"))
 """Of tests that try one seed after the other."""
 
-FUZZ_EXAMPLES = int(os.environ.get("JOINTKV_FUZZ_EXAMPLES", "200"))
+FUZZ_EXAMPLES = int(os.environ.get("JOINTKV_FUZZ_EXAMPLES", "120"))
 """Inputs for every parser: 20,000 with `make fuzz`."""
 
 

@@ -103,6 +103,7 @@ def server(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.mark.real_model
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_fused_run(server: Server, tokenizer: str) -> None:
     from transformers import AutoTokenizer

@@ -98,7 +98,7 @@ def found(model: Path, folder: Path, prompts: list[Prompt], parallel: dict[str, 
 @pytest.mark.parametrize(
     ("parallel", "options"),
     [
-        pytest.param("tensor", {}, id="as they stand"),
+        pytest.param("tensor", {}, id="as they stand", marks=pytest.mark.slow),
         pytest.param("tensor", {"own_norms": True}, id="own norms", marks=pytest.mark.slow),
         pytest.param("tensor", {"candidates": "signature"}, id="signatures", marks=pytest.mark.slow),
         pytest.param("tensor", PROBED, id="reuse", marks=pytest.mark.slow),
