@@ -78,6 +78,7 @@ def test_neither_layers_nor_tokens_nor_growing_pages_ask_for_more_graphs(caplog,
     assert "Exception ignored" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_sliding_layers_are_compiled_as_they_are_with_the_stock_cache():
     _, seen = answers("gemma3", tokens=5, **MIXED)
     assert seen[2] == seen[1], "other requests need no other graphs"

@@ -157,6 +157,7 @@ def test_directions_are_not_quantised():
 
 
 @pytest.mark.real_model
+@pytest.mark.slow
 def test_fusion_on_near_prefix_traffic_beats_what_it_is_compared_with():
     from jointkv.evaluate.holding.batch import Batch
     from jointkv.evaluate.traffic import get_traffic

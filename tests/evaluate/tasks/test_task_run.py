@@ -190,7 +190,8 @@ def test_tasks_are_found_by_name():
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("new_tokens", [16, pytest.param(gsm8k.MAX_NEW_TOKENS, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("new_tokens", [16, gsm8k.MAX_NEW_TOKENS])
 def test_the_safe_policy_answers_as_the_real_model_in_less_memory(new_tokens, monkeypatch):
     monkeypatch.setattr(gsm8k, "MAX_NEW_TOKENS", new_tokens)
     model, tokenizer = load_model("smollm2", dtype="float32")
