@@ -12,14 +12,11 @@ from jointkv.bench.fidelity import Outputs, reference_arm
 from jointkv.bench.plan import Plan
 from jointkv.bench.result import Divergence, ServingResult
 from jointkv.bench.run import Serve
-from jointkv.bench.server import Server, ServerFailed, get
+from jointkv.bench.server import ANSWER_SECONDS, Server, ServerFailed, get
 from jointkv.evaluate.traffic.base import Tokenizer
 
 ALTERNATIVES = 20
 """Likeliest tokens that the reference is asked for; vLLM tells no more by default."""
-SECONDS = 600.0
-"""That one answer may take."""
-
 
 Stages = Callable[[str], AbstractContextManager[Any]]
 """Says what is going on while its context is open."""
@@ -127,7 +124,7 @@ def _alternatives(server: Server, plan: Plan, parting: Parting) -> dict[str, flo
         "return_tokens_as_token_ids": True,
     }
     try:
-        answer = json.loads(get(f"{server.url}/v1/completions", timeout=SECONDS, body=body))
+        answer = json.loads(get(f"{server.url}/v1/completions", timeout=ANSWER_SECONDS, body=body))
     except OSError as error:
         server.require_alive("when asked where answers part")
         raise ServerFailed(f"the server did not say how likely tokens are: {error}") from None

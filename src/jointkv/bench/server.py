@@ -26,6 +26,8 @@ HOST = "127.0.0.1"
 GRACE_SECONDS = 10.0
 KILL_SECONDS = 10.0
 RESET_SECONDS = 30.0
+ANSWER_SECONDS = 600.0
+"""That one answer may take, of a server that has others to give."""
 POLL_SECONDS = 0.25
 LOG_LINES = 3
 # Of every arm alike. A line for each step says what no metric does; see `Step`.

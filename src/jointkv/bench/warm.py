@@ -10,7 +10,7 @@ from jointkv.bench.plan import Plan
 from jointkv.bench.requests import ServingRequest
 from jointkv.bench.result import Arm
 from jointkv.bench.reuse import Warmup
-from jointkv.bench.server import Server, ServerFailed, get
+from jointkv.bench.server import ANSWER_SECONDS, Server, ServerFailed, get
 from jointkv.bench.watch import Watch
 
 WARM_UP_REQUESTS = 4
@@ -18,8 +18,6 @@ WARM_UP_PROMPT_TOKENS = 40
 OUTPUT_TOKENS = 8
 """Enough for the blocks of a prompt to be compared before their request has ended."""
 AT_ONCE = 8
-SECONDS = 600.0
-"""That one answer may take."""
 
 
 def warm_up(server: Server, model: str, requests: Sequence[ServingRequest]) -> None:
@@ -62,7 +60,7 @@ def _serve(server: Server, model: str, prompts: Iterable[tuple[Sequence[int], st
         body = {"model": model, "prompt": list(prompt), "max_tokens": OUTPUT_TOKENS, "ignore_eos": True}
         if salt is not None:
             body["cache_salt"] = salt
-        get(f"{server.url}/v1/completions", timeout=SECONDS, body=body)
+        get(f"{server.url}/v1/completions", timeout=ANSWER_SECONDS, body=body)
 
     try:
         with ThreadPoolExecutor(AT_ONCE) as pool:

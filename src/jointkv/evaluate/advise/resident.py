@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from jointkv.core.moved import MovedRun
-from jointkv.core.reuse import Integers
+from jointkv.core.reuse import Integers, stretches
 from jointkv.errors import IntegrityError
 from jointkv.fusion.content_index import ContentIndex
 from jointkv.fusion.rolling_hash import RollingHash
@@ -92,13 +91,13 @@ class Resident:
         slots = np.arange(blocks, dtype=np.uint64)
         places = ((self._block(tokens)[::size][:blocks] ^ mark) + slots * _ODD).tolist()
         exact = next((slot for slot, key in enumerate(keys[:usable]) if key not in self._blocks), usable)
-        resident = [slot for slot in range(exact, usable) if places[slot] in self._places]
-        stretches = _stretches(resident, self._least_blocks)
-        same = {slot for stretch in stretches for slot in stretch[1:]}
+        resident = np.array([slot >= exact and places[slot] in self._places for slot in range(usable)], bool)
+        found = [stretch for stretch in stretches(resident) if len(stretch) >= self._least_blocks]
+        same = {slot for stretch in found for slot in stretch[1:]}
         runs = [] if self._content is None else self._content.find(owner, tokens[:-1], self.least)
         moved = {int(slot) for run in runs if run.shift for slot in run.fills(size).slots[1:] if slot >= exact} - same
         self._add(owner, tokens, keys, places)
-        return Seen(len(tokens), exact * size, len(same) * size, len(moved) * size, len(stretches), runs)
+        return Seen(len(tokens), exact * size, len(same) * size, len(moved) * size, len(found), runs)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when blocks, places, pages and sources disagree."""
@@ -154,10 +153,3 @@ class Resident:
             for page in gone:
                 self._content.remove(page)
         self._free += gone
-
-
-def _stretches(slots: list[int], least: int) -> list[list[int]]:
-    """Stretches of at least `least` consecutive `slots`, which are in order."""
-    cuts = [0, *(at for at in range(1, len(slots)) if slots[at] != slots[at - 1] + 1), len(slots)]
-    parts = [slots[start:end] for start, end in pairwise(cuts)]
-    return [part for part in parts if len(part) >= least]

@@ -66,7 +66,7 @@ def advise(
         raise BadInput(f"block_size: an even number expected, got {settings.block_size}")
     began, walk = time.monotonic(), _Walk(tokenizer, settings)
     read = _Reader(source, tokenizer, settings)
-    for requests in _together(read):
+    for requests in _together(islice(read, settings.count)):
         for request, tokens in zip(requests, read.tokens(requests), strict=True):
             walk.request(request, tokens)
         progress(walk.requests)
@@ -142,8 +142,7 @@ def _name(tool: Mapping[str, Any]) -> str:
     return str((function if isinstance(function, Mapping) else tool).get("name", ""))
 
 
-def _together(read: _Reader) -> Iterator[list[_Prompt]]:
-    left = islice(iter(read), read._settings.count)
+def _together(left: Iterator[_Prompt]) -> Iterator[list[_Prompt]]:
     while requests := list(islice(left, TOGETHER)):
         yield requests
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 
-import jointkv
 from jointkv.evaluate.advise.result import Advice
 from jointkv.report.figure import grid
 from jointkv.report.pictures.advice import HUES, PARTS, WORDS, draw_breaks, draw_parts
 from jointkv.report.serving.page_charts import page_style, svg
+from jointkv.report.template import render
 from jointkv.system.files import replace_text
 
 ENOUGH = 0.05
@@ -45,26 +44,19 @@ def write_page(advice: Advice, output: Path) -> None:
 
 def page(advice: Advice) -> str:
     """The page."""
-    environment = Environment(
-        loader=PackageLoader("jointkv.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     pairs = [(advice, row) for row in advice.breaks]
     with page_style():
         charts = [_chart("Prompt tokens", 1.2, lambda axes: draw_parts(axes, [advice]))]
         if pairs:
             charts.append(_chart("Differences", 0.8 + 0.35 * len(pairs), lambda axes: draw_breaks(axes, pairs)))
-    return environment.get_template("advice/page.html.j2").render(
+    return render(
+        "advice/page.html.j2",
         it=advice,
         verdict=verdict(advice),
         kind="helps" if advice.share(advice.gain + advice.same_tokens + advice.moved_tokens) >= ENOUGH else "none",
         charts=charts,
         legend=[(HUES[part], WORDS[part]) for part in PARTS],
         parts=[(WORDS[part], getattr(advice, part)) for part in PARTS],
-        version=jointkv.__version__,
     )
 
 

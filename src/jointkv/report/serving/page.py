@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-import jointkv
 from jointkv.bench.result import Arm
 from jointkv.report.results import read_result
 from jointkv.report.serving.cautions import cautions
@@ -26,6 +23,7 @@ from jointkv.report.serving.pairs import arms_run, called, heading
 from jointkv.report.serving.result import Serving, comparable, conditions
 from jointkv.report.serving.table import BREAK_EVEN, RUNS, load_table, page_table
 from jointkv.report.serving.verdict import RULES, WORDS, break_even, ranked, verdicts
+from jointkv.report.template import render
 from jointkv.system.files import replace_text
 
 SETTINGS = ("model", "dtype", "traffic", "requests", "output_tokens", "block_size", "block_bytes", "seed", "rounds")
@@ -43,26 +41,19 @@ def write_page(paths: Sequence[Path], output: Path) -> None:
 
 def page(files: Sequence[tuple[Path, Serving]]) -> str:
     """The page on results and the files they come from."""
-    environment = Environment(
-        loader=PackageLoader("jointkv.report.serving", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     looks = styles([arm.name for _, result in files for arm in result.arms])
     with page_style():
         groups = [
             _group([(path, result) for path, result in files if any(result is one for one in together)], looks, number)
             for number, together in enumerate(comparable([result for _, result in files]))
         ]
-    return environment.get_template("page.html.j2").render(
+    return render(
+        "serving/page.html.j2",
         groups=groups,
         sections=[section for group in groups for section in group["sections"]],
         words=WORDS,
         kinds={word: kind for kind, word in WORDS.items()},
         rules=RULES,
-        version=jointkv.__version__,
         command="jointkv report html " + " ".join(path.name for path, _ in files),
     )
 
