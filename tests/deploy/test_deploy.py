@@ -21,8 +21,10 @@ needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="ne
 
 def exported() -> set[str]:
     """Names in `/metrics`, read from the source: importing it needs vLLM."""
-    tree = ast.parse(METRICS.read_text())
-    literals = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    tree, shown = (ast.parse(file.read_text()) for file in (METRICS, METRICS.with_name("prometheus.py")))
+    literals = [
+        node.value for node in ast.walk(shown) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
     direct = {name for name in literals if re.fullmatch(r"jointkv_\w+[a-z]", name)}
     counters = [
         node.value

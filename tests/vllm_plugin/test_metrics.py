@@ -11,7 +11,8 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 pytest.importorskip("vllm")
 
-from jointkv.vllm_plugin.metrics import JointPromMetrics, JointStats, LicenceGauges
+from jointkv.vllm_plugin.metrics import JointStats, LicenceGauges
+from jointkv.vllm_plugin.prometheus import JointPromMetrics
 
 
 @pytest.fixture

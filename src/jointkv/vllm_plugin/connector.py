@@ -26,7 +26,8 @@ from jointkv.vllm_plugin.engine.opt_out import RequestCheck
 from jointkv.vllm_plugin.engine.runners import RUNNERS, runner_of
 from jointkv.vllm_plugin.engine.scheduler import JointAsyncScheduler, JointScheduler
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
-from jointkv.vllm_plugin.metrics import JointPromMetrics, JointStats
+from jointkv.vllm_plugin.metrics import JointStats
+from jointkv.vllm_plugin.prometheus import JointPromMetrics
 from jointkv.vllm_plugin.scheduler.side import SchedulerSide
 from jointkv.vllm_plugin.settings import PluginSettings
 from jointkv.vllm_plugin.worker.mixin import RemappingWorker
