@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.request import Request
 
-from tests.vllm_plugin.scheduler.fake_worker import Model, Pages
+from tests.vllm_plugin.scheduler.fake_pages import Model, Pages
 
 Text = tuple[int, ...]
 Tables = tuple[list[int], ...]

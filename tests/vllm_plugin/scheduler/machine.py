@@ -18,8 +18,9 @@ from vllm.v1.request import Request
 from jointkv.vllm_plugin import engine_args
 from jointkv.vllm_plugin.engine.others import connectors
 from tests.vllm_plugin.scheduler.fake_files import FILES, Files
+from tests.vllm_plugin.scheduler.fake_pages import Model
 from tests.vllm_plugin.scheduler.fake_second_runner import SecondRunner
-from tests.vllm_plugin.scheduler.fake_worker import Mail, Model, Runner, executor_of
+from tests.vllm_plugin.scheduler.fake_worker import Mail, Runner, executor_of
 from tests.vllm_plugin.scheduler.oracle import ABORTED, Oracle
 from tests.vllm_plugin.scheduler.reuse_oracle import ReuseOracle
 

@@ -17,7 +17,8 @@ from jointkv.fusion.signature import token_hashes
 from jointkv.fusion.token_index import places
 from jointkv.vllm_plugin.engine.others import ours
 from jointkv.vllm_plugin.engine.steps import started
-from tests.vllm_plugin.scheduler.fake_worker import Block, Model, Runner, within_bounds
+from tests.vllm_plugin.scheduler.fake_pages import Block, Model, within_bounds
+from tests.vllm_plugin.scheduler.fake_worker import Runner
 
 ABORTED = "abort"
 

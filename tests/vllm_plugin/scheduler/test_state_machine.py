@@ -29,8 +29,8 @@ from jointkv.vllm_plugin.worker import side
 from tests.effort import COMBINATION_STEPS, FIRST_SEED, machine_settings
 from tests.hazards import WHERE, runs
 from tests.vllm_plugin.engines import BOLD, write_model
+from tests.vllm_plugin.scheduler.fake_pages import Comparer, Filler, Signer, packed_pages
 from tests.vllm_plugin.scheduler.fake_second_runner import write, write_all
-from tests.vllm_plugin.scheduler.fake_worker import Comparer, Filler, Signer, packed_pages
 from tests.vllm_plugin.scheduler.machine import (
     BLOCK,
     SHARES,
