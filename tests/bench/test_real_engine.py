@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +22,18 @@ from jointkv.bench.load_process import generate
 from jointkv.bench.measure import measure
 from jointkv.bench.requests import ServingRequest
 from jointkv.bench.result import NEAR_TIE, Load
+from jointkv.bench.run import make_result
+from jointkv.bench.scoring import runner, with_scores
 from jointkv.bench.server import Server, free_port, server_command
 from jointkv.bench.warm import warm_up
 from tests.bench.plans import arm, plan
+from tests.bench.plans import run as bench_run
 from tests.bench.test_server import STUB, pids, runs
 from tests.vllm_plugin.conftest import _vllm_environment  # noqa: F401
 
 pytest.importorskip("vllm")
+
+from tests.vllm_plugin.engines import write_model
 
 MODEL = "smollm2"
 BLOCK, POOL = 32, 200
@@ -100,6 +109,32 @@ def server(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with Server(command, environment, free_port(), log) as started:
         started.start(280.0)
         yield started
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_arms_that_give_the_answers_of_the_reference(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    text = [draw.randrange(512) for _ in range(4 * BLOCK)]
+    requests = tuple(ServingRequest((*(draw.randrange(512) for _ in range(BLOCK)), *text), 8) for _ in range(6))
+    exact = {"min_pool_usage": 0.0, "max_relative_error": 0.0}
+    lossy = {"min_pool_usage": 0.0, "max_relative_error": 0.9, "max_token_error": None}
+    arms = (arm("stock", 60), arm("exact", 60, fusion=exact), arm("lossy", 60, fusion=lossy))
+    flags = f"--dtype float32 --block-size {BLOCK} --max-model-len 256 --max-num-seqs 4 --enforce-eager"
+    made = plan(loads=(Load(kind="closed", concurrency=6),))
+    made = replace(made, arms=arms, requests=requests, location=str(write_model(tmp_path, 0.3)))
+    made = replace(made, block_bytes=dict.fromkeys(("stock", "exact", "lossy"), BLOCK_BYTES))
+    made.facts["common_flags"][:] = [*flags.split(), "--skip-tokenizer-init"]  # type: ignore[index]
+
+    @contextmanager
+    def stages(first: str) -> Iterator[Any]:
+        yield lambda said: None
+
+    runs = {(each.name, made.loads[0].label, 1): bench_run(each.name, made.loads[0]) for each in arms}
+    result = make_result(made, SimpleNamespace(runs=runs, outputs={}), complete=True)  # type: ignore[arg-type]
+    exact_row, lossy_row = with_scores(result, made, runner(os.environ, made, {0}, stages)).scores or ()
+    assert (exact_row.kl, exact_row.top1, exact_row.pages_freed, exact_row.positions) == (0.0, 1.0, 0, 48)
+    assert lossy_row.pages_freed and 0 < lossy_row.kl <= lossy_row.kl_worst_request and lossy_row.top1 <= 1
 
 
 @pytest.mark.real_model

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jointkv.bench import load_generator, measure, run, server
+from jointkv.bench import load_generator, measure, run, scoring, server
 from jointkv.bench.plan import Plan
 from jointkv.bench.result import ServingResult
 from jointkv.bench.server import ServerFailed
@@ -22,7 +22,7 @@ from tests.cli.test_generate import save_tiny
 
 pytest.importorskip("prometheus_client", reason="comes with vLLM")
 
-STUB_LOAD = Path(test_server.__file__).with_name("stub_load.py")
+STUB_LOAD, STUB_SCORING = (Path(test_server.__file__).with_name(f"stub_{what}.py") for what in ("load", "scoring"))
 
 
 @pytest.fixture
@@ -39,6 +39,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(run, "server_command", stub)
     monkeypatch.setattr(load_generator, "COMMAND", (sys.executable, str(STUB_LOAD)))
+    monkeypatch.setattr(scoring, "COMMAND", (sys.executable, str(STUB_SCORING)))
     monkeypatch.setattr(server, "GRACE_SECONDS", 0.5)
     monkeypatch.setattr(bench, "require_vllm", lambda: None)
     return started
@@ -129,6 +130,24 @@ def test_servers_get_the_flags_and_options_of_their_arm(
     assert json.loads(tight[0])["options"] == {"scope": "both", "reuse": "off", "max_relative_error": 0.1}
     assert own[own.index("--served-model-name") + 1] == model and own[own.index("--dtype") + 1] == "float32"
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {"fp8_fused-1.log", "own-1.log", "tight-1.log"}
+
+
+@pytest.mark.usefixtures("commands")
+def test_arms_are_scored_after_their_runs(model: str, tmp_path: Path) -> None:
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"question": f"{number}?", "answer": "1 2 9"}) + "\n" for number in range(2)))
+    few = ("--data", str(asked), "--requests", "2", "--output-tokens", "5", "--repeats", "1")
+    code, out, err = serve(model, tmp_path / "out", *few, "--score")
+    assert code == 0 and "scoring fused: 2 of 2 requests" in err, err
+    result = ServingResult.load(tmp_path / "out" / "serving.json")
+    assert [(row.arm, row.against, row.requests) for row in result.scores or ()] == [("fused", "stock", 2)]
+    assert [row.f1 for row in result.true_answers] == [0.5, 0.5]  # 0 1 2 3 4 beside 1 2 9
+    assert "giving the answers of stock" in out and "texts beside the true answers" in out
+
+    code, _, err = serve(model, tmp_path / "alone", *few, "--arm", "fused", "--score")
+    assert code == 2 and "add --arm stock" in err
+    code, _, err = serve(model, tmp_path / "out", *few, "--score", "--flags", "--die")
+    assert code == 2 and "other settings" in err
 
 
 @pytest.mark.usefixtures("commands")

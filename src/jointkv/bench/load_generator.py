@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, suppress
-from typing import Any
+from contextlib import AbstractContextManager
 
 from jointkv.bench.load_process import LoadOutcome, Spec
+from jointkv.bench.program import run_program
 from jointkv.bench.requests import ServingRequest
 from jointkv.bench.result import Load
 from jointkv.errors import JointKVError
-from jointkv.system.machine import allowed_cores, on_cores
 
 COMMAND = (sys.executable, "-P", "-m", "jointkv.bench.load_process")
-LOG_LINES = 3
 SHUTDOWN_SECONDS = 10.0
 
 
@@ -42,26 +37,10 @@ def drive(
     Raises:
         LoadFailed: there is no result, or not one complete answer in it.
     """
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        environment = {**os.environ, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        with on_cores(cores or allowed_cores()):
-            process = subprocess.Popen(
-                COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True
-            )
-        assert process.stdin is not None
-        try:
-            answer = _converse(process, spec, progress, during)
-            with suppress(BrokenPipeError):
-                process.stdin.close()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(SHUTDOWN_SECONDS)
-        finally:
-            process.kill()
-            process.wait()
-        if "outcome" not in answer:
-            log.seek(0)
-            lines = [line.strip() for line in log if line.strip()] or ["it ended without a word"]
-            raise LoadFailed(f"the load generator failed: {answer.get('error') or ' | '.join(lines[-LOG_LINES:])}")
+    environment = {**os.environ, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    answer = run_program(COMMAND, spec, environment, progress, during, cores, SHUTDOWN_SECONDS)
+    if "outcome" not in answer:
+        raise LoadFailed(f"the load generator failed: {answer['error']}")
     outcome = LoadOutcome.model_validate(answer["outcome"])
     if not outcome.complete:
         raise LoadFailed(f"no request was answered completely; the first one: {outcome.answers[0].error}")
@@ -97,29 +76,3 @@ def spec_of(url: str, model: str, tokenizer: str, load: Load, requests: Sequence
         one_first=load.kind == "one_first",
         turns=[(each.session, each.think, each.salt) for each in requests],
     )
-
-
-def _converse(
-    process: subprocess.Popen[str], spec: Spec, progress: Callable[[int], None], during: AbstractContextManager[object]
-) -> dict[str, Any]:
-    """Hand over the spec, start, and read lines until the result, the error or the end."""
-
-    def hear(said: str | None = None) -> dict[str, Any]:
-        assert process.stdin is not None and process.stdout is not None
-        if said is not None:
-            print(said, file=process.stdin, flush=True)
-        line = process.stdout.readline()
-        return dict(json.loads(line)) if line else {}
-
-    try:
-        message = hear(spec.model_dump_json())
-        if "ready" not in message:
-            return message
-        with during:
-            message = hear("go")
-            while "finished" in message:
-                progress(message["finished"])
-                message = hear()
-        return message
-    except BrokenPipeError:
-        return {}

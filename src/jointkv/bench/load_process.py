@@ -1,18 +1,12 @@
 """vLLM's own load generator, `vllm.benchmarks`, as a program that `jointkv.bench.load_generator` starts.
 
-Run as `python -m jointkv.bench.load_process`. The first line of stdin is the `Spec` as JSON, answered with
-`{"ready": true}` once everything is imported; the second starts the load. `{"finished": n}` follows as requests end,
-then `{"outcome": ...}` or `{"error": ...}`. The process ends when stdin is closed, and so with the one that started it.
+Run as `python -m jointkv.bench.load_process`, with a `Spec`; see `jointkv.bench.program`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import random
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from statistics import fmean
@@ -22,6 +16,7 @@ from pydantic import Field
 
 from jointkv.bench.in_turn import InTurn
 from jointkv.bench.one_first import OneFirst
+from jointkv.bench.program import be_program
 from jointkv.bench.record import Record
 from jointkv.bench.result import RequestSample
 
@@ -192,29 +187,7 @@ def outcome_of(found: dict[str, Any], expected: Sequence[int], cpu_seconds: floa
 
 def main() -> None:
     """Read a `Spec`, send, answer on stdout."""
-    # Whatever vLLM prints goes to stderr, so that stdout carries nothing but this program's own lines.
-    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def notify(message: dict[str, Any]) -> None:
-        channel.write(json.dumps(message) + "\n")
-
-    def wait() -> None:
-        if not sys.stdin.readline():
-            os._exit(1)
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-
-    try:
-        outcome = generate(Spec.model_validate_json(sys.stdin.readline()), notify, wait)
-        notify({"outcome": outcome.model_dump()})
-    except Exception as error:
-        notify({"error": f"{type(error).__name__}: {error}"})
-        raise
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()
-    os._exit(1)
+    be_program(lambda line, notify, wait: generate(Spec.model_validate_json(line), notify, wait))
 
 
 if __name__ == "__main__":

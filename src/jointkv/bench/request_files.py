@@ -81,7 +81,7 @@ def _serving_request(read: LoggedRequest, tokenizer: Any, output_tokens: int | N
         when = when.replace(tzinfo=UTC)
     length = output_tokens or read.output_tokens or answer or default
     seconds = None if when is None else when.timestamp()
-    return ServingRequest(prompt, length, seconds, session=read.session_id, salt=read.cache_salt)
+    return ServingRequest(prompt, length, seconds, session=read.session_id, salt=read.cache_salt, answer=read.answer)
 
 
 def _from_zero(requests: list[ServingRequest]) -> list[ServingRequest]:

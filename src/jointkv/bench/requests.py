@@ -33,6 +33,7 @@ class ServingRequest:
         session: of which conversation it is a turn; it is not sent before the turn before it is answered.
         think: seconds that pass between the two.
         salt: of whose requests alone it may share pages, vLLM's `cache_salt`.
+        answer: the true one, where it is known.
     """
 
     prompt: tuple[int, ...]
@@ -41,6 +42,7 @@ class ServingRequest:
     session: int | str | None = None
     think: float = 0.0
     salt: str | None = None
+    answer: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -128,7 +130,7 @@ def from_traffic(
 def _from_request(request: Request, output_tokens: int) -> ServingRequest:
     course = request.course
     if course is None:
-        return ServingRequest(request.prompt, output_tokens)
+        return ServingRequest(request.prompt, output_tokens, answer=request.answer)
     return ServingRequest(request.prompt, output_tokens, session=course.session, think=course.think, salt=course.tenant)
 
 

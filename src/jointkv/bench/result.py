@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from jointkv.bench.record import Record
 from jointkv.bench.reuse import Reuse, Warmup
+from jointkv.bench.scores import Scored, TrueAnswers
 from jointkv.errors import BadInput
 
 LoadKind = Literal["closed", "one_first", "poisson", "bursty", "replay"]
@@ -264,6 +265,8 @@ class ServingResult(Record):
         block_bytes: bytes of one block of the pool, K and V of all layers that share it.
         warmup: requests served before every run.
         divergences: of all answers that differ; None where the reference was not asked.
+        scores: of all arms but the reference; None where that was not asked for.
+        true_answers: where requests have them.
     """
 
     format: Literal["jointkv.bench.serving/1"] = "jointkv.bench.serving/1"
@@ -290,6 +293,8 @@ class ServingResult(Record):
     comparisons: list[Comparison]
     warmup: int = 0
     divergences: list[Divergence] | None = None
+    scores: list[Scored] | None = None
+    true_answers: list[TrueAnswers] = Field(default_factory=list)
 
     @classmethod
     def load(cls, path: Path) -> Self:

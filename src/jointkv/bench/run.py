@@ -15,6 +15,7 @@ from jointkv.bench.load_generator import LoadFailed
 from jointkv.bench.plan import Plan
 from jointkv.bench.result import Arm, Run, ServingResult
 from jointkv.bench.run_folder import RunFolder
+from jointkv.bench.scoring import compare_with_truth
 from jointkv.bench.server import Server, ServerFailed, server_command
 from jointkv.bench.statistics import compare
 from jointkv.bench.warm import warm_up
@@ -94,6 +95,7 @@ def make_result(plan: Plan, folder: RunFolder, complete: bool) -> ServingResult:
         runs=runs,
         fidelity=compare_outputs(outputs, plan.arms, plan.loads),
         comparisons=compare(runs, plan.arms, plan.loads),
+        true_answers=compare_with_truth(outputs, plan.requests, plan.arms, plan.loads),
     )
 
 

@@ -36,20 +36,26 @@ def warm_up(server: Server, model: str, requests: Sequence[ServingRequest]) -> N
 def warm_traffic(plan: Plan, server: Server, arm: Arm) -> Warmup | None:
     """Serve the requests of `plan` that are for this, a few tokens each; what they leave in the pool stays there.
 
-    An arm that reuses gets all of them, for evidence adds up. Another one gets the last of them, as many as its pool
-    holds: nothing of those before could be left.
-
     Raises:
         ServerFailed: one was not answered.
     """
-    if not plan.warmup:
+    requests = served_before(plan, arm)
+    if not requests:
         return None
-    requests = plan.warmup if arm.reuses else _last(plan.warmup, arm.pool_blocks * plan.facts["block_size"])
     began = time.perf_counter()
     with Watch(server.url) as watch:
         _serve(server, plan.model, [(request.prompt, request.salt) for request in requests])
         seconds = time.perf_counter() - began
     return Warmup(requests=len(requests), seconds=seconds, reuse=watch.reuse())
+
+
+def served_before(plan: Plan, arm: Arm) -> Sequence[ServingRequest]:
+    """The requests for the warm-up of `arm`.
+
+    An arm that reuses gets all of them, for evidence adds up. Another one gets the last of them, as many as its pool
+    holds: nothing of those before could be left.
+    """
+    return plan.warmup if arm.reuses else _last(plan.warmup, arm.pool_blocks * plan.facts["block_size"])
 
 
 def _serve(server: Server, model: str, prompts: Iterable[tuple[Sequence[int], str | None]]) -> None:

@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.text import Text
 
-from jointkv.cli.console import named_errors, progress, stages, stderr_console, write_json
+from jointkv.cli.console import Cell, cells, named_errors, print_table, progress, stages, stderr_console, write_json
 from jointkv.cli.fusion_options import fusion_options
 from jointkv.cli.options import FORMATS
 from jointkv.cli.vllm_installed import require_vllm
@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 
 FAILED, INTERRUPTED = 1, 130
 KEPT = "finished runs are kept in {}; the same command goes on with them"
+SCORED: Mapping[str, Cell] = {
+    "arm": "{row.arm}",
+    "KL": "{row.kl:.2g}",
+    "worst request": "{row.kl_worst_request:.2g}",
+    "top-1": "{row.top1:.1%}",
+    "top-1, worst request": "{row.top1_worst_request:.1%}",
+    "pages freed": "{row.pages_freed}",
+}
+TRUE: Mapping[str, Cell] = {"arm": "{row.arm}", "load": "{row.load}", "F1": "{row.f1:.3f}", "answers": "{row.answers}"}
 SHOWN = ("ttft_p50", "ttft_p95", "ttft_p99", "output_tokens_per_s", "itl_p50", "e2el_p95", "prompt_tokens_computed")
 
 
@@ -99,6 +108,12 @@ def serve(
     ),
     port: int = typer.Option(0, min=0, max=65535, help="Port of the server. Default: one that is free."),
     start_timeout: float = typer.Option(600.0, min=1.0, help="Seconds that the start of a server may take."),
+    score: bool = typer.Option(
+        False,
+        "--score",
+        help="After the runs have an engine of every arm give the reference arm's answers, for KL, top-1 and the worst "
+        "request of each.",
+    ),
     fresh: bool = typer.Option(False, "--fresh", help="Start anew: remove the runs that are in the output folder."),
     output: Path = typer.Option(Path("out/serving"), help="Folder for serving.json, runs and logs."),
     json: Path | None = typer.Option(None, help="Write the JSON here as well ('-' for stdout)."),
@@ -116,7 +131,7 @@ def serve(
         if quick:
             given |= {name: value for name, value in QUICK.items() if not _was_given(context, name)}
         output = given["output"]
-        result = _run(_options(given), output, port, start_timeout, fresh)
+        result = _run(_options(given), output, port, start_timeout, fresh, score)
         if json is not None:
             write_json(json, result.model_dump())
     if str(json) != "-":
@@ -150,7 +165,7 @@ def _options(given: dict[str, Any]) -> Options:
     )
 
 
-def _run(options: Options, output: Path, port: int, start_timeout: float, fresh: bool) -> ServingResult:
+def _run(options: Options, output: Path, port: int, start_timeout: float, fresh: bool, score: bool) -> ServingResult:
     """Raises `typer.Exit` when a server or a load fails, and on Ctrl-C; the runs before that are kept."""
     require_vllm()
     from jointkv.bench import options as options_
@@ -160,6 +175,7 @@ def _run(options: Options, output: Path, port: int, start_timeout: float, fresh:
     from jointkv.bench.measure import measure
     from jointkv.bench.run import run_plan, server_starter, steps_left
     from jointkv.bench.run_folder import RunFolder
+    from jointkv.bench.scoring import ScoringFailed, require_reference, runner, with_scores
     from jointkv.bench.server import ServerFailed, free_port
 
     cores, client = options_.server_cores(options), options_.client_cores(options)
@@ -167,6 +183,8 @@ def _run(options: Options, output: Path, port: int, start_timeout: float, fresh:
         with stages(f"preparing {options.model}"):
             model = _model(options)
             plan = options_.make_plan(options, model, shlex.join(["jointkv", *sys.argv[1:]]))
+        if score:
+            require_reference(plan)
         folder = RunFolder(output, plan.settings(), fresh)
         if folder.runs:
             _say(f"{output} has {len(folder.runs)} finished runs, which are not repeated")
@@ -177,8 +195,11 @@ def _run(options: Options, output: Path, port: int, start_timeout: float, fresh:
                 result = run_plan(plan, folder, serve, partial(measure, client_cores=client), steps)
             result = with_divergences(result, plan, folder.outputs, serve, model.tokenizer, stages)
             folder.write_result(result)
+            if score:
+                result = with_scores(result, plan, runner(os.environ, plan, cores, stages))
+                folder.write_result(result)
             return result
-        except (ServerFailed, LoadFailed) as error:
+        except (ServerFailed, LoadFailed, ScoringFailed) as error:
             _say(f"error: {error}", style="red")
             _say(KEPT.format(output), style="red")
             raise typer.Exit(code=FAILED) from None
@@ -243,14 +264,25 @@ def _print(result: ServingResult) -> None:
     table.add_column("arms", no_wrap=True)
     for metric in SHOWN:
         table.add_column(metric, justify="right", no_wrap=True)
-    cells: dict[tuple[str, str], dict[str, str]] = {}
+    ratios: dict[tuple[str, str], dict[str, str]] = {}
     for row in result.comparisons:
         cell = f"{row.median_ratio:.2f} ({row.p:.2g})"
-        cells.setdefault((row.load, f"{row.upper}/{row.lower}"), {})[row.metric] = cell
-    for (load, arms), row_cells in cells.items():
+        ratios.setdefault((row.load, f"{row.upper}/{row.lower}"), {})[row.metric] = cell
+    for (load, arms), row_cells in ratios.items():
         table.add_row(load, arms, *(row_cells.get(metric, "-") for metric in SHOWN))
     console = Console(width=None if Console().is_terminal else 140)
-    if cells:
+    if ratios:
         console.print(table)
         smallest = max(row.smallest_p for row in result.comparisons)
         console.print(f"with so many rounds p is {smallest:.2g} at best", highlight=False)
+    _print_answers(result)
+
+
+def _print_answers(result: ServingResult) -> None:
+    """What was found of the answers, where that was asked for or their truth is known."""
+    if result.scores:
+        against = result.scores[0].against
+        title = f"giving the answers of {against}: KL(reference || arm) in nats, and equal likeliest tokens"
+        print_table(title, SCORED, [cells(SCORED, row) for row in result.scores], words=1)
+    if result.true_answers:
+        print_table("texts beside the true answers", TRUE, [cells(TRUE, row) for row in result.true_answers])

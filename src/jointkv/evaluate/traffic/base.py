@@ -57,13 +57,15 @@ class Course:
 class Request:
     """One request: the prompt to prefill and the true tokens that follow it, both as token ids.
 
-    `text` is the prompt as text, without special tokens; `course` is None for a request on its own.
+    `text` is the prompt as text, without special tokens; `course` is None for a request on its own; `answer` is the
+    true one in full, where there is one.
     """
 
     prompt: tuple[int, ...]
     continuation: tuple[int, ...]
     text: str
     course: Course | None = None
+    answer: str | None = None
 
 
 class Traffic(ABC):

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from jointkv.errors import BadInput
@@ -69,7 +70,10 @@ class DatasetTraffic(Traffic):
         if self._prompt_tokens is not None:
             limits.append(self._prompt_tokens)
         split = min(limits)
-        return cut_request(tokenizer, whole[: split + continuation_tokens], split) if split >= LEAST_TOKENS else None
+        if split < LEAST_TOKENS:
+            return None
+        request = cut_request(tokenizer, whole[: split + continuation_tokens], split)
+        return replace(request, answer=answer) if answer and split == limits[0] else request
 
 
 def _asked(rows: Sequence[Row]) -> tuple[list[Row], dict[str, str]]:
