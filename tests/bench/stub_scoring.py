@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 
 def say(**message):
@@ -14,14 +15,12 @@ if "--die" in spec["arguments"]:
     sys.exit(1)
 say(ready=True)
 assert sys.stdin.readline() == "go\n"
+answers = Path(spec["reference"])
 if spec["writes"]:
-    with open(spec["reference"], "w") as file:
-        file.write("answers")
-assert open(spec["reference"]).read() == "answers"
-for number in range(len(spec["requests"])):
-    say(finished=number + 1)
-far = len(spec["options"] or {})
-sums = [
-    [tokens, far * tokens * (place + 1), tokens // 2, 3.0, 2.0] for place, (_, tokens, _) in enumerate(spec["requests"])
-]
+    answers.write_text("answers")
+assert answers.read_text() == "answers"
+far, sums = len(spec["options"] or {}), []
+for number, (_, tokens, _) in enumerate(spec["requests"], 1):
+    say(finished=number)
+    sums.append([tokens, far * tokens * number, tokens // 2, 3.0, 2.0])
 say(outcome={"sums": [] if spec["writes"] else sums, "pages_freed": far or None})

@@ -77,11 +77,7 @@ def test_a_reference_that_fuses_is_refused(made: Plan) -> None:
 
 
 def test_texts_beside_true_answers(made: Plan) -> None:
-    requests = (
-        ServingRequest((1,), 4, answer="a red pen"),
-        ServingRequest((2,), 4),
-        ServingRequest((3,), 4, answer="no"),
-    )
+    requests = [ServingRequest((1,), 4, answer=answer) for answer in ("a red pen", None, "no")]
     outputs = {("fused", "closed 2", 1): ["the red pen", "x", "no"], ("fused", "closed 2", 2): ["blue", "x", "no"]}
     (row,) = compare_with_truth(outputs, requests, ARMS, [CLOSED])
     assert (row.arm, row.load, row.answers, row.f1) == ("fused", "closed 2", 4, 3 / 4)
