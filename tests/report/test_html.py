@@ -189,6 +189,24 @@ def test_tables_for_the_readme_equal_the_results(tmp_path: Path) -> None:
         assert f"| {each.median_ratio:.2f} ({ends}; p {each.p:.2g}) |" in ratios
 
 
+def test_what_an_arm_does_to_answers_stands_beside_what_it_gives(tmp_path: Path) -> None:
+    score = {"arm": "fused", "against": "stock", "kl": 0.012, "kl_worst_request": 0.5, "top1": 0.975}
+    score |= {"top1_worst_request": 0.5, "nll": 1.0, "nll_reference": 1.0, "requests": 24, "positions": 960}
+    truth = [{"arm": arm, "load": samples.CLOSED[0].label, "f1": f1, "answers": 24} for arm, f1 in F1.items()]
+    scored = samples.result(loads=samples.CLOSED[:1], scores=[score], true_answers=truth)
+    assert "0.012" in page(tmp_path, one=scored) and "F1 beside the true answers" in page(tmp_path, one=scored)
+    make_pictures(save(tmp_path, one=scored), tmp_path / "plots", ["serving_quality"])
+    assert (tmp_path / "plots" / "serving_quality.png").stat().st_size > 10_000
+    rows = [
+        line.strip("| ").split(" | ") for line in (tmp_path / "plots" / "serving_quality.md").read_text().splitlines()
+    ]
+    found = {row[2]: row[-5:] for row in rows if row[0].startswith("near")}
+    assert found["fused"] == ["0.012", "0.5", "97.5%", "50.0%", "0.125"] and found["stock"] == [*"----", "0.250"]
+
+
+F1 = {"stock": 0.25, "fused": 0.125}
+
+
 def test_a_file_named_twice_counts_once(tmp_path: Path) -> None:
     paths = save(tmp_path, one=samples.result(loads=samples.CLOSED[:1], arms=(samples.STOCK,)))
     write_page([*paths, *paths], tmp_path / "report.html")

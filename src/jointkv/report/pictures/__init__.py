@@ -26,6 +26,7 @@ from jointkv.report.pictures.rate_distortion import RateDistortion
 from jointkv.report.pictures.reuse_predictors import ReusePredictors
 from jointkv.report.pictures.serving import ServingLevels
 from jointkv.report.pictures.serving_arms import ServingArms
+from jointkv.report.pictures.serving_quality import ServingQuality
 from jointkv.report.pictures.serving_ratios import ServingRatios
 from jointkv.report.pictures.side_channel import SideChannelAUC
 from jointkv.report.pictures.task_scores import TaskScores
@@ -44,6 +45,7 @@ PICTURES: tuple[Picture[Any], ...] = (
     ServingLevels(),
     ServingRatios(),
     ServingArms(),
+    ServingQuality(),
     SideChannelAUC(),
     InfluenceOfAttackers(),
     ReusePredictors(),

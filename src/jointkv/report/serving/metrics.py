@@ -61,6 +61,8 @@ TTFT_P95 = Metric("ttft.p95", "TTFT p95, s", ",.2f", False)
 TTFT_P99 = Metric("ttft.p99", "TTFT p99, s", ",.2f", False)
 OUTPUT_RATE = Metric("output_tokens_per_s", "output tokens/s", ",.1f", True)
 ITL_P50 = Metric("itl.p50", "ITL p50, ms", ",.0f", False, 1e3)
+ITL_P95 = Metric("itl.p95", "ITL p95, ms", ",.0f", False, 1e3)
+E2EL_P50 = Metric("e2el.p50", "end-to-end p50, s", ",.2f", False)
 E2EL_P95 = Metric("e2el.p95", "end-to-end p95, s", ",.2f", False)
 RUNNING_PEAK = Metric("running_peak", "peak running", ",.0f")
 WAITING_MEAN = Metric("waiting_mean", "mean waiting", ",.1f", False)
@@ -72,6 +74,7 @@ AUDITED = Metric("reuse.audited_blocks", "blocks audited", ",.0f")
 MISSED = Metric("reuse.missed_blocks", "audited blocks beyond the bounds", ",.0f")
 KV_PER_TOKEN = Metric("kv_bytes_per_running_token", "KV KiB per running token", ",.2f", False, 1 / 1024)
 PLUGIN_SECONDS = Metric("plugin_seconds", "plugin, s", ",.2f")
+SECONDS = Metric("seconds", "length of the run, s", ",.0f")
 FOREIGN_CPU = Metric("foreign_cpu", "CPU of other processes", ".1%")
 FAILED = Metric("failed", "failed requests", ",.0f", False)
 
@@ -81,9 +84,9 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         TTFT_P95,
         TTFT_P99,
         ITL_P50,
-        Metric("itl.p95", "ITL p95, ms", ",.0f", False, 1e3),
+        ITL_P95,
         Metric("tpot.p50", "TPOT p50, ms", ",.0f", False, 1e3),
-        Metric("e2el.p50", "end-to-end p50, s", ",.2f", False),
+        E2EL_P50,
         E2EL_P95,
     ),
     "Throughput": (
@@ -129,7 +132,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         PLUGIN_SECONDS,
         Metric("reuse.plan_seconds", "of these planning reuse, s", ",.3f"),
         Metric("server_cpu_seconds", "CPU of the server, s", ",.0f", False),
-        Metric("seconds", "length of the run, s", ",.0f"),
+        SECONDS,
         FOREIGN_CPU,
         FAILED,
     ),

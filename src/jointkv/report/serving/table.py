@@ -54,9 +54,34 @@ def load_table(result: ServingResult, load: Load) -> Table:
     if result.divergences is not None:
         cells = [_near_ties(result, load, arm) for arm in arms]
         groups["Same answers"].append(["differ first at a near tie of the reference", *cells, *([""] * len(pairs))])
+    for title, field, form in SCORED if result.scores else ():
+        cells = [_scored(result, arm, field, form) for arm in arms]
+        groups["Same answers"].append([title, *cells, *([""] * len(pairs))])
+    if result.true_answers:
+        cells = [_f1(result, load, arm) for arm in arms]
+        groups["Same answers"].append(["F1 beside the true answers", *cells, *([""] * len(pairs))])
     headings = ["", *(f"{called(arm)} ({arm.title}; {arm.pool_blocks:,} blocks)" for arm in arms)]
     headings += [f"{called(pair.upper)} ÷ {called(pair.lower)} (median ratio)" for pair in pairs]
     return Table(f"{load.label}: median and range over rounds", headings, groups)
+
+
+SCORED = (
+    ("KL, given the reference's answers, nats", "kl", ".2g"),
+    ("of the worst request", "kl_worst_request", ".2g"),
+    ("equal likeliest tokens", "top1", ".1%"),
+    ("of the worst request, equal", "top1_worst_request", ".1%"),
+)
+"""Titles, fields and formats of what an arm was scored for."""
+
+
+def _scored(result: ServingResult, arm: Arm, field: str, form: str) -> str:
+    found = next((each for each in result.scores or () if each.arm == arm.name), None)
+    return number(None if found is None else getattr(found, field), form)
+
+
+def _f1(result: ServingResult, load: Load, arm: Arm) -> str:
+    found = next((each for each in result.true_answers if (each.arm, each.load) == (arm.name, load.label)), None)
+    return number(None if found is None else found.f1, ".3f")
 
 
 def _agreement(result: ServingResult, load: Load, arm: Arm, part: str) -> str:
