@@ -55,6 +55,20 @@ class PageFill(NamedTuple):
     fills: Fills
 
 
+class DirectionWrite(NamedTuple):
+    """A page to write with the direction that blocks share.
+
+    Attributes:
+        group: KV-cache group.
+        page: to write; nobody reads it.
+        members: pages of the blocks.
+    """
+
+    group: int
+    page: int
+    members: tuple[int, ...]
+
+
 @dataclass
 class Inquiry(KVConnectorMetadata):
     """Scheduler to workers: table entries to replace before the step, pages to compare after it.
@@ -66,6 +80,8 @@ class Inquiry(KVConnectorMetadata):
         sign_group, sign: per page whose signature is asked for the layer group and the page, int64 `[m]`.
         tables: block ids per request and fused group as the scheduler knows them, only while integrity is checked.
         fills: pages to write before the step, in this order: a later one may write what an earlier one reads.
+        directions: pages to write before the step, and before `fills`.
+        gathered: groups and pages of blocks to compare all with all after the step.
     """
 
     step: int
@@ -80,6 +96,8 @@ class Inquiry(KVConnectorMetadata):
     sign: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     tables: dict[str, dict[int, list[int]]] | None = None
     fills: list[PageFill] = field(default_factory=list)
+    directions: list[DirectionWrite] = field(default_factory=list)
+    gathered: list[tuple[int, list[int]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name in ("second", "offset", "shift"):  # unless something else is said, text stands where it is read
@@ -102,7 +120,12 @@ class Inquiry(KVConnectorMetadata):
     @property
     def asks(self) -> bool:
         """Whether there is anything to answer."""
-        return bool(len(self.group) or len(self.sign) or self.fills)
+        return bool(len(self.group) or len(self.sign) or self.fills or self.directions or self.gathered)
+
+    @property
+    def gathered_cosines(self) -> int:
+        """How many cosines the answer to `gathered` has."""
+        return sum(2 * len(pages) ** 2 for _, pages in self.gathered)
 
     def moved(self, chosen: np.ndarray) -> Fills:
         """By what the resident blocks of the pairs `chosen [n]`, by number, would be written: they stand elsewhere."""
@@ -120,6 +143,8 @@ class Verdict(KVConnectorWorkerMetadata):
             `[n]`; NaN or infinite where they cannot be told.
         key_cosine, value_cosine: of the two pages, mean over layers, float32 `[n]`.
         signatures: of the pages that were asked for, float16 `[m, size]`; not finite where a page holds no numbers.
+        gathered: cosines of the blocks to compare all with all, one matrix of K and one of V after another, float32;
+            not a number where a page holds none.
         seconds: spent on comparing and signing.
         sign_seconds: those of them spent on signing.
         apply_seconds: spent on replacing table entries and writing pages of text that moved since the last verdict.
@@ -135,6 +160,7 @@ class Verdict(KVConnectorWorkerMetadata):
     key_cosine: np.ndarray
     value_cosine: np.ndarray
     signatures: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float16))
+    gathered: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     seconds: float = 0.0
     sign_seconds: float = 0.0
     apply_seconds: float = 0.0
@@ -153,11 +179,12 @@ class Verdict(KVConnectorWorkerMetadata):
         """No answer, because of `error`."""
         return cls.given_up(step, f"{type(error).__name__}: {error}", isinstance(error, IntegrityError))
 
-    def check(self, pairs: int, signed: int = 0, size: int = 0) -> None:
+    def check(self, pairs: int, signed: int = 0, size: int = 0, gathered: int = 0) -> None:
         """Whatever has happened to a verdict on its way, it is understood as it was meant or not at all.
 
         Args:
             size: numbers of a signature.
+            gathered: cosines of blocks that are compared all with all.
 
         Raises:
             LayoutError: not one answer of the right kind to each of `pairs` pairs, and of `signed` pages.
@@ -166,6 +193,7 @@ class Verdict(KVConnectorWorkerMetadata):
         for name in (*ERRORS, *COSINES):
             _check_array(name, getattr(self, name), np.float32, (pairs,))
         _check_array("signatures", self.signatures, np.float16, (signed, size if signed else 0))
+        _check_array("gathered", self.gathered, np.float32, (gathered,))
         for name in ERRORS:
             if (getattr(self, name) < 0).any():
                 raise IntegrityError(f"a worker measures a {name} below zero")
@@ -190,7 +218,8 @@ class Verdict(KVConnectorWorkerMetadata):
             fault = f"ranks answer different inquiries (steps {self.step} and {other.step})"
             return Verdict.given_up(self.step, fault)
         for verdict in (self, other):
-            verdict.check(len(self.key_error), *np.shape(self.signatures))
+            signed, size = np.shape(self.signatures)
+            verdict.check(len(self.key_error), signed, size, np.size(self.gathered))
         signatures = self.signatures.astype(np.float32) + other.signatures
         return Verdict(
             self.step,
@@ -198,6 +227,7 @@ class Verdict(KVConnectorWorkerMetadata):
             *(np.maximum(getattr(self, name), getattr(other, name)) for name in ERRORS),
             *(np.minimum(getattr(self, name), getattr(other, name)) for name in COSINES),
             signatures.astype(np.float16),
+            np.minimum(self.gathered, other.gathered),
             max(self.seconds, other.seconds),
             max(self.sign_seconds, other.sign_seconds),
             max(self.apply_seconds, other.apply_seconds),

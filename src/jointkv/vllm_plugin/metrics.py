@@ -15,6 +15,8 @@ COUNTERS = {
     "blocks_considered": "Newly filled KV blocks, of one layer group, that were looked up among resident ones.",
     "blocks_merged": "KV blocks, of one layer group, that are read from another request's page since.",
     "blocks_merged_by_signature": "Those of them that were found by their content, whatever the text.",
+    "blocks_merged_by_direction": "Those that read a direction written for them and others.",
+    "directions_written": "Pages that were written with the direction that blocks share.",
     "blocks_signed": "KV blocks, of one layer group, whose signatures were taken.",
     "blocks_searched": "Searches for resident pages by the signature of a block.",
     "pages_freed": "Pages, of one layer group, given back to the pool by merging.",
@@ -70,6 +72,7 @@ REASONS = {
     "request_gone": "the request finished or was preempted meanwhile",
     "entry_changed": "the block table entry changed meanwhile",
     "not_cached_yet": "the prefix cache has not taken the block in yet",
+    "no_free_page": "the pool has no free page for a direction that blocks share",
     "representative_gone": "the resident page was handed out again meanwhile",
 }
 ERROR_BUCKETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0)
@@ -165,10 +168,10 @@ class Statistics:
         self._left_alone[reason] += 1
         return self._left_alone[reason] == 1
 
-    def merged(self, error: float) -> None:
-        """Count a merged block, its freed page and its relative error."""
+    def merged(self, error: float, frees: bool = True) -> None:
+        """Count a merged block, its relative error, and where it `frees` one more page than were taken, that page."""
         self.add("blocks_merged")
-        self.add("pages_freed")
+        self.add("pages_freed", frees)
         self._errors.append(error)
 
     def totals(self) -> dict[str, Any]:

@@ -54,6 +54,11 @@ class PluginSettings(BaseModel):
         attention: what reads the pages. `"engine"`: vLLM's own kernels, which read a page for every request that
             uses it. `"shared"`: a kernel that reads it once for all of them; equal up to rounding. `"auto"`: that one
             wherever a measurement at start says that it is faster, on the CPU.
+        directions: `"written"`: blocks that become full together at one place, are alike by `key_threshold` and find no
+            resident page read the direction that they share, each with its own norms, from a page that is written for
+            them; pages of other blocks are never written. Needs `own_norms`, and `candidates` other than `"tokens"`.
+            It costs a product of all blocks of a batch with all, and saves no more than `"off"` does wherever that
+            was measured.
         own_norms: a block that reads another's page keeps its own norms of K and V in every layer where that brings it
             nearer, so that more blocks are within a bound. It makes `attention` `"shared"`, and where that cannot be
             had, pages are read as they stand.
@@ -101,6 +106,7 @@ class PluginSettings(BaseModel):
     max_blocks_per_step: int = Field(default=256, ge=1)
     isolation: Literal["salt", "strict"] = "salt"
     attention: Literal["engine", "auto", "shared"] = "engine"
+    directions: Literal["off", "written"] = "off"
     own_norms: bool = False
     reuse: Literal["off", "auto", "licensed", "probed"] = "off"
     reuse_miss_rate: float = Field(default=0.02, gt=0.0, lt=1.0)
@@ -138,6 +144,8 @@ class PluginSettings(BaseModel):
             name = ".".join(str(part) for part in problem["loc"])
             raise BadInput(f"jointkv: option {name}: {problem['msg']}, got {shown(problem['input'])}") from None
         settings.fusion_policy()
+        if settings.directions == "written" and settings.directions_obstacle is not None:
+            raise BadInput(f"jointkv: directions=written does not go with {settings.directions_obstacle}")
         if settings.unbounded and not settings.accept_unbounded:
             raise BadInput(
                 f"jointkv: {settings.unbounded_by} has no bound on the error: K and V of one text stand for those of "
@@ -174,6 +182,26 @@ class PluginSettings(BaseModel):
     def finds_other_text(self) -> bool:
         """Whether blocks of other text may be served, and signatures of blocks are taken."""
         return self.enabled and self.candidates != "tokens"
+
+    @property
+    def writes_directions(self) -> bool:
+        """Whether directions that blocks share are written to pages of their own."""
+        return self.enabled and self.directions == "written"
+
+    @property
+    def signs(self) -> bool:
+        """Whether signatures of blocks are taken; where directions are written, all of a batch are compared."""
+        return self.finds_other_text and not self.writes_directions
+
+    @property
+    def directions_obstacle(self) -> str | None:
+        """Which option directions do not go with, and what to set instead; None if they go."""
+        problems = {
+            "own_norms=false: a direction has no norm; set own_norms=true": not self.own_norms,
+            "candidates=tokens: equal text needs none; set candidates=signature or both": self.candidates == "tokens",
+            "a profile, which was calibrated without them; leave one of them out": self.profile is not None,
+        }
+        return next((problem for problem, present in problems.items() if present), None)
 
     @property
     def unbounded(self) -> bool:
@@ -214,7 +242,8 @@ class PluginSettings(BaseModel):
     def fusion_policy(self) -> FusionPolicy:
         """The decision rule these options stand for. Raises `InvalidPolicy`."""
         shared = {field.name for field in dataclasses.fields(FusionPolicy)} & type(self).model_fields.keys()
-        return FusionPolicy(**self.model_dump(include=shared))
+        representative = "direction" if self.directions == "written" else "resident"
+        return FusionPolicy(**self.model_dump(include=shared), representative=representative)
 
 
 def read_value(text: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any, ClassVar
 
@@ -32,6 +32,10 @@ Row = tuple[Serving, Load, Arm]
 SPEED: tuple[Metric, ...] = (
     *(OUTPUT_RATE, TTFT_P50, TTFT_P95, ITL_P50, ITL_P95, E2EL_P50, SECONDS, RUNNING_PEAK, PAGES_FREED),
 )
+
+
+def _median(metric: Metric) -> Callable[[Row], str]:
+    return lambda row: metric.median(row[0].of(row[2].name, row[1].label))
 
 
 def _score(row: Row) -> Scored | None:
@@ -67,10 +71,7 @@ class ServingQuality(Picture[Serving]):
         "arm": lambda row: called(row[2]),
     }
     numbers: ClassVar[Columns[Any]] = {
-        **{
-            metric.title: lambda row, metric=metric: metric.median(row[0].of(row[2].name, row[1].label))
-            for metric in SPEED
-        },
+        **{metric.title: _median(metric) for metric in SPEED},
         "KL": _scored("kl", ".2g"),
         "KL, worst request": _scored("kl_worst_request", ".2g"),
         "top-1": _scored("top1", ".1%"),

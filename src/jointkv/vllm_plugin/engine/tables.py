@@ -27,6 +27,7 @@ class BlockTables:
         manager: the scheduler's. Owned by vLLM; every change goes through its pool's own methods.
 
     Attributes:
+        held: pages that are written for requests which do not read them yet.
         kept: pages of requests that have left, each with the step that may still write them. vLLM frees them after it,
             where other connectors load pages and steps overlap.
     """
@@ -37,6 +38,7 @@ class BlockTables:
         self.groups = manager.coordinator.single_type_managers
         self.prefix_caching = manager.enable_caching
         self.events = PrivateEvents(self.pool)
+        self.held: set[int] = set()
         self.kept: Iterable[tuple[int, Iterable[KVCacheBlock]]] = ()
 
     def block(self, request_id: str, group: int, slot: int) -> KVCacheBlock | None:
@@ -123,6 +125,19 @@ class BlockTables:
         finally:
             self.pool.free_blocks(taken)
 
+    def hold(self) -> int | None:
+        """Take a free page and keep it until it is released; None where there is none."""
+        if not self.pool.get_num_free_blocks():
+            return None
+        (block,) = self.pool.get_new_blocks(1)
+        self.held.add(block.block_id)
+        return int(block.block_id)
+
+    def release(self, page: int) -> None:
+        """A page that was held is its readers', or free where nobody reads it."""
+        self.held.remove(page)
+        self.pool.free_blocks([self.pool.blocks[page]])
+
     def renew(self, pages: Iterable[int]) -> None:
         """Hand `pages` out last, as if they had just been found."""
         blocks = [self.pool.blocks[page] for page in pages]
@@ -201,6 +216,7 @@ class BlockTables:
             if not block.is_null
         )
         entries.update(block.block_id for _, blocks in self.kept for block in blocks)
+        entries.update(self.held)
         for block in self.pool.blocks:
             if not block.is_null and block.ref_cnt != entries[block.block_id]:
                 raise IntegrityError(

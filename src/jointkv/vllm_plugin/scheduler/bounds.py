@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from vllm.logger import init_logger
 
-from jointkv.policy.rule import Rule
+from jointkv.policy.rule import NOT_ASKED, PairStatistics, Rule
 from jointkv.theory.adapt import Adaptation
 from jointkv.theory.calibrate import TOKEN_SLACK
 from jointkv.vllm_plugin.messages import Verdict
@@ -52,13 +53,32 @@ class Bounds:
 
     def allowed(self, groups: np.ndarray, verdict: Verdict) -> np.ndarray:
         """Which pairs, of the KV-cache groups `groups [n]`, are within all thresholds now: bool `[n]`."""
+        return self._allowed(groups, verdict, True)
+
+    def within(self, groups: np.ndarray, verdict: Verdict) -> np.ndarray:
+        """Which pairs are within the bounds on errors now, whatever their cosines: bool `[n]`."""
+        return self._allowed(groups, verdict, False)
+
+    def _allowed(self, groups: np.ndarray, verdict: Verdict, with_cosines: bool) -> np.ndarray:
         allowed = np.zeros(len(groups), bool)
         for number in np.unique(groups):
             pairs = groups == number
             errors = verdict.key_error[pairs], verdict.value_error[pairs], verdict.token_error[pairs]
-            cosines = verdict.key_cosine[pairs], verdict.value_cosine[pairs]
+            cosines = (verdict.key_cosine[pairs], verdict.value_cosine[pairs]) if with_cosines else NOT_ASKED
             allowed[pairs] = self._rule(self._place[int(number)]).allows(errors, cosines)
         return allowed
+
+    def leaders(self, group: int, cosines: np.ndarray) -> list[int]:
+        """Of blocks of KV-cache group `group`, the first of the group that shares a direction with each.
+
+        Args:
+            cosines: of K and of V, float32 `[2, n, n]`; a block whose own is not a number is alone.
+        """
+        key, value = (torch.from_numpy(side.copy())[None] for side in cosines)
+        valid = (key + value).diagonal(dim1=1, dim2=2).isfinite()
+        pairs = PairStatistics(valid, key.nan_to_num(), None if self._keys_alone else value.nan_to_num())
+        found: list[int] = self._rule(self._place[group]).group(pairs)[0].tolist()
+        return found
 
     def ratio(self, groups: np.ndarray, verdict: Verdict) -> np.ndarray:
         """Error over bound of pairs of `groups [n]`, the larger one of block and token: float32 `[n]`.

@@ -12,7 +12,8 @@ from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.candidates import Candidates, Member
-from jointkv.vllm_plugin.scheduler.questions import Answer, Question, Signing
+from jointkv.vllm_plugin.scheduler.directions import Directions
+from jointkv.vllm_plugin.scheduler.questions import Answer, Gathering, Question, Signing
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
 
@@ -27,6 +28,7 @@ class Fusion:
         audits: learn from the answers.
         statistics: counts.
         signs: whether blocks that keep their pages are signed.
+        directions: writes what blocks share that keep their pages; None where that is not asked for.
     """
 
     def __init__(
@@ -37,8 +39,9 @@ class Fusion:
         audits: Audits,
         statistics: Statistics,
         signs: bool = False,
+        directions: Directions | None = None,
     ) -> None:
-        self._signs = signs
+        self._signs, self.directions = signs, directions
         self.candidates, self.bounds, self.sharing = candidates, bounds, sharing
         self.audits, self.statistics = audits, statistics
         self._again: list[Member] = []
@@ -50,6 +53,8 @@ class Fusion:
         for member in members:
             if member.audit is not None:
                 member.audit.outstanding += len(member.candidates) + len(member.moved)
+        if self.directions is not None:
+            yield from self.directions.questions()
         if members:
             yield Question([pair for member in members for pair in member.pairs], partial(self._hear, members))
 
@@ -61,6 +66,10 @@ class Fusion:
         self.statistics.add("blocks_signed", len(members))
         return Signing([(member.group, member.page) for member in members], partial(self._hear_signatures, members))
 
+    def gatherings(self) -> list[Gathering]:
+        """What the workers shall compare all with all after that step."""
+        return [] if self.directions is None else self.directions.gatherings()
+
     def conclude(self, tracked: Iterable[TrackedRequest]) -> None:
         """Audits may be complete although nothing was compared in the end."""
         for request in tracked:
@@ -70,6 +79,8 @@ class Fusion:
     def start_anew(self) -> None:
         """Forget what was to be asked."""
         self._again, self._unsigned = [], []
+        if self.directions is not None:
+            self.directions.start_anew()
 
     def _to_compare(self, output: SchedulerOutput) -> Iterator[Member]:
         """Members with candidates: those that get others than before, then new ones. The rest become resident."""
@@ -178,5 +189,7 @@ class Fusion:
         self.candidates.make_resident(member)
         if self._signs and member.fuses and member.signature is None:
             self._unsigned.append(member)
+        elif self.directions is not None and member.fuses:
+            self.directions.collect(member)
         elif member.of_prompt and member.fuses:
             self.bounds.kept(member.group)

@@ -19,6 +19,7 @@ class Answer:
     Attributes:
         step: after which they were compared.
         allowed: within all thresholds, bool `[n]`.
+        within: within the bounds on errors, whatever the cosines, bool `[n]`.
         block, token: relative error of the block, the larger one of K and V, and of its worst token, float32 `[n]`.
         ratio: error over bound, the larger one of block and token, float32 `[n]`; infinite where it cannot be told.
         cost: the least is the best of those that are allowed, float32 `[n]`.
@@ -26,6 +27,7 @@ class Answer:
 
     step: int
     allowed: np.ndarray
+    within: np.ndarray
     block: np.ndarray
     token: np.ndarray
     ratio: np.ndarray
@@ -34,7 +36,7 @@ class Answer:
     def part(self, first: int, count: int) -> Answer:
         """That of `count` pairs from `first` on."""
         pairs = slice(first, first + count)
-        measured = (self.allowed, self.block, self.token, self.ratio, self.cost)
+        measured = (self.allowed, self.within, self.block, self.token, self.ratio, self.cost)
         return Answer(self.step, *(array[pairs] for array in measured))
 
 
@@ -65,12 +67,28 @@ class Signing:
 
 
 @dataclass(frozen=True)
+class Gathering:
+    """Pages to compare all with all.
+
+    Attributes:
+        group: KV-cache group.
+        hear: gets the cosines of K and of V, float32 `[2, n, n]`, unless there is no answer any more.
+    """
+
+    group: int
+    pages: list[int]
+    hear: Callable[[np.ndarray], None]
+
+
+@dataclass(frozen=True)
 class _Asked:
     """What was asked after a step, with the KV-cache groups of all pairs, `[n]`."""
 
     questions: Sequence[Question]
     groups: np.ndarray
     signing: Signing | None
+    gatherings: Sequence[Gathering]
+    cosines: int
 
 
 class Questions:
@@ -88,7 +106,13 @@ class Questions:
         self.asked: dict[int, _Asked] = {}
         """By step, the oldest first."""
 
-    def ask(self, inquiry: Inquiry, questions: Sequence[Question], signing: Signing | None = None) -> None:
+    def ask(
+        self,
+        inquiry: Inquiry,
+        questions: Sequence[Question],
+        signing: Signing | None = None,
+        gatherings: Sequence[Gathering] = (),
+    ) -> None:
         """Add to `inquiry` what the workers shall compare and sign after its step.
 
         Raises:
@@ -101,8 +125,9 @@ class Questions:
             inquiry.group, inquiry.own, inquiry.other, inquiry.second, inquiry.offset, inquiry.shift = columns
         if signing is not None:
             inquiry.sign_group, inquiry.sign = np.array(signing.pages, np.int64).T
+        inquiry.gathered = [(each.group, each.pages) for each in gatherings]
         if inquiry.asks:
-            self.asked[inquiry.step] = _Asked(questions, inquiry.group, signing)
+            self.asked[inquiry.step] = _Asked(questions, inquiry.group, signing, gatherings, inquiry.gathered_cosines)
 
     def settle(self, verdict: Verdict) -> None:
         """Hand out the answers in a verdict.
@@ -119,13 +144,15 @@ class Questions:
         asked = self.asked.pop(verdict.step)
         groups = asked.groups
         self._expect_none_before(verdict.step)
-        verdict.check(len(groups), 0 if asked.signing is None else len(asked.signing.pages), self._size)
+        signed = 0 if asked.signing is None else len(asked.signing.pages)
+        verdict.check(len(groups), signed, self._size, asked.cosines)
         self.statistics.add("compare_seconds", verdict.seconds)
         self.statistics.add("sign_seconds", verdict.sign_seconds)
         self.statistics.add("apply_seconds", verdict.apply_seconds)
         answer = Answer(
             verdict.step,
             self.bounds.allowed(groups, verdict),
+            self.bounds.within(groups, verdict),
             np.maximum(verdict.key_error, verdict.value_error),
             verdict.token_error,
             self.bounds.ratio(groups, verdict),
@@ -137,6 +164,11 @@ class Questions:
             first += len(question.pairs)
         if asked.signing is not None:
             asked.signing.hear(verdict.signatures.astype(np.float32))
+        first = 0
+        for gathering in asked.gatherings:
+            count = len(gathering.pages)
+            gathering.hear(verdict.gathered[first : first + 2 * count**2].reshape(2, count, count))
+            first += 2 * count**2
 
     def start_anew(self) -> None:
         """Forget what was asked; answers that still come are passed over."""

@@ -25,6 +25,7 @@ from jointkv.vllm_plugin.metrics import LEFT_ALONE, REPORT_EVERY, JointStats, Li
 from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.candidates import Candidates
+from jointkv.vllm_plugin.scheduler.directions import Directions
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.fusion import Fusion
 from jointkv.vllm_plugin.scheduler.intakes import Helper
@@ -110,8 +111,12 @@ class SchedulerSide:
         rule = ReuseRule() if evidence is None else evidence.rule
         self.reuse = Reuse(settings, rule, residents, self.requests, self.sharing, self.licences, self.statistics)
         audits = Audits(rule, residents, self.licences)
-        signs = settings.finds_other_text
-        self.fusion = Fusion(self.candidates, self.bounds, self.sharing, audits, self.statistics, signs)
+        directions = None
+        if settings.writes_directions:
+            directions = Directions(self.candidates, self.bounds, self.sharing, self.statistics)
+        self.fusion = Fusion(
+            self.candidates, self.bounds, self.sharing, audits, self.statistics, settings.signs, directions
+        )
         self.questions = Questions(self.bounds, self.statistics, patience(batches), settings.signature_size)
         self.beside_others = False
         self._helped: list[tuple[str, int]] = []
@@ -217,6 +222,7 @@ class SchedulerSide:
         """
         self._step += 1
         inquiry = Inquiry(self._step, self.sharing.take_remaps(), fills=self.reuse.fills.take())
+        self._write_directions(inquiry)
         self._ask(inquiry, output)
         return inquiry
 
@@ -244,6 +250,8 @@ class SchedulerSide:
         if tracked is not None:
             self.sharing.forget(tracked)
             self.fusion.conclude([tracked])
+        if self.fusion.directions is not None:
+            self.fusion.directions.dismiss(request_id)
 
     @fail_safe
     def reset(self) -> None:
@@ -274,11 +282,18 @@ class SchedulerSide:
         self.licences.check_integrity()
         self.reuse.fills.check_integrity()
         self.bounds.check_integrity()
+        if self.fusion.directions is not None:
+            self.fusion.directions.check_integrity()
         for request_id, tracked in self.requests.active.items():
             if tracked.epoch == tracked.request.num_preemptions:
                 for group, slot in tracked.served:
                     if self.tables.block(request_id, group, slot) is None:
                         raise IntegrityError(f"{request_id} is served at slot {slot}, which it does not hold")
+
+    @fail_safe
+    def _write_directions(self, inquiry: Inquiry) -> None:
+        if self.enabled and self.fusion.directions is not None:
+            inquiry.directions = self.fusion.directions.take(inquiry.step)
 
     @fail_safe
     def _ask(self, inquiry: Inquiry, output: SchedulerOutput) -> None:
@@ -297,7 +312,7 @@ class SchedulerSide:
         self.candidates.note_written(self.reuse.fills.sent, inquiry.step)
         self.candidates.forget_written(output, inquiry.step)
         questions = [*self.reuse.fills.questions(), *self.reuse.questions(output), *self.fusion.questions(output)]
-        self.questions.ask(inquiry, questions, self.fusion.signing())
+        self.questions.ask(inquiry, questions, self.fusion.signing(), self.fusion.gatherings())
 
     def _leave_alone(self, request_id: str, reason: str | None) -> None:
         """Count a client's request that shared nothing; log the first for each reason, or an idle plugin looks dead."""

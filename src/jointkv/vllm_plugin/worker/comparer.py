@@ -14,6 +14,7 @@ from torch import Tensor
 from jointkv.core.blocks import LayerAggregate
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.packed import PackedPages
+from jointkv.fusion.packed_directions import packed_cosines
 from jointkv.fusion.pair_sums import (
     pair_cosines,
     pair_errors,
@@ -34,6 +35,7 @@ class Comparison:
     Attributes:
         parts: which pairs, bool `[n]` or numbers, and what takes their sums from the device.
         seconds: spent so far.
+        gathered: cosines of the blocks to compare all with all.
         signatures: takes those that were asked for from the device, where there are any.
         sign_seconds: those of `seconds` spent on them.
     """
@@ -41,6 +43,7 @@ class Comparison:
     inquiry: Inquiry
     parts: list[tuple[np.ndarray, Callable[[], Tensor]]]
     seconds: float
+    gathered: np.ndarray
     signatures: Callable[[], np.ndarray] | None = None
     sign_seconds: float = 0.0
 
@@ -89,11 +92,15 @@ class PageComparer:
             parts.append((chosen, start_pair_sums(self.groups[int(number)], own, other)))
         if moved.any():
             parts += self._begin_moved(inquiry, np.flatnonzero(moved))
+        cosines = [
+            packed_cosines(self.groups[group], torch.tensor(pages)).numpy().ravel() for group, pages in inquiry.gathered
+        ]
+        gathered = np.concatenate(cosines) if cosines else np.zeros(0, np.float32)
         compared, signatures = time.perf_counter(), None
         if self.signer is not None and len(inquiry.sign):
             signatures = self.signer.begin(inquiry)
         end = time.perf_counter()
-        return Comparison(inquiry, parts, end - start, signatures, end - compared)
+        return Comparison(inquiry, parts, end - start, gathered, signatures, end - compared)
 
     def _begin_moved(self, inquiry: Inquiry, pairs: np.ndarray) -> Iterator[tuple[np.ndarray, Callable[[], Tensor]]]:
         """Pairs of which the resident block stands at another position, by their numbers."""
@@ -119,7 +126,8 @@ class PageComparer:
             errors[:, chosen] = torch.stack(pair_errors(sums, self.across_layers)).numpy()
         if norms is not None:
             norms.propose(inquiry, factors)
-        verdict, compared = Verdict(inquiry.step, *errors, *cosines), time.perf_counter()
+        verdict = Verdict(inquiry.step, *errors, *cosines, gathered=comparison.gathered)
+        compared = time.perf_counter()
         if comparison.signatures is not None:
             verdict.signatures = comparison.signatures()
             verdict.sign_seconds = comparison.sign_seconds + time.perf_counter() - compared

@@ -6,11 +6,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from jointkv.errors import IntegrityError, LayoutError
+from jointkv.fusion.packed_directions import write_direction
 from jointkv.vllm_plugin.attention.install import share_reading
 from jointkv.vllm_plugin.attention.norms import OwnNorms
 from jointkv.vllm_plugin.attention.reading import SharedReading
@@ -83,7 +85,7 @@ class WorkerSide:
         if settings.shares_reading:
             self._share_reading(kv_cache_config, groups, settings)
         signer = None
-        if settings.finds_other_text:
+        if settings.signs:
             signer = PageSigner(pages, settings.signature_size, settings.similarity, rank, ranks)
         if settings.moves:
             (group,) = (kv_cache_config.kv_cache_groups[number] for number in groups)
@@ -113,9 +115,13 @@ class WorkerSide:
         self._apply_seconds += time.perf_counter() - start
 
     def _fill(self, inquiry: Inquiry) -> None:
-        """Write pages of text that moved. The scheduler hears of a fault before anybody reads them."""
+        """Write directions, and pages of text that moved. The scheduler hears of a fault before anybody reads them."""
         self._fault = None
         try:
+            for group, page, members in inquiry.directions:
+                assert self.comparer is not None
+                with torch.inference_mode():
+                    write_direction(self.comparer.groups[group], page, torch.tensor(members))
             for pages, fills in inquiry.fills:
                 assert self.filler is not None
                 self.filler.fill(pages, fills)
