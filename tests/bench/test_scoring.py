@@ -46,12 +46,14 @@ def run_of(made: Plan, said: list[str]) -> Any:
 
 def test_every_other_arm_is_held_against_the_reference(made: Plan) -> None:
     said: list[str] = []
-    scores = with_scores(result_of(made), made, run_of(made, said)).scores or []
+    scores = with_scores(result_of(made), made, run_of(made, said), 2).scores or []
     assert [(row.arm, row.against, row.pages_freed) for row in scores] == [("fused", "stock", 1), ("other", "stock", 2)]
     assert (scores[0].kl, scores[0].kl_worst_request, scores[1].kl) == (1.5, 2.0, 3.0)
     assert (scores[0].top1, scores[0].nll, scores[0].nll_reference) == (0.5, 6 / 8, 4 / 8)
     assert [line for line in said if ":" not in line] == ["scoring stock", "scoring fused", "scoring other"]
     assert "scoring other: 2 of 2 requests" in said
+    first, _ = with_scores(result_of(made), made, run_of(made, said), 1).scores or ()
+    assert (first.requests, first.kl) == (1, 1.0)
 
 
 def test_what_an_engine_is_told(made: Plan, tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_an_engine_that_fails_is_named(made: Plan) -> None:
     dies = replace(made, arms=(*ARMS[:2], arm("gone", fusion={"a": 1}, flags=["--die"])))
     dies = replace(dies, block_bytes={each.name: 64 for each in dies.arms})
     with pytest.raises(ScoringFailed, match="arm gone could not be scored: ValueError: no such model"):
-        with_scores(result_of(dies), dies, run_of(dies, []))
+        with_scores(result_of(dies), dies, run_of(dies, []), 2)
 
 
 def test_a_reference_that_fuses_is_refused(made: Plan) -> None:

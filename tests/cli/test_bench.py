@@ -137,16 +137,16 @@ def test_arms_are_scored_after_their_runs(model: str, tmp_path: Path) -> None:
     asked = tmp_path / "asked.jsonl"
     asked.write_text("".join(json.dumps({"question": f"{number}?", "answer": "1 2 9"}) + "\n" for number in range(2)))
     few = ("--data", str(asked), "--requests", "2", "--output-tokens", "5", "--repeats", "1")
-    code, out, err = serve(model, tmp_path / "out", *few, "--score")
+    code, out, err = serve(model, tmp_path / "out", *few, "--score", "2")
     assert code == 0 and "scoring fused: 2 of 2 requests" in err, err
     result = ServingResult.load(tmp_path / "out" / "serving.json")
     assert [(row.arm, row.against, row.requests) for row in result.scores or ()] == [("fused", "stock", 2)]
     assert [row.f1 for row in result.true_answers] == [0.5, 0.5]  # 0 1 2 3 4 beside 1 2 9
     assert "giving the answers of stock" in out and "texts beside the true answers" in out
 
-    code, _, err = serve(model, tmp_path / "alone", *few, "--arm", "fused", "--score")
+    code, _, err = serve(model, tmp_path / "alone", *few, "--arm", "fused", "--score", "2")
     assert code == 2 and "add --arm stock" in err
-    code, _, err = serve(model, tmp_path / "out", *few, "--score", "--flags", "--die")
+    code, _, err = serve(model, tmp_path / "out", *few, "--score", "2", "--flags", "--die")
     assert code == 2 and "other settings" in err
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -49,14 +50,14 @@ def require_reference(plan: Plan) -> Arm:
     return arm
 
 
-def with_scores(result: ServingResult, plan: Plan, run: Run) -> ServingResult:
-    """`result` with `scores` of all arms but the reference.
+def with_scores(result: ServingResult, plan: Plan, run: Run, requests: int) -> ServingResult:
+    """`result` with `scores` of all arms but the reference, for the first `requests` of the plan.
 
     Raises:
         BadInput: see `require_reference`.
         ScoringFailed: an engine failed.
     """
-    reference = require_reference(plan)
+    reference, plan = require_reference(plan), replace(plan, requests=plan.requests[:requests])
     others = [arm for arm in plan.arms if arm != reference]
     with tempfile.TemporaryDirectory() as folder:
         answers = Path(folder) / "answers.pt"

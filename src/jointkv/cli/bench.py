@@ -108,11 +108,12 @@ def serve(
     ),
     port: int = typer.Option(0, min=0, max=65535, help="Port of the server. Default: one that is free."),
     start_timeout: float = typer.Option(600.0, min=1.0, help="Seconds that the start of a server may take."),
-    score: bool = typer.Option(
-        False,
-        "--score",
-        help="After the runs have an engine of every arm give the reference arm's answers, for KL, top-1 and the worst "
-        "request of each.",
+    score: int = typer.Option(
+        0,
+        min=0,
+        metavar="N",
+        help="After the runs have an engine of every arm give the reference arm's answers to the first N requests, for "
+        "KL, top-1 and the worst request.",
     ),
     fresh: bool = typer.Option(False, "--fresh", help="Start anew: remove the runs that are in the output folder."),
     output: Path = typer.Option(Path("out/serving"), help="Folder for serving.json, runs and logs."),
@@ -165,7 +166,7 @@ def _options(given: dict[str, Any]) -> Options:
     )
 
 
-def _run(options: Options, output: Path, port: int, start_timeout: float, fresh: bool, score: bool) -> ServingResult:
+def _run(options: Options, output: Path, port: int, start_timeout: float, fresh: bool, score: int) -> ServingResult:
     """Raises `typer.Exit` when a server or a load fails, and on Ctrl-C; the runs before that are kept."""
     require_vllm()
     from jointkv.bench import options as options_
@@ -196,7 +197,7 @@ def _run(options: Options, output: Path, port: int, start_timeout: float, fresh:
             result = with_divergences(result, plan, folder.outputs, serve, model.tokenizer, stages)
             folder.write_result(result)
             if score:
-                result = with_scores(result, plan, runner(os.environ, plan, cores, stages))
+                result = with_scores(result, plan, runner(os.environ, plan, cores, stages), score)
                 folder.write_result(result)
             return result
         except (ServerFailed, LoadFailed, ScoringFailed) as error:
