@@ -144,6 +144,10 @@ def test_arms_are_scored_after_their_runs(model: str, tmp_path: Path) -> None:
     assert [row.f1 for row in result.true_answers] == [0.5, 0.5]  # 0 1 2 3 4 beside 1 2 9
     assert "giving the answers of stock" in out and "texts beside the true answers" in out
 
+    code, _, err = serve(model, tmp_path / "out", *few)
+    assert code == 0 and "scoring" not in err and "asking" not in err
+    assert ServingResult.load(tmp_path / "out" / "serving.json") == result
+
     code, _, err = serve(model, tmp_path / "alone", *few, "--arm", "fused", "--score", "2")
     assert code == 2 and "add --arm stock" in err
     code, _, err = serve(model, tmp_path / "out", *few, "--score", "2", "--flags", "--die")

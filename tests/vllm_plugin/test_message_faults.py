@@ -105,6 +105,19 @@ def test_signatures_are_of_one_form(shape: str) -> None:
     assert joined.fault is not None and not joined.broken
 
 
+@ILL_FORMED
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cosines_of_blocks_that_came_together_are_of_one_form(shape: str) -> None:
+    gathered = verdict(gathered=np.ones(8, np.float32))
+    gathered.check(3, gathered=8)
+    damaged = damage("gathered", SHAPES[shape])(gathered)
+    assert damaged is not None
+    with pytest.raises(LayoutError, match="gathered"):
+        damaged.check(3, gathered=8)
+    joined = gathered.aggregate(damaged)
+    assert joined.fault is not None and not joined.broken
+
+
 @NONSENSE
 @pytest.mark.parametrize("value", [-0.1, -np.inf])
 @pytest.mark.parametrize("name", ERRORS)

@@ -223,3 +223,43 @@ def test_engine_arguments() -> None:
     assert transfer["kv_connector_extra_config"]["max_relative_error"] == 0.1
     with pytest.raises(BadInput, match="did you mean 'enabled'"):
         engine_args(enable=True)
+
+
+DIRECTIONS = {"directions": "written", "own_norms": True, "candidates": "signature"}
+
+
+def test_written_directions() -> None:
+    settings = PluginSettings.parse({**PAPER, **DIRECTIONS})
+    assert settings.writes_directions and not settings.signs and settings.finds_other_text
+    assert settings.fusion_policy().rule(2).shares_directions
+    bounded = PluginSettings.parse({**DIRECTIONS, "similarity": "key", "key_threshold": 0.9})
+    assert bounded.writes_directions and not bounded.unbounded
+    assert not PluginSettings.parse({**PAPER, **DIRECTIONS, "enabled": False}).writes_directions
+    plain = PluginSettings.parse(PAPER)
+    assert plain.signs and not plain.fusion_policy().rule(2).shares_directions
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({**PAPER, **DIRECTIONS, "own_norms": False}, "set own_norms=true"),
+        ({**PAPER, **DIRECTIONS, "candidates": "tokens"}, "set candidates=signature or both"),
+        ({**PAPER, "directions": "mean"}, "option directions"),
+    ],
+)
+def test_what_written_directions_do_not_go_with(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(BadInput, match=why):
+        PluginSettings.parse(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (DIRECTIONS, "key_threshold: representative='direction' groups by cosine"),
+        ({**DIRECTIONS, "key_threshold": 0.9}, "value_threshold"),
+        ({**DIRECTIONS, "similarity": "key", "key_threshold": 0.9, "scope": "both"}, "scope: 'both'"),
+    ],
+)
+def test_directions_need_a_threshold(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(InvalidPolicy, match=why):
+        PluginSettings.parse(options)

@@ -67,7 +67,7 @@ def run_plan(plan: Plan, folder: RunFolder, serve: Serve, measure: Measure, watc
                     _say(watcher, title, run)
         except (ServerFailed, LoadFailed) as error:
             raise type(error)(f"arm {arm.name} failed in round {number}: {error}") from error
-    result = make_result(plan, folder, complete=True)
+    result = folder.with_what_was_asked(make_result(plan, folder, complete=True))
     folder.write_result(result)
     return result
 

@@ -58,6 +58,16 @@ class RunFolder:
         replace_text(self.folder / RUNS / f"{name}.json", run.model_dump_json(indent=1) + "\n")
         self.runs[run.key], self.outputs[run.key] = run, texts
 
+    def with_what_was_asked(self, result: ServingResult) -> ServingResult:
+        """`result` with divergences and scores of the one that is there, if that is of the same runs."""
+        try:
+            there = ServingResult.load(self.folder / RESULT)
+        except BadInput:
+            return result
+        if not there.complete or there.runs != result.runs:
+            return result
+        return result.model_copy(update={"divergences": there.divergences, "scores": there.scores})
+
     def write_result(self, result: ServingResult) -> None:
         """Replace the result file. Raises `BadInput` when that cannot be."""
         replace_text(self.folder / RESULT, result.model_dump_json(indent=1) + "\n")

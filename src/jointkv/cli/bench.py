@@ -194,8 +194,9 @@ def _run(options: Options, output: Path, port: int, start_timeout: float, fresh:
         try:
             with progress(len(steps_left(plan, folder))) as steps:
                 result = run_plan(plan, folder, serve, partial(measure, client_cores=client), steps)
-            result = with_divergences(result, plan, folder.outputs, serve, model.tokenizer, stages)
-            folder.write_result(result)
+            if result.divergences is None:
+                result = with_divergences(result, plan, folder.outputs, serve, model.tokenizer, stages)
+                folder.write_result(result)
             if score:
                 result = with_scores(result, plan, runner(os.environ, plan, cores, stages), score)
                 folder.write_result(result)
