@@ -24,8 +24,9 @@ from jointkv.policy import FusionPolicy
 from timing import write
 
 LAYER_GROUPS, SETTLED = 15, 8
-RUNS = ((0.75, 8), (0.75, 2), (0.8, 8), (0.9, 8))
-"""Thresholds, and candidates compared with a block."""
+RUNS = ((0.75, 8), (0.75, 2), (0.8, 8), (0.9, 8), (0.75, 0), (0.8, 0), (0.9, 0))
+"""Thresholds, and candidates compared with a block; with none all are compared with all, and directions are written."""
+WRITTEN = {"directions": "written", "own_norms": True}
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
         tell(run(float(arguments.one[0]), int(arguments.one[1]), arguments.requests, arguments.blocks))
     size = ("--requests", str(arguments.requests), "--blocks", str(arguments.blocks))
     rows = [in_a_process_of_its_own(__file__, *size, "--one", str(threshold), str(most)) for threshold, most in RUNS]
-    headline = {f"{row['threshold']}, {row['max_candidates']} candidates": row["pages"] for row in rows}
+    headline = {f"{row['threshold']}, {row['max_candidates'] or 'written'}": row["pages"] for row in rows}
     write(arguments.output, "paper_plan", {"layer_groups": LAYER_GROUPS, "rows": rows, "headline": headline})
 
 
@@ -55,7 +56,8 @@ def run(threshold: float, most: int, requests: int, blocks: int) -> dict[str, An
     from jointkv.vllm_plugin import engine_args
 
     options = {"policy": "paper", "accept_unbounded": True, "layer_groups": LAYER_GROUPS, "min_pool_usage": 0.0}
-    attached = engine_args(**options, key_threshold=threshold, max_candidates=most)
+    serves: dict[str, Any] = {"max_candidates": most} if most else WRITTEN
+    attached = engine_args(**options, key_threshold=threshold, **serves)
     pages = 1 + LAYER_GROUPS * requests * (blocks + 2)
     engine = build("float32", requests, pages, max_model_len=(blocks + 2) * BLOCK_SIZE, **attached)
     sampling = SamplingParams(temperature=0, max_tokens=SETTLED + 2, ignore_eos=True, detokenize=False)
@@ -74,6 +76,7 @@ def run(threshold: float, most: int, requests: int, blocks: int) -> dict[str, An
     return {
         "threshold": threshold,
         "max_candidates": most,
+        "compare_seconds": scheduler_of(engine).connector.scheduler.totals()["compare_seconds"],
         "blocks": found["blocks"],
         "positions": found["positions"],
         "pages": {name: found[name] for name in ("engine", "resident", "direction")},

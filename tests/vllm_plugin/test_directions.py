@@ -149,6 +149,22 @@ def test_the_papers_plan_is_that_of_the_tree_where_groups_are_not_well_apart(syn
             served.assert_drained()
 
 
+def test_no_page_is_held_for_requests_that_end_between_a_plan_and_its_step(synonyms: Path) -> None:
+    with watched(synonyms, 200, {**SHARED, **BOUND}, max_num_batched_tokens=2048) as (served, _):
+        for steps in (1, 2):
+            names = [served.submit(prompt, OUT) for prompt in SAID]
+            for _ in range(steps):
+                served.step()
+            held = len(served.side.tables.held)
+            assert held == (10 if steps == 1 else 0)
+            for name in names:
+                served.abort(name)
+            assert not served.side.tables.held
+            assert served.llm.reset_prefix_cache()
+        served.finish()
+        served.assert_drained()
+
+
 def test_requests_that_come_and_go_under_pressure_lose_no_page(synonyms: Path) -> None:
     """Preemption, aborts and prefix hits between a plan and what follows; integrity is checked at every step."""
     fusion = {**SHARED, **BOUND, "candidates": "both"}

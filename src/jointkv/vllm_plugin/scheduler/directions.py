@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -32,11 +32,16 @@ MOST_TOGETHER = 128
 
 @dataclass(eq=False)
 class _Direction:
-    """A page that is to hold the direction of `members`, held for them; None once it is given back."""
+    """A page that is to hold the direction of `members`, held for them; None once it is given back.
+
+    Attributes:
+        ended: requests of members that have.
+    """
 
     group: int
     page: int | None
     members: list[Member]
+    ended: set[str] = field(default_factory=set)
 
 
 class Directions:
@@ -100,8 +105,8 @@ class Directions:
     def dismiss(self, request_id: str) -> None:
         """A request has ended: no page is held for one member alone, whose step may never come."""
         for direction in list(self._open):
-            left = [one for one in direction.members if one.tracked.request.request_id != request_id]
-            if len(left) < 2:
+            direction.ended.add(request_id)
+            if sum(one.tracked.request.request_id not in direction.ended for one in direction.members) < 2:
                 self._release(direction)
 
     def start_anew(self) -> None:
