@@ -57,7 +57,13 @@ def with_scores(result: ServingResult, plan: Plan, run: Run, requests: int) -> S
         BadInput: see `require_reference`.
         ScoringFailed: an engine failed.
     """
-    reference, plan = require_reference(plan), replace(plan, requests=plan.requests[:requests])
+    plan = replace(plan, requests=plan.requests[:requests])
+    return result.model_copy(update={"scores": score_arms(plan, run)})
+
+
+def score_arms(plan: Plan, run: Run) -> list[Scored]:
+    """All arms of `plan` but the reference, for its requests. Raises as `with_scores` does."""
+    reference = require_reference(plan)
     others = [arm for arm in plan.arms if arm != reference]
     with tempfile.TemporaryDirectory() as folder:
         answers = Path(folder) / "answers.pt"
@@ -67,7 +73,7 @@ def with_scores(result: ServingResult, plan: Plan, run: Run, requests: int) -> S
             outcome = run(arm, spec_of(plan, arm, answers, writes=False))
             found = summarize([RequestSums(*row) for row in outcome.sums])
             scores.append(Scored.of(arm.name, reference.name, found, outcome.pages_freed))
-    return result.model_copy(update={"scores": scores})
+    return scores
 
 
 def spec_of(plan: Plan, arm: Arm, answers: Path, *, writes: bool) -> ScoringSpec:

@@ -182,7 +182,7 @@ def _run(options: Options, output: Path, port: int, start_timeout: float, fresh:
     cores, client = options_.server_cores(options), options_.client_cores(options)
     with _interruptible(output):
         with stages(f"preparing {options.model}"):
-            model = _model(options)
+            model = read_model(options)
             plan = options_.make_plan(options, model, shlex.join(["jointkv", *sys.argv[1:]]))
         if score:
             require_reference(plan)
@@ -207,7 +207,7 @@ def _run(options: Options, output: Path, port: int, start_timeout: float, fresh:
             raise typer.Exit(code=FAILED) from None
 
 
-def _model(options: Options) -> Model:
+def read_model(options: Options) -> Model:
     """Fetch the model if need be, and read what a plan needs of it."""
     import torch
 
