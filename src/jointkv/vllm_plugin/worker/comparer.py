@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -35,17 +35,17 @@ class Comparison:
     Attributes:
         parts: which pairs, bool `[n]` or numbers, and what takes their sums from the device.
         seconds: spent so far.
-        gathered: cosines of the blocks to compare all with all.
         signatures: takes those that were asked for from the device, where there are any.
         sign_seconds: those of `seconds` spent on them.
+        gathered: cosines of the blocks to compare all with all.
     """
 
     inquiry: Inquiry
     parts: list[tuple[np.ndarray, Callable[[], Tensor]]]
     seconds: float
-    gathered: np.ndarray
     signatures: Callable[[], np.ndarray] | None = None
     sign_seconds: float = 0.0
+    gathered: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 class PageComparer:
@@ -100,7 +100,7 @@ class PageComparer:
         if self.signer is not None and len(inquiry.sign):
             signatures = self.signer.begin(inquiry)
         end = time.perf_counter()
-        return Comparison(inquiry, parts, end - start, gathered, signatures, end - compared)
+        return Comparison(inquiry, parts, end - start, signatures, end - compared, gathered)
 
     def _begin_moved(self, inquiry: Inquiry, pairs: np.ndarray) -> Iterator[tuple[np.ndarray, Callable[[], Tensor]]]:
         """Pairs of which the resident block stands at another position, by their numbers."""
