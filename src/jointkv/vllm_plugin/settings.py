@@ -57,8 +57,7 @@ class PluginSettings(BaseModel):
         directions: `"written"`: blocks that become full together at one place, are alike by `key_threshold` and find no
             resident page read the direction that they share, each with its own norms, from a page that is written for
             them; pages of other blocks are never written. Needs `own_norms`, and `candidates` other than `"tokens"`.
-            It costs a product of all blocks of a batch with all, and saves no more than `"off"` does wherever that
-            was measured.
+            It costs a product of all blocks of a batch with all, and within bounds saves no more than `"off"`.
         own_norms: a block that reads another's page keeps its own norms of K and V in every layer where that brings it
             nearer, so that more blocks are within a bound. It makes `attention` `"shared"`, and where that cannot be
             had, pages are read as they stand.
