@@ -1,7 +1,7 @@
 """The KV connector: vLLM's official channel between scheduler and workers, used here to share pages.
 
-Nothing is transferred, but to and from a store where there is one. Every hook goes to the plugin's side at the scheduler or
-at a worker; what vLLM does not need to hear about either is answered here.
+Nothing is transferred, but to and from a store where there is one. Every hook goes to the plugin's side at the
+scheduler or at a worker; what vLLM does not need to hear about either is answered here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the plugin counts; `prometheus.py` has it appear in vLLM's own `/metrics`.
 
-Names and units are listed in `COUNTERS`, kept beside the scheduler, and in `WORKER_COUNTERS` and `STORE_COUNTERS`, which
-every worker keeps.
+Names and units are listed in `COUNTERS`, kept beside the scheduler, and in `WORKER_COUNTERS` and `STORE_COUNTERS`,
+which every worker keeps.
 """
 
 from __future__ import annotations
