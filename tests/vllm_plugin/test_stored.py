@@ -253,13 +253,23 @@ def test_a_fault_turns_the_store_off(
     served.assert_drained()
 
 
-@SLOW
-def test_an_emptied_prefix_cache_ends_its_use(served: Engine, stock: list[list[Prompt]]) -> None:
-    """vLLM empties it when weights change, which the store would not notice."""
-    assert served.llm.reset_prefix_cache()
+@pytest.mark.hazard(
+    "Stored pages",
+    "weights change in a running engine, and its prefix cache is emptied",
+    "nothing is loaded or stored under the name of the old weights",
+)
+@pytest.mark.parametrize("connector", [False, True], ids=["emptied", "and the connector is told"])
+def test_other_weights_end_its_use(served: Engine, stock: list[list[Prompt]], connector: bool) -> None:
+    assert served.llm.reset_prefix_cache(reset_connector=connector)
     assert served.generate(PROMPTS, OUT) == stock[0]
-    assert served.side.stored.off and served.statistics["store_hits"] == served.statistics["store_faults"] == 0
-    assert counts(served)["store_pages_written"] == 0
+    assert counts(served)["store_pages_read"] == sum(WHOLE) // BLOCK, "the weights are what they were"
+    with torch.inference_mode():
+        next(served.runner.get_model().parameters()).mul_(0.5)
+    assert served.llm.reset_prefix_cache(reset_connector=connector)
+    assert served.generate(PROMPTS, OUT) != stock[0]
+    assert counts(served)["store_pages_read"] == sum(WHOLE) // BLOCK and counts(served)["store_pages_written"] == 0
+    assert counts(served)["store_faults"] == 1 and served.side.stored.off
+    served.assert_drained()
 
 
 @SLOW

@@ -98,6 +98,7 @@ class Inquiry(KVConnectorMetadata):
         fills: pages to write before the step, in this order: a later one may write what an earlier one reads.
         loads: to begin after the step.
         save: what to store after it.
+        emptied: whether the prefix cache was emptied before it, as is done when weights change.
     """
 
     step: int
@@ -114,6 +115,7 @@ class Inquiry(KVConnectorMetadata):
     fills: list[PageFill] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     save: Save | None = None
+    emptied: bool = False
 
     def __post_init__(self) -> None:
         for name in ("second", "offset", "shift"):  # unless something else is said, text stands where it is read

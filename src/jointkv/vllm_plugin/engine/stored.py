@@ -6,12 +6,16 @@ import hashlib
 import json
 from typing import Any
 
+import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
 from jointkv.codec.pages import Layout
 from jointkv.core.blocks import SUPPORTED_DTYPES
 from jointkv.errors import UnsupportedEngine
 from jointkv.policy.identity import checkpoint_fingerprint, checkpoint_folder
+
+SAMPLED = 64
+"""Numbers at either end of every weight, by which it is seen whether weights have changed."""
 
 VOLATILE = ("_name_or_path", "transformers_version")
 """What a model's configuration says that changes nothing of its K and V."""
@@ -57,6 +61,17 @@ def check_store(config: Any, kv_cache_config: KVCacheConfig, ours: bool) -> None
     for name, (present, remedy) in refusals.items():
         if present:
             raise UnsupportedEngine(f"a store does not work with {name}; {remedy}, or drop store")
+
+
+@torch.inference_mode()
+def sample_of_weights(model: torch.nn.Module) -> bytes:
+    """What changes when the weights of a loaded model do, as in training; a few milliseconds."""
+    digest = hashlib.sha256()
+    for weight in model.parameters():
+        numbers = weight.detach().flatten()
+        ends = torch.cat((numbers[:SAMPLED], numbers[-SAMPLED:])).contiguous().cpu()
+        digest.update(ends.view(torch.uint8).numpy().tobytes())
+    return digest.digest()
 
 
 def stored_model(config: Any, kv_cache_config: KVCacheConfig) -> str:

@@ -238,6 +238,7 @@ class SchedulerSide:
         self._ask(inquiry, output)
         if self.stored is not None:
             inquiry.loads, inquiry.save = self.stored.take_loads(), self.stored.offers(output)
+            inquiry.emptied = self.stored.take_emptied()
         return inquiry
 
     @fail_safe
@@ -277,7 +278,7 @@ class SchedulerSide:
     def reset(self) -> None:
         """Forget all resident pages, because their content is no longer what the model would compute."""
         if self.stored is not None:
-            self.stored.end("the connector was reset, as for new weights")
+            self.stored.reset()
         self._start_anew()
 
     @fail_safe

@@ -113,14 +113,14 @@ class StoredText:
         self._loads: list[Load] = []
         self._offered: OrderedDict[bytes, None] = OrderedDict()
         self._hash_map = tables.pool.cached_block_hash_to_block
+        self._emptied = False
         self._threads = ThreadPoolExecutor(1, "jointkv-store-look-up")
 
     @harmless
     def admit(self, request: Request) -> None:
         """Ask the store for a new request."""
-        self._notice_reset()
         isolation = isolation_key(request)
-        if self.off or not self._takes_part(request, isolation):
+        if not self._takes_part(request, isolation):
             return
         names = Names(self._store.secret, self._model, isolation)
         tokens, began = request.prompt_token_ids, time.monotonic()
@@ -163,13 +163,12 @@ class StoredText:
     @harmless
     def offers(self, output: SchedulerOutput) -> Save | None:
         """Pages that will be full after the step that `output` describes, exact, and not stored as far as is known."""
-        self._notice_reset()
         pages: list[int] = []
         named: list[Named] = []
         positions: list[int] = []
         for request_id, scheduled in output.num_scheduled_tokens.items():
             asked = self._asked.get(request_id)
-            if asked is None or self.off:
+            if asked is None:
                 continue
             request = asked.request
             # With asynchronous scheduling the last tokens are placeholders: their text is not known yet.
@@ -188,12 +187,22 @@ class StoredText:
             asked.offered = max(asked.offered, end)
         return Save(np.array(pages, np.int64), named, np.array(positions, np.int64)) if pages else None
 
+    def take_emptied(self) -> bool:
+        """Whether the prefix cache was emptied since the last call; the worker then looks at its weights."""
+        before, self._hash_map = self._hash_map, self._tables.pool.cached_block_hash_to_block
+        emptied, self._emptied = self._emptied or before is not self._hash_map, False
+        return emptied
+
+    def reset(self) -> None:
+        """Weights may have changed."""
+        self._emptied = True
+
     def dismiss(self, request_id: str) -> None:
         """A request has ended. Pages that it still loads stay its own until the worker is done."""
         self._asked.pop(request_id, None)
 
     def end(self, fault: str) -> None:
-        """Use the store no more: after an error, or where its pages may no longer be those of the model."""
+        """Use the store no more."""
         if not self.off:
             self.off = True
             self._statistics.add("store_faults")
@@ -244,13 +253,3 @@ class StoredText:
         if len(self._offered) > REMEMBERED:
             self._offered.popitem(last=False)
         return True
-
-    def _notice_reset(self) -> None:
-        """vLLM empties its prefix cache where the weights may have changed, and the store knows the old ones."""
-        if self._hash_map is not self._tables.pool.cached_block_hash_to_block:
-            self._hash_map = self._tables.pool.cached_block_hash_to_block
-            self.off = True
-            logger.warning(
-                "the prefix cache was emptied, as for new weights, and jointkv reads and writes no stored pages until "
-                "it is started again"
-            )

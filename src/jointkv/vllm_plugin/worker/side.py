@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from vllm.logger import init_logger
@@ -18,6 +19,7 @@ from jointkv.vllm_plugin.attention.reading import SharedReading
 from jointkv.vllm_plugin.engine.pages import number_order, packed_pages
 from jointkv.vllm_plugin.engine.rotary import rotary_of
 from jointkv.vllm_plugin.engine.runners.base import WorkerTables
+from jointkv.vllm_plugin.engine.stored import sample_of_weights
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.metrics import JointStats, WorkerStatistics
 from jointkv.vllm_plugin.settings import PluginSettings
@@ -89,7 +91,8 @@ class WorkerSide:
         if settings.store is not None:
             store = Store(settings.store, max_bytes=settings.store_bytes)
             order = _number_order(layers, kv_cache_config, groups[0])
-            self.stored = StoredPages(store, pages[groups[0]], order)
+            weights = partial(sample_of_weights, tables.runner.get_model())
+            self.stored = StoredPages(store, pages[groups[0]], order, weights)
         if not settings.enabled:
             return
         if settings.shares_reading:
@@ -160,6 +163,8 @@ class WorkerSide:
         if self.stored is None or inquiry.step <= self._last_stored:
             return
         self._last_stored = inquiry.step
+        if inquiry.emptied:
+            self.stored.check_weights()
         if inquiry.save is not None:
             self.stored.save(inquiry.save)
         for load in inquiry.loads:

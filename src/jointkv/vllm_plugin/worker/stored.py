@@ -20,7 +20,7 @@ from jointkv.codec.base import Aids
 from jointkv.codec.pages import Layout, Pages
 from jointkv.codec.registry import decode, encode, get_codec
 from jointkv.core.packed import PackedPages
-from jointkv.errors import BadInput
+from jointkv.errors import BadInput, ModelMismatch
 from jointkv.store.folder import Store
 from jointkv.store.records import NO_BASE, Record
 from jointkv.vllm_plugin.messages import Load, Save
@@ -62,14 +62,16 @@ class StoredPages:
         store: to write to and read from; closed with this.
         pages: of the KV-cache group.
         order: of their elements.
+        weights: a sample of the model's, which changes when they do.
 
     Attributes:
         off: whether an error has ended its use; what is to be loaded is lost then.
         layout: of pages in the store.
     """
 
-    def __init__(self, store: Store, pages: PackedPages, order: NumberOrder) -> None:
+    def __init__(self, store: Store, pages: PackedPages, order: NumberOrder, weights: Callable[[], bytes]) -> None:
         self.off = False
+        self._weights, self._known_weights = weights, weights()
         self._store, self._pages = store, pages
         self._shapes = order.keys.shape, order.values.shape
         self._elements = order.keys.flatten().cpu(), order.values.flatten().cpu()
@@ -89,6 +91,11 @@ class StoredPages:
         """Since the start, those of `metrics.STORE_COUNTERS` and `store_faults`."""
         with self._lock:
             return Counter(self._counts)
+
+    def check_weights(self) -> None:
+        """Pages of other weights are not those that the store means: its use ends where they have changed."""
+        if not self.off and self._weights() != self._known_weights:
+            self._end(ModelMismatch("the model has got other weights"))
 
     def save(self, save: Save) -> None:
         """Copy pages as they are once all that was asked of the device is done, and have them written."""
