@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -36,6 +39,7 @@ OPTIONS: dict[str, Any] = {"max_model_len": 512, "max_num_batched_tokens": 256}
 TIGHT = {**OPTIONS, "max_model_len": 256}
 CROWD = [text(90 + number, number // 2) for number in range(12)]
 
+ROOT = Path(__file__).parents[2]
 SLOW = pytest.mark.slow
 pytestmark = runs("stored pages", FIRST)
 
@@ -96,6 +100,34 @@ def test_the_next_engine_loads_what_the_first_has_computed(
         known = served.statistics["store_misses"]
         assert served.generate(PROMPTS[:1], OUT) == stock[0][:1], "from the prefix cache"
         assert served.statistics["store_misses"] == known + 1 and served.statistics["store_hits"] == 3
+        served.assert_drained()
+
+
+SECOND = """
+import json, os, sys
+from pathlib import Path
+from tests.vllm_plugin.conftest import ENVIRONMENT
+os.environ.update(ENVIRONMENT)
+from tests.vllm_plugin.test_stored import EXACT, OPTIONS, OUT, PROMPTS, engine
+with engine(Path(sys.argv[1]), 60, {**EXACT, "store": sys.argv[2]}, **OPTIONS) as served:
+    found = {"answers": served.generate(PROMPTS, OUT), "loaded": served.statistics["store_tokens_loaded"]}
+print("FOUND " + json.dumps(found))
+"""
+
+
+@SLOW
+def test_a_second_engine_answers_from_what_a_running_one_has_computed(
+    calm: Path, stock: list[list[Prompt]], tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "pages")
+    with engine(calm, 60, {**EXACT, "store": folder}, **OPTIONS) as served:
+        served.generate(PROMPTS, OUT)
+        get_kv_transfer_group().worker.stored._writing.submit(int).result()
+        command = [sys.executable, "-c", SECOND, str(calm), folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")] or [done.stderr[-3000:]]
+        assert json.loads(line.removeprefix("FOUND ")) == {"answers": stock[0], "loaded": sum(WHOLE)}
+        assert served.generate(PROMPTS, OUT) == stock[0] and counts(served)["store_faults"] == 0
         served.assert_drained()
 
 
