@@ -30,7 +30,7 @@ from vllm import SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.v1.worker.gpu.warmup import warmup_kernels
 
-from jointkv.vllm_plugin.scheduler import side
+from jointkv.vllm_plugin.scheduler import side, stored
 from tests.vllm_plugin.census import Census
 from tests.vllm_plugin.engines import (
     BOLD,
@@ -55,6 +55,7 @@ EVENTS = int(os.environ.get("JOINTKV_TEST_EVENTS", "60"))
 
 torch.set_num_threads(1)
 side.ReuseRule = BOLD
+stored.LOOK_UP_S = 100.0
 
 Found = dict[str, Any]
 

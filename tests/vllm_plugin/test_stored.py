@@ -25,6 +25,7 @@ from jointkv.errors import StoreError
 from jointkv.store import Record, Store
 from jointkv.store.records import scan
 from jointkv.store.segments import DATA
+from jointkv.vllm_plugin.scheduler import stored as look_ups
 from jointkv.vllm_plugin.worker import stored
 from tests.hazards import FIRST, FIRST_AHEAD, runs
 from tests.vllm_plugin.engines import EXACT, LOSSY, Engine, Prompt, engine, near_prefix, text
@@ -42,6 +43,13 @@ CROWD = [text(90 + number, number // 2) for number in range(12)]
 ROOT = Path(__file__).parents[2]
 SLOW = pytest.mark.slow
 pytestmark = runs("stored pages", FIRST)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_a_busy_machine() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(look_ups, "LOOK_UP_S", 100.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +116,8 @@ import json, os, sys
 from pathlib import Path
 from tests.vllm_plugin.conftest import ENVIRONMENT
 os.environ.update(ENVIRONMENT)
-from tests.vllm_plugin.test_stored import EXACT, OPTIONS, OUT, PROMPTS, engine
+from tests.vllm_plugin.test_stored import EXACT, OPTIONS, OUT, PROMPTS, engine, look_ups
+look_ups.LOOK_UP_S = 100.0
 with engine(Path(sys.argv[1]), 60, {**EXACT, "store": sys.argv[2]}, **OPTIONS) as served:
     found = {"answers": served.generate(PROMPTS, OUT), "loaded": served.statistics["store_tokens_loaded"]}
 print("FOUND " + json.dumps(found))

@@ -37,6 +37,7 @@ REMEMBERED = 1 << 16
 """Pages that were offered lately, which are not offered again."""
 
 GROUP = 0
+UNKNOWN = -1
 R = TypeVar("R")
 
 
@@ -129,14 +130,16 @@ class StoredText:
 
     def matched(self, request: Request, computed: int) -> int | None:
         """Tokens of `request` beyond the first `computed` that can be loaded; None while that is not known."""
+        found = self._matched(request, computed)
+        return None if found == UNKNOWN else found or 0
+
+    @harmless
+    def _matched(self, request: Request, computed: int) -> int:
         asked = self._asked.get(request.request_id)
-        if asked is None or self.off or asked.decided or self._private_from(request) is not None:
+        if asked is None or asked.decided or self._private_from(request) is not None:
             return 0
         if not asked.stored.done():
-            return 0 if time.monotonic() - asked.began > LOOK_UP_S else None
-        if asked.stored.exception() is not None:
-            self.end(f"look-up: {type(asked.stored.exception()).__name__}: {asked.stored.exception()}")
-            return 0
+            return 0 if time.monotonic() - asked.began > LOOK_UP_S else UNKNOWN
         # Of what is to be answered one token must be computed.
         most = min(asked.stored.result(), (request.num_tokens - 1) // self._block_size)
         return max(most * self._block_size - computed, 0)

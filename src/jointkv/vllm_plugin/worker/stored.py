@@ -139,6 +139,7 @@ class StoredPages:
         wait(self._jobs, CLOSE_S)
         self._writing.shutdown(wait=False, cancel_futures=True)
         self._reading.shutdown(wait=True, cancel_futures=True)
+        self.off = True
         try:
             self._store.close()
         except Exception as error:
@@ -176,6 +177,8 @@ class StoredPages:
         there = self._store.has([name.address for name in save.named])
         new = [number for number, known in enumerate(there) if not known]
         for start in range(0, len(new), AT_A_TIME):
+            if self.off:
+                return
             part = new[start : start + AT_A_TIME]
             keys, values = (
                 copy.held[:, part].index_select(2, elements).view(-1, len(part), *shape)
