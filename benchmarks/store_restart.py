@@ -18,8 +18,10 @@ import engines
 from timing import write
 
 CONTEXT, OUT, SETTLE = 8192, 16, 64
-"""Longest context, tokens that are answered, and tokens of a first request that is not measured. It is stored and loaded
-like the other, and counted in `tokens_loaded`."""
+"""Longest context, tokens that are answered, and tokens of a first request that is not measured.
+
+That one is stored and loaded like the other, and counted in `tokens_loaded`.
+"""
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
