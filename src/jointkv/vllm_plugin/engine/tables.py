@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 
@@ -123,16 +123,16 @@ class BlockTables:
         finally:
             self.pool.free_blocks(taken)
 
-    def renew(self, pages: Iterable[int]) -> None:
-        """Hand `pages` out last, as if they had just been found."""
-        blocks = [self.pool.blocks[page] for page in pages]
+    def renew(self, pages: Sequence[int]) -> None:
+        """Hand `pages` out last, as if they had just been found, and the first of them last of all."""
+        blocks = [self.pool.blocks[page] for page in reversed(pages)]
         self.pool.touch(blocks)
         self.pool.free_blocks(blocks)
 
-    def found_pages(self, request: Request) -> set[int]:
-        """Pages that vLLM's prefix cache has for `request` now."""
+    def found_pages(self, request: Request) -> list[int]:
+        """Pages that vLLM's prefix cache has for `request` now, in order."""
         found = self._manager.get_computed_blocks(request)[0]
-        return {block.block_id for blocks in found.blocks for block in blocks}
+        return [block.block_id for blocks in found.blocks for block in blocks]
 
     def needed(self, request: Request, pages: Iterable[int]) -> int:
         """Free pages that it takes to start `request`, which will find `pages`."""

@@ -148,7 +148,7 @@ class Fills:
         """Pages that `intake` would find, or that its plan leads it to."""
         pages = intake.plan.pages
         planned = pages[~unwritten(pages) & (pages != COMPUTED)]
-        return self._tables.found_pages(intake.tracked.request).union(planned.tolist())
+        return {*self._tables.found_pages(intake.tracked.request), *planned.tolist()}
 
     def _write(self, intake: Intake, slots: Integers, keep: set[int]) -> bool:
         """Take pages for `slots [n]`, sources and `keep` excepted, and have them written; whether there were any."""

@@ -109,6 +109,7 @@ class Reuse:
             covered, sent[name] = intake.covered, self._send(intake)
             budget -= intake.plan.computed(covered, intake.covered) * intake.tracked.block_size
             free -= len(sent[name]) + (intake.begun and not intake.asked and not intake.helpers)
+        self._keep(sent)
         behind = list(line) if budget > 0 and free > 0 else []
         if any(sent.values()):
             send_ahead(scheduler, sent)
@@ -224,11 +225,21 @@ class Reuse:
         return helper.stray or (helper.owner not in self.intakes and helper.request.status != RequestStatus.RUNNING)
 
     def _known(self, name: str) -> Intake | None:
-        """What was found for a request; nothing where sources are gone, so that it is looked up anew."""
+        """What was found for a request; nothing where pages are gone, so that it is looked up anew."""
         intake = self.intakes.get(name)
-        if intake is not None and not (intake.asked or intake.helpers) and self.fills.lost(intake):
-            del self.intakes[name]
+        if intake is not None and not (intake.asked or intake.helpers):
+            if self.fills.lost(intake) or self._lost(intake):
+                del self.intakes[name]
+                self.sharing.let_go(intake.tracked)
         return self.intakes.get(name)
+
+    def _lost(self, intake: Intake) -> bool:
+        """Whether others took pages that `intake` was to find while it waited for the room that there is by now."""
+        if not intake.begun or intake.entry is not None or intake.gap_ends or self.fills.awaits(intake):
+            return False
+        tables, request = self.sharing.tables, intake.tracked.request
+        found = tables.found_pages(request)
+        return len(found) < intake.needs and tables.needed(request, found) <= tables.pool.get_num_free_blocks()
 
     def _take_in(self, request: Request) -> Intake | None:
         """Look up a request that has not been yet. None where it computes all, or waits for another's text."""
@@ -243,6 +254,16 @@ class Reuse:
         if name not in self.intakes and name not in self.followers.held:
             self.followers.add_donor(tracked)
         return self.intakes.get(name)
+
+    def _keep(self, names: Iterable[str]) -> None:
+        """What those who have begun will find is handed out last, and of that what the first in the line will.
+
+        They wait for pages for the rest, while others take those that have been free the longest.
+        """
+        for name in reversed(list(names)):
+            intake = self.intakes.get(name)
+            if intake is not None and intake.begun:
+                self.sharing.tables.renew(self.sharing.tables.found_pages(intake.tracked.request))
 
     def _send(self, intake: Intake) -> list[Request]:
         """Helpers to send ahead, if any are due: behind pages that are there."""

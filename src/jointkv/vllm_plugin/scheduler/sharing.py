@@ -89,6 +89,11 @@ class Sharing:
         self.tables.forget(tracked.request, tracked.private_from)
         return True
 
+    def let_go(self, tracked: TrackedRequest) -> None:
+        """`tracked`, of which nothing is computed yet, finds nothing any more of what it has adopted."""
+        if tracked.private_from is not None:
+            self.tables.forget(tracked.request, tracked.private_from)
+
     def forget(self, tracked: TrackedRequest) -> None:
         """No page answers for the private hashes of a request that has ended."""
         if tracked.private_from is not None:
