@@ -25,7 +25,7 @@ HOOKS = (
     "reuse.dismiss",
     "reuse.ended",
     "reuse.stray",
-    "reuse.forget_ended",
+    "reuse.sent.forget_ended",
     "reuse.followers.new_step",
     "reuse.followers.follows",
     "reuse.look_up.intake",
