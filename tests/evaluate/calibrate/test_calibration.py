@@ -1,6 +1,5 @@
 """Calibration: predictions that come true, targets that are met or refused, results in between that are used again."""
 
-import dataclasses
 import random
 
 import numpy as np
@@ -128,11 +127,12 @@ def test_text_at_other_positions_is_audited_apart(model):
     text, moved = words(12 * BLOCK), list[Request]()
     for row in range(24):
         moved.append(Request(words(3 + row % 5) + text, words(4), ""))
-    chosen = settings("relative_error=0.9", token_limit=9.0)
-    found = Calibration(model, moved, dataclasses.replace(chosen, moved=True)).run(model_identity(model), "test", {}).reuse
+    found, without = (
+        calibrated(model, "relative_error=0.9", moved, token_limit=9.0, moved=asked).reuse for asked in (True, False)
+    )
     assert found.moved.blocks > found.blocks and 0 < found.moved.audits <= 12 and found.moved.moved is None
     assert found.moved.skipped > found.skipped and found.moved.near == found.near
-    assert Calibration(model, moved, chosen).run(model_identity(model), "test", {}).reuse.moved is None
+    assert without.moved is None
 
 
 def test_a_pool_goes_by_the_profile(model):

@@ -61,10 +61,12 @@ class Audit:
 
     def evidence(self, requests: Sequence[Request], near: float) -> ReuseEvidence:
         """What reuse would do with `requests`, one after another, and how many blocks would be beyond the bounds."""
-        found = self._said([(row, row.audited_blocks, row.missed_blocks) for row in self._rows(requests, ReuseRule(near=near))], near)
+        rule = ReuseRule(near=near)
+        rows = self._rows(requests, rule)
+        found = self._said([(row, row.audited_blocks, row.missed_blocks) for row in rows], near)
         if not self._moved:
             return found
-        rows = self._rows(requests, ReuseRule(near=near), moved=True)
+        rows = self._rows(requests, rule, moved=True)
         moved = self._said([(row, row.audited_moved, row.missed_moved) for row in rows], near)
         return found.model_copy(update={"moved": moved})
 
