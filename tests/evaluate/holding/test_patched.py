@@ -7,6 +7,7 @@ import torch
 
 from jointkv.evaluate.holding.batch import Batch
 from jointkv.evaluate.holding.dense import LayerStates, layer_states
+from jointkv.evaluate.holding.held import HeldBatch, RebuiltBatch
 from jointkv.evaluate.methods import get_method
 from tests.evaluate.methods.tiny_batches import BLOCK, batch_of, needs_hf, random_tokens, requests_of
 
@@ -33,6 +34,16 @@ def far(states: LayerStates, exact: LayerStates, places: slice) -> float:
     )
 
 
+def rebuilt(held: HeldBatch, row: int) -> LayerStates:
+    assert isinstance(held, RebuiltBatch)
+    return held.rebuild(row)
+
+
+def skipped(held: HeldBatch) -> int:
+    assert held.work is not None
+    return held.work.skipped_tokens
+
+
 def exact_of(batch: Batch, row: int) -> LayerStates:
     return layer_states(batch.dense[row])
 
@@ -49,10 +60,10 @@ def test_any_part_of_a_prompt_computed_behind_the_rest_is_exact(batch: Batch) ->
 
 def test_what_was_found_is_read_turned_and_the_rest_is_computed(batch: Batch) -> None:
     held = get_method("full_reuse").hold(batch, 1.0)
-    read = held.work.skipped_tokens
+    read = skipped(held)
     assert 2 * (len(TEXT) - 2 * BLOCK) <= read <= 2 * len(TEXT)
-    assert far(held.rebuild(0), exact_of(batch, 0), slice(None)) == 0
-    moved, donor = held.rebuild(2), exact_of(batch, 0)
+    assert far(rebuilt(held, 0), exact_of(batch, 0), slice(None)) == 0
+    moved, donor = rebuilt(held, 2), exact_of(batch, 0)
     inside = slice(9 + BLOCK, 9 + 40)
     for (keys, values), (theirs_k, theirs_v) in zip(moved, donor, strict=True):
         torch.testing.assert_close(values[:, :, inside], theirs_v[:, :, 5 + BLOCK : 5 + 40])
@@ -65,15 +76,16 @@ def test_what_was_found_is_read_turned_and_the_rest_is_computed(batch: Batch) ->
 def test_the_more_is_computed_the_nearer(name: str, batch: Batch) -> None:
     method = get_method(name)
     none, all_of_it = (method.hold(batch, level) for level in (0.0, 1.0 if name == "cache_blend" else 64.0))
-    assert all_of_it.work.skipped_tokens == 0 < none.work.skipped_tokens
+    assert skipped(all_of_it) == 0 < skipped(none)
+    assert all_of_it.work is not None and none.work is not None
     assert all_of_it.work.flops == all_of_it.work.flops_unfused > none.work.flops
-    assert max(far(all_of_it.rebuild(row), exact_of(batch, row), slice(None)) for row in range(3)) < 1e-4
+    assert max(far(rebuilt(all_of_it, row), exact_of(batch, row), slice(None)) for row in range(3)) < 1e-4
     some = method.hold(batch, 0.5 if name == "cache_blend" else 8.0)
-    assert 0 < some.work.skipped_tokens < none.work.skipped_tokens
+    assert 0 < skipped(some) < skipped(none)
 
 
 def test_an_equal_prefix_is_never_computed_again() -> None:
     rows = requests_of(*(TEXT + random_tokens(9, 40 + row) for row in range(2)))
     held = get_method("epic").hold(batch_of(rows), 64.0)
-    assert held.work.skipped_tokens == len(TEXT)
-    assert far(held.rebuild(1), exact_of(batch_of(rows), 1), slice(None)) < 1e-4
+    assert skipped(held) == len(TEXT)
+    assert far(rebuilt(held, 1), exact_of(batch_of(rows), 1), slice(None)) < 1e-4

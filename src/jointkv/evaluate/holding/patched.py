@@ -71,7 +71,7 @@ class PatchedBatch(RebuiltBatch):
     def __init__(self, batch: Batch, rotary: Sequence[Rotary], chosen: Chosen, whole_layers: int = 0) -> None:
         super().__init__(batch.model, batch.lengths)
         self._states: list[LayerStates] = []
-        computed = []
+        computed = list[Tensor]()
         for text in found_texts(batch, rotary):
             mask = ~text.found | chosen(text)
             mask[: text.prefix] = False
