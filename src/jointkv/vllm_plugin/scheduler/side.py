@@ -181,7 +181,7 @@ class SchedulerSide:
     @fail_safe
     def follow_up(self, scheduler: Scheduler) -> None:
         """After the outputs of a step are made: helpers that nobody waits for end, and ended ones are forgotten."""
-        self.reuse.forget_ended()
+        self.reuse.sent.forget_ended()
         self._end_strays(scheduler)
 
     def matched(self, request: Request, computed: int) -> int | None:
@@ -219,8 +219,8 @@ class SchedulerSide:
         return self.reuse.helpers
 
     def helpers_of(self, request_ids: Iterable[str]) -> list[str]:
-        """See `Reuse.helpers_of`."""
-        return self.reuse.helpers_of(request_ids)
+        """See `Helpers.of`."""
+        return self.reuse.sent.of(request_ids)
 
     def take_helped(self) -> list[tuple[str, int]]:
         """Requests that the last step starts, and tokens that helpers have computed for them; once."""

@@ -40,7 +40,8 @@ REQUESTS = (
     Use(
         "vllm.v1.request:Request",
         "request_id status num_preemptions num_computed_tokens num_tokens num_prompt_tokens all_token_ids "
-        "block_hashes cache_salt lora_request mm_features sampling_params prompt_embeds prompt_token_ids resumable",
+        "block_hashes cache_salt lora_request mm_features sampling_params prompt_embeds prompt_token_ids resumable "
+        "update_block_hashes()",
     ),
     Use(
         "vllm.v1.request:RequestStatus",
