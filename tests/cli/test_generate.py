@@ -188,13 +188,14 @@ def test_streamer_stops_rows_at_their_end_token() -> None:
 
 
 def test_display_draws_panels_on_a_terminal() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=20)
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=80, height=20)
     with generate._display(console, ["first [x]", "second " * 30]) as show:
         streamer = generate.BatchStreamer(Bytes(), 2, frozenset({1}), show)
         for step in ([[0], [0]], [72, 73], [1, 74]):
             streamer.put(torch.tensor(step))
         streamer.end()
-    last = console.file.getvalue().split("1: first [x]")[-1]
+    last = written.getvalue().split("1: first [x]")[-1]
     assert "│ H " in last and "│ IJ " in last and "2: second second" in last and "…" in last
 
 

@@ -9,6 +9,7 @@ import site
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @HAZARD
-def test_every_file_is_in_the_wheel(wheel: Path, record_property: pytest.RecordProperty) -> None:
+def test_every_file_is_in_the_wheel(wheel: Path, record_property: Callable[[str, object], None]) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if "dist-info" not in name}
         about = {Path(name).name for name in archive.namelist()} - {Path(name).name for name in held}

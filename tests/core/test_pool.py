@@ -1,6 +1,7 @@
 """Any sequence of operations on tables and pool keeps the counts right and everybody's content unchanged."""
 
 import dataclasses
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -296,7 +297,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.seen = [(table, table.version, state_of(table)) for table in self.tables]
 
 
-TestPool = PoolMachine.TestCase
+TestPool: Any = PoolMachine.TestCase
 TestPool.settings = machine_settings(40)
 TestPool.pytestmark = [
     pytest.mark.timeout(0),

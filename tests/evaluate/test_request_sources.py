@@ -132,8 +132,8 @@ def test_parquet(tmp_path: Path) -> None:
     chat[0]["content"] = chat[3]["content"] = ""
     rows = [{"prompt": "a", "messages": None}, {"prompt": None, "messages": chat}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "log.parquet")
-    plain, chat = read_requests(tmp_path / "log.parquet")
-    assert plain.prompt == "a" and list(chat.messages) == READ and chat.place.within == "row 2"
+    plain, talk = read_requests(tmp_path / "log.parquet")
+    assert plain.prompt == "a" and list(talk.messages) == READ and talk.place.within == "row 2"
     (tmp_path / "log.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(BadInput, match=r"log\.parquet: cannot be read as Parquet"):
         read_requests(tmp_path / "log.parquet")

@@ -132,12 +132,12 @@ def test_own_norms_bring_a_page_nearer_or_are_left_out(cache):
     plainly = pair_sums_reference(pages, own, other)
     sums, factors = with_own_norms(plainly)
     assert factors.shape == (len(own), pages.num_layers, 2) and (factors > 0).all() and factors.isfinite().all()
-    expected = []
+    by_side = []
     for side, vectors in enumerate(plain.vectors(torch.arange(plain.num_pages))):
         tokens = vectors.double().unflatten(-1, (plain.block_size, -1))
         x, y = tokens[:, own], tokens[:, other] * factors[:, :, side].T[..., None, None]
-        expected.append(torch.stack([part.square().sum(-1) for part in (x - y, x, y)], -1))
-    expected = torch.stack(expected, 2).transpose(0, 1)
+        by_side.append(torch.stack([part.square().sum(-1) for part in (x - y, x, y)], -1))
+    expected = torch.stack(by_side, 2).transpose(0, 1)
     known = expected.isfinite()
     size = expected[..., 1:].sum(-1, keepdim=True).expand_as(expected)
     assert ((sums - expected).abs()[known] <= 1e-5 * size[known] + 1e-37).all()

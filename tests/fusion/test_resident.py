@@ -1,6 +1,7 @@
 """The index of resident blocks against a plain dictionary, under any sequence of changes and look-ups."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ class IndexMachine(RuleBasedStateMachine):
         assert self.index.contains(every).nonzero().flatten().tolist() == sorted(self.model)
 
 
-TestIndex = IndexMachine.TestCase
+TestIndex: Any = IndexMachine.TestCase
 TestIndex.settings = machine_settings(25)
 TestIndex.pytestmark = [
     pytest.mark.timeout(0),

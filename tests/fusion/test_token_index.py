@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -72,7 +74,7 @@ class TokenIndexMachine(RuleBasedStateMachine):
         assert not self.index.candidates([("never used", 1)], 3)
 
 
-TestTokenIndex = TokenIndexMachine.TestCase
+TestTokenIndex: Any = TokenIndexMachine.TestCase
 TestTokenIndex.settings = machine_settings(40)
 TestTokenIndex.pytestmark = [
     pytest.mark.timeout(0),

@@ -52,13 +52,13 @@ def test_text_is_kept_while_it_is_known_without_a_gap():
     batch, ids = batch_of("a"), torch.arange(6)[None]
     extend(batch, torch.ones(1, 4), ids[:, :4])
     extend(batch, torch.ones(1, 6), ids[:, 4:])
-    assert batch.tokens.tolist() == ids.tolist()
+    assert batch.tokens is not None and batch.tokens.tolist() == ids.tolist()
     extend(batch, torch.ones(1, 7))
     extend(batch, torch.ones(1, 8), ids[:, :1])
     assert batch.tokens is None
     batch.truncate(0)
     extend(batch, torch.ones(1, 2), ids[:, :2])
-    assert batch.tokens.tolist() == [[0, 1]]
+    assert batch.tokens is not None and batch.tokens.tolist() == [[0, 1]]
     ignoring = batch_of("a", policy=EXACT)
     extend(ignoring, torch.ones(1, 4), ids[:, :4])
     assert ignoring.tokens is None

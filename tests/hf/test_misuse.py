@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -120,8 +121,9 @@ def test_k_and_v_can_be_read_from_a_layer(policy):
         for expected, read in ((stock.keys, layer.keys), (stock.values, layer.values)):
             assert read.shape == expected.shape
             torch.testing.assert_close(read, expected * mask[:, None, :, None])
-    ours.layers[0].keys.zero_()
-    assert ours.layers[0].keys.any(), "what is read is a copy"
+    first: Any = ours.layers[0]
+    first.keys.zero_()
+    assert first.keys.any(), "what is read is a copy"
 
 
 @pytest.mark.parametrize("side", ["keys", "values"])

@@ -1,5 +1,7 @@
 """Where a forward pass writes, and what each layer hands to attention."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -42,14 +44,14 @@ def test_a_layer_that_hands_its_states_on_is_given_pages_from_then_on():
     step = Step()
     step.advance(batch, BLOCK)
     whole = states(2, BLOCK)
-    key, _ = step.write(batch, 0, *whole)
+    key: Any = step.write(batch, 0, *whole)[0]
     assert torch.equal(key, whole[0]) and not hasattr(key, "jointkv_pages")
     later = Step(BLOCK)
     later.advance(batch, 1)
     dense, _ = later.write(batch, 0, *states(2, 1, seed=1))
     assert torch.equal(dense, torch.cat((whole[0], states(2, 1, seed=1)[0]), 2))
     key.jointkv_arrived()
-    paged, _ = later.write(batch, 0, *states(2, 1, seed=1))
+    paged: Any = later.write(batch, 0, *states(2, 1, seed=1))[0]
     assert paged.shape[2] == 1 and torch.equal(paged.jointkv_pages.read()[0], dense)
 
 

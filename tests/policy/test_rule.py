@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -43,7 +43,8 @@ def test_a_pair_is_allowed_within_every_bound_and_threshold_whatever_holds_the_n
     expected = [permitted(policy, *pair) for pair in found]
     measured = np.array(found, np.float32).reshape(-1, 5).T
     for library in (np.asarray, torch.tensor):
-        *errors, key_cosine, value_cosine = (library(numbers) for numbers in measured)
+        columns: list[Any] = [library(numbers) for numbers in measured]
+        *errors, key_cosine, value_cosine = columns
         assert policy.rule().allows(tuple(errors), (key_cosine, value_cosine)).tolist() == expected
 
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from jointkv.errors import IntegrityError
-from jointkv.vllm_plugin import metrics
+from jointkv.vllm_plugin import prometheus
 from jointkv.vllm_plugin.scheduler.page_readers import PageReaders
 from tests.vllm_plugin.engines import near_prefix
 from tests.vllm_plugin.faulty import OUT, Injected, Patient, raising
@@ -230,12 +230,12 @@ def test_a_delay(patient: Patient, hook: str) -> None:
 @ERROR
 def test_in_the_metrics_of_the_api_server(caplog: pytest.LogCaptureFixture) -> None:
     """An error there once ended vLLM's API server."""
-    prometheus = object.__new__(metrics.JointPromMetrics)
-    prometheus._lost = False
-    metrics.logger.propagate = True
+    metrics = object.__new__(prometheus.JointPromMetrics)
+    metrics._lost = False
+    prometheus.logger.propagate = True
     try:
         for _ in range(2):
-            prometheus.observe({"counters": {"blocks_merged": 1}})
+            metrics.observe({"counters": {"blocks_merged": 1}})
     finally:
-        metrics.logger.propagate = False
+        prometheus.logger.propagate = False
     assert [record.getMessage() for record in caplog.records] == ["jointkv's metrics are incomplete from now on"]

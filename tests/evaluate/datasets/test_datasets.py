@@ -185,11 +185,17 @@ def test_mmlu_from_csv(folder: Path) -> None:
     for subject in ("formal_logic", "anatomy"):
         (test / f"{subject}_test.csv").write_text(TEST_CSV, encoding="utf-8")
     first, second = get_dataset("mmlu-formal-logic").load().rows
+    assert isinstance(second, ChoiceRow)
     assert first == ChoiceRow("Which, then?", ("B",), ("no", "yes, this", "maybe", "never"), 1, "formal_logic")
     assert first.text == "Which, then?\nA. no\nB. yes, this\nC. maybe\nD. never\nAnswer:"
     assert (second.correct, second.answers) == (3, ("D",))
     every = get_dataset("MMLU").load()
-    assert [row.subject for row in every.rows] == ["anatomy", "anatomy", "formal_logic", "formal_logic"]
+    assert [row.subject for row in every.rows if isinstance(row, ChoiceRow)] == [
+        "anatomy",
+        "anatomy",
+        "formal_logic",
+        "formal_logic",
+    ]
     assert every.source == "local copy: MMLU test, the subjects in the folder"
     assert not every.stand_in
     with pytest.raises(BadInput, match=r"mmlu/dev/anatomy_dev\.csv does not exist"):

@@ -1,6 +1,7 @@
 """Methods on the pages of a `JointPool`: fusion, exact prefixes, quantised pages."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def near_prefix():
 
 def test_exact_prefix_keeps_one_page_for_each_distinct_prefix_of_full_blocks():
     batch = batch_of(same_start())
-    held = get_method("exact_prefix").hold(batch, 1.0)
+    held: Any = get_method("exact_prefix").hold(batch, 1.0)
     assert held.counted == "allocator"
     assert held.nbytes == (SHARED + OWN_FULL + STARTED) * PAGE_BYTES
     held.cache.check_integrity()
@@ -59,10 +60,12 @@ def test_sharing_exact_prefixes_changes_no_answer():
 
 
 def test_fused_takes_level_and_level_and_a_half_as_bounds():
-    policy = get_method("fused").policy_at(0.2)
+    fused: Any = get_method("fused")
+    paper: Any = get_method("paper")
+    policy = fused.policy_at(0.2)
     assert policy.max_token_error == pytest.approx(0.3)
     assert dataclasses.replace(policy, max_token_error=0.3) == FusionPolicy.preset("safe")
-    assert get_method("paper").policy_at(0.7) == FusionPolicy.preset("paper", key_threshold=0.7)
+    assert paper.policy_at(0.7) == FusionPolicy.preset("paper", key_threshold=0.7)
 
 
 def test_fused_finds_behind_a_different_block_what_a_prefix_cache_cannot():
@@ -78,7 +81,7 @@ def test_a_policy_of_the_user_is_a_method():
     policy = FusionPolicy.preset("safe", max_relative_error=0.1, layer_groups=LAYERS)
     mine = Fused("mine", policy)
     assert (mine.name, mine.levels, mine.level_means) == ("mine", (0.1,), "max_relative_error")
-    held = mine.hold(batch_of(same_start()), 0.1)
+    held: Any = mine.hold(batch_of(same_start()), 0.1)
     assert held.cache.pool.policy is policy
     assert held.nbytes == held.pages_after * PAGE_BYTES // LAYERS
     assert Fused("keys", FusionPolicy.preset("paper")).levels == (0.75,)
@@ -88,7 +91,7 @@ def test_a_policy_of_the_user_is_a_method():
 def test_scales_of_shared_directions_are_counted():
     batch = batch_of(same_start())
     policy = FusionPolicy.preset("paper", key_threshold=0.99)
-    held = Fused("paper", policy).hold(batch, 0.99)
+    held: Any = Fused("paper", policy).hold(batch, 0.99)
     scales = sum(
         scale.nbytes for table in held.cache.tables for scale in (table.k_scale, table.v_scale) if scale is not None
     )
@@ -126,7 +129,7 @@ def test_a_fused_page_is_quantised_once():
 
 def test_what_quantised_pages_give_back_is_near_what_was_held():
     batch = batch_of(different())
-    held = get_method("quantized_pages").hold(batch, 8)
+    held: Any = get_method("quantized_pages").hold(batch, 8)
     for request, cache in enumerate(batch.dense):
         for (keys, values), layer in zip(held.rebuild(request), cache.layers, strict=True):
             for given, true in ((keys, layer.keys), (values, layer.values)):
@@ -135,12 +138,11 @@ def test_what_quantised_pages_give_back_is_near_what_was_held():
 
 def test_groups_of_layers_are_put_back_in_order():
     batch = batch_of(same_start())
-    grouped = QuantizedPages("grouped", FusionPolicy.preset("safe", max_relative_error=0.0, layer_groups=3))
-    one = QuantizedPages("one", FusionPolicy.preset("safe", max_relative_error=0.0))
+    safe = FusionPolicy.preset("safe", max_relative_error=0.0)
+    split = QuantizedPages("grouped", dataclasses.replace(safe, layer_groups=3))
+    batches: list[Any] = [method.hold(batch, 8) for method in (split, QuantizedPages("one", safe))]
     for request in range(3):
-        for ours, theirs in zip(
-            grouped.hold(batch, 8).rebuild(request), one.hold(batch, 8).rebuild(request), strict=True
-        ):
+        for ours, theirs in zip(*(held.rebuild(request) for held in batches), strict=True):
             assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 

@@ -1,5 +1,7 @@
 """The methods of kvpress; run in the environment of `make setup-eval`."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -35,7 +37,7 @@ def test_fewer_tokens_cost_more(name):
 
 def test_tokens_keep_their_true_positions():
     batch = batch_of(different(rows=1))
-    held = get_method("streaming_llm").hold(batch, 0.5)
+    held: Any = get_method("streaming_llm").hold(batch, 0.5)
     assert held._positions == [len(batch.requests[0].prompt) - 1]
     last = batch.dense[0].layers[0].keys[:, :, -10:]
     assert torch.isin(held._caches[0].layers[0].keys, last).sum() >= last.numel()

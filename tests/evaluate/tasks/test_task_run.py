@@ -118,6 +118,8 @@ def test_one_batch_is_held_at_a_time():
 
 def test_the_prefill_is_not_kept_beside_what_is_held_of_it():
     class Copied(Script):
+        kept: list
+
         def compress(self, batch, level):
             self.prefill = weakref.ref(batch.dense[0])
             held = super().compress(batch, level)

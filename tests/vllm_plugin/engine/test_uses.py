@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ HAZARD = pytest.mark.hazard(
 
 
 @HAZARD
-def test_the_installed_version_is_accepted(record_property: pytest.RecordProperty) -> None:
+def test_the_installed_version_is_accepted(record_property: Callable[[str, object], None]) -> None:
     check_interfaces(PARTS)
     uses = [*always(), *(use for part in used().OVERRIDDEN.values() for use in part)]
     record_property("interfaces looked at", sum(len(f"{use.members} {use.overridden}".split()) for use in uses))

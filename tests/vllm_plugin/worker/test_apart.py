@@ -37,7 +37,7 @@ def asked(step: int, pairs: int = 1) -> Inquiry:
 @pytest.fixture
 def side() -> WorkerSide:
     """A worker's whose device is asked in `begun` and answers in `finished`; step 13 cannot begin, 14 not finish."""
-    made = WorkerSide(PluginSettings(enabled=False), SimpleNamespace(), {}, SimpleNamespace(), ())
+    made: Any = WorkerSide(PluginSettings(enabled=False), SimpleNamespace(), {}, SimpleNamespace(), ())
     made.begun, made.finished = [], []
 
     def begin(inquiry: Inquiry) -> Comparison:
