@@ -1,9 +1,9 @@
 """What the scheduler's side costs as requests, resident blocks, waiting requests and copies of a text become many.
 
-Run it in the environment with vLLM: `.venv-vllm/bin/python benchmarks/scaling.py --output docs/results/bench`, an hour
-and 4 GB; `--small` tries it in minutes. The scheduler is vLLM's own, the plugin's side the real one, see
-`scaling_engine.py`; every arm of every part has a process of its own. Growth is the slope of the logarithm of seconds
-over that of the size: 0 does not grow, 1 is linear.
+Run it in the environment with vLLM: `.venv-vllm/bin/python benchmarks/scaling.py --output docs/results/bench`, half an
+hour and 4 GB; `--small` tries it in minutes. The scheduler is vLLM's own, the plugin's side the real one, see
+`scaling_engine.py`; every arm of every part has a process of its own, and seconds are processor time. Growth is the
+slope of the logarithm of seconds over that of the size: 0 does not grow, 1 is linear.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from timing import write
 BLOCKS, HEADER = 100, 2
 """Of a request: 1,600 tokens, the first of which nobody else has."""
 
-SEATS, ASKED, ANSWER = 64, 200, 8
+SEATS, ASKED, ANSWER = 64, 128, 8
 """Running requests, requests that are measured, and tokens of each answer, where nothing else is said."""
 
 SIZES = {
@@ -35,14 +35,14 @@ SIZES = {
 }
 SMALL = {"residents": [2_000, 8_000], "running": [10, 40], "waiting": [100, 400], "copies": [10, 40]}
 ARMS_OF = {
-    "residents": ["stock", "fusion", "reuse", "moved"],
-    "running": ["stock", "fusion", "reuse"],
-    "waiting": ["stock", "reuse"],
     "copies": ["fusion", "reuse"],
+    "waiting": ["stock", "reuse"],
+    "residents": ["stock", "reuse", "moved"],
+    "running": ["stock", "reuse"],
 }
-EIGHT_GPUS = {"tokens_per_s": 20_000, "requests_per_s": 20, "steps_per_s": 40, "step_tokens": 8192}
-"""An engine to extrapolate to, a guess on the high side: prompts of 1,600 tokens, each of which has blocks to look up,
-32,000 of their tokens computed per second, answers of 1,000 tokens."""
+
+EIGHT_GPUS = {"tokens_per_s": 20_000, "requests_per_s": 20}
+"""An engine to extrapolate to, a guess on the high side: answers of 1,000 tokens to prompts of 1,600."""
 
 
 def main() -> None:
@@ -61,13 +61,15 @@ def main() -> None:
         tell(rows)
     path = arguments.output / "scaling.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    for part in arguments.part or SIZES:
+    for part in arguments.part or ARMS_OF:
         rows = [row for row in rows if row["part"] != part]
         for arm in ARMS_OF[part]:
             small = ["--small"] if arguments.small else []
             found = in_a_process_of_its_own(__file__, "--point", part, arm, *small)
             rows += [{"part": part, "arm": arm, **row} for row in found]
-            print(f"{part}, {arm}: {[round(1e6 * row['microseconds_of'], 1) for row in found]}", flush=True)
+            print(
+                f"{part}, {arm}: {[round(1e3 * row['seconds'] / row['requests'], 2) for row in found]} ms", flush=True
+            )
         write(arguments.output, "scaling", summary(rows))
 
 
@@ -166,6 +168,7 @@ def told(engine: Any, requests: int) -> dict[str, Any]:
         "seconds_per_step": sum(spent.seconds) / steps,
         "median_step": median(spent.seconds),
         "longest_step": max(spent.seconds),
+        "seconds": sum(spent.seconds),
         "plugin_seconds": counted["schedule_seconds"],
         "plan_seconds": counted["reuse_plan_seconds"],
         "blocks": counted["blocks_considered"],
@@ -176,12 +179,52 @@ def told(engine: Any, requests: int) -> dict[str, Any]:
         "message_seconds_per_step": spent.message_seconds / steps,
         "longest_pause": max(spent.pauses, default=0.0),
         "pause_seconds": sum(spent.pauses),
-        "microseconds_of": (counted["schedule_seconds"] if engine.side else sum(spent.seconds)) / requests,
     }
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"rows": rows}
+    """Growth by part and arm, memory per resident block, and what an engine of eight GPUs would spend."""
+    growth = {
+        f"{part}, {arm}": round(slope([row["size"] for row in found], [cost(row) for row in found]), 3)
+        for part, arms in ARMS_OF.items()
+        for arm in arms
+        if len(found := of(rows, part, arm)) > 1
+    }
+    memory = {
+        arm: bytes_per_block(found) for arm in ARMS_OF["residents"] if len(found := of(rows, "residents", arm)) > 1
+    }
+    headline = {"growth": growth, "bytes_per_resident_block": memory}
+    if all(of(rows, part, arm) for part in ("residents", "running") for arm in ("stock", "reuse")):
+        headline["eight_gpus"] = {"load": EIGHT_GPUS, **{arm: busy(rows, arm) for arm in ("stock", "reuse")}}
+    return {"headline": headline, "rows": rows}
+
+
+def of(rows: list[dict[str, Any]], part: str, arm: str) -> list[dict[str, Any]]:
+    """Those of one part and arm, by size."""
+    return sorted((row for row in rows if (row["part"], row["arm"]) == (part, arm)), key=lambda row: row["size"])
+
+
+def cost(row: dict[str, Any]) -> float:
+    """Seconds that should not grow: of a request, and where the requests are what grows, of a token of each."""
+    return float(row["seconds"] / (row["tokens"] if row["part"] == "running" else row["requests"]))
+
+
+def slope(sizes: list[int], seconds: list[float]) -> float:
+    """Of the logarithms: 0 does not grow, 1 is linear."""
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
+def bytes_per_block(found: list[dict[str, Any]]) -> int:
+    """Memory of the process between the smallest and the largest size; without the plugin it is vLLM's own."""
+    first, last = found[0], found[-1]
+    return round((last["bytes"] - first["bytes"]) / (last["size"] - first["size"]))
+
+
+def busy(rows: list[dict[str, Any]], arm: str) -> float:
+    """The part of a core that the scheduler takes: a share for every token, and one for every request's prompt."""
+    token = cost(of(rows, "running", arm)[-1])
+    request = cost(of(rows, "residents", arm)[-1])
+    return round(EIGHT_GPUS["tokens_per_s"] * token + EIGHT_GPUS["requests_per_s"] * request, 3)
 
 
 if __name__ == "__main__":

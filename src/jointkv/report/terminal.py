@@ -12,7 +12,7 @@ from rich.text import Text
 FONT_FACE = re.compile(r"@font-face \{\{.*?\}\}\s*", re.DOTALL)
 """Of rich's picture: fonts from another server. Without them the reader's own monospaced one is taken."""
 
-COLUMNS = 132
+COLUMNS = 150
 
 
 def recording(command: str, shown: str, columns: int = COLUMNS) -> str:
