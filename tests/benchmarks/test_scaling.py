@@ -1,4 +1,4 @@
-"""The simulator of `benchmarks/scaling.py`, small: the real scheduler side plans, merges and forgets without a model."""
+"""The simulator of `benchmarks/scaling.py`, small: the real scheduler side plans and merges without a model."""
 
 from __future__ import annotations
 
