@@ -21,8 +21,8 @@ import numpy as np
 from engines import in_a_process_of_its_own, prepare_environment, tell
 from timing import write
 
-BLOCKS, HEADER = 100, 2
-"""Of a request: 1,600 tokens, the first of which nobody else has."""
+BLOCKS, HEADER, HELD = 100, 2, 20
+"""Of a request: 1,600 tokens, the first of which nobody else has; of one that only runs 320."""
 
 SEATS, ASKED, ANSWER = 64, 128, 8
 """Running requests, requests that are measured, and tokens of each answer, where nothing else is said."""
@@ -100,14 +100,15 @@ def residents(folder: Path, arm: str, sizes: list[int]) -> Iterator[dict[str, An
 
 
 def running(folder: Path, arm: str, sizes: list[int]) -> Iterator[dict[str, Any]]:
-    """So many requests at once, each holding 100 blocks of its own, in steps that compute a token of each."""
+    """So many requests at once, each holding 20 blocks of its own, in steps that compute a token of each."""
     from scaling_engine import BLOCK_SIZE, Engine
 
     most = max(sizes)
-    engine = Engine(folder, arm, (BLOCKS + 8) * most, most, 16_384)
+    engine = Engine(folder, arm, (HELD + 8) * most, most, 16_384)
     for size in sizes:
         while len(engine.scheduler.requests) < size:
-            engine.submit(prompt(10**6 + len(engine.scheduler.requests), len(engine.scheduler.requests)), 10**4)
+            number = len(engine.scheduler.requests)
+            engine.submit(prompt(10**6 + number, number, HELD), 10**4)
             engine.drain(lambda: not engine.scheduler.waiting)
         engine.drain(lambda: all(one.num_output_tokens for one in engine.scheduler.running))
         engine.take()
