@@ -174,10 +174,11 @@ class Moments:
     def __init__(self, server: Server) -> None:
         self.found: list[Moment] = []
         self._server, self._done = server, threading.Event()
-        self._began = time.monotonic()
+        self._began = 0.0
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
     def __enter__(self) -> Self:
+        self._began = time.monotonic()
         self._note()
         self._thread.start()
         return self

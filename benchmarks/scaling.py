@@ -74,7 +74,7 @@ def main() -> None:
             print(
                 f"{part}, {arm}: {[round(1e3 * row['seconds'] / row['requests'], 2) for row in found]} ms", flush=True
             )
-        write(arguments.output, "scaling", summary(rows))
+            write(arguments.output, "scaling", summary(rows))
 
 
 def residents(folder: Path, arm: str, sizes: list[int]) -> Iterator[dict[str, Any]]:

@@ -9,12 +9,15 @@ from typing import ClassVar
 from matplotlib.figure import Figure
 
 from jointkv.bench.long_run import LongRun, Phase
-from jointkv.report.figure import colour, grid, key, legend_below
+from jointkv.report.figure import colour, grid, key, legend_below, log_axis
 from jointkv.report.markdown import Columns
 from jointkv.report.pictures.base import Picture
 
 WINDOWS = 24
 """Of a load, of each of which a median is drawn."""
+
+LEAST_SECONDS = 0.001
+"""The axis of times goes down to."""
 
 
 class LongRuns(Picture[LongRun]):
@@ -33,6 +36,9 @@ class LongRuns(Picture[LongRun]):
     def draw(self, results: Sequence[LongRun]) -> Figure | None:
         shares = sorted({phase.share for result in results for phase in result.phases})
         figure, panels = grid(2 * len(shares), len(shares), (3.6, 2.6))
+        pairs = self.rows(results)
+        times = [max(sample.ttft, LEAST_SECONDS) for _, phase in pairs for sample in phase.samples]
+        most = max(moment.rss_mib for _, phase in pairs for moment in phase.moments)
         for number, result in enumerate(results):
             for phase in result.phases:
                 column = shares.index(phase.share)
@@ -44,9 +50,9 @@ class LongRuns(Picture[LongRun]):
                 below.plot(at, [moment.rss_mib for moment in phase.moments], color=colour(number))
                 above.set_title(f"{phase.share:.0%} of stock's capacity")
         for above, below in zip(panels[: len(shares)], panels[len(shares) :], strict=True):
-            above.set_yscale("log")
+            log_axis(above, "y", min(times), max(times))
             below.set_xlabel("minutes")
-            below.set_ylim(bottom=0)
+            below.set_ylim(0, 1.1 * most)
         panels[0].set_ylabel("seconds to the first token")
         panels[len(shares)].set_ylabel("resident memory (MiB)")
         legend_below(figure, 4, [key(result.arm, color=colour(number)) for number, result in enumerate(results)])
