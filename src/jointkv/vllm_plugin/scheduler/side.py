@@ -22,7 +22,7 @@ from jointkv.store.folder import Store
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Inquiry, Verdict, patience
-from jointkv.vllm_plugin.metrics import LEFT_ALONE, REPORT_EVERY, JointStats, LicenceGauges, Statistics
+from jointkv.vllm_plugin.metrics import LEFT_ALONE, JointStats, LicenceGauges, Statistics
 from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.candidates import Candidates
@@ -30,6 +30,7 @@ from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.fusion import Fusion
 from jointkv.vllm_plugin.scheduler.intakes import Helper
 from jointkv.vllm_plugin.scheduler.licences import Licences, audits_of_profile, first_licences
+from jointkv.vllm_plugin.scheduler.page_readers import PageReaders
 from jointkv.vllm_plugin.scheduler.questions import Questions
 from jointkv.vllm_plugin.scheduler.recovery import Recovery
 from jointkv.vllm_plugin.scheduler.requests import Requests, left_alone, passed_over
@@ -103,6 +104,7 @@ class SchedulerSide:
         self.recovery = Recovery(settings.retry_after, settings.max_faults)
         self.statistics = Statistics()
         self.tables = BlockTables(manager)
+        self.readers = PageReaders(self.tables)
         block_size = self.tables.groups[groups[0]].block_size
         self.requests = Requests(block_size)
         layers = len(manager.kv_cache_config.kv_cache_groups[groups[0]].layer_names)
@@ -126,7 +128,6 @@ class SchedulerSide:
         self._found: dict[str, int] = {}
         self._groups, self._ranks = groups, ranks
         self._step = 0
-        self._reports = 0
         logger.info(
             "jointkv is %s: %s; %d layer group(s) with tables of their own, pool of %d pages of %d tokens x %d layers",
             "live" if settings.enabled else "attached but off",
@@ -170,18 +171,18 @@ class SchedulerSide:
             tracked.audit = Audit()
 
     @fail_safe
-    def prepare(self, scheduler: Scheduler) -> Sequence[Request]:
+    def prepare(self, scheduler: Scheduler) -> Request | None:
         """Before vLLM schedules a step: see `Reuse.prepare`."""
         self._end_strays(scheduler)
         if not (self.enabled and self.settings.reuses):
-            return ()
+            return None
         self._notice_reset()
         return self.reuse.prepare(scheduler)
 
     @fail_safe
     def follow_up(self, scheduler: Scheduler) -> None:
         """After the outputs of a step are made: helpers that nobody waits for end, and ended ones are forgotten."""
-        self.reuse.forget_ended()
+        self.reuse.sent.forget_ended()
         self._end_strays(scheduler)
 
     def matched(self, request: Request, computed: int) -> int | None:
@@ -219,8 +220,8 @@ class SchedulerSide:
         return self.reuse.helpers
 
     def helpers_of(self, request_ids: Iterable[str]) -> list[str]:
-        """See `Reuse.helpers_of`."""
-        return self.reuse.helpers_of(request_ids)
+        """See `Helpers.of`."""
+        return self.reuse.sent.of(request_ids)
 
     def take_helped(self) -> list[tuple[str, int]]:
         """Requests that the last step starts, and tokens that helpers have computed for them; once."""
@@ -285,11 +286,10 @@ class SchedulerSide:
     def report(self) -> JointStats | None:
         """What is new since the last report; None where it can wait. vLLM publishes its events right after."""
         self.tables.events.withhold()
-        self._reports += 1
-        regular = self._reports % REPORT_EVERY == 1  # the count of shared pages looks at the whole pool
-        if not regular and not self.statistics.has_news(self.state):
+        shared = self.readers.after_step()
+        if shared is None and not self.statistics.has_news(self.state):
             return None
-        return self.statistics.take(self.state, self.tables.shared_pages() if regular else None, self._licence_gauges())
+        return self.statistics.take(self.state, shared, self._licence_gauges())
 
     def _licence_gauges(self) -> LicenceGauges | None:
         """None where nothing has changed since the last report."""

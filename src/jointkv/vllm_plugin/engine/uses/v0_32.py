@@ -40,7 +40,8 @@ REQUESTS = (
     Use(
         "vllm.v1.request:Request",
         "request_id status num_preemptions num_computed_tokens num_tokens num_prompt_tokens all_token_ids "
-        "block_hashes cache_salt lora_request mm_features sampling_params prompt_embeds prompt_token_ids resumable",
+        "block_hashes cache_salt lora_request mm_features sampling_params prompt_embeds prompt_token_ids resumable "
+        "update_block_hashes()",
     ),
     Use(
         "vllm.v1.request:RequestStatus",
@@ -69,10 +70,11 @@ SCHEDULING = (
         "max_num_running_reqs max_num_scheduled_tokens "
         "add_request(_) finish_requests(_,_)",
     ),
+    Use(f"{CORE}.sched.request_queue", "create_request_queue(_)"),
     Use(f"{CORE}.sched.request_queue:SchedulingPolicy", "FCFS"),
     Use(
         f"{CORE}.sched.request_queue:RequestQueue",
-        "add_request(_) remove_request(_) remove_requests(_) __iter__ __len__",
+        "add_request(_) peek_request() pop_request() prepend_requests(_) __iter__ __len__",
     ),
     Use("vllm.v1.request", "Request(_,_,_,_,client_index,arrival_time,lora_request,cache_salt,priority)"),
     Use("vllm.v1.request:Request", "client_index arrival_time priority prefill_stats skip_reading_prefix_cache"),
