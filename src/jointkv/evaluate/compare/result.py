@@ -120,3 +120,14 @@ class PolicyRow(Record):
     prompt_tokens: int
     tokens_skipped: int = 0
     scored_tokens: int
+
+
+class Demo(Record):
+    """What `jointkv demo` writes."""
+
+    format: Literal["jointkv.demo/1"] = "jointkv.demo/1"
+    model: str
+    settings: dict[str, Any]
+    policies: dict[str, Any]
+    versions: dict[str, str | None]
+    rows: list[PolicyRow]

@@ -194,9 +194,10 @@ class BlockTables:
             for request_id in request_ids
         }
 
-    def shared_pages(self) -> Counter[int]:
-        """Number of pages by how many table entries read them, from 1 up."""
-        return Counter(block.ref_cnt for block in self.pool.blocks if block.ref_cnt and not block.is_null)
+    def shared_pages(self, first: int = 0, end: int | None = None) -> Counter[int]:
+        """Number of pages by how many table entries read them, from 1 up; of the pages `first` to `end` of the pool."""
+        pages = self.pool.blocks[first:end]
+        return Counter(block.ref_cnt for block in pages if block.ref_cnt and not block.is_null)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when reference counts are not the number of table entries, or a page is free and used.

@@ -9,7 +9,7 @@ and the workers compare that block with those of the sources.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -84,16 +84,19 @@ class Reuse:
         """By name. Ended ones stay until `forget_ended`."""
         return self.sent.of_name
 
-    def prepare(self, scheduler: Scheduler) -> Sequence[Request]:
-        """Look up those who may start in the step to come, and send helpers ahead of them; who is not to start in it.
+    def prepare(self, scheduler: Scheduler) -> Request | None:
+        """Look up those who may start in the step to come, and send helpers ahead of them.
 
         At most as many begin as a part of one step can bring to their first answers: of more that begin at once all
         would wait for the last. Those of two steps more wait with what is found for them, so that who follows may pass;
         the rest stays behind.
+
+        Returns:
+            The first one that is not to start in it; None where there is none.
         """
         self.followers.new_step()
         if not scheduler.waiting:
-            return ()
+            return None
         start, budget, free = time.perf_counter(), scheduler.max_num_scheduled_tokens, seats(scheduler)
         reach, sent, line = budget // WAVES, dict[str, list[Request]](), in_line(scheduler)
         room = self.fills.room(self.intakes.values())
@@ -118,7 +121,7 @@ class Reuse:
             budget -= intake.plan.computed(covered, intake.covered) * intake.tracked.block_size
             free -= len(sent[name]) + (intake.begun and not intake.asked and not intake.helpers)
         self._keep(sent)
-        behind = list(line) if budget > 0 and free > 0 else []
+        behind = next(line, None) if budget > 0 and free > 0 else None
         if any(sent.values()):
             send_ahead(scheduler, sent)
         self.statistics.add("reuse_plan_seconds", time.perf_counter() - start)
