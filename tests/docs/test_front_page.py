@@ -115,3 +115,16 @@ def test_what_accuracy_hides() -> None:
     changed = paper["flipped_orders"]
     assert f"in {changed['mean']:.0%} of the questions ({changed['low']:.0%} to {changed['high']:.0%})" in text
     assert f"from {100 * unfused['mean']:.0f} to {paper['mean']:.0%}" in text
+
+
+def test_what_scaling_costs() -> None:
+    found = json.loads((RESULTS / "bench" / "scaling.json").read_text())
+    text = (ROOT / "docs" / "performance.md").read_text()
+    for name, growth in found["headline"]["growth"].items():
+        part, arm = name.split(", ")
+        rows = [row for row in found["rows"] if (row["part"], row["arm"]) == (part, arm)]
+        first, last = min(rows, key=lambda row: row["size"]), max(rows, key=lambda row: row["size"])
+        cells = [f"{each['size']:,} | {1e6 * each['seconds'] / each['requests']:,.0f}" for each in (first, last)]
+        assert f"| {arm} | {' | '.join(cells)} | {growth:+.2f} |" in text
+    stock, reuse, moved = found["headline"]["bytes_per_resident_block"].values()
+    assert f"{stock} bytes per resident block in stock vLLM, {reuse} with reuse, {moved:,} where" in text
