@@ -54,12 +54,14 @@ def test_every_metric_is_explained() -> None:
     literals = constants()
     named_constants = ("COUNTERS", "WORKER_COUNTERS", "REASONS", "LEFT_ALONE", "NO_REUSE", "STATES", "LICENCE_STATES")
     counters, workers, reasons, left_alone, no_reuse, states, licences = (literals[name] for name in named_constants)
+    stored = literals["STORE_COUNTERS"]
+    assert isinstance(stored, dict)
     assert isinstance(left_alone, dict) and isinstance(no_reuse, dict)
     assert isinstance(counters, dict) and isinstance(workers, dict)
     assert isinstance(reasons, dict) and isinstance(states, tuple) and isinstance(licences, tuple)
     page = (DOCS / "metrics.md").read_text()
     named = {code.partition("{")[0] for code in first_column(page)}
-    expected = {f"jointkv_{name}_total" for name in (*counters, *workers)} | {
+    expected = {f"jointkv_{name}_total" for name in (*counters, *workers, *stored)} | {
         "jointkv_blocks_rejected_total",
         "jointkv_requests_left_alone_total",
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 
@@ -87,6 +87,11 @@ class BlockTables:
             hashes[number] = BlockHash(sha256(secret + number.to_bytes(8, "big")).digest())
         self.events.hide(hashes[start // size :])
 
+    def make_exact(self, request: Request) -> None:
+        """`request`, of which nothing is computed yet, looks up all its blocks by the hashes of their text again."""
+        request.block_hashes.clear()
+        request.update_block_hashes()
+
     def answer_for(self, request: Request, start: int, end: int | None) -> None:
         """Of tokens `start` to `end` (or all) the pages that `request` holds answer for its hashes, and no others."""
         for number, group in enumerate(self.groups):
@@ -123,16 +128,21 @@ class BlockTables:
         finally:
             self.pool.free_blocks(taken)
 
-    def renew(self, pages: Iterable[int]) -> None:
-        """Hand `pages` out last, as if they had just been found."""
-        blocks = [self.pool.blocks[page] for page in pages]
+    def renew(self, pages: Sequence[int]) -> None:
+        """Hand `pages` out last, as if they had just been found, and the first of them last of all."""
+        blocks = [self.pool.blocks[page] for page in reversed(pages)]
         self.pool.touch(blocks)
         self.pool.free_blocks(blocks)
 
-    def found_pages(self, request: Request) -> set[int]:
-        """Pages that vLLM's prefix cache has for `request` now."""
+    def found_pages(self, request: Request) -> list[int]:
+        """Pages that vLLM's prefix cache has for `request` now, in order."""
         found = self._manager.get_computed_blocks(request)[0]
-        return {block.block_id for blocks in found.blocks for block in blocks}
+        return [block.block_id for blocks in found.blocks for block in blocks]
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return self.pool.get_num_free_blocks()
 
     def needed(self, request: Request, pages: Iterable[int]) -> int:
         """Free pages that it takes to start `request`, which will find `pages`."""
