@@ -105,6 +105,7 @@ results: setup
 	  --only serving --only serving_ratios
 	$(PLOTS) $(RESULTS)/serving/one_first.json --output $(RESULTS)/serving --only serving_arms
 	$(PLOTS) $(wildcard $(RESULTS)/evaluate/*.json) --output $(RESULTS)/evaluate
+	$(PLOTS) $(RESULTS)/choices/choices.json --output $(RESULTS)/choices --only task_scores
 	$(PLOTS) $(filter-out %/profile%,$(wildcard $(RESULTS)/calibration/*.json)) --output $(RESULTS)/calibration
 	$(PLOTS) $(RESULTS)/paper/paper.json --output $(RESULTS)/paper
 	$(PLOTS) $(wildcard $(RESULTS)/reuse/predictors*.json) $(RESULTS)/reuse/evaluate.json --output $(RESULTS)/reuse

@@ -104,13 +104,12 @@ def running(folder: Path, arm: str, sizes: list[int]) -> Iterator[dict[str, Any]
     from scaling_engine import BLOCK_SIZE, Engine
 
     most = max(sizes)
-    engine = Engine(folder, arm, (HELD + 8) * most, most, 16_384)
+    engine = Engine(folder, arm, 2 * HELD * most, most, 16_384)
     for size in sizes:
         while len(engine.scheduler.requests) < size:
             number = len(engine.scheduler.requests)
             engine.submit(prompt(10**6 + number, number, HELD), 10**4)
-            engine.drain(lambda: not engine.scheduler.waiting)
-        engine.drain(lambda: all(one.num_output_tokens for one in engine.scheduler.running))
+        engine.drain(lambda: all(one.num_output_tokens for one in engine.scheduler.requests.values()))
         engine.take()
         for _ in range(2 * BLOCK_SIZE):  # each fills two blocks
             engine.step()

@@ -101,3 +101,30 @@ def test_what_one_more_request_costs(row: dict[str, object]) -> None:
     assert float(line[1]) == pytest.approx(1e3 * per_step, rel=0.006)
     assert float(line[2]) == pytest.approx(1e3 * per_token, abs=0.051)
     assert (line[3], line[4]) == tuple(f"{100 * shares[kind]:.0f}" for kind in ("attention", "matrix products"))
+
+
+def test_what_accuracy_hides() -> None:
+    rows = {row["method"]: row for row in json.loads((RESULTS / "choices" / "choices.json").read_text())["tasks"]}
+    text = " ".join((ROOT / "docs" / "measured.md").read_text().split())
+    unfused, paper = rows["unfused"], rows["paper"]
+    for name in ("fused", "reuse"):
+        pairs = zip(rows[name]["margins"], unfused["margins"], strict=True)
+        assert max(abs(one - other) for one, other in pairs) < 0.0001 and rows[name]["flipped_orders"]["high"] == 0
+        assert f"with {1 - rows[name]['share']:.0%} of the bytes saved" in text
+    assert f"on {len(unfused['scores'])} questions" in text and "within 0.0001 nats" in text
+    changed = paper["flipped_orders"]
+    assert f"in {changed['mean']:.0%} of the questions ({changed['low']:.0%} to {changed['high']:.0%})" in text
+    assert f"from {100 * unfused['mean']:.0f} to {paper['mean']:.0%}" in text
+
+
+def test_what_scaling_costs() -> None:
+    found = json.loads((RESULTS / "bench" / "scaling.json").read_text())
+    text = (ROOT / "docs" / "performance.md").read_text()
+    for name, growth in found["headline"]["growth"].items():
+        part, arm = name.split(", ")
+        rows = [row for row in found["rows"] if (row["part"], row["arm"]) == (part, arm)]
+        first, last = min(rows, key=lambda row: row["size"]), max(rows, key=lambda row: row["size"])
+        cells = [f"{each['size']:,} | {1e6 * each['seconds'] / each['requests']:,.0f}" for each in (first, last)]
+        assert f"| {arm} | {' | '.join(cells)} | {growth:+.2f} |" in text
+    stock, reuse, moved = found["headline"]["bytes_per_resident_block"].values()
+    assert f"{stock} bytes per resident block in stock vLLM, {reuse} with reuse, {moved:,} where" in text
