@@ -106,11 +106,13 @@ results: setup
 	$(PLOTS) $(RESULTS)/serving/one_first.json --output $(RESULTS)/serving --only serving_arms
 	$(PLOTS) $(RESULTS)/serving/paper_random.json --output $(RESULTS)/serving --only serving_quality
 	$(PLOTS) $(wildcard $(RESULTS)/evaluate/*.json) --output $(RESULTS)/evaluate
+	$(PLOTS) $(RESULTS)/choices/choices.json --output $(RESULTS)/choices --only task_scores
 	$(PLOTS) $(filter-out %/profile%,$(wildcard $(RESULTS)/calibration/*.json)) --output $(RESULTS)/calibration
 	$(PLOTS) $(RESULTS)/paper/paper.json --output $(RESULTS)/paper
 	$(PLOTS) $(wildcard $(RESULTS)/reuse/predictors*.json) $(RESULTS)/reuse/evaluate.json --output $(RESULTS)/reuse
 	$(PLOTS) $(RESULTS)/side_channel/tiny.json $(RESULTS)/side_channel/influence.json --output $(RESULTS)/side_channel
 	$(PLOTS) $(RESULTS)/frontier/frontier.json --output $(RESULTS)/frontier
+	$(BIN)/jointkv report terminal $(RESULTS)/demo/demo.json --command 'jointkv demo --full' --output $(RESULTS)/demo/demo.svg
 
 lint: setup
 	$(BIN)/ruff check .

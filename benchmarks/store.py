@@ -1,4 +1,4 @@
-"""A store's costs: opening a large index, writing and reading pages, a warm restart, and fetching instead of computing.
+"""A store's costs: opening a large index, writing and reading pages, and fetching pages instead of computing them.
 
 `python benchmarks/store.py --output docs/results/bench`; a few minutes on one core, and 2 GB of disk for the index.
 """
@@ -179,17 +179,17 @@ def _fetched(
     }
 
 
-def restarts(folder: Path, lengths: Sequence[int], repeats: int) -> dict[str, Any]:
+def fetching(folder: Path, lengths: Sequence[int], repeats: int) -> dict[str, Any]:
     model, tokenizer = load_model(MODEL, dtype="float32")
     rows = warm(model, tokenizer, folder, lengths, repeats)
-    headline = {"of_computing": rows[-1]["of_computing"]}
+    headline = {"break_even_mbit_per_s": rows[-1]["break_even_mbit_per_s"]}
     about = {"model": MODEL, "block_size": BLOCK, "bound": [BOUND.block, BOUND.token]}
-    return {"headline": headline, "restarts": rows, **about}
+    return {"headline": headline, "prompts": rows, **about}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=("opening", "moving", "restart"), action="append", help="all by default")
+    parser.add_argument("--part", choices=("opening", "moving", "fetching"), action="append", help="all by default")
     parser.add_argument("--index-gb", type=float, default=1.0)
     parser.add_argument("--tokens", type=int, action="append", help="of a stored prompt, default 4000; may be repeated")
     parser.add_argument("--repeats", type=int, default=3)
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for part in arguments.part or ("opening", "moving", "restart"):
+    for part in arguments.part or ("opening", "moving", "fetching"):
         folder = Path(tempfile.mkdtemp(dir=arguments.folder))
         try:
             if part == "opening":
@@ -205,7 +205,7 @@ def main() -> None:
             elif part == "moving":
                 found = moving(folder)
             else:
-                found = restarts(folder, arguments.tokens or [4000], arguments.repeats)
+                found = fetching(folder, arguments.tokens or [4000], arguments.repeats)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         write(arguments.output, f"store_{part}", {"headline": found} | found)

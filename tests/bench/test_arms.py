@@ -24,6 +24,7 @@ def test_every_built_in_arm_has_the_same_bytes_but_the_large_pool() -> None:
         "reuse_large_pool": {"max_relative_error": 0.1, "reuse": "licensed"},
         "fp8_fused": {"max_relative_error": 0.1, "reuse": "off"},
         "layer_groups": {"max_relative_error": 0.1, "reuse": "off", "layer_groups": 2},
+        "store": {"max_relative_error": 0.1, "reuse": "off", "store": "stored"},
     }
     assert [arm.name for arm in arms if arm.reuses] == ["reuse", "reuse_large_pool"]
 

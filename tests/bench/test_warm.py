@@ -16,7 +16,7 @@ from jointkv.bench import warm
 from jointkv.bench.plan import Plan
 from jointkv.bench.requests import ServingRequest, Workload
 from jointkv.bench.server import Server, ServerFailed, free_port
-from jointkv.bench.warm import warm_traffic, warm_up
+from jointkv.bench.warm import fill, warm_traffic, warm_up
 from jointkv.errors import BadInput
 from tests.bench.plans import arm, plan
 from tests.bench.test_server import STUB
@@ -93,3 +93,15 @@ def test_warm_requests_have_the_salt_of_their_tenant(server: Server, sent: list[
     salted = (replace(BEFORE[0], salt="a"), BEFORE[1])
     warm_traffic(replace(made(), warmup=salted), server, REUSE)
     assert sorted((body["prompt"][0], body.get("cache_salt")) for body in sent) == [(0, "a"), (1, None)]
+
+
+def test_an_empty_store_is_filled_with_the_requests(
+    server: Server, sent: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm, "SETTLED_SECONDS", 0.0)
+    fill(server, made(), tmp_path)
+    assert [body["prompt"] for body in sent] == [list(request.prompt) for request in REQUESTS]
+    (tmp_path / "segments").mkdir()
+    (tmp_path / "segments" / "one.data").write_bytes(b"pages")
+    fill(server, made(), tmp_path)
+    assert len(sent) == len(REQUESTS), "it has pages"

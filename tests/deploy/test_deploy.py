@@ -31,11 +31,11 @@ def exported() -> set[str]:
         for node in tree.body
         if isinstance(node, ast.Assign)
         and isinstance(node.targets[0], ast.Name)
-        and node.targets[0].id in ("COUNTERS", "WORKER_COUNTERS")
+        and node.targets[0].id in ("COUNTERS", "WORKER_COUNTERS", "STORE_COUNTERS")
     ]
     keys = [key for literal in counters if isinstance(literal, ast.Dict) for key in literal.keys if key is not None]
     totals = {f"jointkv_{ast.literal_eval(key)}_total" for key in keys}
-    assert len(counters) == 2
+    assert len(counters) == 3
     histogram = {f"jointkv_relative_error_{part}" for part in ("bucket", "count", "sum")}
     by_reason = {"jointkv_blocks_rejected", "jointkv_requests_left_alone"}
     return (

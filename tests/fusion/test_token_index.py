@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from jointkv.errors import IntegrityError
-from jointkv.fusion.token_index import TokenIndex, places
+from jointkv.fusion.token_index import MOST, TokenIndex, places
 from tests.effort import machine_settings
 
 BUCKETS = [(("alice", 0), 1), (("alice", 0), 2), (("alice", 1), 1), (("bob", 0), 1), ("chunk", 7)]
@@ -59,6 +59,7 @@ class TokenIndexMachine(RuleBasedStateMachine):
         for bucket in buckets:
             owner, place = bucket
             assert self.index.pages(owner, [99, place, place]).tolist() == 2 * self.pages[bucket]
+            assert {page for page in range(13) if self.index.holds(bucket, page)} == set(self.pages[bucket])
 
     @rule()
     def clear(self) -> None:
@@ -120,3 +121,15 @@ def test_places_differ_with_text_and_with_position() -> None:
     found = places(hashes, positions)
     assert len(set(found)) == 4 and found == places(hashes, positions)
     assert len(set(places(np.full(200_000, 7), np.arange(200_000)))) == 200_000
+
+
+def test_of_very_many_copies_of_a_text_the_first_are_looked_at() -> None:
+    """Those that served last among them; the others stay resident."""
+    index, copies = TokenIndex(), 3 * MOST
+    for page in range(copies):
+        index.add([("alice", 1)], page)
+    index.add([("alice", 2)], copies)
+    index.prefer(copies - 1)
+    assert index.pages("alice", [1, 2]).tolist() == [copies - 1, *range(MOST - 1), copies]
+    assert index.candidates([("alice", 1)], 2) == [copies - 1, 0] and len(index) == copies + 1
+    index.check_integrity()

@@ -49,7 +49,7 @@ def test_every_committed_result_is_drawn(path: Path, tmp_path: Path) -> None:
             assert file.read_bytes().startswith(b"\x89PNG\r\n") and file.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("folder", ["evaluate", "calibration", "paper", "side_channel", "reuse", "frontier"])
+@pytest.mark.parametrize("folder", ["evaluate", "choices", "calibration", "paper", "side_channel", "reuse", "frontier"])
 def test_committed_tables_are_those_of_the_committed_results(folder: str) -> None:
     results = [read_result(path, FORMATS) for path in COMMITTED if path.parent.name == folder]
     for picture in PICTURES:

@@ -141,4 +141,6 @@ class Census:
         for request_id in scheduler_output.num_scheduled_tokens:
             for group, pages in enumerate(tables[request_id]):
                 assert all(known == pages for known in worker.read(request_id, group, len(pages)))
+                # Who ends in this step is in no table after it.
+                self._written_by.update(dict.fromkeys(pages, self._party(request_id)))
         self.checks += bool(scheduler_output.num_scheduled_tokens)

@@ -30,7 +30,7 @@ from vllm import SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.v1.worker.gpu.warmup import warmup_kernels
 
-from jointkv.vllm_plugin.scheduler import side
+from jointkv.vllm_plugin.scheduler import side, stored
 from tests.vllm_plugin.census import Census
 from tests.vllm_plugin.engines import (
     BOLD,
@@ -55,6 +55,7 @@ EVENTS = int(os.environ.get("JOINTKV_TEST_EVENTS", "60"))
 
 torch.set_num_threads(1)
 side.ReuseRule = BOLD
+stored.LOOK_UP_S = 100.0
 
 Found = dict[str, Any]
 
@@ -145,6 +146,8 @@ CASES = {
     "norms": Case(together, NORMS, options=UNCACHED),
     "crowd, drafts": Case(crowd, EXACT, TIGHT, {**UNCACHED, "speculative_config": DRAFTS}),
     "norms, drafts": Case(together, NORMS, options={**UNCACHED, "speculative_config": DRAFTS}),
+    "stored": Case(answers, {**EXACT, "store": "pages"}),
+    "loaded": Case(answers, {**EXACT, "store": "pages"}),
     "anything": Case(anything, LOSSY, 30),
     "anything, reuse": Case(anything, PROBED, 40),
 }
@@ -165,6 +168,8 @@ def serve(model: Path, name: str, more: Mapping[str, Any] = MappingProxyType({})
     case, asynchronous = CASES[name.removesuffix(", asynchronous")], name.endswith(", asynchronous")
     options = {**LIMITS, "async_scheduling": asynchronous, **case.options, **others}
     fusion = None if case.fusion is None else {**case.fusion, **more}
+    if fusion is not None and "store" in fusion:
+        fusion["store"] = str(model / fusion["store"])  # what a case finds there an earlier one has written
     with pytest.MonkeyPatch.context() as monkeypatch, engine(model, case.pages, fusion, **options) as served:
         assert served.core.vllm_config.scheduler_config.async_scheduling == asynchronous
         case.before(served)
@@ -173,7 +178,10 @@ def serve(model: Path, name: str, more: Mapping[str, Any] = MappingProxyType({})
         census = None if asynchronous else Census(served, monkeypatch)
         found = {"runner": type(get_kv_transfer_group().worker.tables).__name__, **case.play(served)}
         served.assert_drained()
-        counted = {name: served.statistics[name] for name in ("blocks_merged", "faults", "prompt_tokens_skipped")}
+        counted = {
+            name: served.statistics[name]
+            for name in ("blocks_merged", "faults", "prompt_tokens_skipped", "store_tokens_loaded")
+        }
         checks = None if census is None else census.checks
         counted |= {"preempted": served.preempted, "drafted": served.drafted}
         return {**found, **counted, "checks": checks, "steps": served.steps}

@@ -264,6 +264,7 @@ def test_the_dashboard_shows_what_happened(prometheus: Prometheus) -> None:
         "by_signature",
         "moved",
         "pages_filled",
+        "store",
     )
     for expression in dashboard_expressions():
         if not any(name in expression for name in (*zero_on_a_healthy_server, "kv_cache_usage_perc")):

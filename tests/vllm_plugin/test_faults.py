@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 
 from jointkv.errors import IntegrityError
 from jointkv.vllm_plugin import prometheus
+from jointkv.vllm_plugin.scheduler.page_readers import PageReaders
 from tests.vllm_plugin.engines import near_prefix
 from tests.vllm_plugin.faulty import OUT, Injected, Patient, raising
 
@@ -112,7 +113,7 @@ def test_while_vllm_empties_its_caches(patient: Patient) -> None:
 @ERROR
 def test_in_the_report_of_shared_pages(patient: Patient) -> None:
     break_(patient, "tables.shared_pages")
-    patient.engine.connector.scheduler._reports = 0  # the full report is made with the next step
+    patient.engine.connector.scheduler.readers = PageReaders(patient.engine.side.tables)  # counts with the next step
     patient.serve_on()
     patient.assert_off("on purpose")
     patient.assert_comes_back()

@@ -133,13 +133,14 @@ def test_another_salt_finds_nothing(served: Served) -> None:
 def test_where_the_pool_is_short_everybody_is_answered(
     served: Served, stock: tuple[list[Prompt], list[Tensor]]
 ) -> None:
-    """Twelve requests of 22 blocks in 119."""
+    """Twelve requests of 22 blocks in 119: who waits for room finds what is resident when there is some."""
     prompts = named(*range(16, 28))
     served.engine.generate(prompts[:1], OUT)
     served.count_anew()
     answers = served.engine.generate(prompts[1:], 40)
-    assert all(len(answer) == 40 for answer in answers)
-    assert served.new("moved_tokens_skipped") > 0 and served.new("faults") == 0
+    assert all(len(answer) == 40 for answer in answers) and served.new("faults") == 0
+    possible = sum(whole(length) - 1 for length in range(17, 28)) * BLOCK
+    assert 0.9 * possible < served.new("moved_tokens_skipped") <= possible, "some have computed what was resident"
 
 
 def test_sources_that_are_gone_when_pages_are_to_be_written(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

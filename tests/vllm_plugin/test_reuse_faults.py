@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from jointkv.vllm_plugin.scheduler import reuse
+from jointkv.vllm_plugin.scheduler import helpers, reuse
 from jointkv.vllm_plugin.scheduler.recovery import Recovery
 from tests.vllm_plugin.engines import LOSSY, Engine, engine, near_prefix
 from tests.vllm_plugin.faulty import WAIT, Clock, raising
@@ -25,7 +25,7 @@ HOOKS = (
     "reuse.dismiss",
     "reuse.ended",
     "reuse.stray",
-    "reuse.forget_ended",
+    "reuse.sent.forget_ended",
     "reuse.followers.new_step",
     "reuse.followers.follows",
     "reuse.look_up.intake",
@@ -126,7 +126,7 @@ def test_in_a_hook(hook: str, reusing: Engine, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", ["helper_of", "send_ahead", "in_line", "seats", "Question"])
 def test_when_helpers_are_made(name: str, reusing: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     ward = Ward(reusing)
-    monkeypatch.setattr(reuse, name, raising)
+    monkeypatch.setattr(helpers if name == "helper_of" else reuse, name, raising)
     ward.serve()
     monkeypatch.undo()
     ward.assert_comes_back()

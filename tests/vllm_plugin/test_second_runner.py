@@ -45,6 +45,7 @@ def both(*names: str) -> list[str]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """All in one process: to import vLLM takes longer than to serve a case."""
     together = ["stock", "off", "warmed up", "equal, asynchronous", "stock, crowd", "crowd, drafts"]
+    together += ["stored", *both("loaded")]
     return play(tmp_path_factory.mktemp("second"), *together, "moved, asynchronous", *both("crowd", "reuse", "norms"))
 
 
@@ -108,3 +109,10 @@ def test_anything_may_happen(name: str, tmp_path: Path) -> None:
     if name.startswith("anything"):
         assert case["answered"] > 0 and not case["short"] and not case["private"]
         assert ("reuse" in name) == (case["prompt_tokens_skipped"] > 0)
+
+
+@everywhere("stored pages")
+def test_a_second_engine_loads_what_the_first_has_computed(found: Any) -> None:
+    for name in ("stored", *both("loaded")):
+        assert found[name]["tokens"] == found["stock"]["tokens"]
+        assert found[name]["store_tokens_loaded"] == (0 if name == "stored" else 6 * 64)

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from jointkv.errors import BadInput, InvalidPolicy
-from jointkv.vllm_plugin import CONNECTOR, CONNECTOR_MODULE, WORKERS, engine_args
+from jointkv.vllm_plugin import CONNECTOR, CONNECTOR_MODULE, SCHEDULER, WORKERS, engine_args
 from jointkv.vllm_plugin.settings import PluginSettings
 from tests.core.profiles import make_profile
 
@@ -60,6 +60,9 @@ def test_an_option_like_no_other() -> None:
         ({"reuse_confidence": 1.0}, "reuse_confidence"),
         ({"reuse_audit_rate": 0.0}, "reuse_audit_rate"),
         ({"reuse_audit_rate": 1.1}, "reuse_audit_rate"),
+        ({"store": "pages", "store_bytes": 0}, "store_bytes"),
+        ({"store_bytes": 10**9}, "store_bytes limits a store, and there is none"),
+        ({"store": "pages", "reuse": "licensed"}, "reuse=licensed does not go with store"),
     ],
 )
 def test_a_wrong_value_names_its_option(options: dict[str, Any], named: str) -> None:
@@ -225,6 +228,7 @@ def test_engine_arguments() -> None:
         engine_args(enable=True)
 
 
+<<<<<<< HEAD
 DIRECTIONS = {"directions": "written", "own_norms": True, "candidates": "signature"}
 
 
@@ -263,3 +267,13 @@ def test_what_written_directions_do_not_go_with(options: dict[str, Any], why: st
 def test_directions_need_a_threshold(options: dict[str, Any], why: str) -> None:
     with pytest.raises(InvalidPolicy, match=why):
         PluginSettings.parse(options)
+=======
+def test_a_store_is_for_engines_that_load(tmp_path: Path) -> None:
+    transfer = engine_args(store=str(tmp_path))["kv_transfer_config"]
+    assert (transfer["kv_role"], transfer["kv_load_failure_policy"]) == ("kv_both", "recompute")
+    assert engine_args()["kv_transfer_config"]["kv_role"] == "kv_producer"
+    assert engine_args(store=str(tmp_path))["scheduler_cls"] == SCHEDULER and "scheduler_cls" not in engine_args()
+    assert not PluginSettings.parse({"store": str(tmp_path), "reuse": "auto"}).reuses
+    with pytest.raises(BadInput, match="store does not go with other KV connectors"):
+        engine_args([{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}], store=str(tmp_path))
+>>>>>>> main

@@ -15,6 +15,9 @@ from jointkv.vllm_plugin.settings import PluginSettings, read_value
 LARGE_POOL = "large_pool"
 LARGE_POOL_FACTOR = 8
 DEFAULT_ARMS = ("stock", "fused")
+STORE = "stored"
+"""The folder of stored pages of an arm that was given none, within the benchmark's."""
+
 CACHE_DTYPE = "--kv-cache-dtype"
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 """Bytes of one number in the KV pool."""
@@ -68,6 +71,7 @@ class BuiltIn:
     fused: bool = False
     reuse: str = "off"
     in_layer_groups: bool = False
+    stored: bool = False
     flags: tuple[str, ...] = ()
 
 
@@ -85,6 +89,7 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "no_prefix_caching": BuiltIn("stock vLLM, prefix caching off", flags=("--no-enable-prefix-caching",)),
     "fp8": BuiltIn("stock vLLM, fp8 cache", flags=(CACHE_DTYPE, "fp8")),
     "fp8_fused": BuiltIn("with jointkv, fp8 cache", fused=True, flags=(CACHE_DTYPE, "fp8")),
+    "store": BuiltIn("with jointkv and stored pages", fused=True, stored=True),
     "layer_groups": BuiltIn("with jointkv, layers in groups", fused=True, in_layer_groups=True),
 }
 
@@ -157,7 +162,8 @@ def _arm(text: str, pool: PoolSize, fusion: Mapping[str, Any], common_flags: Seq
     options: dict[str, Any] | None = None
     if base.fused:
         own = {name: read_value(value) for name, _, value in (pair.partition("=") for pair in pairs)}
-        options = {**fusion, **_reuse(name, base, fusion), **own}
+        stored = {"store": STORE} if base.stored else {}
+        options = {**stored, **fusion, **_reuse(name, base, fusion), **own}
         if base.in_layer_groups and _groups(options) == 1:
             fewest = (groups for groups in range(2, pool.layers + 1) if pool.layers % groups == 0)
             options["layer_groups"] = next(fewest, 2)  # which a model with one layer is refused for

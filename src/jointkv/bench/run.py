@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
+from jointkv.bench.arms import STORE
 from jointkv.bench.fidelity import compare_outputs
 from jointkv.bench.load_generator import LoadFailed
 from jointkv.bench.plan import Plan
@@ -18,7 +19,7 @@ from jointkv.bench.run_folder import RunFolder
 from jointkv.bench.scoring import compare_with_truth
 from jointkv.bench.server import Server, ServerFailed, server_command
 from jointkv.bench.statistics import compare
-from jointkv.bench.warm import warm_up
+from jointkv.bench.warm import fill, warm_up
 from jointkv.system.machine import on_cores
 
 START = "starting the server"
@@ -111,14 +112,25 @@ def server_starter(
     @contextmanager
     def serve(arm: Arm, number: int) -> Iterator[Server]:
         flags = [*plan.facts["common_flags"], "--num-gpu-blocks-override", str(arm.pool_blocks), *arm.flags]
-        command = server_command(plan.location, arm.fusion, ["--served-model-name", plan.model, *flags])
+        fusion, store = _with_store(arm, logs.parent)
+        command = server_command(plan.location, fusion, ["--served-model-name", plan.model, *flags])
         with Server(command, environment, port, logs / f"{arm.name}-{number}.log") as server:
             with on_cores(cores):
                 server.start(timeout)
+            if store is not None:
+                fill(server, plan, store)
             warm_up(server, plan.model, plan.requests)
             yield server
 
     return serve
+
+
+def _with_store(arm: Arm, folder: Path) -> tuple[dict[str, Any] | None, Path | None]:
+    """The options of an arm and the folder of its stored pages, if it has one; by default one within `folder`."""
+    if arm.fusion is None or arm.fusion.get("store") is None:
+        return arm.fusion, None
+    store = folder / STORE if arm.fusion["store"] == STORE else Path(arm.fusion["store"])
+    return {**arm.fusion, "store": str(store)}, store
 
 
 class _Clock:

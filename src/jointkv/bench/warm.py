@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from jointkv.bench.plan import Plan
 from jointkv.bench.requests import ServingRequest
@@ -12,12 +13,15 @@ from jointkv.bench.result import Arm
 from jointkv.bench.reuse import Warmup
 from jointkv.bench.server import ANSWER_SECONDS, Server, ServerFailed, get
 from jointkv.bench.watch import Watch
+from jointkv.store.segments import DATA
 
 WARM_UP_REQUESTS = 4
 WARM_UP_PROMPT_TOKENS = 40
 OUTPUT_TOKENS = 8
 """Enough for the blocks of a prompt to be compared before their request has ended."""
 AT_ONCE = 8
+SETTLED_SECONDS = 3.0
+"""A store that has not grown for so long has what was served."""
 
 
 def warm_up(server: Server, model: str, requests: Sequence[ServingRequest]) -> None:
@@ -31,6 +35,21 @@ def warm_up(server: Server, model: str, requests: Sequence[ServingRequest]) -> N
     offsets = [(number * length) % max(1, len(source) - length) for number in range(WARM_UP_REQUESTS)]
     _serve(server, model, [(source[offset : offset + length], None) for offset in offsets])
     server.reset_prefix_cache()
+
+
+def fill(server: Server, plan: Plan, store: Path) -> None:
+    """Serve the requests of `plan`, a few tokens each, unless `store` has pages, and wait until theirs are there.
+
+    Raises:
+        ServerFailed: one was not answered.
+    """
+    if _nbytes(store):
+        return
+    _serve(server, plan.model, [(request.prompt, request.salt) for request in plan.requests])
+    before, deadline = -1, time.monotonic() + ANSWER_SECONDS
+    while before != (now := _nbytes(store)) and time.monotonic() < deadline:
+        before = now
+        time.sleep(SETTLED_SECONDS)
 
 
 def warm_traffic(plan: Plan, server: Server, arm: Arm) -> Warmup | None:
@@ -74,6 +93,10 @@ def _serve(server: Server, model: str, prompts: Iterable[tuple[Sequence[int], st
     except OSError as error:
         server.require_alive("in its warm-up")
         raise ServerFailed(f"the server did not answer the warm-up: {error}") from None
+
+
+def _nbytes(store: Path) -> int:
+    return sum(file.stat().st_size for file in store.glob(f"segments/*{DATA}"))
 
 
 def _last(requests: Sequence[ServingRequest], tokens: int) -> Sequence[ServingRequest]:

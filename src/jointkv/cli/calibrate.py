@@ -47,6 +47,7 @@ def calibrate(
     requests: int = typer.Option(64, min=1, help="Requests to use; half of them choose, half check."),
     tokens: int = typer.Option(48, min=1, help="Tokens scored after each prompt."),
     audits: int = typer.Option(0, min=0, help="Further requests on which reuse is audited, see below."),
+    moved: bool = typer.Option(False, "--moved", help="Also audit text at other positions, for --fuse moved=true."),
     scope: str = typer.Option("batch", help="batch: across requests; chunk: inside one."),
     chunk_tokens: ChunkTokens = 512,
     layer_groups: int = typer.Option(1, min=1, help="Groups of layers with thresholds of their own."),
@@ -66,7 +67,8 @@ def calibrate(
     become another request's; --token-limit rules that out, whatever the target.
 
     Of the held-out half and --audits further requests it is measured what reuse before compute would read, and how much
-    of that is beyond the thresholds. 172 without a miss grant a licence at 2% from the first request on.
+    of that is beyond the thresholds. 172 without a miss grant a licence at 2% from the first request on. Text at other
+    positions has a licence of its own, for which --moved audits the same requests again.
 
     An interrupted calibration goes on where it was when the same command is run again. Exit code 1, and no profile:
     the target cannot be met (the settings that were considered are shown), or the held-out half misses it.
@@ -88,6 +90,7 @@ def calibrate(
         layer_groups=layer_groups,
         block_size=block_size,
         token_limit=token_limit,
+        moved=moved,
         seed=seed,
     )
     kind, rows = _sample(data, traffic, requests + audits, settings)
@@ -190,6 +193,9 @@ def _print_profile(profile: Profile) -> None:
     stdout_console(120).print(f"max_relative_error {bounds}; max_token_error {tokens}", highlight=False)
     if profile.reuse is not None:
         stdout_console(120).print(_audits(profile.reuse), highlight=False, soft_wrap=True)
+        if profile.reuse.moved is not None:
+            said = f"text at other positions: {_audits(profile.reuse.moved)}"
+            stdout_console(120).print(said, highlight=False, soft_wrap=True)
 
 
 def _print_frontier(frontier: Sequence[FrontierPoint]) -> None:

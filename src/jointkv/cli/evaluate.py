@@ -36,6 +36,7 @@ COLUMNS: dict[str, Cell] = {
     "top-1": "{row.top1:.3f}",
     "NLL (unfused)": "{row.nll:.4f} ({row.nll_reference:.4f})",
     "common prefix": lambda row: "-" if row.common_prefix is None else f"{row.common_prefix:.1f} of {row.generated}",
+    "diverged": lambda row: "-" if row.diverged is None else f"{row.diverged:.0%}",
 }
 TASK_COLUMNS: dict[str, Cell] = {
     "task": "{row.task}",

@@ -5,6 +5,7 @@ from pathlib import Path
 import typer
 
 from jointkv.cli.console import named_errors, require, stderr_console
+from jointkv.system.files import replace_text
 
 
 def plots(
@@ -41,6 +42,23 @@ def html(
         _wrote(output)
 
 
+def terminal(
+    result: Path = typer.Argument(..., metavar="RESULT.json", help="File that `jointkv demo` wrote."),
+    command: str = typer.Option("jointkv demo", help="The command that the picture shows as given."),
+    output: Path = typer.Option(Path("demo.svg"), "--output", "-o", help="The picture."),
+) -> None:
+    """Draw what `jointkv demo` shows in a terminal, from its result, as an SVG that needs no network."""
+    with named_errors():
+        require("matplotlib")
+        from jointkv.evaluate.compare.result import Demo
+        from jointkv.report.pictures.demo import markdown
+        from jointkv.report.results import read_result
+        from jointkv.report.terminal import recording
+
+        replace_text(output, recording(command, markdown(read_result(result, (Demo,)).rows)))
+        _wrote(output)
+
+
 def _wrote(path: Path) -> None:
     stderr_console().print(f"wrote {path}", soft_wrap=True, highlight=False, markup=False)
 
@@ -51,4 +69,5 @@ def register(app: typer.Typer) -> None:
     group.callback()(lambda: None)
     group.command()(plots)
     group.command()(html)
+    group.command()(terminal)
     app.add_typer(group, name="report")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Hashable, Iterable
-from itertools import repeat
+from itertools import chain, repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,10 @@ what `places` makes of position and text."""
 
 NONE = array("q")
 """The pages of a bucket that there is not; never written."""
+
+MOST = 64
+"""Pages of one place that are looked at. Text that nobody's page may serve leaves a copy for every request, and who
+comes next is not to look at all of them."""
 
 POSITION = np.int64(0x1B873593CC9E2D51)
 """An odd number, so that no two positions of a text get the same place."""
@@ -51,18 +55,27 @@ class TokenIndex:
         return page in self._buckets
 
     def pages(self, owner: Hashable, places: Iterable[int]) -> NDArray[np.int64]:
-        """All resident pages of an owner at these places, in their order, int64 `[n]`, not to be written.
+        """At most `MOST` resident pages of each of these places of an owner, in their order, int64 `[n]`, read-only.
 
         Which page is where, the caller knows.
         """
-        return np.frombuffer(b"".join(map(self._pages.get(owner, {}).get, places, repeat(NONE))), np.int64)
+        found = list(map(self._pages.get(owner, {}).get, places, repeat(NONE)))
+        if max(map(len, found), default=0) > MOST:
+            found = [pages[:MOST] for pages in found]
+        return np.frombuffer(b"".join(found), np.int64)
 
     def candidates(self, buckets: Iterable[Bucket], count: int) -> list[int]:
         """At most `count` resident pages of `buckets`, each once."""
         found: dict[int, None] = {}
-        for bucket in buckets:
-            found.update(dict.fromkeys(self._of(bucket)))
-        return list(found)[:count]
+        for page in chain.from_iterable(map(self._of, buckets)):
+            found[page] = None
+            if len(found) == count:
+                break
+        return list(found)
+
+    def holds(self, bucket: Bucket, page: int) -> bool:
+        """Whether `page` is resident in `bucket`."""
+        return bucket in self._buckets.get(page, ())
 
     def add(self, buckets: Iterable[Bucket], page: int) -> None:
         """Make `page` resident in `buckets`. Raises IntegrityError when it is already."""

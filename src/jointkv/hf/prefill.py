@@ -39,6 +39,7 @@ class RowPrefill:
         runs, gaps: stretches of blocks that are read, and stretches of computed blocks before reused ones.
         audited: whether it was computed, and compared with what would have been reused.
         audited_blocks, missed_blocks: blocks that would have been, and those of them beyond the bounds.
+        audited_moved, missed_moved: those of both that stand at another position there.
     """
 
     tokens: int
@@ -51,6 +52,8 @@ class RowPrefill:
     audited: bool = False
     audited_blocks: int = 0
     missed_blocks: int = 0
+    audited_moved: int = 0
+    missed_moved: int = 0
 
     @property
     def computed(self) -> int:
@@ -260,12 +263,13 @@ def _reusing(cache: PagedCache, steps: RowSteps, tokens: Tensor, tenant: Hashabl
 def _audit(done: RowPrefill, plan: ReusePlan, steps: RowSteps, tenant: Hashable, reuse: Reuse) -> RowPrefill:
     """Compare what would have been reused with what was computed; the licence is told the share beyond the bounds."""
     slots = np.flatnonzero(plan.pages != COMPUTED)
-    missed = steps.ratios(slots, plan.pages[slots]) > 1
+    missed, elsewhere = steps.ratios(slots, plan.pages[slots]) > 1, unwritten(plan.pages[slots])
     for moved in (False, True):
-        of_class = missed[unwritten(plan.pages[slots]) == moved]
+        of_class = missed[elsewhere == moved]
         if len(of_class):
             reuse.observe(tenant, float(of_class.mean()), moved)
-    return replace(done, audited=True, audited_blocks=len(slots), missed_blocks=int(missed.sum()))
+    done = replace(done, audited=True, audited_blocks=len(slots), missed_blocks=int(missed.sum()))
+    return replace(done, audited_moved=int(elsewhere.sum()), missed_moved=int(missed[elsewhere].sum()))
 
 
 def _compare(matches: Matches, until: int, steps: RowSteps, reuse: Reuse) -> None:

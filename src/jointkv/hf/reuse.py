@@ -166,9 +166,8 @@ class Reuse:
 
     def _first(self, text: TextClass) -> Licence:
         terms = self.options.miss_rate, self.options.confidence
-        if self._audits is None or text.moved:  # a profile has audited no text that has moved
-            return Licence(*terms)
-        return Licence.from_profile(self._audits.evidence, *terms)
+        audits = self._audits.moved if self._audits is not None and text.moved else self._audits
+        return Licence(*terms) if audits is None else Licence.from_profile(audits.evidence, *terms)
 
     def observe(self, tenant: Hashable, share: float, moved: bool = False) -> None:
         """Take into account that `share` of the blocks that an audited run would have reused is beyond the bounds."""

@@ -100,6 +100,7 @@ class ReuseEvidence(_Record):
         limit: upper confidence limit of the share of blocks beyond the bounds.
         evidence: the audits, as `jointkv.theory.confidence.UpperLimit.to_json` says them.
         near: as in `ReuseRule`, chosen where the thresholds were.
+        moved: the same of blocks whose text stands at another position; None where nobody looked for any.
     """
 
     audits: int = Field(ge=0)
@@ -109,6 +110,7 @@ class ReuseEvidence(_Record):
     limit: float = Field(ge=0, le=1)
     evidence: dict[str, Any]
     near: float = Field(default=ReuseRule.near, ge=0, le=1)
+    moved: ReuseEvidence | None = Field(default=None, exclude_if=lambda audits: audits is None)
 
     @property
     def rule(self) -> ReuseRule:

@@ -15,6 +15,8 @@ from jointkv.errors import BadInput
 ADDRESS_BYTES = 32
 TEXT_BYTES = 16
 KEY_BYTES = 32
+FIRST = bytes(ADDRESS_BYTES)
+"""Before a prompt's first block there is none."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ class Names:
         said = json.dumps([model, plain(isolation)]).encode()
         self._key = hashlib.blake2b(said, key=secret, digest_size=KEY_BYTES, person=b"jointkv.tenant").digest()
 
-    def of(self, tokens: Sequence[int], block_size: int) -> list[Named]:
-        """The whole blocks of a prompt, from its first token on."""
+    def of(self, tokens: Sequence[int], block_size: int, before: bytes = FIRST) -> list[Named]:
+        """The whole blocks of a prompt, from its first token on, or from behind the block with the address `before`."""
         ids = np.asarray(tokens, "<i8")
-        named, before = [], bytes(ADDRESS_BYTES)
+        named = []
         for start in range(0, len(ids) - block_size + 1, block_size):
             block = ids[start : start + block_size].tobytes()
             before = self._hash(before + block, b"jointkv.block", ADDRESS_BYTES)

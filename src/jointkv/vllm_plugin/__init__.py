@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jointkv.errors import BadInput
 from jointkv.vllm_plugin.settings import PluginSettings
 
 CONNECTOR = "JointConnector"
@@ -14,6 +15,9 @@ WORKERS = {
     "gpu": "jointkv.vllm_plugin.worker.gpu.JointGPUWorker",
 }
 SCHEDULER = "jointkv.vllm_plugin.engine.scheduler.JointScheduler"
+LOADS = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+"""What vLLM must know of a connector that loads pages: what it cannot load is computed."""
+
 REQUEST_CHECK = "jointkv.vllm_plugin.engine.opt_out:RequestCheck"
 
 
@@ -26,12 +30,13 @@ def engine_args(beside: Sequence[dict[str, Any]] = (), **options: Any) -> dict[s
 
     Returns:
         `kv_transfer_config`, `worker_cls`, `logits_processors` (to which others may be added) and, where the options
-        reuse or others stand beside, `scheduler_cls`: for `vllm.LLM` or `vllm.EngineArgs`.
+        reuse, have a store, or others stand beside, `scheduler_cls`: for `vllm.LLM` or `vllm.EngineArgs`.
 
     Raises:
-        BadInput, InvalidPolicy: see `PluginSettings.parse`.
+        BadInput, InvalidPolicy: see `PluginSettings.parse`; or a store is to be beside other connectors.
     """
-    PluginSettings.parse(options)
+    if PluginSettings.parse(options).store is not None and beside:
+        raise BadInput("jointkv: store does not go with other KV connectors, which store pages too; leave one out")
     from vllm.platforms import current_platform
 
     arguments = arguments_for("cpu" if current_platform.is_cpu() else "gpu", options)
@@ -48,13 +53,15 @@ def engine_args(beside: Sequence[dict[str, Any]] = (), **options: Any) -> dict[s
 
 def arguments_for(device: str, options: dict[str, Any]) -> dict[str, Any]:
     """`engine_args` for `device`, `"cpu"` or `"gpu"`, with options already checked. Imports no vllm."""
-    scheduler = {"scheduler_cls": SCHEDULER} if PluginSettings.parse(options).reuses else {}
+    settings = PluginSettings.parse(options)
+    scheduler = {"scheduler_cls": SCHEDULER} if settings.reuses or settings.store is not None else {}
+    transfer = LOADS if settings.store is not None else {"kv_role": "kv_producer"}
     return {
         **scheduler,
         "kv_transfer_config": {
             "kv_connector": CONNECTOR,
             "kv_connector_module_path": CONNECTOR_MODULE,
-            "kv_role": "kv_producer",
+            **transfer,
             "kv_connector_extra_config": options,
         },
         "logits_processors": [REQUEST_CHECK],

@@ -1,7 +1,7 @@
 """The KV connector: vLLM's official channel between scheduler and workers, used here to share pages.
 
-Nothing is transferred. Every hook goes to the plugin's side at the scheduler or at a worker; what vLLM does not need to
-hear about either is answered here.
+Nothing is transferred, but to and from a store where there is one. Every hook goes to the plugin's side at the
+scheduler or at a worker; what vLLM does not need to hear about either is answered here.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from jointkv.vllm_plugin.engine.groups import LayerGroupManager, LayerGroupSpec,
 from jointkv.vllm_plugin.engine.opt_out import RequestCheck
 from jointkv.vllm_plugin.engine.runners import RUNNERS, runner_of
 from jointkv.vllm_plugin.engine.scheduler import JointAsyncScheduler, JointScheduler
+from jointkv.vllm_plugin.engine.stored import stored_model
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.metrics import JointStats
 from jointkv.vllm_plugin.prometheus import JointPromMetrics
@@ -82,7 +83,8 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         self._manager = kv_cache_manager
         ranks = self._vllm_config.parallel_config.world_size
         batches = self._vllm_config.max_concurrent_batches
-        self.scheduler = SchedulerSide(self.settings, kv_cache_manager, self.groups, ranks, batches)
+        stored = None if self.settings.store is None else stored_model(self._vllm_config, self._kv_cache_config)
+        self.scheduler = SchedulerSide(self.settings, kv_cache_manager, self.groups, ranks, batches, stored)
         if self._no_reuse is not None:
             logger.info("jointkv serves without reuse: %s", self._no_reuse.why)
             self.scheduler.statistics.no_reuse = self._no_reuse.reason
@@ -91,8 +93,12 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         """Other connectors store and load pages too, see `engine.others`. Before the first request.
 
         Raises:
-            UnsupportedEngine: reuse was asked for.
+            UnsupportedEngine: reuse or a store was asked for.
         """
+        if self.settings.store is not None:
+            raise UnsupportedEngine(
+                "jointkv's store does not work beside other connectors, which store too; drop store"
+            )
         if self.settings.reuses:
             if self._asked.reuse != "auto":
                 raise UnsupportedEngine(f"jointkv does not reuse here: {BESIDE_OTHERS.why}; set reuse=off")
@@ -113,6 +119,7 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """See `SchedulerSide.settle`."""
+        self.scheduler.hear(connector_output.kv_connector_stats)
         verdict = connector_output.kv_connector_worker_meta
         if isinstance(verdict, Verdict):
             self.scheduler.settle(verdict)
@@ -134,12 +141,13 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         return True
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Nothing is ever loaded from elsewhere; None keeps a request waiting, see `SchedulerSide.holds`."""
-        return (None if self.scheduler.holds(request, num_computed_tokens) else 0), False
+        """What the store has is loaded beside the steps; None keeps a request waiting. See `SchedulerSide.matched`."""
+        found = self.scheduler.matched(request, num_computed_tokens)
+        return found, bool(found)
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
-        """Nothing to load; others may. See `SchedulerSide.allocate`."""
-        self.scheduler.allocate(request, blocks.get_block_ids())
+        """See `SchedulerSide.allocate`. Among several connectors what others load is told here too, as nothing."""
+        self.scheduler.allocate(request, blocks.get_block_ids(), num_external_tokens)
 
     # With every worker.
 
@@ -170,7 +178,17 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         return self.worker.answer(inquiry)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Nothing to load."""
+        """Loads begin when the step is done, see `wait_for_save`."""
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """See `StoredPages.finished`."""
+        stored = self.worker.stored
+        return None, None if stored is None else stored.finished()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """See `StoredPages.lost`."""
+        stored = self.worker.stored
+        return set() if stored is None else stored.lost()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to load."""
@@ -179,7 +197,16 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing to save."""
 
     def wait_for_save(self) -> None:
-        """Nothing to save."""
+        """See `WorkerSide.exchange`."""
+        inquiry = self._get_connector_metadata()
+        assert isinstance(inquiry, Inquiry)
+        self.worker.exchange(inquiry)
+
+    def shutdown(self) -> None:
+        """The process ends: what waits for the store is written."""
+        for side in ("scheduler", "worker"):
+            if hasattr(self, side):
+                getattr(self, side).close()
 
 
 with suppress(ValueError):  # it is registered already

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from jointkv.core.moved import Fills
 from jointkv.core.reuse import Integers
 from jointkv.errors import IntegrityError, LayoutError
+from jointkv.store.names import Named
 from jointkv.vllm_plugin.engine.runners.base import Remap
 
 ERRORS = ("key_error", "value_error", "token_error")
@@ -55,6 +57,7 @@ class PageFill(NamedTuple):
     fills: Fills
 
 
+<<<<<<< HEAD
 class DirectionWrite(NamedTuple):
     """A page to write with the direction that blocks share.
 
@@ -67,6 +70,34 @@ class DirectionWrite(NamedTuple):
     group: int
     page: int
     members: tuple[int, ...]
+=======
+class Save(NamedTuple):
+    """Pages to be stored as they are after the step.
+
+    Attributes:
+        pages: int64 `[n]`.
+        named: under which address each, `n`.
+        positions: of their first tokens, int64 `[n]`.
+    """
+
+    pages: Integers
+    named: Sequence[Named]
+    positions: Integers
+
+
+class Load(NamedTuple):
+    """Pages of a request to be filled from the store.
+
+    Attributes:
+        request_id: whose they are.
+        pages: int64 `[n]`.
+        addresses: of what each is to hold; where there are fewer, those of the last pages are unknown.
+    """
+
+    request_id: str
+    pages: Integers
+    addresses: Sequence[bytes]
+>>>>>>> main
 
 
 @dataclass
@@ -80,8 +111,14 @@ class Inquiry(KVConnectorMetadata):
         sign_group, sign: per page whose signature is asked for the layer group and the page, int64 `[m]`.
         tables: block ids per request and fused group as the scheduler knows them, only while integrity is checked.
         fills: pages to write before the step, in this order: a later one may write what an earlier one reads.
+<<<<<<< HEAD
         directions: pages to write before the step, and before `fills`.
         gathered: groups and pages of blocks to compare all with all after the step.
+=======
+        loads: to begin after the step.
+        save: what to store after it.
+        emptied: whether the prefix cache was emptied before it, as is done when weights change.
+>>>>>>> main
     """
 
     step: int
@@ -96,8 +133,14 @@ class Inquiry(KVConnectorMetadata):
     sign: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     tables: dict[str, dict[int, list[int]]] | None = None
     fills: list[PageFill] = field(default_factory=list)
+<<<<<<< HEAD
     directions: list[DirectionWrite] = field(default_factory=list)
     gathered: list[tuple[int, list[int]]] = field(default_factory=list)
+=======
+    loads: list[Load] = field(default_factory=list)
+    save: Save | None = None
+    emptied: bool = False
+>>>>>>> main
 
     def __post_init__(self) -> None:
         for name in ("second", "offset", "shift"):  # unless something else is said, text stands where it is read

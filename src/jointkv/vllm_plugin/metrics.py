@@ -1,6 +1,7 @@
 """What the plugin counts; `prometheus.py` has it appear in vLLM's own `/metrics`.
 
-Names and units are listed in `COUNTERS`, kept beside the scheduler, and in `WORKER_COUNTERS`, which every worker keeps.
+Names and units are listed in `COUNTERS`, kept beside the scheduler, and in `WORKER_COUNTERS` and `STORE_COUNTERS`,
+which every worker keeps.
 """
 
 from __future__ import annotations
@@ -40,7 +41,19 @@ COUNTERS = {
     "reuse_plan_seconds": "Seconds the scheduler spent looking for runs and sending helpers.",
     "licences_granted": "Licences to reuse that audits have earned.",
     "licences_lost": "Licences to reuse that audits have ended.",
+    "store_hits": "Requests of which the store had more than the prefix cache; that was loaded instead of computed.",
+    "store_misses": "Requests of which it had no more.",
+    "store_tokens_loaded": "Tokens of prompts that were to be loaded from the store instead of computed.",
+    "store_faults": "Errors, each of which ends the use of the store until the engine is started again.",
     "faults": "Internal errors, each of which switches fusion off for a while or for good.",
+}
+STORE_COUNTERS = {
+    "store_pages_written": "Pages written to the store.",
+    "store_bytes_written": "Bytes of them in the store.",
+    "store_pages_dropped": "Pages that were not written, because too many waited for the disk.",
+    "store_pages_read": "Pages that were filled from the store.",
+    "store_bytes_read": "Bytes of them in the store.",
+    "store_pages_lost": "Pages that were to be filled from the store and were computed, because not all was whole.",
 }
 WORKER_COUNTERS = {
     "attention_steps": "Steps of a layer group on a worker whose attention can read shared pages once.",
@@ -64,6 +77,11 @@ NO_REUSE = {
     "connectors": "other KV connectors stand beside jointkv's",
 }
 """What keeps an engine from reuse where nobody has switched it off."""
+NEWS = (
+    *("blocks_considered", "isolation_refusals", "prompt_tokens_skipped", "reuse_audits", "faults"),
+    *("store_hits", "store_misses", "store_faults"),
+)
+"""Counters that do not wait for a full report."""
 REPORT_EVERY = 64
 """Steps between two full reports."""
 REASONS = {
@@ -181,8 +199,7 @@ class Statistics:
 
     def has_news(self, state: str) -> bool:
         """Whether a block was looked at, reused or audited, a request left alone, or an error or a state is new."""
-        names = ("blocks_considered", "isolation_refusals", "prompt_tokens_skipped", "reuse_audits", "faults")
-        counted = any(self._totals[name] != self._reported[name] for name in names)
+        counted = any(self._totals[name] != self._reported[name] for name in NEWS)
         left_alone = self._left_alone != self._reported_left_alone
         return counted or left_alone or bool(self._errors) or state != self._reported_state
 
@@ -210,7 +227,7 @@ class Statistics:
 
 
 class WorkerStatistics:
-    """What a worker has reported of its attention."""
+    """What a worker has reported of its attention, and of its store."""
 
     def __init__(self) -> None:
         self._reported: Counter[str] = Counter()
@@ -219,11 +236,12 @@ class WorkerStatistics:
         """What is new since the last report; None where it can wait.
 
         Args:
-            counts: of each layer group, since the start.
+            counts: of each layer group and of the store, since the start.
         """
         totals = sum(counts, Counter[str]())
         new = totals - self._reported
-        if new["attention_steps"] < REPORT_EVERY and not new["attention_faults"]:
+        news = new["attention_faults"] or any(new[name] for name in (*STORE_COUNTERS, "store_faults"))
+        if new["attention_steps"] < REPORT_EVERY and not news:
             return None
         self._reported = totals
         return JointStats({"counters": dict(new)})

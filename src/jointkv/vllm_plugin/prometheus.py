@@ -18,6 +18,7 @@ from jointkv.vllm_plugin.metrics import (
     READERS,
     REASONS,
     STATES,
+    STORE_COUNTERS,
     WORKER_COUNTERS,
     LicenceGauges,
 )
@@ -47,7 +48,7 @@ class JointPromMetrics(KVConnectorPromMetrics):
         self._labelnames = labelnames
         self._counters = {
             name: self._per_engine(self._counter_cls(f"jointkv_{name}", text, labelnames=labelnames))
-            for name, text in {**COUNTERS, **WORKER_COUNTERS}.items()
+            for name, text in {**COUNTERS, **WORKER_COUNTERS, **STORE_COUNTERS}.items()
         }
         self._rejected = self._by_reason("jointkv_blocks_rejected", "Blocks that keep their own page", REASONS)
         self._left_alone = self._by_reason(

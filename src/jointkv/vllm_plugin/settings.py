@@ -74,6 +74,10 @@ class PluginSettings(BaseModel):
             its keys turned; under a licence of its own. Needs `reuse`.
         profile: what `jointkv calibrate` wrote, for this model and block size. Options given beside it win; a bound
             given beside it is the limit up to which the profile's bound is adapted, which else is the profile's own.
+        store: a folder of pages that outlives the engine and is shared by engines: what is computed exactly is written
+            to it in the background, without loss, and prompts whose beginning it has are loaded instead of computed.
+            Does not go with `reuse`.
+        store_bytes: of that folder at the most, beyond which pages unread for longest are evicted. None: no limit.
         adapt: with a profile, move its bounds when the live errors are not those that were calibrated.
         retry_after: seconds after an internal error until fusion is tried again, for requests that arrive from then on;
             each further error doubles them. None: never.
@@ -113,6 +117,8 @@ class PluginSettings(BaseModel):
     reuse_audit_rate: float = Field(default=0.02, gt=0.0, le=1.0)
     moved: bool = False
     profile: Path | None = None
+    store: Path | None = None
+    store_bytes: int | None = Field(default=20_000_000_000, ge=1)
     adapt: bool = True
     retry_after: float | None = Field(default=60.0, ge=0.0, allow_inf_nan=False)
     max_faults: int = Field(default=3, ge=1, le=16)
@@ -152,6 +158,8 @@ class PluginSettings(BaseModel):
             )
         if settings.reuse not in ("off", "auto") and settings.reuse_obstacle is not None:
             raise BadInput(f"jointkv: reuse={settings.reuse} does not go with {settings.reuse_obstacle}; set reuse=off")
+        if settings.store is None and options.get("store_bytes") is not None:
+            raise BadInput("jointkv: store_bytes limits a store, and there is none; set store to a folder")
         if settings.moved and settings.reuse == "off":
             raise BadInput("jointkv: moved=true is about text that is reused, and reuse=off; set reuse=licensed")
         return settings
@@ -220,6 +228,7 @@ class PluginSettings(BaseModel):
             f"scope={self.scope}; text of the same request is never reused": self.scope == "chunk",
             "max_relative_error=null; without a bound there is nothing to promise": self.max_relative_error is None,
             "candidates=signature; what is reused is found by its text": self.candidates == "signature",
+            "store; what is loaded is not yet counted as resident when runs are looked for": self.store is not None,
             "own_norms; a page that was not computed has no norms of its own": self.own_norms,
         }
         return next((problem for problem, present in problems.items() if present), None)

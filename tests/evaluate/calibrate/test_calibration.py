@@ -87,9 +87,9 @@ class Said(Audit):
     """Audits whose outcome is given: blocks and misses by how near entry blocks must be."""
 
     def __init__(self, outcome):
-        self.outcome, self.rules = outcome, []
+        self.outcome, self.rules, self._moved = outcome, [], False
 
-    def _rows(self, requests, rule):
+    def _rows(self, requests, rule, moved=False):
         self.rules.append(rule)
         blocks, missed = self.outcome[rule.near]
         return [RowPrefill(100, audited=True, audited_blocks=blocks, missed_blocks=missed)]
@@ -115,6 +115,24 @@ def test_what_entry_blocks_are_worth_is_asked_of_the_half_that_thresholds_are_ch
     profile = calibration.run(model_identity(model), "test", {})
     assert profile.reuse.near == 0.75 and profile.reuse.rule == ReuseRule(near=0.75)
     assert asked == [[calibration.requests[row] for row in calibration._rows[0]]]
+
+
+def test_text_at_other_positions_is_audited_apart(model):
+    """Heads of other lengths before the same text: its blocks stand elsewhere."""
+    rng = random.Random(0)
+
+    def words(count):
+        return tuple(rng.randrange(2, VOCABULARY) for _ in range(count))
+
+    text, moved = words(12 * BLOCK), list[Request]()
+    for row in range(24):
+        moved.append(Request(words(3 + row) + text, words(4), ""))
+    found, without = (
+        calibrated(model, "relative_error=0.9", moved, token_limit=9.0, moved=asked).reuse for asked in (True, False)
+    )
+    assert found.blocks == 0 < found.moved.blocks and 0 < found.moved.audits <= 12 and found.moved.moved is None
+    assert found.moved.skipped > found.skipped == 0 and found.moved.near == found.near
+    assert without.moved is None
 
 
 def test_a_pool_goes_by_the_profile(model):

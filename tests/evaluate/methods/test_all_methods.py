@@ -23,11 +23,14 @@ LOSSLESS = {
     "fused": 0.0,
     "reuse": 0.0,
     "reuse_moved": 0.0,
+    "epic": 512.0,
+    "cache_blend": 1.0,
     "minicache": 0.0,
     "semantic": 1.0,
 }
 LOSSLESS |= dict.fromkeys(("snapkv", "expected_attention", "knorm", "tova", "streaming_llm"), 1.0)
 ON_PAGES = ("exact_prefix", "fused", "paper", "reuse", "reuse_moved", "fused_quantized", "quantized_pages")
+ON_PAGES += ("full_reuse", "epic", "cache_blend")
 
 
 def runnable(name):
@@ -124,6 +127,9 @@ REFUSED = {
     "fused": (-0.1, math.inf),
     "reuse": (-0.1, math.inf),
     "reuse_moved": (-0.1, math.inf),
+    "full_reuse": (0.0,),
+    "epic": (-1.0, math.inf),
+    "cache_blend": (-0.1, 1.1),
     "paper": (-1.1, 1.1),
     "minicache": (-0.1, 1.1),
     "semantic": (-1.1, 1.1),

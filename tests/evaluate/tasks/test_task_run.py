@@ -8,6 +8,7 @@ from jointkv.errors import BadInput
 from jointkv.evaluate.datasets import Loaded
 from jointkv.evaluate.methods.fused import Fused
 from jointkv.evaluate.methods.unfused import Unfused
+from jointkv.evaluate.score.bootstrap import Interval
 from jointkv.evaluate.tasks import get_task, gsm8k, task_names
 from jointkv.evaluate.tasks.base import Task, cut_prompt, draw, whole_prompt
 from jointkv.evaluate.tasks.result import TaskRow
@@ -88,6 +89,23 @@ def test_a_result_has_scores_by_request_and_bytes_of_all_batches():
     assert result.share == result.share_16bit == 30 / result.unfused_nbytes
     assert (result.source, result.stand_in) == ("written here", False)
     assert task.max_tokens == 40, "the model's context is the smaller limit"
+
+
+def test_choices_are_compared_by_margins_and_orders():
+    """Of `abd` the second is right: unfused it leads by one, then the first one does in every second example."""
+    task = Toy(choices=tuple(map(ord, "abd")))
+    right, mixed = (
+        run_task(task, Script(*texts), 1.0, tiny_model(), Characters(), count=4, batch_size=2)
+        for texts in (("b", "b"), ("b", "a"))
+    )
+    assert right.margins == (1.0,) * 4 and mixed.margins == (1.0, -1.0, 1.0, -1.0) and len(right.likelihoods[0]) == 3
+    found = mixed.beside(right)
+    assert found.difference.mean == -0.5 and found.margin_difference.mean == -1.0
+    assert found.flipped_orders.mean == 0.5 and found.flipped_pairs.mean == pytest.approx(1 / 6)
+    same = right.beside(right)
+    assert same.flipped_orders == Interval(0.0, 0.0, 0.0) == same.margin_difference
+    written = run_task(Toy(max_new_tokens=1), Script("x"), 1.0, tiny_model(), Characters(), count=2, batch_size=1)
+    assert written.margins == written.likelihoods == () and written.beside(written).flipped_orders is None
 
 
 def test_packed_bytes_weigh_more_at_16_bits():

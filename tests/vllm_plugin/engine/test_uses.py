@@ -53,7 +53,7 @@ def test_the_installed_version_is_accepted(record_property: Callable[[str, objec
         (gpu_model_runner.GPUModelRunner, "synchronize_input_prep"),
         (Request, "num_tokens"),
         (kv_cache_manager.KVCacheManager, "get_computed_blocks"),
-        (request_queue.RequestQueue, "remove_requests"),
+        (request_queue.RequestQueue, "prepend_requests"),
         (PrefillStats, "set"),
         (KVConnectorBase_V1, "bind_kv_cache_manager"),
         (KVConnectorBase_V1, "update_connector_output"),

@@ -123,6 +123,7 @@ def audits(count: int) -> ReuseEvidence:
 
 
 EXACT, APPROXIMATE = PageClass("key", True), PageClass("key", False)
+MOVED = PageClass("key", False, moved=True)
 
 
 def test_audits_of_the_profile_grant_the_first_licence_of_exact_pages(tmp_path: Path) -> None:
@@ -131,6 +132,13 @@ def test_audits_of_the_profile_grant_the_first_licence_of_exact_pages(tmp_path: 
     assert not first_by(settings_of(tmp_path, audits(172), reuse_miss_rate=0.01))(EXACT).granted
     foreign = first(EXACT)
     assert [foreign.observe(0.5) for _ in range(20)].count("lost") == 1 and not foreign.granted
+
+
+def test_audits_at_other_positions_grant_the_first_licence_of_moved_text_alone(tmp_path: Path) -> None:
+    both = audits(30).model_copy(update={"moved": audits(172)})
+    first = first_by(settings_of(tmp_path, both, moved=True))
+    assert first(MOVED).granted and not first(EXACT).granted and not first(APPROXIMATE).granted
+    assert not first_by(settings_of(tmp_path, audits(172), moved=True))(MOVED).granted
 
 
 @pytest.mark.parametrize(

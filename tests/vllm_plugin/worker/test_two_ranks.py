@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.hazards import FIRST
-from tests.vllm_plugin.engines import EXACT, Prompt, engine, near_prefix, text
+from tests.vllm_plugin.engines import EXACT, LOSSY, Prompt, engine, near_prefix, text
 
 OUT = 8
 PATIENCE_S = 600
@@ -117,6 +117,23 @@ def test_two_ranks_merge(calm: Path, tmp_path: Path, parallel: str, options: dic
     if "own_norms" in options:
         for ((fault, steps, shared_steps),) in said["attention"]:
             assert fault is None and shared_steps == steps >= OUT
+
+
+@TWO_CORES
+@pytest.mark.slow
+@pytest.mark.timeout(PATIENCE_S + 60)
+@pytest.mark.runs("text that moved", *FIRST)
+def test_pages_are_written_on_both_ranks(calm: Path, tmp_path: Path) -> None:
+    """Heads of other lengths before the same text: each rank turns the keys of its own heads."""
+    prompts = [text(16 + head, head) + text(320, 99) + text(20, 50 + head) for head in range(4)]
+    with engine(calm) as stock:
+        expected = stock.generate(prompts, OUT)
+    options = {**PROBED, **LOSSY, "moved": True}
+    said = found(calm, tmp_path, prompts, {"tensor_parallel_size": 2}, options)
+    counted = said["statistics"]
+    assert counted["pages_filled"] >= 3 * 7 and counted["moved_tokens_skipped"] == 32 * counted["pages_filled"]
+    same = [ours[0] == theirs[0] for ours, theirs in zip(said["tokens"], expected, strict=True)]
+    assert said["tokens"][0] == expected[0] and sum(same) >= 3, "what was written is not what a prefill writes"
 
 
 @TWO_CORES

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class Resident:
         self._owners: dict[Hashable, int] = {}
         self._blocks: OrderedDict[int, int] = OrderedDict()
         self._places: dict[int, tuple[int, int]] = {}
-        self._copies: Counter[int] = Counter()
+        self._copies: dict[int, int] = {}
         self._left_of: Counter[int] = Counter()
         self._free: list[int] = []
         self._pages = self._requests = 0
@@ -113,29 +114,37 @@ class Resident:
             raise IntegrityError("a source without blocks was kept, or one with blocks is gone")
 
     def _add(self, owner: Hashable, tokens: Integers, keys: list[int], places: list[int]) -> None:
-        source, slots, pages = self._requests, list[int](), list[int]()
+        source, slots = self._requests, list[int]()
         self._requests += 1
-        for slot in reversed(range(len(keys))):
+        blocks, copies = self._blocks, self._copies
+        for slot in range(len(keys) - 1, -1, -1):  # the last one leaves first
             key, place = keys[slot], places[slot]
-            if key in self._blocks:
-                self._blocks.move_to_end(key)
+            if key in blocks:
+                blocks.move_to_end(key)
                 continue
-            self._blocks[key] = place
-            self._copies[place] += 1
-            if place not in self._places:
-                page = self._free.pop() if self._free else self._pages
-                self._pages = max(self._pages, page + 1)
-                self._places[place] = (page, source)
+            blocks[key] = place
+            known = copies.get(place, 0)
+            copies[place] = known + 1
+            if not known:
                 slots.append(slot)
-                pages.append(page)
-        if pages:
+        if slots:
+            pages = self._take(len(slots))
+            self._places.update(zip([places[slot] for slot in slots], zip(pages, repeat(source)), strict=False))
             if self._content is not None:
                 chosen = np.array(slots[::-1])
-                blocks = tokens[: len(keys) * self._size].reshape(-1, self._size)[chosen]
-                self._content.add(owner, blocks, chosen, np.array(pages[::-1]), source)
+                text = tokens[: len(keys) * self._size].reshape(-1, self._size)[chosen]
+                self._content.add(owner, text, chosen, np.array(pages[::-1]), source)
             self.sources[source], self._left_of[source] = tokens.astype(np.int32), len(pages)
         if len(self._blocks) > self._most + self._most // SLACK:
             self._shrink()
+
+    def _take(self, count: int) -> list[int]:
+        """Numbers of as many pages, of those that were left first."""
+        free = self._free[max(0, len(self._free) - count) :][::-1]
+        del self._free[len(self._free) - len(free) :]
+        new = range(self._pages, self._pages + count - len(free))
+        self._pages += len(new)
+        return [*free, *new]
 
     def _shrink(self) -> None:
         gone = []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -66,8 +67,8 @@ def advise(
         raise BadInput(f"block_size: an even number expected, got {settings.block_size}")
     began, walk = time.monotonic(), _Walk(tokenizer, settings)
     read = _Reader(source, tokenizer, settings)
-    for requests in _together(islice(read, settings.count)):
-        for request, tokens in zip(requests, read.tokens(requests), strict=True):
+    for requests in _ahead(read.tokenized()):
+        for request, tokens in requests:
             walk.request(request, tokens)
         progress(walk.requests)
     if not walk.requests:
@@ -120,8 +121,13 @@ class _Reader:
                 if len(self.reasons) < REASONS:
                     self.reasons.append(f"{read.place.within}: {reason}")
 
-    def tokens(self, prompts: Sequence[_Prompt]) -> list[Integers]:
-        """Of each prompt."""
+    def tokenized(self) -> Iterator[list[tuple[_Prompt, Integers]]]:
+        """Some requests at a time, with their tokens."""
+        left = islice(self, self._settings.count)
+        while requests := list(islice(left, TOGETHER)):
+            yield list(zip(requests, self._tokens(requests), strict=True))
+
+    def _tokens(self, prompts: Sequence[_Prompt]) -> list[Integers]:
         texts = [each for each in prompts if each.text is not None]
         made = iter(self._encode([each.text or "" for each in texts], [each.bos for each in texts]))
         return [next(made) if each.traced is None else each.traced for each in prompts]
@@ -142,9 +148,16 @@ def _name(tool: Mapping[str, Any]) -> str:
     return str((function if isinstance(function, Mapping) else tool).get("name", ""))
 
 
-def _together(left: Iterator[_Prompt]) -> Iterator[list[_Prompt]]:
-    while requests := list(islice(left, TOGETHER)):
-        yield requests
+Part = TypeVar("Part")
+
+
+def _ahead(parts: Iterator[Part]) -> Iterator[Part]:
+    """`parts`, each made while the one before it is at work: a tokenizer leaves the interpreter to others."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, parts, None)
+        while (part := coming.result()) is not None:
+            coming = thread.submit(next, parts, None)
+            yield part
 
 
 @dataclass

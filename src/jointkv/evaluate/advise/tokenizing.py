@@ -66,7 +66,15 @@ class LineTokenizer:
             self._known.clear()
             self._characters, new = 0, list(wanted)
         self._characters += sum(map(len, new))
-        self._known.update(zip(new, self._encoded(new), strict=True))
+        self._known.update(zip(new, self._encoded_lines(new), strict=True))
+
+    def _encoded_lines(self, pieces: Sequence[str]) -> list[Integers]:
+        """By what is inside the tokenizer, where it has that: what is around it costs as much again for a line."""
+        inside = getattr(self._tokenizer, "backend_tokenizer", None)
+        if inside is None:
+            return self._encoded(pieces)
+        found = inside.encode_batch_fast(pieces, add_special_tokens=False)
+        return [np.array(each.ids, np.int64) for each in found]
 
     def _encoded(self, texts: Sequence[str]) -> list[Integers]:
         if not texts:

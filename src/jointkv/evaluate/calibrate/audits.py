@@ -38,10 +38,14 @@ class Audit:
 
     Args:
         policy: with the bounds of the blocks.
+        moved: whether text that stands at other positions is audited as well.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: FusionPolicy, block_size: int, progress: Progress) -> None:
+    def __init__(
+        self, model: PreTrainedModel, policy: FusionPolicy, block_size: int, progress: Progress, moved: bool = False
+    ) -> None:
         self._model, self._policy, self._block_size, self._progress = model, policy, block_size, progress
+        self._moved = moved
 
     def near(self, requests: Sequence[Request]) -> float:
         """Up to which ratio an entry block may stand in for witnesses: see `ReuseRule`.
@@ -49,7 +53,7 @@ class Audit:
         Every block is taken as if nothing were known of its page, as when many requests follow the first of its kind.
         """
         for near in NEAR:
-            rows = self._rows(requests, ReuseRule(near=near, witnesses=sys.maxsize))
+            rows = self._rows(requests, ReuseRule(near=near, witnesses=sys.maxsize), self._moved)
             blocks, missed = sum(row.audited_blocks for row in rows), sum(row.missed_blocks for row in rows)
             if blocks and missed <= TOLERATED * blocks:
                 return near
@@ -57,23 +61,34 @@ class Audit:
 
     def evidence(self, requests: Sequence[Request], near: float) -> ReuseEvidence:
         """What reuse would do with `requests`, one after another, and how many blocks would be beyond the bounds."""
-        rows, limit = self._rows(requests, ReuseRule(near=near)), UpperLimit(CONFIDENCE)
-        for row in rows:
-            if row.audited_blocks:
-                limit.observe(row.missed_blocks / row.audited_blocks)
-        blocks = sum(row.audited_blocks for row in rows)
+        rule = ReuseRule(near=near)
+        rows = self._rows(requests, rule)
+        found = self._said([(row, row.audited_blocks, row.missed_blocks) for row in rows], near)
+        if not self._moved:
+            return found
+        rows = self._rows(requests, rule, moved=True)
+        moved = self._said([(row, row.audited_moved, row.missed_moved) for row in rows], near)
+        return found.model_copy(update={"moved": moved})
+
+    def _said(self, rows: Sequence[tuple[RowPrefill, int, int]], near: float) -> ReuseEvidence:
+        """What `rows` say, each with the blocks of one class that it would have reused, and those beyond the bounds."""
+        limit = UpperLimit(CONFIDENCE)
+        for _, audited, missed in rows:
+            if audited:
+                limit.observe(missed / audited)
+        blocks = sum(audited for _, audited, _ in rows)
         return ReuseEvidence(
             audits=limit.count,
             blocks=blocks,
-            missed_blocks=sum(row.missed_blocks for row in rows),
-            skipped=blocks * self._block_size / sum(row.tokens for row in rows),
+            missed_blocks=sum(missed for *_, missed in rows),
+            skipped=blocks * self._block_size / sum(row.tokens for row, *_ in rows),
             limit=limit.limit,
             evidence=limit.to_json(),
             near=near,
         )
 
-    def _rows(self, requests: Sequence[Request], rule: ReuseRule) -> list[RowPrefill]:
-        options = ReuseOptions(mode="probed", audit_rate=1.0, rule=rule, seed=0)
+    def _rows(self, requests: Sequence[Request], rule: ReuseRule, moved: bool = False) -> list[RowPrefill]:
+        options = ReuseOptions(mode="probed", audit_rate=1.0, rule=rule, seed=0, moved=moved)
         pool = JointPool(self._model, self._policy, block_size=self._block_size, reuse=options)
         kept: deque[JointCache] = deque(maxlen=RESIDENT)
         rows = list[RowPrefill]()

@@ -246,7 +246,8 @@ class Calibration:
         if self.settings.scope == "chunk" or len(chosen) > 1 or not all(chosen):
             return None
         first, second = ([self.requests[row] for row in rows] for rows in self._rows)
-        audit = Audit(self.model, self.settings.policy(chosen), self.settings.block_size, self.progress)
+        settings = self.settings
+        audit = Audit(self.model, settings.policy(chosen), settings.block_size, self.progress, settings.moved)
         return audit.evidence([*second, *self.audits], audit.near(first))
 
     def predict(self, setting: Setting, *, equal_text: bool = False) -> Prediction:

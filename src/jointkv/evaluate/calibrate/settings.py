@@ -17,6 +17,7 @@ class CalibrationSettings:
         token_limit: no single token of a served block may be off by more, whatever the target. One changed word is off
             by 0.48 or more in V, where equal text in another context stays below 0.2: above this limit a mean KL can be
             small while single answers are another request's.
+        moved: whether reuse of text at other positions is audited as well.
         seed: splits the requests into halves.
     """
 
@@ -27,6 +28,7 @@ class CalibrationSettings:
     block_size: int = 16
     across_layers: LayerAggregate = "rms"
     token_limit: float = 0.45
+    moved: bool = False
     seed: int = 0
 
     def token_bound(self, bound: float) -> float:

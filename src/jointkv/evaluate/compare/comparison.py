@@ -149,4 +149,5 @@ def _agreement(outputs: Outputs, expected: Outputs, generated: int) -> dict[str,
         "common_prefix": sum(lengths) / len(lengths),
         "common_prefix_worst_request": min(lengths),
         "outputs": outputs,
+        "diverged": sum(length < generated for length in lengths) / len(lengths),
     }

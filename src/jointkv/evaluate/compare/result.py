@@ -35,6 +35,7 @@ class MethodRow(Record):
             that differs, mean and least. What follows an end token is no output: requests that agree up to one agree
             in all `generated`.
         outputs: the generated token ids, up to the model's end token.
+        diverged: share of the requests whose output is another one than the unfused model's.
     """
 
     traffic: str
@@ -66,6 +67,7 @@ class MethodRow(Record):
     common_prefix: float | None = None
     common_prefix_worst_request: int | None = None
     outputs: Outputs = ()
+    diverged: float | None = Field(default=None, exclude_if=lambda share: share is None)
 
 
 class TrafficSummary(Record):
@@ -118,3 +120,14 @@ class PolicyRow(Record):
     prompt_tokens: int
     tokens_skipped: int = 0
     scored_tokens: int
+
+
+class Demo(Record):
+    """What `jointkv demo` writes."""
+
+    format: Literal["jointkv.demo/1"] = "jointkv.demo/1"
+    model: str
+    settings: dict[str, Any]
+    policies: dict[str, Any]
+    versions: dict[str, str | None]
+    rows: list[PolicyRow]

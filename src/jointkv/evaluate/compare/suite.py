@@ -17,7 +17,6 @@ from jointkv.evaluate.methods import get_method, method_names
 from jointkv.evaluate.methods.base import Method
 from jointkv.evaluate.methods.fused import Fused
 from jointkv.evaluate.progress import Report
-from jointkv.evaluate.score.bootstrap import paired_difference
 from jointkv.evaluate.tasks import Task
 from jointkv.evaluate.tasks.result import TaskRow
 from jointkv.evaluate.tasks.run import run_task
@@ -105,9 +104,7 @@ class Suite:
                 seed=self.seed,
                 block_size=self.block_size,
             )
-            if rows:
-                result = result.model_copy(update={"difference": paired_difference(result.scores, rows[0].scores)})
-            rows.append(result)
+            rows.append(result.beside(rows[0]) if rows else result)
         return rows
 
 

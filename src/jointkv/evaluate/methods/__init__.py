@@ -1,7 +1,10 @@
 """Ways of holding KV in less memory, by name: fusion and what a user might take instead."""
 
 from jointkv.evaluate.methods.base import Method
+from jointkv.evaluate.methods.cache_blend import CacheBlend
+from jointkv.evaluate.methods.epic import Epic
 from jointkv.evaluate.methods.exact_prefix import ExactPrefix
+from jointkv.evaluate.methods.full_reuse import FullReuse
 from jointkv.evaluate.methods.fused import Fused, Paper
 from jointkv.evaluate.methods.fused_quantized import FusedQuantized, QuantizedPages
 from jointkv.evaluate.methods.kvzip import KVzip
@@ -20,6 +23,9 @@ _METHODS: tuple[Method, ...] = (
     Paper(),
     Reuse(),
     ReuseMoved(),
+    FullReuse(),
+    Epic(),
+    CacheBlend(),
     FusedQuantized(),
     QuantizedPages(),
     Quantized(),

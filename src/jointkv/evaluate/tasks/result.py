@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from jointkv.evaluate.record import Record
-from jointkv.evaluate.score.bootstrap import Interval
+from jointkv.evaluate.score.bootstrap import Interval, interval, paired_difference
+from jointkv.evaluate.score.choices import flipped
 
 
 class TaskRow(Record):
@@ -21,6 +22,11 @@ class TaskRow(Record):
         counted: where `nbytes` comes from, see `HeldBatch`.
         seconds: prefill, compression, decoding and scoring.
         difference: of the scores to the unfused model's, paired by request.
+        likelihoods: log-probability of each answer to choose from, per example; empty where answers are written.
+        margins: by how much the likeliest right answer is ahead of the likeliest wrong one, in nats, per example.
+        margin_difference: to the unfused model's, paired by request.
+        flipped_orders: share of examples whose answers stand in another order than the unfused model has them in.
+        flipped_pairs: share of pairs of answers that do.
     """
 
     task: str
@@ -40,3 +46,20 @@ class TaskRow(Record):
     batch_size: int
     seconds: float
     difference: Interval | None = None
+    likelihoods: tuple[tuple[float, ...], ...] = ()
+    margins: tuple[float, ...] = ()
+    margin_difference: Interval | None = None
+    flipped_orders: Interval | None = None
+    flipped_pairs: Interval | None = None
+
+    def beside(self, unfused: TaskRow) -> TaskRow:
+        """This row, compared with the `unfused` model's on the same examples."""
+        found: dict[str, Interval] = {"difference": paired_difference(self.scores, unfused.scores)}
+        if self.likelihoods:
+            pairs = [flipped(one, other) for one, other in zip(self.likelihoods, unfused.likelihoods, strict=True)]
+            found |= {
+                "margin_difference": paired_difference(self.margins, unfused.margins),
+                "flipped_orders": interval([float(share > 0) for share in pairs]),
+                "flipped_pairs": interval(pairs),
+            }
+        return self.model_copy(update=found)

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from statistics import fmean
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.holding import held as holding
 from jointkv.evaluate.holding.batch import Batch, context_of
-from jointkv.evaluate.holding.held import ByteCount, Counted, HeldBatch
+from jointkv.evaluate.holding.held import ByteCount, HeldBatch
 from jointkv.evaluate.methods.base import Method
+from jointkv.evaluate.score.choices import margin
 from jointkv.evaluate.tasks.base import Example, Task
 from jointkv.evaluate.tasks.result import TaskRow
 
@@ -42,11 +44,19 @@ def run_task(
     examples = task.examples(tokenizer, count, seed, max_tokens=min(rooms, default=None))
     start = time.perf_counter()
     answers: list[str | int] = []
+    likelihoods: list[tuple[float, ...]] = []
     counts: list[ByteCount] = []
     for first in range(0, count, batch_size):
         part = examples[first : first + batch_size]
-        given, counted, bytes_held = _answer_batch(part, method, level, model, tokenizer, block_size)
-        answers += given
+        held, bytes_held = _hold(part, method, level, model, block_size)
+        if all(example.choices for example in part):
+            found = choice_likelihoods(held, part)
+            likelihoods += found
+            answers += map(_best, found)
+        else:
+            answers += answer(held, part, tokenizer, end_tokens(model, tokenizer))
+        counted = held.counted
+        del held  # it need not stand beside the next batch
         counts.append(bytes_held)
     total = sum(counts[1:], counts[0])
     scores = tuple(task.score(given, example) for given, example in zip(answers, examples, strict=True))
@@ -57,6 +67,11 @@ def run_task(
         level=level,
         scores=scores,
         answers=tuple(answers),
+        likelihoods=tuple(likelihoods),
+        margins=tuple(
+            margin(each, [index for index in range(len(each)) if task.score(index, example)])
+            for each, example in zip(likelihoods, examples, strict=False)
+        ),
         mean=fmean(scores),
         source="; ".join(dict.fromkeys(example.loaded_from.source for example in examples)),
         stand_in=any(example.loaded_from.stand_in for example in examples),
@@ -70,19 +85,14 @@ def run_task(
     )
 
 
-def _answer_batch(
-    examples: Sequence[Example],
-    method: Method,
-    level: float,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    block_size: int,
-) -> tuple[list[str | int], Counted, ByteCount]:
-    """Answers, and how many bytes were held; a function, so that nothing is held any more when the next batch is."""
+def _hold(
+    examples: Sequence[Example], method: Method, level: float, model: PreTrainedModel, block_size: int
+) -> tuple[HeldBatch, ByteCount]:
+    """What `method` holds of a batch, and how many bytes that is."""
     batch = Batch(model, [example.request for example in examples], block_size)
     held = method.hold(batch, level)
     batch.release()  # what is held need not stand beside the prefill that it was made from
-    return answer(held, examples, tokenizer, end_tokens(model, tokenizer)), held.counted, ByteCount.of(held, batch)
+    return held, ByteCount.of(held, batch)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -99,18 +109,13 @@ def answer(
     Decoding is greedy, for the whole batch at once, until every row has ended: by one of `ends`, at a stop text (which
     is cut off), or at its `max_new_tokens`. A row that has ended is fed on with its last token.
     """
-    fed = torch.tensor([[example.request.prompt[-1]] for example in examples])
-    logits = held.feed(fed)[:, -1]
-    rows = [_Written(example, tokenizer, ends) for example in examples]
-    chosen = [
-        int(row[list(example.choices)].argmax())
-        for row, example in zip(logits, examples, strict=True)
-        if example.choices
-    ]
-    if len(chosen) == len(examples):
-        return list(chosen)
-    if chosen:
+    choosing = [bool(example.choices) for example in examples]
+    if all(choosing):
+        return list(map(_best, choice_likelihoods(held, examples)))
+    if any(choosing):
         raise BadInput("a batch must hold either choices or written answers, not both")
+    logits = _next_logits(held, examples)
+    rows = [_Written(example, tokenizer, ends) for example in examples]
     while True:
         next_tokens = logits.argmax(-1).tolist()
         for row, token in zip(rows, next_tokens, strict=True):
@@ -118,6 +123,22 @@ def answer(
         if all(row.ended for row in rows):
             return [row.text for row in rows]
         logits = held.feed(torch.tensor([[row.tokens[-1]] for row in rows]))[:, -1]
+
+
+@torch.inference_mode()
+def choice_likelihoods(held: HeldBatch, examples: Sequence[Example]) -> list[tuple[float, ...]]:
+    """Of each example, which must have some, the log-probability of every choice after the held prompt, in nats."""
+    logits = _next_logits(held, examples).float().log_softmax(-1)
+    return [tuple(row[list(example.choices)].tolist()) for row, example in zip(logits, examples, strict=True)]
+
+
+def _next_logits(held: HeldBatch, examples: Sequence[Example]) -> Tensor:
+    """Of the token behind each prompt, `[examples, vocabulary]`."""
+    return held.feed(torch.tensor([[example.request.prompt[-1]] for example in examples]))[:, -1]
+
+
+def _best(likelihoods: Sequence[float]) -> int:
+    return max(range(len(likelihoods)), key=likelihoods.__getitem__)
 
 
 class _Written:

@@ -17,7 +17,9 @@ from jointkv.report.pictures.base import Picture
 from jointkv.report.pictures.frontier import Frontier
 from jointkv.report.pictures.influence import InfluenceOfAttackers
 from jointkv.report.pictures.kl_against_bytes import KLAgainstBytes
+from jointkv.report.pictures.kl_against_computed import KLAgainstComputed
 from jointkv.report.pictures.layer_map import LayerMap
+from jointkv.report.pictures.long_run import LongRuns
 from jointkv.report.pictures.paper_batch import PaperBatch
 from jointkv.report.pictures.paper_chunk import PaperChunk
 from jointkv.report.pictures.paper_layers import PaperLayers
@@ -35,6 +37,7 @@ from jointkv.system.files import replacing
 
 PICTURES: tuple[Picture[Any], ...] = (
     KLAgainstBytes(),
+    KLAgainstComputed(),
     TaskScores(),
     RateDistortion(),
     LayerMap(),
@@ -51,6 +54,7 @@ PICTURES: tuple[Picture[Any], ...] = (
     ReusePredictors(),
     AdvicePicture(),
     Frontier(),
+    LongRuns(),
 )
 FORMATS: tuple[type[BaseModel], ...] = tuple(dict.fromkeys(picture.reads for picture in PICTURES))
 

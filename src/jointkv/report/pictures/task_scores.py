@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from matplotlib.figure import Figure
 
 from jointkv.evaluate.compare.result import Evaluation
+from jointkv.evaluate.score.bootstrap import Interval
 from jointkv.evaluate.tasks.result import TaskRow
 from jointkv.report.figure import colour, grid
 from jointkv.report.markdown import NOT_MEASURED, Columns, number, table
 from jointkv.report.pictures.base import Picture, source
 from jointkv.report.pictures.kl_against_bytes import KLAgainstBytes
+
+
+def interval_cell(found: Interval | None, form: str) -> str:
+    """A mean with its interval."""
+    return NOT_MEASURED if found is None else number(found.mean, form, found.low, found.high)
 
 
 class TaskScores(Picture[Evaluation]):
@@ -45,15 +52,21 @@ class TaskScores(Picture[Evaluation]):
         return figure
 
     def table(self, results: Sequence[Evaluation]) -> str:
+        rows = self.rows(results)
+        chosen = [row for row in rows if row.margins]
         return (
             f"Model {results[0].model}, {results[0].dtype}. Difference to the unfused model, paired by request, "
-            "with its interval.\n\n" + table(TEXT, NUMBERS, self.rows(results))
-        )
+            "with its interval.\n\n" + table(TEXT, NUMBERS, rows) + (f"\n{CHOICES}\n\n" if chosen else "")
+        ) + (table({name: TEXT[name] for name in ("task", "method", "level")}, OF_CHOICES, chosen) if chosen else "")
 
     def conditions(self, result: Evaluation) -> Mapping[str, object]:
         return KLAgainstBytes().conditions(result)
 
 
+CHOICES = (
+    "Answers to choose from, by their log-probabilities: the margin of the right one over the best wrong one in nats, "
+    "and how many stand in another order than the unfused model has them in."
+)
 TEXT: Columns[TaskRow] = {
     "task": lambda score: score.task,
     "metric": lambda score: score.metric,
@@ -64,9 +77,11 @@ TEXT: Columns[TaskRow] = {
 NUMBERS: Columns[TaskRow] = {
     "examples": lambda score: str(len(score.scores)) if score.scores else NOT_MEASURED,
     "mean": lambda score: f"{score.mean:.3f}",
-    "difference": lambda score: (
-        NOT_MEASURED
-        if score.difference is None
-        else number(score.difference.mean, "+.3f", score.difference.low, score.difference.high)
-    ),
+    "difference": lambda score: interval_cell(score.difference, "+.3f"),
+}
+OF_CHOICES: Columns[TaskRow] = {
+    "margin": lambda score: f"{fmean(score.margins):+.3f}",
+    "difference": lambda score: interval_cell(score.margin_difference, "+.3f"),
+    "orders changed": lambda score: interval_cell(score.flipped_orders, ".1%"),
+    "pairs changed": lambda score: interval_cell(score.flipped_pairs, ".1%"),
 }

@@ -27,6 +27,7 @@ from jointkv.vllm_plugin import SCHEDULER
 from jointkv.vllm_plugin.engine.groups import LayerGroupSpec
 from jointkv.vllm_plugin.engine.others import STORES_FOR_ALL, connectors, refused
 from jointkv.vllm_plugin.engine.scheduler import JointScheduler
+from jointkv.vllm_plugin.engine.stored import check_store
 from jointkv.vllm_plugin.engine.uses import check_interfaces, check_version
 from jointkv.vllm_plugin.settings import PluginSettings
 
@@ -82,6 +83,9 @@ def check_engine(
         obstacle = reuse_obstacle(config, kv_cache_config)
         if obstacle is not None:
             raise UnsupportedEngine(f"{obstacle.why}; {obstacle.remedy}set reuse=off")
+    if settings.store is not None:
+        scheduler = _scheduler(config)
+        check_store(config, kv_cache_config, scheduler is not None and issubclass(scheduler, JointScheduler))
     if not settings.allow_untested:
         _check_tested(config)
     groups = tuple(

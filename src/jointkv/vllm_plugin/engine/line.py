@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from vllm.sampling_params import SamplingParams
-from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
@@ -61,22 +61,37 @@ def send_ahead(scheduler: Scheduler, helpers: Mapping[str, Sequence[Request]]) -
                 helper.arrival_time -= JUST_AHEAD * (len(group) - number)
                 scheduler.add_request(helper)
         return
-    line = [one for request in scheduler.waiting for one in (*helpers.get(request.request_id, ()), request)]
-    for group in helpers.values():
-        for helper in group:
-            scheduler.add_request(helper)
-    scheduler.waiting.remove_requests(line)
-    for request in line:
-        scheduler.waiting.add_request(request)
+    owners = {name for name, group in helpers.items() if group}
+    with _front(scheduler) as rest:
+        while owners:
+            name = rest.peek_request().request_id
+            for helper in helpers.get(name, ()):
+                scheduler.add_request(helper)
+            scheduler.waiting.add_request(rest.pop_request())
+            owners.discard(name)
 
 
 @contextmanager
-def without(scheduler: Scheduler, requests: Sequence[Request]) -> Iterator[None]:
-    """Inside, `requests`, the last ones in the line, are not in it, so that a step does not even look at them."""
-    if requests:
-        scheduler.waiting.remove_requests(requests)
-    try:
+def line_before(scheduler: Scheduler, request: Request | None) -> Iterator[None]:
+    """Inside, the line ends before `request`, so that a step does not even look at it and at those behind it."""
+    if request is None:
         yield
+        return
+    with _front(scheduler) as rest:
+        while rest.peek_request() is not request:
+            scheduler.waiting.add_request(rest.pop_request())
+        yield
+
+
+@contextmanager
+def _front(scheduler: Scheduler) -> Iterator[RequestQueue]:
+    """Inside, the line is empty; who is in it in the end stands ahead of the rest, which is yielded.
+
+    So that what is done at its front costs the same however long it is.
+    """
+    rest, scheduler.waiting = scheduler.waiting, create_request_queue(scheduler.policy)
+    try:
+        yield rest
     finally:
-        for request in requests:
-            scheduler.waiting.add_request(request)
+        front, scheduler.waiting = list(scheduler.waiting), rest
+        rest.prepend_requests(reversed(front))

@@ -17,7 +17,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from jointkv.errors import UnsupportedEngine
-from jointkv.vllm_plugin.engine.line import without
+from jointkv.vllm_plugin.engine.line import line_before
 from jointkv.vllm_plugin.engine.others import ours
 
 
@@ -42,7 +42,7 @@ class JointScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Send helpers ahead, then schedule as vLLM does."""
-        with without(self, self._side.prepare(self) or ()):
+        with line_before(self, self._side.prepare(self)):
             output = super().schedule(throttle_prefills)
         self._count_as_one(output)
         return output

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 
@@ -89,6 +89,11 @@ class BlockTables:
             hashes[number] = BlockHash(sha256(secret + number.to_bytes(8, "big")).digest())
         self.events.hide(hashes[start // size :])
 
+    def make_exact(self, request: Request) -> None:
+        """`request`, of which nothing is computed yet, looks up all its blocks by the hashes of their text again."""
+        request.block_hashes.clear()
+        request.update_block_hashes()
+
     def answer_for(self, request: Request, start: int, end: int | None) -> None:
         """Of tokens `start` to `end` (or all) the pages that `request` holds answer for its hashes, and no others."""
         for number, group in enumerate(self.groups):
@@ -125,6 +130,7 @@ class BlockTables:
         finally:
             self.pool.free_blocks(taken)
 
+<<<<<<< HEAD
     def hold(self) -> int | None:
         """Take a free page and keep it until it is released; None where there is none."""
         if not self.pool.get_num_free_blocks():
@@ -141,13 +147,23 @@ class BlockTables:
     def renew(self, pages: Iterable[int]) -> None:
         """Hand `pages` out last, as if they had just been found."""
         blocks = [self.pool.blocks[page] for page in pages]
+=======
+    def renew(self, pages: Sequence[int]) -> None:
+        """Hand `pages` out last, as if they had just been found, and the first of them last of all."""
+        blocks = [self.pool.blocks[page] for page in reversed(pages)]
+>>>>>>> main
         self.pool.touch(blocks)
         self.pool.free_blocks(blocks)
 
-    def found_pages(self, request: Request) -> set[int]:
-        """Pages that vLLM's prefix cache has for `request` now."""
+    def found_pages(self, request: Request) -> list[int]:
+        """Pages that vLLM's prefix cache has for `request` now, in order."""
         found = self._manager.get_computed_blocks(request)[0]
-        return {block.block_id for blocks in found.blocks for block in blocks}
+        return [block.block_id for blocks in found.blocks for block in blocks]
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return self.pool.get_num_free_blocks()
 
     def needed(self, request: Request, pages: Iterable[int]) -> int:
         """Free pages that it takes to start `request`, which will find `pages`."""
@@ -199,9 +215,10 @@ class BlockTables:
             for request_id in request_ids
         }
 
-    def shared_pages(self) -> Counter[int]:
-        """Number of pages by how many table entries read them, from 1 up."""
-        return Counter(block.ref_cnt for block in self.pool.blocks if block.ref_cnt and not block.is_null)
+    def shared_pages(self, first: int = 0, end: int | None = None) -> Counter[int]:
+        """Number of pages by how many table entries read them, from 1 up; of the pages `first` to `end` of the pool."""
+        pages = self.pool.blocks[first:end]
+        return Counter(block.ref_cnt for block in pages if block.ref_cnt and not block.is_null)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when reference counts are not the number of table entries, or a page is free and used.

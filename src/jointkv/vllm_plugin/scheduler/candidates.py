@@ -230,8 +230,7 @@ class Candidates:
             self._statistics.add("blocks_considered")
             named = [] if audit is None else audit.pages.get(slot, [])
             # By now a page that was named may be resident with other text.
-            same = self.residents.index.candidates(member.buckets[:1], len(self._written))
-            known = [page for page in same if page in named]
+            known = [page for page in named if self.residents.index.holds(member.buckets[0], page)]
             member.candidates = known or self._by_text(member)
             if audit is not None and audit.text is not None:
                 numbers = np.array([page for page in named if page >= UNWRITTEN], np.int64)

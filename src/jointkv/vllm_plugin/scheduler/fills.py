@@ -68,7 +68,7 @@ class Fills:
         slots, intake.short = self._still_to_write(intake), False
         if not len(slots):
             return
-        own, free = self._found(intake), self._tables.pool.get_num_free_blocks()
+        own, free = self._found(intake), self._tables.free
         needed = self._tables.needed(intake.tracked.request, own)
         before = [other for other in others if other is not intake and other.covered and not other.helpers]
         promised = sum(other.needs_pages for other in before)
@@ -80,6 +80,14 @@ class Fills:
             intake.needs_pages = needed
         elif not promised:
             self._replace(intake, slots, np.full(len(slots), COMPUTED))
+
+    def needed(self, intake: Intake) -> int:
+        """Free pages that it takes to start `intake`, if all that is undecided is reused where it stands."""
+        return self._tables.needed(intake.tracked.request, {*self._found(intake), *intake.text.standing.tolist()})
+
+    def room(self, intakes: Iterable[Intake]) -> int:
+        """Free pages besides those that `intakes` which have begun will take."""
+        return self._tables.free - sum(self.needed(intake) for intake in intakes if intake.begun)
 
     def lost(self, intake: Intake) -> bool:
         """Whether sources are gone that the plan of `intake` needs still; others may have become resident."""
@@ -148,7 +156,7 @@ class Fills:
         """Pages that `intake` would find, or that its plan leads it to."""
         pages = intake.plan.pages
         planned = pages[~unwritten(pages) & (pages != COMPUTED)]
-        return self._tables.found_pages(intake.tracked.request).union(planned.tolist())
+        return {*self._tables.found_pages(intake.tracked.request), *planned.tolist()}
 
     def _write(self, intake: Intake, slots: Integers, keep: set[int]) -> bool:
         """Take pages for `slots [n]`, sources and `keep` excepted, and have them written; whether there were any."""

@@ -47,14 +47,27 @@ class PageClass(NamedTuple):
 def first_licences(settings: PluginSettings, audits: ReuseEvidence | None) -> Callable[[PageClass], Licence]:
     """Makes the first licence of a class: from the profile's `audits`, if there are any and they hold for it.
 
-    They were made of pages whose contexts were computed, under the profile's bounds.
+    They were made of pages whose contexts were computed, under the profile's bounds: where they are read, and, if the
+    profile was asked for that, at other positions.
     """
     terms = settings.reuse_miss_rate, settings.reuse_confidence
+    held = {name: one for name, one in _held(settings, audits) if one is not None}
+    for name, one in held.items():
+        first = Licence.from_profile(one.evidence, *terms)
+        logger.info("jointkv: by %d audits of the profile, the first %s (%s pages)", one.audits, first.describe(), name)
+
+    def first_of(page_class: PageClass) -> Licence:
+        found = held.get(page_class.words)
+        return Licence(*terms) if found is None else Licence.from_profile(found.evidence, *terms)
+
+    return first_of
+
+
+def _held(settings: PluginSettings, audits: ReuseEvidence | None) -> list[tuple[str, ReuseEvidence | None]]:
+    """By class in words, what the profile holds for it."""
     if audits is None:
-        return lambda page_class: Licence(*terms)
-    first = Licence.from_profile(audits.evidence, *terms)
-    logger.info("jointkv: by %d audits of the profile, the first %s", audits.audits, first.describe())
-    return lambda page_class: Licence.from_profile(audits.evidence, *terms) if page_class.exact else Licence(*terms)
+        return []
+    return [("exact", audits), ("moved", audits.moved if settings.moved else None)]
 
 
 def audits_of_profile(settings: PluginSettings) -> ReuseEvidence | None:

@@ -59,6 +59,7 @@ class TrackedRequest:
         secret: what tells its private hashes from all others.
         audit: what its comparisons say of reuse, while it computes its prompt exactly and reuse is on.
         tried: whether the pool was in use enough for fusion when blocks of it were filled.
+        helped: tokens that helpers had computed for it when it was looked up anew.
         planned: epoch in which it was decided that nothing more is reused before it starts.
     """
 
@@ -74,6 +75,7 @@ class TrackedRequest:
     secret: bytes = field(default_factory=lambda: os.urandom(16), repr=False)
     audit: Audit | None = None
     tried: bool = False
+    helped: int = 0
     planned: int | None = None
     _hashes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
     _standing: Echoes = field(default_factory=lambda: np.zeros(0, np.uint64), repr=False)

@@ -62,6 +62,21 @@ class ResidentText:
         found: NDArray[np.bool_] = self._residents.still_holds(run)
         return found
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything is resident still that was found."""
+        moved = unwritten(self.found.page)
+        still = self.found.where(~moved)
+        same = (self._residents.places(still.page) == np.stack((still.source, still.slot))).all()
+        return bool(same) and bool(self.can_be_written(self.found.page[moved]).all() if moved.any() else True)
+
+    @property
+    def standing(self) -> Integers:
+        """Pages that hold text where it is read, one of each slot at most: int64 `[n]`."""
+        still = self.found.where(~unwritten(self.found.page))
+        pages: Integers = still.page[np.unique(still.slot, return_index=True)[1]]
+        return pages
+
     def can_be_written(self, pages: Integers) -> NDArray[np.bool_]:
         """Which of `pages [n]`, which are not written yet, have their sources still: bool `[n]`."""
         assert self._moved is not None

@@ -9,24 +9,24 @@ and the workers compare that block with those of the sources.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from jointkv.core.moved_text import unwritten
 from jointkv.core.reuse import Run, stretches
 from jointkv.policy.reuse import ReuseRule
-from jointkv.vllm_plugin.engine.line import helper_of, in_line, seats, send_ahead
-from jointkv.vllm_plugin.engine.opt_out import OPT_OUT
+from jointkv.vllm_plugin.engine.line import in_line, seats, send_ahead
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.fills import Fills
 from jointkv.vllm_plugin.scheduler.followers import Followers
+from jointkv.vllm_plugin.scheduler.helpers import Helpers
 from jointkv.vllm_plugin.scheduler.intakes import Helper, Intake
 from jointkv.vllm_plugin.scheduler.licences import Licences
 from jointkv.vllm_plugin.scheduler.look_up import GROUP, LookUp
@@ -54,7 +54,7 @@ class Reuse:
 
     Attributes:
         intakes: requests on their way in, by name.
-        helpers: by name. Ended ones stay until `forget_ended`.
+        sent: helpers, see there.
         followers: requests that wait for text that another one is computing.
         look_up: says what each could reuse.
         fills: has pages written with text from other positions.
@@ -73,43 +73,55 @@ class Reuse:
         self.rule, self.residents, self.requests, self.sharing = rule, residents, requests, sharing
         self.statistics = statistics
         self.intakes: dict[str, Intake] = {}
-        self.helpers: dict[str, Helper] = {}
+        self.sent = Helpers()
         self.followers = Followers(requests)
         self.look_up = LookUp(settings, rule, residents, self.followers, sharing, licences)
         self.fills = Fills(sharing, residents, statistics)
         self._started: list[tuple[TrackedRequest, int, list[int]]] = []
-        self._number = 0
 
-    def prepare(self, scheduler: Scheduler) -> Sequence[Request]:
-        """Look up those who may start in the step to come, and send helpers ahead of them; who is not to start in it.
+    @property
+    def helpers(self) -> dict[str, Helper]:
+        """By name. Ended ones stay until `forget_ended`."""
+        return self.sent.of_name
+
+    def prepare(self, scheduler: Scheduler) -> Request | None:
+        """Look up those who may start in the step to come, and send helpers ahead of them.
 
         At most as many begin as a part of one step can bring to their first answers: of more that begin at once all
         would wait for the last. Those of two steps more wait with what is found for them, so that who follows may pass;
         the rest stays behind.
+
+        Returns:
+            The first one that is not to start in it; None where there is none.
         """
         self.followers.new_step()
         if not scheduler.waiting:
-            return ()
+            return None
         start, budget, free = time.perf_counter(), scheduler.max_num_scheduled_tokens, seats(scheduler)
         reach, sent, line = budget // WAVES, dict[str, list[Request]](), in_line(scheduler)
+        room = self.fills.room(self.intakes.values())
         while budget > 0 and free > 0 and reach > -2 * scheduler.max_num_scheduled_tokens:
             request = next(line, None)
             if request is None:
                 break
             name = request.request_id
             intake = self._known(name) or self._take_in(request)
+            if intake is not None and not intake.begun:
+                needed = self.fills.needed(intake)
+                intake = self._begin(intake) if reach > 0 and needed <= room else intake
+                room -= needed
             # Who is not looked at may start all the same, and computes everything: better too many than too few.
             if intake is None:
                 if name not in self.helpers and name not in self.followers.held:
                     budget -= request.num_tokens - self.sharing.tables.found(request)
                 free -= 1
                 continue
-            intake.begun = intake.begun or reach > 0
             reach -= intake.ahead
             covered, sent[name] = intake.covered, self._send(intake)
             budget -= intake.plan.computed(covered, intake.covered) * intake.tracked.block_size
             free -= len(sent[name]) + (intake.begun and not intake.asked and not intake.helpers)
-        behind = list(line) if budget > 0 and free > 0 else []
+        self._keep(sent)
+        behind = next(line, None) if budget > 0 and free > 0 else None
         if any(sent.values()):
             send_ahead(scheduler, sent)
         self.statistics.add("reuse_plan_seconds", time.perf_counter() - start)
@@ -120,7 +132,7 @@ class Reuse:
         intake = self.intakes.get(request_id)
         if intake is None:
             return request_id in self.followers.held
-        if intake.short:
+        if intake.short or (not intake.begun and self.fills.needed(intake) > self.sharing.tables.free):
             return False  # there is no room for it, and it keeps its place in the line
         if intake.entry is not None or not intake.begun or self.fills.awaits(intake):
             return True
@@ -168,9 +180,11 @@ class Reuse:
                 intake.asked = True
                 pairs = [intake.text.pair(GROUP, held.block_id, int(run.pages[0])) for run in intake.sources]
                 yield Question(pairs, partial(self._hear, intake, list(intake.sources)))
-            else:
+            elif intake.plan.skipped:
                 intake.search.refused(intake.entry)
                 self._advance(intake)
+            else:
+                self._look_up_anew(intake)
 
     def ended(self, name: str) -> None:
         """A helper has ended, if it is one."""
@@ -179,7 +193,7 @@ class Reuse:
             return
         helper.ended = True
         intake = self.intakes.get(helper.owner)
-        if intake is None:
+        if intake is None or name not in intake.helpers:
             return
         intake.helpers.discard(name)
         if intake.entry is not None and helper.end == intake.entry + 1 and not intake.asked:
@@ -189,18 +203,9 @@ class Reuse:
         """A request has ended."""
         self._let_go(request_id)
 
-    def helpers_of(self, request_ids: Iterable[str]) -> list[str]:
-        """Helpers that have not ended, of these requests."""
-        owners = set(request_ids)
-        return [name for name, helper in self.helpers.items() if helper.owner in owners and not helper.ended]
-
     def stray(self) -> list[str]:
         """Helpers that nobody waits for any more."""
-        return [name for name, helper in self.helpers.items() if not helper.ended and self._is_stray(helper)]
-
-    def forget_ended(self) -> None:
-        """Helpers that have ended are no longer known: nothing of them is on its way to a client."""
-        self.helpers = {name: helper for name, helper in self.helpers.items() if not helper.ended}
+        return self.sent.stray(self.intakes)
 
     def start_anew(self) -> None:
         """Let everybody go. Who takes part still finds nothing of what it has adopted."""
@@ -216,19 +221,29 @@ class Reuse:
         intake = self.intakes.pop(request_id, None)
         if intake is not None:
             intake.tracked.planned = intake.tracked.request.num_preemptions
-        for helper in self.helpers.values():
-            helper.stray = helper.stray or helper.owner == request_id
-
-    def _is_stray(self, helper: Helper) -> bool:
-        # One that was preempted after its request has found everything would compute it again.
-        return helper.stray or (helper.owner not in self.intakes and helper.request.status != RequestStatus.RUNNING)
+        self.sent.let_go(request_id)
 
     def _known(self, name: str) -> Intake | None:
-        """What was found for a request; nothing where sources are gone, so that it is looked up anew."""
+        """What was found for a request; nothing where pages are gone, so that it is looked up anew."""
         intake = self.intakes.get(name)
-        if intake is not None and not (intake.asked or intake.helpers) and self.fills.lost(intake):
-            del self.intakes[name]
+        waits = intake is not None and not (intake.asked or intake.helpers)
+        if intake is not None and waits and (self.fills.lost(intake) or self._lost(intake)):
+            self._look_up_anew(intake)
         return self.intakes.get(name)
+
+    def _look_up_anew(self, intake: Intake) -> None:
+        """At its next turn; what helpers have computed is found then as any other exact prefix."""
+        del self.intakes[intake.tracked.request.request_id]
+        intake.tracked.helped = intake.helped
+        self.sharing.let_go(intake.tracked)
+
+    def _lost(self, intake: Intake) -> bool:
+        """Whether others took pages that `intake` was to find while it waited for the room that there is by now."""
+        if not intake.begun or intake.entry is not None or intake.gap_ends or self.fills.awaits(intake):
+            return False
+        tables, request = self.sharing.tables, intake.tracked.request
+        found = tables.found_pages(request)
+        return len(found) < intake.needs and tables.needed(request, found) <= tables.free
 
     def _take_in(self, request: Request) -> Intake | None:
         """Look up a request that has not been yet. None where it computes all, or waits for another's text."""
@@ -237,12 +252,33 @@ class Reuse:
             return None
         intake = self.look_up.intake(tracked)
         if intake is not None:
-            self.intakes[name] = intake
+            self.intakes[name], intake.helped = intake, tracked.helped
             self._adopt(intake, intake.plan.reused)
             self._advance(intake)
         if name not in self.intakes and name not in self.followers.held:
             self.followers.add_donor(tracked)
         return self.intakes.get(name)
+
+    def _keep(self, names: Iterable[str]) -> None:
+        """What those who have begun will find is handed out last, and of that what the first in the line will.
+
+        They wait for pages for the rest, while others take those that have been free the longest.
+        """
+        for name in reversed(list(names)):
+            intake = self.intakes.get(name)
+            if intake is not None and intake.begun:
+                self.sharing.tables.renew(self.sharing.tables.found_pages(intake.tracked.request))
+
+    def _begin(self, intake: Intake) -> Intake | None:
+        """The turn of `intake` has come; what is resident by now counts, not what was when it was looked up."""
+        if not intake.text.is_whole:
+            self._look_up_anew(intake)
+            found = self._take_in(intake.tracked.request)
+        else:
+            found = intake
+        if found is not None:
+            found.begun = True
+        return found
 
     def _send(self, intake: Intake) -> list[Request]:
         """Helpers to send ahead, if any are due: behind pages that are there."""
@@ -251,7 +287,9 @@ class Reuse:
         self.fills.place(intake, self.intakes.values())
         if intake.short or self.fills.awaits(intake):
             return []
-        return list(self._new_helpers(intake))
+        made = [helper.request for helper in self.sent.make(intake, self.sharing.tables.pool.hash_block_size)]
+        self.statistics.add("reuse_helpers", len(made))
+        return made
 
     def _advance(self, intake: Intake) -> None:
         """Turn to the next run; if there is none and nothing is reused, let the request go."""
@@ -259,22 +297,11 @@ class Reuse:
         intake.entry = intake.runs.next_entry(intake.search.at, intake.end, least)
         if intake.entry is not None:
             intake.sources = intake.runs.through(intake.entry, intake.end, least, self.rule.sources)
-        elif not intake.plan.skipped:
+        elif not intake.plan.skipped and intake.text.is_whole:
             intake.tracked.audit = Audit()
             self._let_go(intake.tracked.request.request_id)
-
-    def _new_helpers(self, intake: Intake) -> Iterator[Request]:
-        """One for each gap that is to be computed next."""
-        request, pool, ends = intake.tracked.request, self.sharing.tables.pool, intake.gap_ends
-        for end in ends:
-            self._number += 1
-            name = f"{request.request_id}-gap-{self._number}"
-            tokens = end * intake.tracked.block_size
-            helper = helper_of(request, name, tokens, pool.hash_block_size, OPT_OUT)
-            self.helpers[name], intake.covered = Helper(helper, request.request_id, end), end
-            intake.helpers.add(name)
-            yield helper
-        self.statistics.add("reuse_helpers", len(ends))
+        elif not intake.plan.skipped:
+            self._look_up_anew(intake)
 
     def _hear(self, intake: Intake, sources: list[Run], answer: Answer) -> None:
         """The entry block has been compared with those of `sources`: adopt what may be."""

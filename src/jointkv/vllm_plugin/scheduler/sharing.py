@@ -89,6 +89,16 @@ class Sharing:
         self.tables.forget(tracked.request, tracked.private_from)
         return True
 
+    def let_go(self, tracked: TrackedRequest) -> None:
+        """`tracked`, of which nothing is computed yet, finds nothing any more of what it has adopted.
+
+        What it computes then is again what exact hashes promise.
+        """
+        if tracked.private_from is not None:
+            self.tables.dismiss(tracked.request, tracked.private_from)
+            self.tables.make_exact(tracked.request)
+            tracked.private_from = None
+
     def forget(self, tracked: TrackedRequest) -> None:
         """No page answers for the private hashes of a request that has ended."""
         if tracked.private_from is not None:

@@ -18,10 +18,11 @@ from vllm.v1.request import Request, RequestStatus
 
 from jointkv.errors import IntegrityError
 from jointkv.policy.reuse import ReuseRule
+from jointkv.store.folder import Store
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Inquiry, Verdict, patience
-from jointkv.vllm_plugin.metrics import LEFT_ALONE, REPORT_EVERY, JointStats, LicenceGauges, Statistics
+from jointkv.vllm_plugin.metrics import LEFT_ALONE, JointStats, LicenceGauges, Statistics
 from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.candidates import Candidates
@@ -30,11 +31,13 @@ from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.fusion import Fusion
 from jointkv.vllm_plugin.scheduler.intakes import Helper
 from jointkv.vllm_plugin.scheduler.licences import Licences, audits_of_profile, first_licences
+from jointkv.vllm_plugin.scheduler.page_readers import PageReaders
 from jointkv.vllm_plugin.scheduler.questions import Questions
 from jointkv.vllm_plugin.scheduler.recovery import Recovery
 from jointkv.vllm_plugin.scheduler.requests import Requests, left_alone, passed_over
 from jointkv.vllm_plugin.scheduler.reuse import Reuse
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
+from jointkv.vllm_plugin.scheduler.stored import StoredText
 from jointkv.vllm_plugin.settings import PluginSettings
 
 logger = init_logger(f"vllm.{__name__}")
@@ -81,6 +84,7 @@ class SchedulerSide:
         groups: KV-cache groups that take part, by number.
         ranks: workers that answer.
         batches: steps in flight at a time.
+        stored_model: what a store knows the engine's pages by, where there is a store.
 
     Attributes:
         enabled: whether anything is fused now.
@@ -94,12 +98,14 @@ class SchedulerSide:
         groups: tuple[int, ...],
         ranks: int = 1,
         batches: int = 1,
+        stored_model: str | None = None,
     ) -> None:
         self.settings = settings
         self.enabled = settings.enabled
         self.recovery = Recovery(settings.retry_after, settings.max_faults)
         self.statistics = Statistics()
         self.tables = BlockTables(manager)
+        self.readers = PageReaders(self.tables)
         block_size = self.tables.groups[groups[0]].block_size
         self.requests = Requests(block_size)
         layers = len(manager.kv_cache_config.kv_cache_groups[groups[0]].layer_names)
@@ -118,12 +124,15 @@ class SchedulerSide:
             self.candidates, self.bounds, self.sharing, audits, self.statistics, settings.signs, directions
         )
         self.questions = Questions(self.bounds, self.statistics, patience(batches), settings.signature_size)
+        self.stored: StoredText | None = None
+        if settings.store is not None and stored_model is not None:
+            store, strict = Store(settings.store), settings.isolation == "strict"
+            self.stored = StoredText(store, stored_model, self.tables, self.requests, self.statistics, strict)
         self.beside_others = False
         self._helped: list[tuple[str, int]] = []
         self._found: dict[str, int] = {}
         self._groups, self._ranks = groups, ranks
         self._step = 0
-        self._reports = 0
         logger.info(
             "jointkv is %s: %s; %d layer group(s) with tables of their own, pool of %d pages of %d tokens x %d layers",
             "live" if settings.enabled else "attached but off",
@@ -153,6 +162,8 @@ class SchedulerSide:
     @fail_safe
     def admit(self, request: Request) -> None:
         """Take note of a new request."""
+        if self.stored is not None:
+            self.stored.admit(request)
         if self.recovery.resume():
             self.enabled = self.settings.enabled
             logger.info("jointkv is on again, for requests that arrive from now on")
@@ -165,19 +176,25 @@ class SchedulerSide:
             tracked.audit = Audit()
 
     @fail_safe
-    def prepare(self, scheduler: Scheduler) -> Sequence[Request]:
+    def prepare(self, scheduler: Scheduler) -> Request | None:
         """Before vLLM schedules a step: see `Reuse.prepare`."""
         self._end_strays(scheduler)
         if not (self.enabled and self.settings.reuses):
-            return ()
+            return None
         self._notice_reset()
         return self.reuse.prepare(scheduler)
 
     @fail_safe
     def follow_up(self, scheduler: Scheduler) -> None:
         """After the outputs of a step are made: helpers that nobody waits for end, and ended ones are forgotten."""
-        self.reuse.forget_ended()
+        self.reuse.sent.forget_ended()
         self._end_strays(scheduler)
+
+    def matched(self, request: Request, computed: int) -> int | None:
+        """Tokens behind the `computed` ones that can be loaded for `request`; None where it is to wait."""
+        if self.holds(request, computed):
+            return None
+        return 0 if self.stored is None else self.stored.matched(request, computed)
 
     @fail_safe
     def holds(self, request: Request, computed: int) -> bool:
@@ -192,12 +209,14 @@ class SchedulerSide:
         return self.reuse.holds(request.request_id, computed)
 
     @fail_safe
-    def allocate(self, request: Request, pages: Sequence[Sequence[int]]) -> None:
+    def allocate(self, request: Request, pages: Sequence[Sequence[int]], loaded: int = 0) -> None:
         """`request` starts or comes back with `pages`, by group: those that it did not find will be written.
 
-        By the workers or by a load: another connector may have found more.
+        By the workers or by a load: `loaded` tokens from the store, or what another connector has found.
         """
         found = self._found.pop(request.request_id, request.num_computed_tokens)
+        if self.stored is not None:
+            self.stored.allocate(request, pages[0], found, loaded)
         self.candidates.forget_given(pages, found, self._step + 1)
 
     @property
@@ -206,8 +225,8 @@ class SchedulerSide:
         return self.reuse.helpers
 
     def helpers_of(self, request_ids: Iterable[str]) -> list[str]:
-        """See `Reuse.helpers_of`."""
-        return self.reuse.helpers_of(request_ids)
+        """See `Helpers.of`."""
+        return self.reuse.sent.of(request_ids)
 
     def take_helped(self) -> list[tuple[str, int]]:
         """Requests that the last step starts, and tokens that helpers have computed for them; once."""
@@ -224,6 +243,9 @@ class SchedulerSide:
         inquiry = Inquiry(self._step, self.sharing.take_remaps(), fills=self.reuse.fills.take())
         self._write_directions(inquiry)
         self._ask(inquiry, output)
+        if self.stored is not None:
+            inquiry.loads, inquiry.save = self.stored.take_loads(), self.stored.offers(output)
+            inquiry.emptied = self.stored.take_emptied()
         return inquiry
 
     @fail_safe
@@ -238,12 +260,20 @@ class SchedulerSide:
         if self.settings.check_integrity:
             self.check_integrity()
 
+    def hear(self, report: Any) -> None:
+        """Take note of a worker's report, where there is one: it may have given the store up."""
+        counters = report.data.get("counters", {}) if isinstance(report, JointStats) else {}
+        if self.stored is not None and counters.get("store_faults"):
+            self.stored.worker_failed()
+
     @fail_safe
     def dismiss(self, request_id: str) -> None:
         """Forget a request that has finished or was aborted. Its pages stay resident until they are reused."""
         if request_id in self.requests.active:
             self._leave_alone(request_id, passed_over(self.requests.active[request_id], self.settings))
         self._found.pop(request_id, None)
+        if self.stored is not None:
+            self.stored.dismiss(request_id)
         self.reuse.ended(request_id)
         self.reuse.dismiss(request_id)
         tracked = self.requests.pop(request_id)
@@ -256,17 +286,18 @@ class SchedulerSide:
     @fail_safe
     def reset(self) -> None:
         """Forget all resident pages, because their content is no longer what the model would compute."""
+        if self.stored is not None:
+            self.stored.reset()
         self._start_anew()
 
     @fail_safe
     def report(self) -> JointStats | None:
         """What is new since the last report; None where it can wait. vLLM publishes its events right after."""
         self.tables.events.withhold()
-        self._reports += 1
-        regular = self._reports % REPORT_EVERY == 1  # the count of shared pages looks at the whole pool
-        if not regular and not self.statistics.has_news(self.state):
+        shared = self.readers.after_step()
+        if shared is None and not self.statistics.has_news(self.state):
             return None
-        return self.statistics.take(self.state, self.tables.shared_pages() if regular else None, self._licence_gauges())
+        return self.statistics.take(self.state, shared, self._licence_gauges())
 
     def _licence_gauges(self) -> LicenceGauges | None:
         """None where nothing has changed since the last report."""
@@ -274,6 +305,11 @@ class SchedulerSide:
             return None
         self.licences.changed = False
         return self.licences.gauges(self.settings.reuse_miss_rate)
+
+    def close(self) -> None:
+        """The engine ends."""
+        if self.stored is not None:
+            self.stored.close()
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when tables, reference counts, index or bounds are inconsistent."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,19 +13,25 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from jointkv.errors import IntegrityError, LayoutError
+<<<<<<< HEAD
 from jointkv.fusion.packed_directions import write_direction
+=======
+from jointkv.store.folder import Store
+>>>>>>> main
 from jointkv.vllm_plugin.attention.install import share_reading
 from jointkv.vllm_plugin.attention.norms import OwnNorms
 from jointkv.vllm_plugin.attention.reading import SharedReading
 from jointkv.vllm_plugin.engine.pages import number_order, packed_pages
 from jointkv.vllm_plugin.engine.rotary import rotary_of
 from jointkv.vllm_plugin.engine.runners.base import WorkerTables
+from jointkv.vllm_plugin.engine.stored import sample_of_weights
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.metrics import JointStats, WorkerStatistics
 from jointkv.vllm_plugin.settings import PluginSettings
 from jointkv.vllm_plugin.worker.comparer import Comparison, PageComparer
 from jointkv.vllm_plugin.worker.filler import NumberOrder, PageFiller
 from jointkv.vllm_plugin.worker.signer import PageSigner
+from jointkv.vllm_plugin.worker.stored import StoredPages
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -45,10 +52,12 @@ class WorkerSide:
         readings: what the layers of each group share that read shared pages once, by group.
         norms: of blocks that keep their own.
         filler: writes pages of text that moved, where the settings ask for it.
+        stored: writes pages to a store and fills them from it, where the settings ask for it.
 
     Raises:
         UnsupportedEngine: see `rotary_of`.
         LayoutError: the pages are laid out in a way that was never seen.
+        BadInput, StoreError: see `Store`.
     """
 
     def __init__(
@@ -66,12 +75,14 @@ class WorkerSide:
         self.readings: dict[int, SharedReading] = {}
         self.norms: OwnNorms | None = None
         self.filler: PageFiller | None = None
+        self.stored: StoredPages | None = None
         self._fault: Exception | None = None
         self._begun: Comparison | Verdict | None = None
         self._statistics = WorkerStatistics()
         self._last_step = 0
         self._apply_seconds = 0.0
-        if not settings.enabled:
+        self._last_stored = 0
+        if not settings.enabled and settings.store is None:
             return
         pages = {}
         for number in groups:
@@ -82,6 +93,13 @@ class WorkerSide:
             pages[number] = packed_pages(
                 [layers[name] for name in group.layer_names], kv_cache_config.num_blocks, block_size
             )
+        if settings.store is not None:
+            store = Store(settings.store, max_bytes=settings.store_bytes)
+            order = _number_order(layers, kv_cache_config, groups[0])
+            weights = partial(sample_of_weights, tables.runner.get_model())
+            self.stored = StoredPages(store, pages[groups[0]], order, weights)
+        if not settings.enabled:
+            return
         if settings.shares_reading:
             self._share_reading(kv_cache_config, groups, settings)
         signer = None
@@ -90,8 +108,8 @@ class WorkerSide:
         if settings.moves:
             (group,) = (kv_cache_config.kv_cache_groups[number] for number in groups)
             named = {name: layers[name] for name in group.layer_names}
-            order = number_order(list(named.values()), kv_cache_config.num_blocks, group.kv_cache_spec.block_size)
-            self.filler = PageFiller(pages[groups[0]], NumberOrder(*order), rotary_of(tables.runner, named))
+            order = _number_order(layers, kv_cache_config, groups[0])
+            self.filler = PageFiller(pages[groups[0]], order, rotary_of(tables.runner, named))
         self.comparer = PageComparer(settings.across_layers, pages, self.norms, signer, self.filler)
 
     def apply(self, inquiry: Inquiry) -> None:
@@ -149,9 +167,27 @@ class WorkerSide:
             verdict.apply_seconds, self._apply_seconds = self._apply_seconds, 0.0
         return verdict
 
+    def exchange(self, inquiry: Inquiry) -> None:
+        """Have pages stored and filled that the scheduler names, once the step has written what it writes."""
+        if self.stored is None or inquiry.step <= self._last_stored:
+            return
+        self._last_stored = inquiry.step
+        if inquiry.emptied:
+            self.stored.check_weights()
+        if inquiry.save is not None:
+            self.stored.save(inquiry.save)
+        for load in inquiry.loads:
+            self.stored.load(load)
+
     def report(self) -> JointStats | None:
-        """What is new of attention since the last report; None where it can wait."""
-        return self._statistics.take(reading.counts for reading in self.readings.values())
+        """What is new of attention and of the store since the last report; None where it can wait."""
+        counts = [reading.counts for reading in self.readings.values()]
+        return self._statistics.take(counts if self.stored is None else [*counts, self.stored.counts])
+
+    def close(self) -> None:
+        """The worker ends."""
+        if self.stored is not None:
+            self.stored.close()
 
     def _begin(self, inquiry: Inquiry) -> Comparison | Verdict | None:
         try:
@@ -185,6 +221,12 @@ class WorkerSide:
             for group, pages in groups.items():
                 if any(held != pages for held in self.tables.read(request_id, group, len(pages))):
                     raise IntegrityError(f"worker and scheduler disagree on the table of {request_id}, group {group}")
+
+
+def _number_order(layers: Mapping[str, Any], config: KVCacheConfig, number: int) -> NumberOrder:
+    group = config.kv_cache_groups[number]
+    named = [layers[name] for name in group.layer_names]
+    return NumberOrder(*number_order(named, config.num_blocks, group.kv_cache_spec.block_size))
 
 
 def _failed(inquiry: Inquiry, error: Exception) -> Verdict:

@@ -40,7 +40,8 @@ REQUESTS = (
     Use(
         "vllm.v1.request:Request",
         "request_id status num_preemptions num_computed_tokens num_tokens num_prompt_tokens all_token_ids "
-        "block_hashes cache_salt lora_request mm_features sampling_params prompt_embeds prompt_token_ids resumable",
+        "block_hashes cache_salt lora_request mm_features sampling_params prompt_embeds prompt_token_ids resumable "
+        "update_block_hashes()",
     ),
     Use(
         "vllm.v1.request:RequestStatus",
@@ -60,7 +61,7 @@ STEPS = (
     ),
     Use(f"{CORE}.sched.output:NewRequestData", "req_id block_ids num_computed_tokens"),
     Use(f"{CORE}.sched.output:CachedRequestData", "req_ids new_block_ids num_computed_tokens resumed_req_ids"),
-    Use("vllm.v1.outputs:KVConnectorOutput", "kv_connector_worker_meta"),
+    Use("vllm.v1.outputs:KVConnectorOutput", "kv_connector_worker_meta kv_connector_stats"),
 )
 SCHEDULING = (
     Use(
@@ -69,10 +70,11 @@ SCHEDULING = (
         "max_num_running_reqs max_num_scheduled_tokens "
         "add_request(_) finish_requests(_,_)",
     ),
+    Use(f"{CORE}.sched.request_queue", "create_request_queue(_)"),
     Use(f"{CORE}.sched.request_queue:SchedulingPolicy", "FCFS"),
     Use(
         f"{CORE}.sched.request_queue:RequestQueue",
-        "add_request(_) remove_request(_) remove_requests(_) __iter__ __len__",
+        "add_request(_) peek_request() pop_request() prepend_requests(_) __iter__ __len__",
     ),
     Use("vllm.v1.request", "Request(_,_,_,_,client_index,arrival_time,lora_request,cache_salt,priority)"),
     Use("vllm.v1.request:Request", "client_index arrival_time priority prefill_stats skip_reading_prefix_cache"),
@@ -112,7 +114,10 @@ CONFIGURATION = (
     Use("vllm.config:SchedulerConfig", "disable_hybrid_kv_cache_manager scheduler_cls async_scheduling"),
     Use("vllm.config:DeviceConfig", "device_type"),
     Use("vllm.config:ModelConfig", "model revision get_total_num_kv_heads() get_head_size()"),
-    Use("vllm.config:KVTransferConfig", "kv_connector kv_connector_module_path kv_connector_extra_config"),
+    Use(
+        "vllm.config:KVTransferConfig",
+        "kv_connector kv_connector_module_path kv_connector_extra_config kv_role kv_load_failure_policy",
+    ),
     Use(f"{CONNECTOR.rpartition('.')[0]}.factory:KVConnectorFactory", "register_connector(_,_,_)"),
     Use(f"{CONNECTOR}.multi_connector:MultiConnector", "sub_connectors"),
     Use(f"{CONNECTOR}.multi_connector:MultiKVConnectorMetadata", "metadata"),
@@ -203,7 +208,7 @@ OVERRIDDEN = {
             "requires_kv_delivery bind_kv_cache_manager on_new_request build_connector_meta update_connector_output "
             "request_finished get_num_new_matched_tokens update_state_after_alloc reset_cache get_kv_connector_stats "
             "build_kv_connector_stats build_prom_metrics build_connector_worker_meta start_load_kv "
-            "wait_for_layer_load save_kv_layer wait_for_save",
+            "wait_for_layer_load save_kv_layer wait_for_save get_finished get_block_ids_with_load_errors shutdown",
         ),
         Use(f"{CONNECTOR}.base:SupportsHMA", "", "request_finished_all_groups"),
     ),

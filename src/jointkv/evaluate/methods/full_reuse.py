@@ -1,0 +1,54 @@
+"""Text that stands in earlier prompts is read as it stands there, its keys turned, and nothing of it is computed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from jointkv.evaluate.holding.batch import Batch
+from jointkv.evaluate.holding.held import HeldBatch
+from jointkv.evaluate.methods.base import Method
+
+if TYPE_CHECKING:
+    from jointkv.evaluate.holding.patched import FoundText
+
+
+class Patched(Method):
+    """Base of methods that read what earlier prompts have computed, at any position, and compute some of it again.
+
+    Attributes:
+        whole_layers: at the bottom, in which every token is computed.
+    """
+
+    whole_layers = 0
+
+    @abstractmethod
+    def chosen(self, text: FoundText, level: float) -> Tensor:
+        """Which of the tokens that were found are computed all the same, bool `[n]`."""
+
+    def compress(self, batch: Batch, level: float) -> HeldBatch:
+        from jointkv.evaluate.holding.patched import PatchedBatch
+        from jointkv.hf.rotary import rotary_of
+
+        layers = batch.model.config.get_text_config(decoder=True).num_hidden_layers
+        rotary = rotary_of(batch.model, range(layers))
+        return PatchedBatch(batch, rotary, lambda text: self.chosen(text, level), self.whole_layers)
+
+
+class FullReuse(Patched):
+    """The least that can be computed: what stands in no earlier prompt."""
+
+    name = "full_reuse"
+    description = "text of earlier prompts is read at any position, keys turned, and none of it computed again"
+    levels = (1.0,)
+    level_means = "nothing to set"
+    allowed = "1"
+
+    def allows(self, level: float) -> bool:
+        return level == 1
+
+    def chosen(self, text: FoundText, level: float) -> Tensor:
+        return torch.zeros_like(text.found)

@@ -1,0 +1,130 @@
+"""Every measured number of the front page is that of its result: a new result fails here until the page says it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from statistics import median
+
+import pytest
+
+from jointkv.bench.result import Run, ServingResult
+from jointkv.evaluate.compare.result import Demo
+from jointkv.vllm_plugin.settings import PluginSettings
+from tests.docs.doc_pages import ROOT
+
+RESULTS = ROOT / "docs" / "results"
+README = " ".join((ROOT / "README.md").read_text().replace("*", "").split())
+
+
+def serving(name: str) -> ServingResult:
+    return ServingResult.load(RESULTS / "serving" / f"{name}.json")
+
+
+def middle(result: ServingResult, arm: str, number: Callable[[Run], float | None]) -> float:
+    found = [number(run) for run in result.of(arm, result.loads[0].label)]
+    return median(value for value in found if value is not None)
+
+
+def test_the_table() -> None:
+    result = serving("one_first")
+    for title, number, form, unit in (
+        ("output tokens per second", lambda run: run.output_tokens_per_s, ".1f", ""),
+        ("time to first token, p50", lambda run: run.ttft.p50, ".1f", " s"),
+        ("time to first token, p95", lambda run: run.ttft.p95, ".1f", " s"),
+        ("prompt tokens computed", lambda run: run.prompt_tokens_computed, ",.0f", ""),
+    ):
+        cells = [f"{middle(result, arm, number):{form}}{unit}" for arm in ("stock", "licensed")]
+        assert f"| {title} | {' | '.join(cells)} |" in README
+    equal = {each.arm: f"{each.equal:.0%}" for each in result.fidelity if each.against == "large_pool"}
+    tokens = result.of("stock", result.loads[0].label)[0].requests[0].output_tokens
+    row = f"to the last of {tokens} tokens | {equal['stock']} | {equal['licensed']} |"
+    assert f"| answers equal to those of stock with memory to spare, {row}" in README
+
+
+def test_agents_behind_a_number() -> None:
+    result = serving("agent_turns_nonce")
+    speed = {arm: middle(result, arm, lambda run: run.output_tokens_per_s) for arm in ("stock", "probed")}
+    first = {arm: middle(result, arm, lambda run: run.ttft.p50) for arm in ("stock", "probed")}
+    assert f"{speed['probed']:.1f} against stock's {speed['stock']:.1f} tokens per second" in README
+    assert f"first token after {first['probed']:.1f} against {first['stock']:.1f} s (p50)" in README
+    (same,) = (each for each in result.fidelity if (each.arm, each.against) == ("probed", "stock"))
+    assert same.equal == 1.0 and f"all {same.pairs} answers equal" in README
+
+
+def test_prompts_without_anything_in_common() -> None:
+    result = serving("unrelated_reuse")
+    (ratio,) = (each for each in result.comparisons if each.metric == "output_tokens_per_s")
+    low, high = min(ratio.ratios), max(ratio.ratios)
+    assert f"it had {ratio.median_ratio:.2f} of stock's tokens per second ({low:.2f} to {high:.2f})" in README
+
+
+def test_what_fusion_costs() -> None:
+    rows = Demo.model_validate_json((RESULTS / "demo" / "demo.json").read_text()).rows
+    (row,) = (each for each in rows if (each.traffic, each.policy) == ("near_prefix", "safe"))
+    assert f"mean KL is {row.kl:.5f} on near-prefix traffic, its worst request {row.kl_worst_request:.5f}" in README
+
+
+def test_the_bounds_are_the_defaults() -> None:
+    fields = PluginSettings.model_fields
+    block, token = (fields[name].default for name in ("max_relative_error", "max_token_error"))
+    assert f"K and V of the block within {block}, of each token within {token}" in README
+
+
+def test_no_other_number_was_measured() -> None:
+    """A measured number, one with a point, that no test above knows of, stands on the front page by itself."""
+    tested = (
+        r"\| [^|]+ \| [^|]+ \| [^|]+ \|",
+        r"Agents that send.*?\)",
+        r"it had [\d.]+ of stock's.*?\)",
+        r"mean KL is [\d.]+ on",
+        r"its worst request [\d.]+",
+        r"within [\d.]+",
+    )
+    known = " ".join(found for pattern in tested for found in re.findall(pattern, README))
+    versions = set(re.findall(r"(?:Python|vLLM|or|transformers|to) (\d+\.\d+)", README))
+    outside = re.sub(r"```.*?```|\([^()]*\)|`[^`]*`|arXiv \S+", " ", README)
+    found = {number for number in re.findall(r"(?<![\w.-])\d+\.\d+(?![\w.])", outside)}
+    assert found - versions - set(re.findall(r"\d+\.\d+", known)) == set()
+
+
+@pytest.mark.parametrize("row", json.loads((RESULTS / "bench" / "engine_step.json").read_text())["rows"])
+def test_what_one_more_request_costs(row: dict[str, object]) -> None:
+    """The table of docs/performance.md has one line for each number of requests that it shows."""
+    text = (ROOT / "docs" / "performance.md").read_text()
+    line = re.search(rf"^\| {row['running']} \| ([^|]+) \| ([^|]+) \| (\d+)% \| (\d+)% \|", text, re.MULTILINE)
+    if line is None:
+        return
+    per_step, per_token, shares = float(row["seconds_per_step"]), float(row["seconds_per_token"]), row["shares"]
+    assert isinstance(shares, dict)
+    assert float(line[1]) == pytest.approx(1e3 * per_step, rel=0.006)
+    assert float(line[2]) == pytest.approx(1e3 * per_token, abs=0.051)
+    assert (line[3], line[4]) == tuple(f"{100 * shares[kind]:.0f}" for kind in ("attention", "matrix products"))
+
+
+def test_what_accuracy_hides() -> None:
+    rows = {row["method"]: row for row in json.loads((RESULTS / "choices" / "choices.json").read_text())["tasks"]}
+    text = " ".join((ROOT / "docs" / "measured.md").read_text().split())
+    unfused, paper = rows["unfused"], rows["paper"]
+    for name in ("fused", "reuse"):
+        pairs = zip(rows[name]["margins"], unfused["margins"], strict=True)
+        assert max(abs(one - other) for one, other in pairs) < 0.0001 and rows[name]["flipped_orders"]["high"] == 0
+        assert f"with {1 - rows[name]['share']:.0%} of the bytes saved" in text
+    assert f"on {len(unfused['scores'])} questions" in text and "within 0.0001 nats" in text
+    changed = paper["flipped_orders"]
+    assert f"in {changed['mean']:.0%} of the questions ({changed['low']:.0%} to {changed['high']:.0%})" in text
+    assert f"from {100 * unfused['mean']:.0f} to {paper['mean']:.0%}" in text
+
+
+def test_what_scaling_costs() -> None:
+    found = json.loads((RESULTS / "bench" / "scaling.json").read_text())
+    text = (ROOT / "docs" / "performance.md").read_text()
+    for name, growth in found["headline"]["growth"].items():
+        part, arm = name.split(", ")
+        rows = [row for row in found["rows"] if (row["part"], row["arm"]) == (part, arm)]
+        first, last = min(rows, key=lambda row: row["size"]), max(rows, key=lambda row: row["size"])
+        cells = [f"{each['size']:,} | {1e6 * each['seconds'] / each['requests']:,.0f}" for each in (first, last)]
+        assert f"| {arm} | {' | '.join(cells)} | {growth:+.2f} |" in text
+    stock, reuse, moved = found["headline"]["bytes_per_resident_block"].values()
+    assert f"{stock} bytes per resident block in stock vLLM, {reuse} with reuse, {moved:,} where" in text
