@@ -228,7 +228,6 @@ def test_engine_arguments() -> None:
         engine_args(enable=True)
 
 
-<<<<<<< HEAD
 DIRECTIONS = {"directions": "written", "own_norms": True, "candidates": "signature"}
 
 
@@ -267,7 +266,8 @@ def test_what_written_directions_do_not_go_with(options: dict[str, Any], why: st
 def test_directions_need_a_threshold(options: dict[str, Any], why: str) -> None:
     with pytest.raises(InvalidPolicy, match=why):
         PluginSettings.parse(options)
-=======
+
+
 def test_a_store_is_for_engines_that_load(tmp_path: Path) -> None:
     transfer = engine_args(store=str(tmp_path))["kv_transfer_config"]
     assert (transfer["kv_role"], transfer["kv_load_failure_policy"]) == ("kv_both", "recompute")
@@ -276,4 +276,3 @@ def test_a_store_is_for_engines_that_load(tmp_path: Path) -> None:
     assert not PluginSettings.parse({"store": str(tmp_path), "reuse": "auto"}).reuses
     with pytest.raises(BadInput, match="store does not go with other KV connectors"):
         engine_args([{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}], store=str(tmp_path))
->>>>>>> main

@@ -57,7 +57,6 @@ class PageFill(NamedTuple):
     fills: Fills
 
 
-<<<<<<< HEAD
 class DirectionWrite(NamedTuple):
     """A page to write with the direction that blocks share.
 
@@ -70,7 +69,8 @@ class DirectionWrite(NamedTuple):
     group: int
     page: int
     members: tuple[int, ...]
-=======
+
+
 class Save(NamedTuple):
     """Pages to be stored as they are after the step.
 
@@ -97,7 +97,6 @@ class Load(NamedTuple):
     request_id: str
     pages: Integers
     addresses: Sequence[bytes]
->>>>>>> main
 
 
 @dataclass
@@ -111,14 +110,11 @@ class Inquiry(KVConnectorMetadata):
         sign_group, sign: per page whose signature is asked for the layer group and the page, int64 `[m]`.
         tables: block ids per request and fused group as the scheduler knows them, only while integrity is checked.
         fills: pages to write before the step, in this order: a later one may write what an earlier one reads.
-<<<<<<< HEAD
         directions: pages to write before the step, and before `fills`.
         gathered: groups and pages of blocks to compare all with all after the step.
-=======
         loads: to begin after the step.
         save: what to store after it.
         emptied: whether the prefix cache was emptied before it, as is done when weights change.
->>>>>>> main
     """
 
     step: int
@@ -133,14 +129,11 @@ class Inquiry(KVConnectorMetadata):
     sign: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     tables: dict[str, dict[int, list[int]]] | None = None
     fills: list[PageFill] = field(default_factory=list)
-<<<<<<< HEAD
     directions: list[DirectionWrite] = field(default_factory=list)
     gathered: list[tuple[int, list[int]]] = field(default_factory=list)
-=======
     loads: list[Load] = field(default_factory=list)
     save: Save | None = None
     emptied: bool = False
->>>>>>> main
 
     def __post_init__(self) -> None:
         for name in ("second", "offset", "shift"):  # unless something else is said, text stands where it is read

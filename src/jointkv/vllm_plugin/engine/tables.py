@@ -130,7 +130,6 @@ class BlockTables:
         finally:
             self.pool.free_blocks(taken)
 
-<<<<<<< HEAD
     def hold(self) -> int | None:
         """Take a free page and keep it until it is released; None where there is none."""
         if not self.pool.get_num_free_blocks():
@@ -144,14 +143,9 @@ class BlockTables:
         self.held.remove(page)
         self.pool.free_blocks([self.pool.blocks[page]])
 
-    def renew(self, pages: Iterable[int]) -> None:
-        """Hand `pages` out last, as if they had just been found."""
-        blocks = [self.pool.blocks[page] for page in pages]
-=======
     def renew(self, pages: Sequence[int]) -> None:
         """Hand `pages` out last, as if they had just been found, and the first of them last of all."""
         blocks = [self.pool.blocks[page] for page in reversed(pages)]
->>>>>>> main
         self.pool.touch(blocks)
         self.pool.free_blocks(blocks)
 

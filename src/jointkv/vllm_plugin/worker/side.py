@@ -13,11 +13,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from jointkv.errors import IntegrityError, LayoutError
-<<<<<<< HEAD
 from jointkv.fusion.packed_directions import write_direction
-=======
 from jointkv.store.folder import Store
->>>>>>> main
 from jointkv.vllm_plugin.attention.install import share_reading
 from jointkv.vllm_plugin.attention.norms import OwnNorms
 from jointkv.vllm_plugin.attention.reading import SharedReading
