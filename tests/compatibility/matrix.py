@@ -7,7 +7,8 @@ newest minors, and the newest of the major before; of vLLM's CPU build the one s
 itself the newest of every supported minor of which there is no CPU build: its Python code with the compiled kernels of
 the CPU build that is installed here, since its own are for GPUs. The newest supported release of transformers and of
 the CPU build runs on every Python of `PYTHONS` that is installed, the others on this one; the result names those that
-are not. What jointkv refuses has its refusal in the result. Environments are removed unless `--keep`.
+are not. What jointkv refuses has its refusal in the result. A table of the rows is written beside the result.
+Environments are removed unless `--keep`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from jointkv.report.markdown import number, table
 
 ROOT = Path(__file__).parents[2]
 FORMAT = "jointkv.matrix/1"
@@ -289,6 +292,23 @@ def write(path: Path, rows: list[Row]) -> None:
         "rows": [asdict(row) for row in ordered],
     }
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(what_runs(ordered), encoding="utf-8")
+
+
+def what_runs(rows: list[Row]) -> str:
+    """A table of releases: what their tests said, or who refused."""
+
+    def outcome(row: Row) -> str:
+        if not row.installed:
+            return "cannot be installed from this index"
+        if row.refusal is not None:
+            return "refused by name"
+        return "all tests pass" if row.failed == 0 else f"{row.failed} tests fail"
+
+    text = {"package": lambda row: row.package, "release": lambda row: row.version, "Python": lambda row: row.python}
+    numbers = {"passed": lambda row: number(row.passed, "d"), "skipped": lambda row: number(row.skipped, "d")}
+    heading = "# Releases\n\nBy `make matrix`. Of vLLM 0.33 the Python code, with the kernels of 0.32's CPU build.\n\n"
+    return heading + table({**text, "outcome": outcome}, numbers, rows)
 
 
 if __name__ == "__main__":
