@@ -33,10 +33,10 @@ def test_an_engine_that_is_forced_gives_the_answers_of_another(tmp_path: Path) -
     own = ForcedAnswers(None, CPU, False)
     expected = [answered(own, number, logits) for number, logits in enumerate(LOGITS)]
     assert expected == LOGITS.argmax(2).tolist() and not own.is_argmax_invariant()
-    write_answers(tmp_path / "answers.pt", own.answers())
+    write_answers(tmp_path / "answers.safetensors", own.answers())
 
     same, other = ForcedAnswers(None, CPU, False), ForcedAnswers(None, CPU, False)
-    same.reference = other.reference = read_answers(tmp_path / "answers.pt")
+    same.reference = other.reference = read_answers(tmp_path / "answers.safetensors")
     assert [answered(same, number, LOGITS[number]) for number in (1, 0)] == expected[::-1]
     assert [answered(other, number, LOGITS[1 - number]) for number in (0, 1)] == expected
     for row in same.sums():

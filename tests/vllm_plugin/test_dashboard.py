@@ -262,6 +262,7 @@ def test_the_dashboard_shows_what_happened(prometheus: Prometheus) -> None:
         "left_alone",
         "no_reuse",
         "by_signature",
+        "direction",
         "moved",
         "pages_filled",
         "store",

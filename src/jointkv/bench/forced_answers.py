@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
@@ -19,6 +20,8 @@ ARGUMENT = "forced_answer"
 
 KEPT = 1024
 """Tokens of a distribution that are told apart."""
+
+COLUMNS = ("tokens", "log_probabilities", "rest")
 
 Answers = Mapping[int, Sequence[Likeliest]]
 """By request and token the distributions of a reference, whose answer is the likeliest token of each."""
@@ -75,18 +78,22 @@ class ForcedAnswers(AdapterLogitsProcessor):
 
 def write_answers(path: Path, answers: Answers) -> None:
     """Keep `answers` for other processes."""
-    columns = ("tokens", "log_probabilities", "rest")
-    kept = {
-        number: [torch.stack([getattr(one, name) for one in row]) for name in columns]
+    columns = {
+        f"{name} {number}": torch.stack([getattr(one, name) for one in row])
         for number, row in answers.items()
+        for name in COLUMNS
     }
-    torch.save(kept, path)
+    save_file(columns, path)
 
 
 def read_answers(path: Path) -> dict[int, list[Likeliest]]:
     """What `write_answers` wrote."""
-    found = torch.load(path, weights_only=True)
-    return {number: [Likeliest(*one) for one in zip(*columns, strict=True)] for number, columns in found.items()}
+    columns = load_file(path)
+    numbers = sorted({int(name.split()[1]) for name in columns})
+    return {
+        number: [Likeliest(*one) for one in zip(*(columns[f"{name} {number}"] for name in COLUMNS), strict=True)]
+        for number in numbers
+    }
 
 
 def _sums(right: Likeliest, logits: Tensor) -> tuple[float, int, float, float]:

@@ -66,7 +66,7 @@ def score_arms(plan: Plan, run: Run) -> list[Scored]:
     reference = require_reference(plan)
     others = [arm for arm in plan.arms if arm != reference]
     with tempfile.TemporaryDirectory() as folder:
-        answers = Path(folder) / "answers.pt"
+        answers = Path(folder) / "answers.safetensors"
         run(reference, spec_of(plan, reference, answers, writes=True))
         scores = []
         for arm in others:
