@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +63,17 @@ def test_every_bit_comes_back(place: Place, pages: StoredPages) -> None:
         others = np.setdiff1d(np.arange(len(layer)), [*LOADED, *SAVED])
         assert torch.equal(layer[others], was[others])
     assert pages.counts["store_pages_written"] == pages.counts["store_pages_read"] == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness of their own")
+def test_its_threads_give_way_to_those_of_the_model(pages: StoredPages) -> None:
+    """Beside busy threads of equal rank a step once took fifty times as long."""
+
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    assert pages._writing.submit(niceness).result() == min(19, niceness() + 19)
+    assert pages._reading.submit(niceness).result() == min(19, niceness() + 10)
 
 
 def test_what_is_missing_and_all_behind_it_is_lost(place: Place, pages: StoredPages) -> None:
