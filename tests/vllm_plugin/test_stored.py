@@ -260,9 +260,8 @@ def test_an_aborted_request_keeps_its_pages_until_the_load_has_ended(
         served.step()
     served.abort(name)
     other = served.submit(PROMPTS[2] + [7], OUT, salt="of a tenant without pages")
-    while not any(
-        one.request_id.startswith(other) for one in served.vllm_scheduler.running
-    ):  # the store is asked for it first
+    # The store is asked for it first.
+    while not any(one.request_id.startswith(other) for one in served.vllm_scheduler.running):
         served.step()
     assert not set(held[0]).intersection(served.table(other)) and served.pages_in_use >= len(held[0])
     goes_on.set()
