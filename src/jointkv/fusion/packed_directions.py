@@ -15,14 +15,14 @@ def packed_cosines(pages: PackedPages, numbers: Tensor) -> Tensor:
     Returns:
         float32 `[2, n, n]` on the CPU; not a number for a page with a norm that is none.
     """
-    found = torch.zeros(2, len(numbers), len(numbers))
+    found = torch.zeros(2, len(numbers), len(numbers), device=pages.device)
     for layer in range(pages.num_layers):
         for side, blocks in enumerate(_layer(pages, layer, numbers)):
             gram = blocks @ blocks.T
             norm = gram.diagonal().clone()
             inverse = torch.where(norm.isfinite(), norm.clamp(min=TINY).rsqrt(), torch.nan)
-            found[side] += (gram * inverse[:, None] * inverse / pages.num_layers).cpu()
-    return found
+            found[side] += gram * inverse[:, None] * inverse / pages.num_layers
+    return found.cpu()
 
 
 def write_direction(pages: PackedPages, page: int, numbers: Tensor) -> None:

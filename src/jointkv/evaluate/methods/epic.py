@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from jointkv.evaluate.methods.full_reuse import Patched
+from jointkv.evaluate.methods.patched import Patched
 
 if TYPE_CHECKING:
     from jointkv.evaluate.holding.patched import FoundText
