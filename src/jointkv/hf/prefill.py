@@ -105,10 +105,16 @@ def prompts_of(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]
     """The tokens of each row without left padding, on the CPU.
 
     Raises:
-        LayoutError: not `[rows, length]` both, or padding that is not on the left.
+        LayoutError: no tensors, ids that are not whole numbers, not `[rows, length]` both with a row at least, or
+            padding that is not on the left.
     """
+    for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if not (isinstance(given, Tensor) or (given is None and name == "attention_mask")):
+            raise LayoutError(f"{name}: prefill needs a tensor, not a {type(given).__name__}: return_tensors='pt'")
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise LayoutError(f"input_ids: token ids are whole numbers, not {input_ids.dtype}")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if input_ids.dim() != 2 or mask.shape != input_ids.shape:
+    if input_ids.dim() != 2 or mask.shape != input_ids.shape or not len(input_ids):
         raise LayoutError(f"prefill needs ids and mask [rows, length], got {list(input_ids.shape)}, {list(mask.shape)}")
     seen = mask.cpu().bool()
     if (seen[:, :-1] & ~seen[:, 1:]).any():
