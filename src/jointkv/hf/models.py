@@ -147,7 +147,7 @@ def locate_model(name_or_path: str, *, fetch: bool = False, progress: Progress |
     path = _expanded(name_or_path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise BadInput(f"{name_or_path} is not a model folder: it has no config.json")
+            raise BadInput(f"{path} is not a model folder: it has no config.json")
         return str(path)
     if path.exists() or path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) != 2:
         known = ", ".join(sorted(KNOWN_MODELS))
