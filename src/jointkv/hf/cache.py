@@ -18,7 +18,7 @@ from jointkv.errors import BadInput, LayoutError, PoolFull, UnsupportedUse
 from jointkv.hf import saving
 from jointkv.hf.paged_cache import PagedCache
 from jointkv.hf.pool import JointPool
-from jointkv.hf.prefill import PrefillResult, prefill_rows, prompts_of
+from jointkv.hf.prefill import Forward, PrefillResult, prefill_rows, prompts_of
 from jointkv.hf.saving import FromFile
 from jointkv.system.values import check_whole
 
@@ -48,13 +48,13 @@ class JointCache(PagedCache):
 
     # Reading what is resident before it is computed.
 
-    @bookkeeping
     def prefill(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> PrefillResult:
         """Prefill this empty cache, reading what is resident instead of computing it, as the pool's `reuse` allows.
 
         `model.generate(input_ids=..., attention_mask=..., past_key_values=cache)` then goes on as ever: all but the
         last token of each row are there. Rows are prefilled one after another, and reuse those before them. In a pool
-        without reuse nothing is done, and `generate` computes all.
+        without reuse nothing is done, and `generate` computes all. What is computed is so under the autocast that is
+        on, and never with gradients.
 
         Args:
             input_ids, attention_mask: `[rows, length]`, padded on the left.
@@ -70,7 +70,7 @@ class JointCache(PagedCache):
         if not isinstance(model, nn.Module):
             raise UnsupportedUse(f"prefill needs the model of the pool, not a {type(model).__name__}")
         prompts = prompts_of(input_ids, attention_mask)
-        return prefill_rows(self, model, prompts, self.tenants(len(prompts)), input_ids.shape[1] - 1)
+        return prefill_rows(self, Forward(model), prompts, self.tenants(len(prompts)), input_ids.shape[1] - 1)
 
     # Operations on the whole cache.
 

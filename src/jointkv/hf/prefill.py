@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jointkv.core.blocks import PagedKV, served_errors
+from jointkv.core.bookkeeping import autocast_here, bookkeeping
 from jointkv.core.evidence import Known
 from jointkv.core.moved_text import MovedText, unwritten
 from jointkv.core.reuse import COMPUTED, Integers, ReusePlan
@@ -122,6 +123,17 @@ def prompts_of(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]
     return [row[kept].contiguous() for row, kept in zip(input_ids.cpu(), seen, strict=True)]
 
 
+class Forward:
+    """The forward pass of a model as its caller has it: under the autocast that is on where this is made."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.device, self._model, self._autocast = model.device, model, autocast_here()
+
+    def __call__(self, **inputs: Any) -> None:
+        with self._autocast():
+            self._model(**inputs)
+
+
 class RowSteps:
     """Computes and adopts one prompt, as `decide` asks for it.
 
@@ -131,8 +143,8 @@ class RowSteps:
         moved: what of it is resident at other positions, likewise.
     """
 
-    def __init__(self, cache: PagedCache, model: PreTrainedModel, tokens: Tensor) -> None:
-        self._cache, self._model, self._tokens = cache, model, tokens
+    def __init__(self, cache: PagedCache, forward: Forward, tokens: Tensor) -> None:
+        self._cache, self._forward, self._tokens = cache, forward, tokens
         self.matches: Matches | None = None
         self.moved: MovedText | None = None
         self._size = cache.pool.block_size
@@ -193,13 +205,13 @@ class RowSteps:
         if end <= start:
             return
         self.computing = True
-        device, place = self._model.device, torch.arange(start, end)
+        device, place = self._forward.device, torch.arange(start, end)
         inputs: dict[str, Any] = {
             "input_ids": self._tokens[None, start:end].to(device),
             "attention_mask": torch.ones(1, end, dtype=torch.long, device=device),
             "position_ids": place[None].to(device),
         }
-        self._model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._forward(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self.computing = False
 
 
@@ -210,12 +222,12 @@ class _Imagined(Computed):
         self.ratios, self.known = real.ratios, real.known
 
 
-def prefill_row(cache: PagedCache, model: PreTrainedModel, tokens: Tensor, tenant: Hashable) -> RowPrefill:
+def prefill_row(cache: PagedCache, forward: Forward, tokens: Tensor, tenant: Hashable) -> RowPrefill:
     """Have the empty `cache` hold all but the last of `tokens [n]`, and note what is learnt of pages and licence.
 
     A fault of reuse switches it off; what is not there yet is computed then.
     """
-    steps, pool = RowSteps(cache, model, tokens), cache.pool
+    steps, pool = RowSteps(cache, forward, tokens), cache.pool
     try:
         if pool.reuse is not None:
             return _reusing(cache, steps, tokens, tenant, pool.reuse)
@@ -310,8 +322,9 @@ def _count(found: RowPrefill, reuse: Reuse) -> None:
     )
 
 
+@bookkeeping
 def prefill_rows(
-    cache: PagedCache, model: PreTrainedModel, prompts: list[Tensor], tenants: list[Hashable], length: int
+    cache: PagedCache, forward: Forward, prompts: list[Tensor], tenants: list[Hashable], length: int
 ) -> PrefillResult:
     """Have the empty `cache` hold all but the last token of each of `prompts`; see `JointCache.prefill`.
 
@@ -336,6 +349,6 @@ def prefill_rows(
         row.waits = True
         rows.append(row)
         # Of a single token nothing is prefilled.
-        found.append(prefill_row(row, model, prompt, tenant) if len(prompt) > 1 else RowPrefill(1))
+        found.append(prefill_row(row, forward, prompt, tenant) if len(prompt) > 1 else RowPrefill(1))
     cache.join(rows, length)
     return PrefillResult(tuple(found))
