@@ -37,7 +37,7 @@ def log(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("verb", [("inspect",), ("calibrate",), ("generate",), ("bench", "serve")])
+@pytest.mark.parametrize("verb", [("advise",), ("inspect",), ("calibrate",), ("generate",), ("bench", "serve")])
 def test_help_names_what_can_be_read(verb: tuple[str, ...]) -> None:
     code, out, _ = run(*verb, "--help")
     assert code == 0
