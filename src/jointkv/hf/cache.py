@@ -199,8 +199,9 @@ class JointCache(PagedCache):
             UnsupportedUse: `pool` is something else.
             PoolFull: too few pages are free; nothing was taken.
         """
+        if isinstance(pool, JointPool):  # anything else is refused next
+            pool.notice_weights()
         cache = cls(pool, isolation_key)
-        pool.notice_weights()
         keys, length, state = saving.read(path, cache._layout())
         if isolation_key is FromFile.KEY:
             if keys is None:
