@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jointkv.codec import Aids, Bound, Chooser, Pages, decode
+from jointkv.codec import Aids, Bound, Chooser, Pages, decode, get_codec
 from jointkv.errors import BadInput
 from tests.codec.pages import fitted, near, random_pages
 
@@ -19,6 +21,19 @@ def errors_of(chooser: Chooser, pages: Pages, references: Pages | None = None) -
     found = decode(encoded.messages, pages.layout, pages.positions, Aids(TRANSFORM, references))
     assert torch.equal(found.content, encoded.decoded.content)
     return torch.stack(list(pages.errors(found))).amax(1)
+
+
+@pytest.mark.parametrize("bound", [-0.1, 1, float("nan"), "0.1", None, True], ids=repr)
+def test_bounds_are_numbers_below_1(bound: Any) -> None:
+    for options in ({"block": bound}, {"token": bound}):
+        with pytest.raises(BadInput, match="bounds of a page are at least 0 and below 1"):
+            Bound(**options)
+
+
+@pytest.mark.parametrize("name", ["zip", None, ["raw"]], ids=repr)
+def test_an_unknown_codec_names_those_there_are(name: Any) -> None:
+    with pytest.raises(BadInput, match="there are raw, lossless"):
+        get_codec(name)
 
 
 @settings(deadline=None, max_examples=25)

@@ -228,6 +228,19 @@ def test_engine_arguments() -> None:
         engine_args(enable=True)
 
 
+@pytest.mark.parametrize("options", [None, "policy", ["max_relative_error"], [("max_relative_error", 0.1)]], ids=repr)
+def test_options_have_names(options: Any) -> None:
+    with pytest.raises(BadInput, match="options have names"):
+        PluginSettings.parse(options)
+
+
+@pytest.mark.parametrize("beside", [{"max_relative_error": 0.1}, "connector", [{}], ["x"], None, 3], ids=repr)
+def test_options_that_were_given_as_one_argument(beside: Any) -> None:
+    """They went to vLLM as other connectors, which said something else about them."""
+    with pytest.raises(BadInput, match="options are given by name"):
+        engine_args(beside)
+
+
 DIRECTIONS = {"directions": "written", "own_norms": True, "candidates": "signature"}
 
 

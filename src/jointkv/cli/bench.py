@@ -19,7 +19,7 @@ from rich.text import Text
 
 from jointkv.cli.console import Cell, cells, named_errors, print_table, progress, stages, stderr_console, write_json
 from jointkv.cli.fusion_options import fusion_options
-from jointkv.cli.options import FORMATS
+from jointkv.cli.options import FORMATS, SEEDS
 from jointkv.cli.vllm_installed import require_vllm
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def serve(
         None, "--set", metavar="KEY=VALUE", help="Any option of the plugin, for the arms that fuse; may be repeated."
     ),
     dtype: str = typer.Option("auto", help="bfloat16, float16, float32; auto is bfloat16 where that is fast."),
-    seed: int = typer.Option(0, help="Seed of the requests, and of the arrivals of the first round."),
+    seed: int = typer.Option(0, help="Seed of the requests, and of the arrivals of the first round.", **SEEDS),
     server_cores: str | None = typer.Option(
         None, metavar="0-2,4", help="Cores of the server. Default: all but the last of four and more, else all."
     ),

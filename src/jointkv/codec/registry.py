@@ -29,7 +29,7 @@ NEEDS_REFERENCE = frozenset(CODECS[name].number for name in ("reference", "diffe
 
 def get_codec(name: str) -> Codec:
     """The codec `name`. Raises BadInput for an unknown one."""
-    if name not in CODECS:
+    if not isinstance(name, str) or name not in CODECS:
         raise BadInput(f"unknown codec {name!r}; there are {', '.join(CODECS)}")
     return CODECS[name]
 

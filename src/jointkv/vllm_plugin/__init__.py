@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jointkv.errors import BadInput
@@ -33,8 +33,15 @@ def engine_args(beside: Sequence[dict[str, Any]] = (), **options: Any) -> dict[s
         reuse, have a store, or others stand beside, `scheduler_cls`: for `vllm.LLM` or `vllm.EngineArgs`.
 
     Raises:
-        BadInput, InvalidPolicy: see `PluginSettings.parse`; or a store is to be beside other connectors.
+        BadInput, InvalidPolicy: see `PluginSettings.parse`; or `beside` is something else, or a store is to be there.
     """
+    if not isinstance(beside, Sequence) or not all(
+        isinstance(each, Mapping) and "kv_connector" in each for each in beside
+    ):
+        raise BadInput(
+            "jointkv: beside lists other connectors as kv_transfer_config has them; options are given by name, as in "
+            "engine_args(max_relative_error=0.1)"
+        )
     if PluginSettings.parse(options).store is not None and beside:
         raise BadInput("jointkv: store does not go with other KV connectors, which store pages too; leave one out")
     from vllm.platforms import current_platform

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, Literal, Self
@@ -130,10 +131,12 @@ class PluginSettings(BaseModel):
         """Read and check `options`.
 
         Raises:
-            BadInput: an unknown option (the nearest valid one is named), a value of the wrong type or range, or a
-                file that is no profile.
+            BadInput: no mapping, an unknown option (the nearest valid one is named), a value of the wrong type or
+                range, or a file that is no profile.
             InvalidPolicy: thresholds that make no sense together.
         """
+        if not isinstance(options, Mapping):
+            raise BadInput(f"jointkv: options have names, as in max_relative_error=0.2; got {shown(options)}")
         if options.get("policy") == "paper":
             options = _with_paper(options)
         if options.get("profile") is not None:
