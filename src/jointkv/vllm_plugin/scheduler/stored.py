@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -112,6 +112,8 @@ class StoredText:
         self._block_size = requests.block_size
         self._asked: dict[str, _Asked] = {}
         self._loads: list[Load] = []
+        self._loading: dict[bytes, str] = {}
+        """Who loads, by the address of the first page."""
         self._offered: OrderedDict[bytes, None] = OrderedDict()
         self._hash_map = tables.pool.cached_block_hash_to_block
         self._emptied = False
@@ -129,7 +131,10 @@ class StoredText:
         self._asked[request.request_id] = _Asked(request, names, stored, began)
 
     def matched(self, request: Request, computed: int) -> int | None:
-        """Tokens of `request` beyond the first `computed` that can be loaded; None while that is not known."""
+        """Tokens of `request` beyond the first `computed` that can be loaded; None while that is not known.
+
+        Or while another request loads the same: it is found in the prefix cache then.
+        """
         found = self._matched(request, computed)
         return None if found == UNKNOWN else found or 0
 
@@ -142,7 +147,16 @@ class StoredText:
             return 0 if time.monotonic() - asked.began > LOOK_UP_S else UNKNOWN
         # Of what is to be answered one token must be computed.
         most = min(asked.stored.result(), (request.num_tokens - 1) // self._block_size)
+        first = computed // self._block_size
+        if most > first and asked.blocks(first + 1, self._block_size)[first].address in self._loading:
+            return UNKNOWN
         return max(most * self._block_size - computed, 0)
+
+    def lend(self, request: Request, helper: Request) -> None:
+        """`helper` loads what was found for `request`, which itself loads no more."""
+        asked = self._asked[request.request_id]
+        asked.decided, asked.offered = True, self._there(asked)
+        self._asked[helper.request_id] = _Asked(helper, asked.names, asked.stored, asked.began)
 
     def allocate(self, request: Request, pages: Sequence[int], found: int, loaded: int) -> None:
         """`request` holds `pages`; of its first tokens `found` are there, and the `loaded` that follow are promised."""
@@ -152,11 +166,19 @@ class StoredText:
             named = [] if asked is None else self._named(asked, end)[first:]
             index = np.array(pages[first:end], np.int64)
             self._loads.append(Load(request.request_id, index, [block.address for block in named]))
+            if named:
+                self._loading[named[0].address] = request.request_id
         if asked is not None and not asked.decided:
             asked.decided = True
             asked.offered = self._there(asked)
             self._statistics.add("store_hits" if loaded else "store_misses")
             self._statistics.add("store_tokens_loaded", loaded)
+
+    def note_loaded(self, request_ids: Iterable[str]) -> None:
+        """The loads of requests have ended, well or not."""
+        ended = set(request_ids)
+        if ended:
+            self._loading = {first: name for first, name in self._loading.items() if name not in ended}
 
     def take_loads(self) -> list[Load]:
         """What workers are to load, once."""
@@ -203,6 +225,7 @@ class StoredText:
     def dismiss(self, request_id: str) -> None:
         """A request has ended. Pages that it still loads stay its own until the worker is done."""
         self._asked.pop(request_id, None)
+        self.note_loaded([request_id])
 
     def end(self, fault: str) -> None:
         """Use the store no more."""
