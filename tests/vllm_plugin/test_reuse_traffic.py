@@ -55,8 +55,9 @@ class Traffic:
 
     def reset(self, running: bool) -> None:
         """Empty the prefix cache, and preempt who runs for that if `running`; vLLM cannot do this while pages load."""
-        requests = self.served.vllm_scheduler.requests.values()
-        loading = any(one.status == RequestStatus.WAITING_FOR_REMOTE_KVS for one in requests)
+        scheduler = self.served.vllm_scheduler
+        gone = any(RequestStatus.is_finished(one.status) for one in scheduler.requests.values())
+        loading = gone or bool(scheduler.kv_holding_waiting)
         self.served.llm.reset_prefix_cache(reset_running_requests=running and not loading)
 
     def ask(self) -> None:

@@ -19,6 +19,7 @@ from jointkv.store.names import Names
 from jointkv.store.segments import DATA
 from jointkv.vllm_plugin.scheduler import stored as look_ups
 from jointkv.vllm_plugin.scheduler.requests import IsolationKey
+from jointkv.vllm_plugin.worker import loads
 from tests.hazards import FIRST, FIRST_AHEAD, runs
 from tests.vllm_plugin.engines import LOSSY, Engine, Prompt, engine, text, write_model
 from tests.vllm_plugin.test_reuse_traffic import Traffic
@@ -39,6 +40,7 @@ pytestmark = pytest.mark.usefixtures("bold")
 def _on_a_busy_machine() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(look_ups, "LOOK_UP_S", 100.0)
+        patch.setattr(loads, "HANGS_S", 100.0)
         yield
 
 
@@ -147,6 +149,44 @@ def test_what_cannot_be_loaded_is_computed_and_reuse_goes_on(serene: Path, expec
         served.assert_drained()
 
 
+@pytest.mark.hazard(
+    "Stored pages",
+    "random requests, aborts, preemptions and resets beside a store, with reuse, in a full pool",
+    "requests end with all their tokens, nothing stays behind",
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=runs("reuse behind stored pages", FIRST)),
+        pytest.param({"scheduling_policy": "priority"}, marks=[pytest.mark.slow]),
+        pytest.param(
+            {"async_scheduling": True, "max_num_seqs": 3},
+            marks=[*runs("reuse behind stored pages", FIRST_AHEAD), pytest.mark.slow],
+        ),
+    ],
+    ids=["in step", "priorities", "a step ahead, few seats"],
+)
+def test_random_requests(options: dict[str, Any], calm: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_num_batched_tokens": 128, "max_num_seqs": 12, **options}
+    fusion = {**PROBED, "store": str(tmp_path / "pages")}
+    with engine(calm, 40, fusion, **settings) as served:
+        served.side.reuse.look_up.draw = random.Random(7).random
+        traffic = Traffic(served, 7, options.get("scheduling_policy") == "priority")
+        while served.statistics["store_hits"] < 5 or not served.statistics["prompt_tokens_skipped"]:
+            assert served.steps < 3000
+            traffic.run(100)
+        while served.pages_in_use:
+            served.step()
+        served.assert_drained()
+        assert served.statistics["faults"] == served.statistics["store_faults"] == 0
+        for name, tokens in served.outputs.items():
+            assert len(tokens) == traffic.asked[name]
+        assert not served.side.reuse.intakes and not served.side.reuse.stray()
+        assert not served.side.reuse.loaders.waiting and not served.side.stored._loading
+        keys = {key[:-4] for key in served.pool.cached_block_hash_to_block._cache}
+        assert not keys & traffic.private
+
+
 @pytest.mark.parametrize("steps", range(1, 5))
 def test_a_loading_helper_goes_with_its_request(steps: int, serving: Engine) -> None:
     serving.generate([DONOR], 1)
@@ -196,41 +236,3 @@ def test_statistics_do_not_count_loading_helpers(serving: Engine) -> None:
     assert [(one.num_local_cached_tokens, one.num_external_cached_tokens) for one in prefills] == [
         (REUSED, len(PREFIX))
     ]
-
-
-@pytest.mark.hazard(
-    "Stored pages",
-    "random requests, aborts, preemptions and resets beside a store, with reuse, in a full pool",
-    "requests end with all their tokens, nothing stays behind",
-)
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param({}, marks=runs("reuse behind stored pages", FIRST)),
-        pytest.param({"scheduling_policy": "priority"}, marks=[pytest.mark.slow]),
-        pytest.param(
-            {"async_scheduling": True, "max_num_seqs": 3},
-            marks=[*runs("reuse behind stored pages", FIRST_AHEAD), pytest.mark.slow],
-        ),
-    ],
-    ids=["in step", "priorities", "a step ahead, few seats"],
-)
-def test_random_requests(options: dict[str, Any], calm: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"max_num_batched_tokens": 128, "max_num_seqs": 12, **options}
-    fusion = {**PROBED, "store": str(tmp_path / "pages")}
-    with engine(calm, 40, fusion, **settings) as served:
-        served.side.reuse.look_up.draw = random.Random(7).random
-        traffic = Traffic(served, 7, options.get("scheduling_policy") == "priority")
-        while served.statistics["store_hits"] < 10 or not served.statistics["prompt_tokens_skipped"]:
-            assert served.steps < 3000
-            traffic.run(100)
-        while served.pages_in_use:
-            served.step()
-        served.assert_drained()
-        assert served.statistics["faults"] == served.statistics["store_faults"] == 0
-        for name, tokens in served.outputs.items():
-            assert len(tokens) == traffic.asked[name]
-        assert not served.side.reuse.intakes and not served.side.reuse.stray()
-        assert not served.side.reuse.loaders.waiting and not served.side.stored._loading
-        keys = {key[:-4] for key in served.pool.cached_block_hash_to_block._cache}
-        assert not keys & traffic.private

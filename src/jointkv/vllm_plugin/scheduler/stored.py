@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from vllm.v1.request import Request
 from jointkv.errors import IntegrityError
 from jointkv.store.folder import Store
 from jointkv.store.names import FIRST, Named, Names
+from jointkv.vllm_plugin.background import Background, within
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Load, Save
 from jointkv.vllm_plugin.metrics import Statistics
@@ -31,7 +32,7 @@ from jointkv.vllm_plugin.scheduler.requests import IsolationKey, Requests, isola
 logger = init_logger(f"vllm.{__name__}")
 
 LOOK_UP_S = 1.0
-"""A request whose look-up takes longer is computed."""
+"""A request whose look-up takes longer is computed, and so are those that come before it has ended."""
 
 REMEMBERED = 1 << 16
 """Pages that were offered lately, which are not offered again."""
@@ -117,7 +118,8 @@ class StoredText:
         self._offered: OrderedDict[bytes, None] = OrderedDict()
         self._hash_map = tables.pool.cached_block_hash_to_block
         self._emptied = False
-        self._threads = ThreadPoolExecutor(1, "jointkv-store-look-up")
+        self._thread = Background("jointkv-store-look-up")
+        self._asking: deque[_Asked] = deque()
 
     @harmless
     def admit(self, request: Request) -> None:
@@ -126,9 +128,13 @@ class StoredText:
         if not self._takes_part(request, isolation):
             return
         names = Names(self._store.secret, self._model, isolation)
-        tokens, began = request.prompt_token_ids, time.monotonic()
-        stored = self._threads.submit(self._look_up, names, tokens)
-        self._asked[request.request_id] = _Asked(request, names, stored, began)
+        tokens, began, stored = request.prompt_token_ids, time.monotonic(), Future[int]()
+        if self._hangs(began):
+            stored.set_result(0)
+        else:
+            stored = self._thread.submit(self._look_up, names, tokens)
+        asked = self._asked[request.request_id] = _Asked(request, names, stored, began)
+        self._asking.append(asked)
 
     def matched(self, request: Request, computed: int) -> int | None:
         """Tokens of `request` beyond the first `computed` that can be loaded; None while that is not known.
@@ -241,8 +247,14 @@ class StoredText:
     def close(self) -> None:
         """No more threads, no open files."""
         self.off = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._store.close()
+        self._thread.stop()
+        within(LOOK_UP_S, self._store.close)
+
+    def _hangs(self, now: float) -> bool:
+        """Whether the disk has not answered for too long."""
+        while self._asking and self._asking[0].stored.done():
+            self._asking.popleft()
+        return bool(self._asking) and now - self._asking[0].began > LOOK_UP_S
 
     def _look_up(self, names: Names, tokens: Sequence[int]) -> int:
         """How many whole blocks of a prompt are stored, from its first on."""
