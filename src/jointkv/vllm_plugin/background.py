@@ -25,7 +25,8 @@ class Background:
     def __init__(self, name: str, begin: Callable[[], None] = lambda: None) -> None:
         self._begin, self._stopped = begin, False
         self._jobs: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = SimpleQueue()
-        Thread(target=self._run, name=name, daemon=True).start()
+        self._thread = Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def submit(self, work: Callable[..., R], *args: Any) -> Future[R]:
         """Do `work` with `args` after all that was submitted before; after `stop` it is cancelled."""
@@ -33,10 +34,11 @@ class Background:
         self._jobs.put((future, work, args))
         return future
 
-    def stop(self) -> None:
-        """Begin nothing more; what is being done goes on."""
+    def stop(self, seconds: float = 0.0) -> None:
+        """Begin nothing more; what is being done goes on, and is waited for so long."""
         self._stopped = True
         self._jobs.put(None)
+        self._thread.join(seconds)
 
     def _run(self) -> None:
         broken: Exception | None = None

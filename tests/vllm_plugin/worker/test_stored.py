@@ -160,7 +160,7 @@ def test_a_store_that_hangs_does_not_keep_the_engine_from_ending(
     pages.save(SAVE)
     pages._writing.submit(int).result()
     monkeypatch.setattr(known, "os", disk)
-    monkeypatch.setattr(stored, "CLOSE_S", 0.01)
+    monkeypatch.setattr(stored, "STOP_S", 0.01)
     pages.load(Load("request", LOADED, [name.address for name in NAMED]))
     assert disk.reading.wait(60)
     pages.close()

@@ -49,6 +49,9 @@ long."""
 CLOSE_S = 20.0
 """What waits when the engine ends is written for so long."""
 
+STOP_S = 5.0
+"""What is being written or read then is waited for so long, and as long for the store to close."""
+
 
 def give_way(niceness: int) -> None:
     """The threads of the model go first, on Linux, where each thread has a niceness of its own and hands it down."""
@@ -152,11 +155,11 @@ class StoredPages:
     def close(self) -> None:
         """Write what waits, for a while, and close the store."""
         wait(self._jobs, CLOSE_S)
-        self._writing.stop()
-        self._reading.stop()
         self.off = True
+        self._writing.stop(STOP_S)
+        self._reading.stop(STOP_S)
         try:
-            if not within(CLOSE_S, self._store.close):
+            if not within(STOP_S, self._store.close):
                 logger.warning("the store could not be closed: what was not written to it yet is lost")
         except Exception as error:
             self._end(error)
