@@ -54,10 +54,13 @@ class Traffic:
         self.served.finish()
 
     def reset(self, running: bool) -> None:
-        """Empty the prefix cache, and preempt who runs for that if `running`; vLLM cannot do this while pages load."""
+        """Empty the prefix cache, and preempt who runs for that if `running`.
+
+        With a store vLLM cannot do that while pages are loaded, nor where steps overlap.
+        """
         scheduler = self.served.vllm_scheduler
         gone = any(RequestStatus.is_finished(one.status) for one in scheduler.requests.values())
-        loading = gone or bool(scheduler.kv_holding_waiting)
+        loading = gone or bool(scheduler.kv_holding_waiting) or scheduler.defer_block_free
         self.served.llm.reset_prefix_cache(reset_running_requests=running and not loading)
 
     def ask(self) -> None:

@@ -221,7 +221,7 @@ def test_what_approximates_is_never_stored(calm: Path, found: Path, tmp_path: Pa
 )
 def test_a_crowd_in_a_full_pool(ahead: bool, calm: Path, stock: list[list[Prompt]], tmp_path: Path) -> None:
     for attempt in range(2):
-        fusion = {**EXACT, "store": str(tmp_path / "pages")}
+        fusion = {**EXACT, "reuse": "auto", "store": str(tmp_path / "pages")}
         with engine(calm, 14, fusion, async_scheduling=ahead, **TIGHT) as served:
             names = [served.submit(prompt, OUT) for prompt in CROWD]
             for step in range(12):

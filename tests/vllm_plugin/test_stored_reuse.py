@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from jointkv.codec.base import Aids
+from jointkv.codec.registry import decode
 from jointkv.store import Store
 from jointkv.store.names import Names
 from jointkv.store.segments import DATA
@@ -23,6 +26,7 @@ from jointkv.vllm_plugin.worker import loads
 from tests.hazards import FIRST, FIRST_AHEAD, runs
 from tests.vllm_plugin.engines import LOSSY, Engine, Prompt, engine, text, write_model
 from tests.vllm_plugin.test_reuse_traffic import Traffic
+from tests.vllm_plugin.test_stored import records
 
 BLOCK, OUT = 32, 8
 PREFIX, BODY = text(4 * BLOCK, 1), text(12 * BLOCK, 2)
@@ -123,14 +127,6 @@ def watched(served: Engine) -> list[tuple[int, int]]:
     return reads
 
 
-def test_what_is_stored_to_the_end_is_loaded_by_the_request_itself(serene: Path, found: Path) -> None:
-    with engine(serene, 100, {**PROBED, "store": str(found)}, **OPTIONS) as served:
-        served.generate([PREFIX + text(40, 8)], 1)
-        assert served.statistics["store_tokens_loaded"] == len(PREFIX)
-        assert served.side.reuse.sent._number == 0
-        served.assert_drained()
-
-
 @pytest.mark.hazard(
     "Stored pages",
     "what a helper loads for a request that reuses is damaged",
@@ -155,22 +151,32 @@ def test_what_cannot_be_loaded_is_computed_and_reuse_goes_on(serene: Path, expec
     "requests end with all their tokens, nothing stays behind",
 )
 @pytest.mark.parametrize(
-    "options",
+    ("reuse", "options"),
     [
-        pytest.param({}, marks=runs("reuse behind stored pages", FIRST)),
-        pytest.param({"scheduling_policy": "priority"}, marks=[pytest.mark.slow]),
+        pytest.param({}, {}, marks=runs("reuse behind stored pages", FIRST)),
         pytest.param(
+            {"reuse": "licensed", "reuse_miss_rate": 0.5, "reuse_confidence": 0.5},
+            {"scheduling_policy": "priority"},
+            marks=[*runs("reuse behind stored pages", FIRST), pytest.mark.slow],
+        ),
+        pytest.param(
+            {"moved": True},
             {"async_scheduling": True, "max_num_seqs": 3},
             marks=[*runs("reuse behind stored pages", FIRST_AHEAD), pytest.mark.slow],
         ),
     ],
-    ids=["in step", "priorities", "a step ahead, few seats"],
+    ids=["in step", "licensed, priorities", "moved, a step ahead, few seats"],
 )
-def test_random_requests(options: dict[str, Any], calm: Path, tmp_path: Path) -> None:
+def test_random_requests(reuse: dict[str, Any], options: dict[str, Any], calm: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_num_batched_tokens": 128, "max_num_seqs": 12, **options}
-    fusion = {**PROBED, "store": str(tmp_path / "pages")}
+    fusion = {**PROBED, **reuse, "store": str(tmp_path / "pages")}
+    asked: list[Prompt] = []
+    Store(tmp_path / "pages").close()
+    exact = shutil.copytree(tmp_path / "pages", tmp_path / "exact")  # with the same secret
     with engine(calm, 40, fusion, **settings) as served:
         served.side.reuse.look_up.draw = random.Random(7).random
+        submit = served.submit
+        served.submit = lambda prompt, *more, **others: asked.append(prompt) or submit(prompt, *more, **others)  # type: ignore[func-returns-value, method-assign]
         traffic = Traffic(served, 7, options.get("scheduling_policy") == "priority")
         while served.statistics["store_hits"] < 5 or not served.statistics["prompt_tokens_skipped"]:
             assert served.steps < 3000
@@ -185,6 +191,23 @@ def test_random_requests(options: dict[str, Any], calm: Path, tmp_path: Path) ->
         assert not served.side.reuse.loaders.waiting and not served.side.stored._loading
         keys = {key[:-4] for key in served.pool.cached_block_hash_to_block._cache}
         assert not keys & traffic.private
+    if options:
+        assert_exact(tmp_path / "pages", calm, asked, exact)
+
+
+def assert_exact(folder: Path, model: Path, prompts: list[Prompt], other: Path) -> None:
+    """Pages of prompts in a store are what an engine computes that fuses and reuses nothing."""
+    with engine(model, 400, {"enabled": False, "store": str(other)}, max_num_batched_tokens=128) as served:
+        served.generate(prompts, 1)
+        layout = get_kv_transfer_group().worker.stored.layout
+        assert get_kv_transfer_group().worker.stored.counts["store_pages_dropped"] == 0
+    found, exact = records(folder), records(other)
+    common, position = found.keys() & exact.keys(), torch.zeros(1, dtype=torch.long)
+    assert len(common) > len(prompts) / 2
+    for address in common:
+        pages = [decode([record.payload], layout, position, Aids()) for record in (found[address], exact[address])]
+        assert torch.allclose(pages[0].keys, pages[1].keys, atol=1e-4)
+        assert torch.allclose(pages[0].values, pages[1].values, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", range(1, 5))
@@ -236,3 +259,12 @@ def test_statistics_do_not_count_loading_helpers(serving: Engine) -> None:
     assert [(one.num_local_cached_tokens, one.num_external_cached_tokens) for one in prefills] == [
         (REUSED, len(PREFIX))
     ]
+
+
+def test_what_is_stored_to_the_end_is_loaded_by_the_request_itself(serving: Engine) -> None:
+    assert serving.llm.reset_prefix_cache()
+    loaded, helpers = serving.statistics["store_tokens_loaded"], serving.side.reuse.sent._number
+    serving.generate([PREFIX + text(40, 8)], 1)
+    assert serving.statistics["store_tokens_loaded"] - loaded == len(PREFIX)
+    assert serving.side.reuse.sent._number == helpers
+    serving.assert_drained()
