@@ -49,6 +49,7 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2
 EQUAL = [text(90, number // 2) for number in range(6)]
 ALIKE = near_prefix(6, shared=160, head=32)
 MOVED = [text(32 + 5 * number, number) + text(160, 99) + text(20, 10 + number) for number in range(3)]
+PREFIX, BODY = text(64, 50), text(160, 51)
 NORMS = {"max_relative_error": 0.5, "max_token_error": None, "own_norms": True}
 PROBED = {**LOSSY, "reuse": "probed", "reuse_audit_rate": 1e-9}
 EVENTS = int(os.environ.get("JOINTKV_TEST_EVENTS", "60"))
@@ -80,6 +81,17 @@ def crowd(served: Engine) -> Found:
 def one_after_the_other(served: Engine) -> Found:
     """The first is there when the others come."""
     return {"tokens": [*served.generate(ALIKE[:1], OUT), *served.generate(ALIKE[1:], OUT)]}
+
+
+def a_prefix(served: Engine) -> Found:
+    """It is all that is stored."""
+    return {"tokens": served.generate([PREFIX + text(5, 52)], 1)}
+
+
+def behind_a_prefix(served: Engine) -> Found:
+    """A prompt begins with it, and goes on with what is resident behind another one."""
+    served.generate([text(64, 53) + BODY + text(20, 54)], 1)
+    return {"tokens": served.generate([PREFIX + BODY + text(20, 55)], 2)}
 
 
 def behind_other_lengths(served: Engine) -> Found:
@@ -148,6 +160,8 @@ CASES = {
     "norms, drafts": Case(together, NORMS, options={**UNCACHED, "speculative_config": DRAFTS}),
     "stored": Case(answers, {**EXACT, "store": "pages"}),
     "loaded": Case(answers, {**EXACT, "store": "pages"}),
+    "prefix stored": Case(a_prefix, {**PROBED, "store": "prefix"}),
+    "behind it": Case(behind_a_prefix, {**PROBED, "store": "prefix"}),
     "anything": Case(anything, LOSSY, 30),
     "anything, reuse": Case(anything, PROBED, 40),
 }

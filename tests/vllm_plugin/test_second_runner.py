@@ -45,7 +45,7 @@ def both(*names: str) -> list[str]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """All in one process: to import vLLM takes longer than to serve a case."""
     together = ["stock", "off", "warmed up", "equal, asynchronous", "stock, crowd", "crowd, drafts"]
-    together += ["stored", *both("loaded")]
+    together += ["stored", *both("loaded"), "prefix stored", *both("behind it")]
     return play(tmp_path_factory.mktemp("second"), *together, "moved, asynchronous", *both("crowd", "reuse", "norms"))
 
 
@@ -115,4 +115,10 @@ def test_anything_may_happen(name: str, tmp_path: Path) -> None:
 def test_a_second_engine_loads_what_the_first_has_computed(found: Any) -> None:
     for name in ("stored", *both("loaded")):
         assert found[name]["tokens"] == found["stock"]["tokens"]
-        assert found[name]["store_tokens_loaded"] == (0 if name == "stored" else 6 * 64)
+        assert found[name]["store_tokens_loaded"] == (0 if name == "stored" else 3 * 64), "of two equal ones one loads"
+
+
+@everywhere("reuse behind stored pages")
+def test_text_is_reused_behind_what_is_loaded(found: Any) -> None:
+    counted = [(found[name]["store_tokens_loaded"], found[name]["prompt_tokens_skipped"]) for name in both("behind it")]
+    assert counted == [(64, 4 * 32), (7 * 32 + 3 * 32, 3 * 32)], "the second time what the first has stored is loaded"

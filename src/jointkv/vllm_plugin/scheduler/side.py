@@ -30,7 +30,7 @@ from jointkv.vllm_plugin.scheduler.candidates import Candidates
 from jointkv.vllm_plugin.scheduler.directions import Directions
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.fusion import Fusion
-from jointkv.vllm_plugin.scheduler.intakes import Helper
+from jointkv.vllm_plugin.scheduler.intakes import Helped, Helper
 from jointkv.vllm_plugin.scheduler.left_alone import LeftAlone
 from jointkv.vllm_plugin.scheduler.licences import Licences, audits_of_profile, first_licences
 from jointkv.vllm_plugin.scheduler.page_readers import PageReaders
@@ -110,8 +110,14 @@ class SchedulerSide:
         self.sharing = Sharing(self.tables, block_size)
         evidence, residents = audits_of_profile(settings), self.candidates.residents
         self.licences = Licences(first_licences(settings, evidence), self.statistics)
+        self.stored: StoredText | None = None
+        if settings.store is not None and stored_model is not None:
+            store, strict = Store(settings.store), settings.isolation == "strict"
+            self.stored = StoredText(store, stored_model, self.tables, self.requests, self.statistics, strict)
         rule = ReuseRule() if evidence is None else evidence.rule
-        self.reuse = Reuse(settings, rule, residents, self.requests, self.sharing, self.licences, self.statistics)
+        self.reuse = Reuse(
+            settings, rule, residents, self.requests, self.sharing, self.licences, self.statistics, self.stored
+        )
         audits = Audits(rule, residents, self.licences)
         directions = None
         if settings.writes_directions:
@@ -120,12 +126,9 @@ class SchedulerSide:
             self.candidates, self.bounds, self.sharing, audits, self.statistics, settings.signs, directions
         )
         self.questions = Questions(self.bounds, self.statistics, patience(batches), settings.signature_size)
-        self.stored: StoredText | None = None
-        if settings.store is not None and stored_model is not None:
-            store, strict = Store(settings.store), settings.isolation == "strict"
-            self.stored = StoredText(store, stored_model, self.tables, self.requests, self.statistics, strict)
         self.beside_others = False
-        self._helped: list[tuple[str, int]] = []
+        self._helped: list[Helped] = []
+        self._loading: list[tuple[Request, int]] = []
         self._found: dict[str, int] = {}
         self._groups, self._ranks = groups, ranks
         self._step = 0
@@ -213,6 +216,10 @@ class SchedulerSide:
         found = self._found.pop(request.request_id, request.num_computed_tokens)
         if self.stored is not None:
             self.stored.allocate(request, pages[0], found, loaded)
+        helper = self.helpers.get(request.request_id)
+        if helper is not None and loaded:
+            helper.loads = True
+            self._loading.append((request, found))
         self.candidates.forget_given(pages, found, self._step + 1)
 
     @property
@@ -224,10 +231,15 @@ class SchedulerSide:
         """See `Helpers.of`."""
         return self.reuse.sent.of(request_ids)
 
-    def take_helped(self) -> list[tuple[str, int]]:
-        """Requests that the last step starts, and tokens that helpers have computed for them; once."""
+    def take_helped(self) -> list[Helped]:
+        """What helpers have brought for requests that the last step starts; once."""
         helped, self._helped = self._helped, []
         return helped
+
+    def take_loading(self) -> list[tuple[Request, int]]:
+        """Helpers that begin to load, and tokens that each of them has found; once."""
+        loading, self._loading = self._loading, []
+        return loading
 
     def next_inquiry(self, output: SchedulerOutput) -> Inquiry:
         """What the workers shall do in the step that `output` describes.
@@ -255,6 +267,12 @@ class SchedulerSide:
         self.questions.settle(verdict)
         if self.settings.check_integrity:
             self.check_integrity()
+
+    @fail_safe
+    def note_loaded(self, request_ids: Iterable[str]) -> None:
+        """The loads of requests have ended, well or not."""
+        if self.stored is not None:
+            self.stored.note_loaded(request_ids)
 
     def hear(self, report: Any) -> None:
         """Take note of a worker's report, where there is one: it may have given the store up."""
