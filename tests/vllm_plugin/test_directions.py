@@ -160,7 +160,7 @@ def test_the_papers_plan_is_that_of_the_tree_where_groups_are_not_well_apart(syn
             served.assert_drained()
 
 
-def test_no_page_is_held_for_requests_that_end_between_a_plan_and_its_step(synonyms: Path) -> None:
+def test_no_page_is_held_for_requests_that_lose_theirs_between_a_plan_and_its_step(synonyms: Path) -> None:
     with watched(synonyms, 200, {**SHARED, **BOUND}, max_num_batched_tokens=2048) as (served, _):
         for steps in (1, 2):
             names = [served.submit(prompt, OUT) for prompt in SAID]
@@ -172,7 +172,13 @@ def test_no_page_is_held_for_requests_that_end_between_a_plan_and_its_step(synon
                 served.abort(name)
             assert not served.side.tables.held
             assert served.llm.reset_prefix_cache()
+        names = [served.submit(prompt, OUT) for prompt in SAID]
+        served.step()
+        assert served.side.tables.held
+        assert served.llm.reset_prefix_cache(reset_running_requests=True)
+        assert not served.side.tables.held and served.pages_in_use == 0
         served.finish()
+        assert all(len(served.outputs[name]) == OUT for name in names) and served.statistics["faults"] == 0
         served.assert_drained()
 
 

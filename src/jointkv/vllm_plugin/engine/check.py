@@ -117,7 +117,7 @@ def check_engine(
         if config.parallel_config.pipeline_parallel_size > 1 and layers < profile.model.layers:
             layers = profile.model.layers  # a stage knows of its own alone, but its checkpoint is that of all
         profile.check(_model_identity(config.model_config, layers), block_size)
-    if settings.finds_other_text:
+    if settings.signs:
         _check_signatures(settings, kv_cache_config.num_blocks)
     return _taking_part(settings, kv_cache_config, groups)
 
