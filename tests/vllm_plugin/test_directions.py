@@ -17,10 +17,11 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from jointkv.fusion.pairs import pair_statistics
 from jointkv.policy import FusionPolicy
 from jointkv.vllm_plugin.messages import Inquiry
-from tests.hazards import FIRST
+from tests.hazards import FIRST, runs
 from tests.vllm_plugin.engines import EXACT, Engine, engine, in_other_words, text, write_model
 from tests.vllm_plugin.test_signatures import FUSED, GROUPS, PAPER, paged, partition
 
+pytestmark = runs("written directions", FIRST)
 OUT = 8
 SHARED = {"directions": "written", "own_norms": True, "candidates": "signature"}
 BOUND = {"similarity": "key", "key_threshold": 0.8, "max_relative_error": 0.3, "max_token_error": None}

@@ -106,7 +106,7 @@ def test_blocks_keep_their_norms_and_shared_pages_are_read_once(found: Any) -> N
 
 @HAZARD
 @everywhere("written directions")
-def test_a_page_is_written_that_requests_read_with_their_own_norms(found: Any) -> None:
+def test_directions_are_written_and_read_with_own_norms(found: Any) -> None:
     for case in (found[name] for name in both("directions")):
         fault, steps, shared = case["attention"]
         assert fault is None and 0 < steps == shared and case["factors"] > 0
