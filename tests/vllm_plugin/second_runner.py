@@ -93,7 +93,7 @@ def together(served: Engine) -> Found:
     """Near requests at once; how many blocks keep their own norms while they run."""
     names = [served.submit(prompt, OUT) for prompt in ALIKE[:4]]
     served.run_until_decoding()
-    for _ in range(3):
+    for _ in range(5):
         served.step()
     worker = get_kv_transfer_group().worker
     factors = 0 if worker.norms is None else len(worker.norms)

@@ -108,10 +108,10 @@ def test_both_finds_what_tokens_find_and_signs_nothing_of_it(calm: Path) -> None
 def test_of_text_in_which_nothing_is_found_few_blocks_are_signed(calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(searching, "QUIET", 32)
     with engine(calm, fusion={"candidates": "both"}) as served:
-        served.generate([text(320, number) for number in range(12)], 1)
+        served.generate([text(320, number) for number in range(12)], OUT)
         statistics = served.statistics
         assert statistics["blocks_considered"] == 120 and statistics["blocks_merged"] == 0
-        assert 32 <= statistics["blocks_searched"] == statistics["blocks_signed"] < 50
+        assert 32 <= statistics["blocks_searched"] <= statistics["blocks_signed"] < 50
         served.assert_drained()
 
 
