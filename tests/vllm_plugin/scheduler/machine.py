@@ -207,6 +207,8 @@ class SchedulerMachine:
             events += [*3 * [self.steps], self.abort, self.reset, self.evict, self.mishap]
         if self.core.scheduler.running:
             events.append(self.preempt_one)
+        if self.oracle.side.tables.held:  # which is seldom
+            events += [self.reset, self.preempt_one, self.abort] if self.core.scheduler.running else [self.reset]
         event = rng.choice(events)
         self.history.append(event.__name__)
         event(rng)
@@ -321,7 +323,8 @@ class SchedulerMachine:
     def reset(self, rng: random.Random) -> None:
         """Empty the prefix cache for new weights, which works only while nobody runs; the connector may be told."""
         # vLLM ends with an error where it still keeps pages of those that it has just preempted.
-        running = rng.random() < 0.25 and not self.core.scheduler.defer_block_free
+        running = rng.random() < (0.5 if self.oracle.side.tables.held else 0.25)
+        running = running and not self.core.scheduler.defer_block_free
         if self.core.reset_prefix_cache(running, rng.random() < 0.5):
             self.totals["resets"] += 1
             self.oracle.new_weights()
