@@ -50,6 +50,7 @@ EQUAL = [text(90, number // 2) for number in range(6)]
 ALIKE = near_prefix(6, shared=160, head=32)
 MOVED = [text(32 + 5 * number, number) + text(160, 99) + text(20, 10 + number) for number in range(3)]
 PREFIX, BODY = text(64, 50), text(160, 51)
+WRITTEN = {"directions": "written", "candidates": "signature", "similarity": "key", "key_threshold": 0.8}
 NORMS = {"max_relative_error": 0.5, "max_token_error": None, "own_norms": True}
 PROBED = {**LOSSY, "reuse": "probed", "reuse_audit_rate": 1e-9}
 EVENTS = int(os.environ.get("JOINTKV_TEST_EVENTS", "60"))
@@ -104,7 +105,7 @@ def together(served: Engine) -> Found:
     """Near requests at once; how many blocks keep their own norms while they run."""
     names = [served.submit(prompt, OUT) for prompt in ALIKE[:4]]
     served.run_until_decoding()
-    for _ in range(3):
+    for _ in range(5):
         served.step()
     worker = get_kv_transfer_group().worker
     factors = 0 if worker.norms is None else len(worker.norms)
@@ -156,6 +157,7 @@ CASES = {
     "reuse": Case(one_after_the_other, PROBED),
     "moved": Case(behind_other_lengths, {**PROBED, "moved": True}),
     "norms": Case(together, NORMS, options=UNCACHED),
+    "directions": Case(together, {**NORMS, **WRITTEN}, options={"max_num_batched_tokens": 1024}),
     "crowd, drafts": Case(crowd, EXACT, TIGHT, {**UNCACHED, "speculative_config": DRAFTS}),
     "norms, drafts": Case(together, NORMS, options={**UNCACHED, "speculative_config": DRAFTS}),
     "stored": Case(answers, {**EXACT, "store": "pages"}),
@@ -194,7 +196,10 @@ def serve(model: Path, name: str, more: Mapping[str, Any] = MappingProxyType({})
         served.assert_drained()
         counted = {
             name: served.statistics[name]
-            for name in ("blocks_merged", "faults", "prompt_tokens_skipped", "store_tokens_loaded")
+            for name in (
+                *("blocks_merged", "blocks_merged_by_direction", "directions_written", "pages_freed", "faults"),
+                *("prompt_tokens_skipped", "store_tokens_loaded"),
+            )
         }
         checks = None if census is None else census.checks
         counted |= {"preempted": served.preempted, "drafted": served.drafted}

@@ -46,7 +46,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     """All in one process: to import vLLM takes longer than to serve a case."""
     together = ["stock", "off", "warmed up", "equal, asynchronous", "stock, crowd", "crowd, drafts"]
     together += ["stored", *both("loaded"), "prefix stored", *both("behind it")]
-    return play(tmp_path_factory.mktemp("second"), *together, "moved, asynchronous", *both("crowd", "reuse", "norms"))
+    return play(
+        tmp_path_factory.mktemp("second"),
+        *together,
+        "moved, asynchronous",
+        *both("crowd", "reuse", "norms", "directions"),
+    )
 
 
 def everywhere(what: str) -> Any:
@@ -97,6 +102,15 @@ def test_blocks_keep_their_norms_and_shared_pages_are_read_once(found: Any) -> N
     for case in (found[name] for name in both("norms")):
         fault, steps, shared = case["attention"]
         assert fault is None and 0 < steps == shared and case["factors"] > 0
+
+
+@HAZARD
+@everywhere("written directions")
+def test_directions_are_written_and_read_with_own_norms(found: Any) -> None:
+    for case in (found[name] for name in both("directions")):
+        fault, steps, shared = case["attention"]
+        assert fault is None and 0 < steps == shared and case["factors"] > 0
+        assert case["blocks_merged_by_direction"] == case["pages_freed"] + case["directions_written"] > 0
 
 
 @pytest.mark.slow

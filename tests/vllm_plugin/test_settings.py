@@ -250,6 +250,7 @@ def test_written_directions() -> None:
     bounded = PluginSettings.parse({**DIRECTIONS, "similarity": "key", "key_threshold": 0.9})
     assert bounded.writes_directions and not bounded.unbounded
     assert not PluginSettings.parse({**PAPER, **DIRECTIONS, "enabled": False}).writes_directions
+    assert engine_args(**PAPER, **DIRECTIONS)["scheduler_cls"] == SCHEDULER
     plain = PluginSettings.parse(PAPER)
     assert plain.signs and not plain.fusion_policy().rule(2).shares_directions
 

@@ -18,7 +18,7 @@ from vllm.v1.request import Request
 from jointkv.vllm_plugin import engine_args
 from jointkv.vllm_plugin.engine.others import connectors
 from tests.vllm_plugin.scheduler.fake_files import FILES, Files
-from tests.vllm_plugin.scheduler.fake_pages import Model
+from tests.vllm_plugin.scheduler.fake_pages import ALIKE, Model
 from tests.vllm_plugin.scheduler.fake_second_runner import SecondRunner
 from tests.vllm_plugin.scheduler.fake_worker import Mail, Runner, executor_of
 from tests.vllm_plugin.scheduler.oracle import ABORTED, Oracle
@@ -38,6 +38,8 @@ TEXTS = [[100 * (number + 1) + place % CHUNK for place in range(40)] for number 
 
 SALTS = (None, None, "red", "blue")
 IN_CHUNKS = {"chunk_tokens": CHUNK}
+
+WRITTEN = {"directions": "written", "own_norms": True, **ALIKE}
 
 EARNED_SOON = {"reuse": "licensed", "reuse_miss_rate": 0.9, "reuse_confidence": 0.3, "reuse_audit_rate": 0.2}
 
@@ -63,6 +65,32 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "signatures, asynchronous, two groups, chunks": (
         {"candidates": "both", "layer_groups": 2, "scope": "both", "max_candidates": 1, **IN_CHUNKS},
         {"async_scheduling": True, "apart": True},
+    ),
+    "directions": ({**WRITTEN, "candidates": "signature"}, {}),
+    "directions, both, chunks, stages": (
+        {**WRITTEN, "candidates": "both", "scope": "chunk", **IN_CHUNKS},
+        {"pipeline_parallel_size": 3},
+    ),
+    "directions, asynchronous, two groups": (
+        {**WRITTEN, "candidates": "signature", "layer_groups": 2},
+        {"async_scheduling": True, "apart": True},
+    ),
+    "directions, both, asynchronous, full pool": (
+        {**WRITTEN, "candidates": "both", "min_pool_usage": 0.5, "max_blocks_per_step": 3},
+        {"async_scheduling": True, "scheduling_policy": "priority"},
+    ),
+    "directions, second runner": ({**WRITTEN, "candidates": "signature"}, {"beside": [FILES], "second_runner": True}),
+    "directions, both, second runner, two groups": (
+        {**WRITTEN, "candidates": "both", "layer_groups": 2},
+        {"second_runner": True, "apart": True},
+    ),
+    "directions, second runner, asynchronous": (
+        {**WRITTEN, "candidates": "signature"},
+        {"second_runner": True, "async_scheduling": True},
+    ),
+    "directions, both, second runner, asynchronous, two groups": (
+        {**WRITTEN, "candidates": "both", "layer_groups": 2},
+        {"second_runner": True, "async_scheduling": True, "apart": True},
     ),
     "priorities, full pool": (
         {"min_pool_usage": 0.5, "max_blocks_per_step": 3},
@@ -179,6 +207,8 @@ class SchedulerMachine:
             events += [*3 * [self.steps], self.abort, self.reset, self.evict, self.mishap]
         if self.core.scheduler.running:
             events.append(self.preempt_one)
+        if self.oracle.side.tables.held:  # which is seldom
+            events += [self.reset, self.preempt_one, self.abort] if self.core.scheduler.running else [self.reset]
         event = rng.choice(events)
         self.history.append(event.__name__)
         event(rng)
@@ -293,7 +323,8 @@ class SchedulerMachine:
     def reset(self, rng: random.Random) -> None:
         """Empty the prefix cache for new weights, which works only while nobody runs; the connector may be told."""
         # vLLM ends with an error where it still keeps pages of those that it has just preempted.
-        running = rng.random() < 0.25 and not self.core.scheduler.defer_block_free
+        running = rng.random() < (0.5 if self.oracle.side.tables.held else 0.25)
+        running = running and not self.core.scheduler.defer_block_free
         if self.core.reset_prefix_cache(running, rng.random() < 0.5):
             self.totals["resets"] += 1
             self.oracle.new_weights()

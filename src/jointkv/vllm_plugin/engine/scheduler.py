@@ -55,6 +55,11 @@ class JointScheduler(Scheduler):
         ended = super().finish_requests(request_ids, finished_status)
         return [request for request in ended if request.request_id not in self._side.helpers]
 
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Empty the prefix cache, which vLLM does while no page is in use: the plugin keeps none back."""
+        self._side.let_go()
+        return super().reset_prefix_cache(*args, **kwargs)
+
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
         """What goes to the clients: nothing of helpers."""
         outputs = super().update_from_output(*args, **kwargs)

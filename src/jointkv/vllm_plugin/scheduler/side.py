@@ -298,6 +298,12 @@ class SchedulerSide:
             self.fusion.directions.dismiss(request_id)
 
     @fail_safe
+    def let_go(self) -> None:
+        """Give back pages that are held for directions; they are planned anew for blocks that come together again."""
+        if self.fusion.directions is not None:
+            self.fusion.directions.start_anew()
+
+    @fail_safe
     def reset(self) -> None:
         """Forget all resident pages, because their content is no longer what the model would compute."""
         if self.stored is not None:

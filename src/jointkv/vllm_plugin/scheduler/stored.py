@@ -23,7 +23,7 @@ from vllm.v1.request import Request
 from jointkv.errors import IntegrityError
 from jointkv.store.folder import Store
 from jointkv.store.names import FIRST, Named, Names
-from jointkv.vllm_plugin.background import Background, within
+from jointkv.system.background import Background, within
 from jointkv.vllm_plugin.engine.opt_out import left_alone
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Load, Save

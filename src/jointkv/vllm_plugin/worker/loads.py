@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from jointkv.vllm_plugin.background import Background
+from jointkv.system.background import Background
 from jointkv.vllm_plugin.messages import Load
 
 logger = init_logger(f"vllm.{__name__}")

@@ -26,7 +26,7 @@ from jointkv.core.packed import PackedPages
 from jointkv.errors import BadInput, ModelMismatch
 from jointkv.store.folder import Store
 from jointkv.store.records import NO_BASE, Record
-from jointkv.vllm_plugin.background import Background, within
+from jointkv.system.background import Background, within
 from jointkv.vllm_plugin.messages import Load, Save
 from jointkv.vllm_plugin.worker.filler import NumberOrder
 from jointkv.vllm_plugin.worker.loads import Loading, Loads

@@ -198,7 +198,7 @@ ATTENTION = {"cpu": CPU_ATTENTION, "gpu": GPU_ATTENTION}
 
 ALWAYS = (*TABLES, *REQUESTS, *STEPS, *SCHEDULING, *LAYERS, *CONFIGURATION, *METRICS)
 
-SCHEDULED = "schedule finish_requests update_from_output make_stats"
+SCHEDULED = "schedule finish_requests reset_prefix_cache update_from_output make_stats"
 
 OVERRIDDEN = {
     "connector": (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jointkv.vllm_plugin.background import Background, within
+from jointkv.system.background import Background, within
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +54,7 @@ def test_what_takes_too_long_is_not_waited_for() -> None:
 
 
 def test_a_process_ends_beside_a_thread_that_hangs() -> None:
-    program = "import threading; from jointkv.vllm_plugin.background import Background as B; B('x').submit({}.wait)"
+    program = "import threading; from jointkv.system.background import Background as B; B('x').submit({}.wait)"
     done = subprocess.run(
         [sys.executable, "-c", program.format("threading.Event()")], check=False, timeout=120, cwd=ROOT
     )
