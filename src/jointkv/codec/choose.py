@@ -83,8 +83,9 @@ class Chooser:
     """
 
     def __init__(self, bound: Bound, transform: Transform | None = None, level: int = START_LEVEL) -> None:
-        if not 0 <= level < LEVELS:
-            raise BadInput(f"level must be 0 to {LEVELS - 1}, got {level}")
+        if not isinstance(bound, Bound):
+            raise BadInput(f"the bound of pages is a Bound, as in Chooser(Bound(0.2, 0.3)); got {bound!r}")
+        Aids(transform, level=level)
         self.bound, self.transform, self.level = bound, transform, level
 
     def encode(self, pages: Pages, references: Pages | None = None, has: Tensor | None = None) -> Encoded:
