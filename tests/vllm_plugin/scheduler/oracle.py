@@ -126,8 +126,9 @@ class Oracle:
                 for found in ours(get_kv_transfer_group()).worker.tables.read(name, number, len(table)):
                     assert found == table, f"the worker's table of {name}, group {number}, is not the scheduler's"
         for name, count in started(output):
-            account = self.accounts[name]
-            account.factors = {at: known for at, known in account.factors.items() if at[1] < count // self.size}
+            # Beside other connectors a request finds nothing of what others' pages have served it.
+            account, found = self.accounts[name], count // self.size * (self.scheduler.connector is self.connector)
+            account.factors = {at: known for at, known in account.factors.items() if at[1] < found}
         self.directions.check_norms()
         self._starting = {name for name, _ in started(output)}
         self.totals["resumed"] += sum(self.accounts[name].request.num_preemptions > 0 for name in self._starting)

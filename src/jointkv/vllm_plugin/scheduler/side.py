@@ -130,6 +130,7 @@ class SchedulerSide:
         self._helped: list[Helped] = []
         self._loading: list[tuple[Request, int]] = []
         self._found: dict[str, int] = {}
+        self._started_with: dict[str, int] = {}
         self._groups, self._ranks = groups, ranks
         self._step = 0
         logger.info(
@@ -213,7 +214,11 @@ class SchedulerSide:
 
         By the workers or by a load: `loaded` tokens from the store, or what another connector has found.
         """
-        found = self._found.pop(request.request_id, request.num_computed_tokens)
+        found = self._found.pop(request.request_id, None)
+        if found is None:  # what was loaded is there, and the request goes on
+            found = request.num_computed_tokens
+        else:
+            self._started_with[request.request_id] = found
         if self.stored is not None:
             self.stored.allocate(request, pages[0], found, loaded)
         helper = self.helpers.get(request.request_id)
@@ -249,6 +254,10 @@ class SchedulerSide:
         """
         self._step += 1
         inquiry = Inquiry(self._step, self.sharing.take_remaps(), fills=self.reuse.fills.take())
+        for name, computed in started(output):
+            found = self._started_with.pop(name, computed)
+            if found < computed:
+                inquiry.found[name] = found
         self._write_directions(inquiry)
         self._ask(inquiry, output)
         if self.stored is not None:
@@ -285,7 +294,8 @@ class SchedulerSide:
         """Forget a request that has finished or was aborted. Its pages stay resident until they are reused."""
         if request_id in self.requests.active:
             self.left_alone.count_ended(self.requests.active[request_id])
-        self._found.pop(request_id, None)
+        for known in (self._found, self._started_with):
+            known.pop(request_id, None)
         if self.stored is not None:
             self.stored.dismiss(request_id)
         self.reuse.ended(request_id)
