@@ -10,6 +10,7 @@ import torch
 
 from jointkv.attention.rotary import Rotary
 from jointkv.codec import CODECS, Aids, Layout, Pages, Transform, decode, encode, get_codec
+from jointkv.codec.difference import nearer
 from jointkv.codec.packing import pack_floats, pack_integers, unpack_floats, unpack_integers
 from jointkv.codec.turning import moved
 from jointkv.errors import BadInput, LayoutError, ModelMismatch
@@ -173,3 +174,20 @@ def test_layouts_have_fingerprints() -> None:
     assert layout == Layout(3, TOKENS, 2, 16, 16, torch.bfloat16)
     others = [random_pages(1, dtype=torch.float16).layout, Layout(3, TOKENS, 4, 8, 8, torch.bfloat16)]
     assert len({layout.fingerprint, *(other.fingerprint for other in others)}) == 3
+
+
+def test_a_difference_takes_the_mean_for_tokens_that_are_other_ones() -> None:
+    """A header with another number in it: what is alike is referred to, and the rest costs what it costs alone."""
+    pages, other = random_pages(1), random_pages(1, seed=5)
+    changed = Pages(pages.keys.clone(), pages.values.clone(), pages.positions)
+    changed.keys[:, :, 4:6], changed.values[:, :, 4:6] = other.keys[:, :, 4:6], other.values[:, :, 4:6]
+    aids = Aids(TRANSFORM, pages)
+    assert nearer(changed, pages, TRANSFORM).tolist() == [[True] * 4 + [False] * 2 + [True] * 2]
+    (message,) = encode(get_codec("difference"), changed, aids)
+    found = decode([message], pages.layout, pages.positions, aids)
+    assert max(changed.errors(found)[:2]) < 0.2
+    assert torch.equal(found.keys[:, 0, :4], changed.keys[:, 0, :4])
+    (alone,) = encode(get_codec("alone"), changed, aids)
+    assert len(message) < len(alone) / 2, "the first tokens are equal and cost nothing"
+    with pytest.raises(BadInput, match="too early"):
+        decode([message[:10]], pages.layout, pages.positions, aids)

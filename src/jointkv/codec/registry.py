@@ -46,12 +46,15 @@ def decode(messages: Sequence[bytes], layout: Layout, positions: Tensor, aids: A
         BadInput: malformed, of an unknown codec, or without what they need of `aids`.
         ModelMismatch: encoded with another transform.
     """
-    pages = Pages.empty(layout, positions)
     chosen: dict[int, list[int]] = {}
     for number, message in enumerate(messages):
         if not message or message[0] not in _BY_NUMBER:
             raise BadInput("a page of an unknown codec; a newer jointkv may have written it")
         chosen.setdefault(message[0], []).append(number)
+    if len(chosen) == 1:
+        (code,) = chosen
+        return _BY_NUMBER[code].decode([message[1:] for message in messages], layout, positions, aids)
+    pages = Pages.empty(layout, positions)
     for code, numbers in chosen.items():
         index = torch.tensor(numbers)
         references = aids.references if code in NEEDS_REFERENCE else None
