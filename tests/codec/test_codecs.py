@@ -100,21 +100,21 @@ def test_codecs_mix_in_one_call() -> None:
     "numbers", [[0] * 9, [1, -1, 0], [2, -1] * 40, [3], [-7, 7, 2], [127, -128], [300, -32767], []]
 )
 def test_whole_numbers(numbers: list[int]) -> None:
-    array = torch.tensor(numbers, dtype=torch.int16).numpy()
+    array = torch.tensor(numbers, dtype=torch.int16).numpy()[:, None]
     for bands in ([len(array)], [len(array) // 2, 0, len(array) - len(array) // 2]):
         found = np.empty_like(array)
         rest = unpack_integers(memoryview(pack_integers(array, bands) + b"tail"), found, bands)
-        assert found.tolist() == numbers and bytes(rest) == b"tail"
+        assert found[:, 0].tolist() == numbers and bytes(rest) == b"tail"
 
 
 def test_numbers_that_are_near_0_take_what_they_say() -> None:
     """No repetitions are found where there are none, and frequent numbers are short."""
     draw = np.random.default_rng(0)
     for spread, over in ((0.3, 1.15), (1.0, 1.05), (4.0, 1.03)):
-        numbers = np.round(draw.normal(0, spread, 50_000)).astype(np.int16)
-        share = np.unique(numbers, return_counts=True)[1] / len(numbers)
+        numbers = np.round(draw.normal(0, spread, (50, 1000))).astype(np.int16)
+        share = np.unique(numbers, return_counts=True)[1] / numbers.size
         entropy = float(-(share * np.log2(share)).sum())
-        assert 8 * len(pack_integers(numbers, [len(numbers)])) / len(numbers) < over * entropy
+        assert 8 * len(pack_integers(numbers, [len(numbers)])) / numbers.size < over * entropy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

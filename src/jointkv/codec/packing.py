@@ -37,7 +37,7 @@ _HEAD = struct.Struct("<BI")
 
 
 def pack_integers(numbers: NDArray[np.int16], bands: Sequence[int]) -> bytes:
-    """`numbers [n]` as bytes, so many of them together as each of `bands` says."""
+    """`numbers [n, t]` as bytes, so many of the `n` together as each of `bands` says."""
     coder = zstandard.ZstdCompressor(
         compression_params=zstandard.ZstdCompressionParameters(strategy=zstandard.STRATEGY_FAST, **LITERALS)
     )
@@ -51,7 +51,7 @@ def pack_integers(numbers: NDArray[np.int16], bands: Sequence[int]) -> bytes:
 
 
 def unpack_integers(data: memoryview, numbers: NDArray[np.int16], bands: Sequence[int]) -> memoryview:
-    """Fill `numbers [n]` with what `pack_integers` was given; what comes behind it.
+    """Fill `numbers [n, t]` with what `pack_integers` was given; what comes behind it.
 
     Raises:
         BadInput: it is not there.
@@ -64,25 +64,26 @@ def unpack_integers(data: memoryview, numbers: NDArray[np.int16], bands: Sequenc
         coded, data = data[_HEAD.size : _HEAD.size + length], data[_HEAD.size + length :]
         if kind > NOTHING or len(coded) != length or (kind == NOTHING and length):
             raise BadInput("a page ends too early, or holds numbers of an unknown kind")
-        _restore(kind, coded, numbers[start : start + band], coder)
+        part = numbers[start : start + band]
+        part[:] = 0 if kind == NOTHING else _numbers(kind, coded, part.size, coder).reshape(part.shape)
         start += band
     return data
 
 
 def _digits(numbers: NDArray[np.int16]) -> tuple[int, bytes]:
     """The kind of `numbers` and their bytes; those that share one stand as far apart as there are bytes."""
-    most = max(int(numbers.max()), -int(numbers.min())) if len(numbers) else 0
+    most = max(int(numbers.max()), -int(numbers.min())) if numbers.size else 0
     if most == 0:
         return NOTHING, b""
     kind = next((kind for kind, (limit, _) in enumerate(DIGITS) if most <= limit), WIDE)
     if kind == WIDE:
-        return kind, numbers.astype("<i2").view(np.uint8).reshape(-1, 2).T.tobytes()
+        return kind, numbers.astype("<i2", order="C").view(np.uint8).reshape(-1, 2).T.tobytes()
     limit, together = DIGITS[kind]
     if together == 1:
         return kind, numbers.astype(np.int8).tobytes()
-    count = -(-len(numbers) // together)
+    count = -(-numbers.size // together)
     digits = np.full(count * together, limit, np.uint8)
-    digits[: len(numbers)] += numbers.astype(np.uint8)  # modulo 256, so below 0 too
+    digits[: numbers.size] += numbers.astype(np.uint8).reshape(-1)  # modulo 256, so below 0 too
     rows = digits.reshape(together, count)
     packed = rows[-1].copy()
     for row in rows[-2::-1]:
@@ -91,21 +92,18 @@ def _digits(numbers: NDArray[np.int16]) -> tuple[int, bytes]:
     return kind, packed.tobytes()
 
 
-def _restore(kind: int, coded: memoryview, numbers: NDArray[np.int16], coder: zstandard.ZstdDecompressor) -> None:
-    if kind == NOTHING:
-        numbers[:] = 0
-        return
+def _numbers(
+    kind: int, coded: memoryview, size: int, coder: zstandard.ZstdDecompressor
+) -> NDArray[np.int8] | NDArray[np.int16]:
+    """The `size` numbers that `_digits` was given."""
     together = 1 if kind == WIDE else DIGITS[kind][1]
-    count = -(-len(numbers) // together)
+    count = -(-size // together)
     data = _decompressed(coded, 2 * count if kind == WIDE else count, coder)
     if kind == WIDE:
-        numbers[:] = np.frombuffer(data, np.uint8).reshape(2, -1).T.copy().view("<i2")[:, 0]
-    elif together == 1:
-        numbers[:] = np.frombuffer(data, np.int8)
-    else:
-        for place, table in enumerate(_tables(kind)):
-            part = numbers[place * count : (place + 1) * count]
-            part[:] = np.frombuffer(data.translate(table), np.int8)[: len(part)]
+        return np.frombuffer(data, np.uint8).reshape(2, -1).T.copy().view("<i2")[:, 0]
+    if together == 1:
+        return np.frombuffer(data, np.int8)
+    return np.frombuffer(b"".join(data.translate(table) for table in _tables(kind)), np.int8)[:size]
 
 
 @cache
