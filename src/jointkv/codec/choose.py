@@ -24,6 +24,7 @@ TRIES = 4
 ROUNDING = 0.99
 """Share of the bound that is used: another machine's float32 rounds the last bits in another way."""
 
+
 @dataclass(frozen=True)
 class Bound:
     """Largest relative errors of a decoded page, root mean square over its layers; 0 asks for equal bytes.
@@ -197,9 +198,7 @@ class _Work:
         """Which pages have no message yet, long `[m]`."""
         return torch.tensor([i for i, message in enumerate(self._messages) if message is None], dtype=torch.long)
 
-    def keep(
-        self, index: Tensor, chosen: Tensor, messages: Sequence[bytes], decoded: Pages, errors: Errors
-    ) -> None:
+    def keep(self, index: Tensor, chosen: Tensor, messages: Sequence[bytes], decoded: Pages, errors: Errors) -> None:
         """Of the pages `index [m]` those `chosen`, bool `[m]`, are done."""
         if not chosen.any():
             return

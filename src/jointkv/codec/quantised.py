@@ -1,7 +1,7 @@
 """What `alone` and `difference` share: components of what K and V have over a prediction, as whole numbers of steps.
 
-A payload: the level, the transform's identity, which tokens are predicted by a reference (where there is one), the steps
-of the bands of the plan, and the first tokens of a text as they are.
+A payload: the level, the transform's identity, which tokens are predicted by a reference (where there is one), the
+steps of the bands of the plan, and the first tokens of a text as they are.
 """
 
 from __future__ import annotations
@@ -146,9 +146,7 @@ def _restore(steps: NDArray[np.int16], prediction: Prediction, plan: Plan, share
     """From whole steps `[components, n, t]`, in the order of the plan, to what `rows_of` would give."""
     found = torch.from_numpy(steps).flatten(1).index_select(0, plan.place)
     start = 0
-    for expected, (basis, unit), width in zip(
-        prediction.rows(), prediction.transform.layers, plan.widths, strict=True
-    ):
+    for expected, (basis, unit), width in zip(prediction.rows(), prediction.transform.layers, plan.widths, strict=True):
         numbers = found[start : start + width].float()
         yield torch.addmm(expected, numbers.T, basis[:, :width].T, alpha=float(unit) * share)
         start += width

@@ -49,7 +49,7 @@ def decode(messages: Sequence[bytes], layout: Layout, positions: Tensor, aids: A
     chosen: dict[int, list[int]] = {}
     for number, message in enumerate(messages):
         if not message or message[0] not in _BY_NUMBER:
-            raise BadInput("a page of an unknown codec; a newer jointkv may have written it")
+            raise BadInput("a page of an unknown codec; a newer or an older jointkv may have written it")
         chosen.setdefault(message[0], []).append(number)
     if len(chosen) == 1:
         (code,) = chosen
