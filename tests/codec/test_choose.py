@@ -77,16 +77,6 @@ def test_steps_are_as_coarse_as_the_bound_allows() -> None:
             assert max(errors[:2]) > block * 0.99
 
 
-def test_a_reference_may_have_to_be_nearer() -> None:
-    pages = random_pages(4, first=64)
-    wide = Bound(0.15, 0.25)
-    assert set(Chooser(wide, TRANSFORM).encode(pages, near(pages, 0.05)).codecs) == {"reference"}
-    strict = Chooser(wide, TRANSFORM, near=Bound(0.02, 0.25))
-    assert set(strict.encode(pages, near(pages, 0.05)).codecs) == {"difference"}
-    with pytest.raises(BadInput, match="keep the page's bound"):
-        Chooser(wide, TRANSFORM, near=Bound(0.2, 0.25))
-
-
 def test_numbers_that_are_none_are_kept_exactly() -> None:
     pages = random_pages(3)
     pages.keys[0, 1, 2, 0, 3], pages.values[2, 2, 0, 1, 1] = float("nan"), float("inf")

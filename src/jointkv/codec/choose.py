@@ -83,22 +83,12 @@ class Chooser:
         bound: kept by every page, or the page is sent without loss.
         transform: of the model; without one, pages are references or lossless.
         level: of the first try, see `jointkv.codec.base.step_share`.
-        near: kept by pages for which a reference stands as it is; default `bound`. What a reference is off by leans one
-            way in all layers, and costs more than what rounding is off by.
     """
 
-    def __init__(
-        self,
-        bound: Bound,
-        transform: Transform | None = None,
-        level: int = START_LEVEL,
-        near: Bound | None = None,
-    ) -> None:
+    def __init__(self, bound: Bound, transform: Transform | None = None, level: int = START_LEVEL) -> None:
         if not 0 <= level < LEVELS:
             raise BadInput(f"level must be 0 to {LEVELS - 1}, got {level}")
-        self.bound, self.transform, self.level, self.near = bound, transform, level, near or bound
-        if self.near.block > bound.block or self.near.token > bound.token:
-            raise BadInput("a reference that stands for a page must keep the page's bound")
+        self.bound, self.transform, self.level = bound, transform, level
 
     def encode(self, pages: Pages, references: Pages | None = None, has: Tensor | None = None) -> Encoded:
         """Messages for all of `pages`.
@@ -132,7 +122,7 @@ class Chooser:
     def _from_references(self, work: _Work, references: Pages, has: Tensor) -> None:
         if self.transform is None:  # nothing says how keys are turned
             has = has & (references.positions == work.pages.positions)
-        self._try(work, "reference", has.nonzero()[:, 0], references, self.level, self.near)
+        self._try(work, "reference", has.nonzero()[:, 0], references, self.level)
         index = work.open()
         index = index[has[index]]
         if self.transform is None or self.bound.block == 0 or not len(index):
@@ -147,17 +137,15 @@ class Chooser:
             lacking = torch.zeros(len(index))
             for level in levels.unique().tolist():
                 chosen = levels == level
-                errors = self._try(work, codec, index[chosen], references, level, self.bound)
+                errors = self._try(work, codec, index[chosen], references, level)
                 lacking[chosen] = self.bound.used(errors) / ROUNDING
             # Errors grow with the step.
             levels += (4 * lacking.log2()).ceil().clamp(0, LEVELS).nan_to_num(LEVELS).long()
             again = (lacking > 1) & (levels < LEVELS)
             index, levels = index[again], levels[again]
 
-    def _try(
-        self, work: _Work, codec: str, index: Tensor, references: Pages | None, level: int, bound: Bound
-    ) -> Errors:
-        """Encode the pages `index` and keep those within `bound`; errors of all of them."""
+    def _try(self, work: _Work, codec: str, index: Tensor, references: Pages | None, level: int) -> Errors:
+        """Encode the pages `index` and keep those within the bound; errors of all of them."""
         if not len(index):
             return Errors(*(torch.zeros(0),) * 3)
         every = len(index) == len(work.pages)
@@ -167,9 +155,9 @@ class Chooser:
         messages = encode(CODECS[codec], pages, aids)
         decoded = decode(messages, pages.layout, pages.positions, aids)
         errors = pages.errors(decoded)
-        within = bound.within(errors)
+        within = self.bound.within(errors)
         # Where it has to be equal, 0 is not -0; and elsewhere NaN is itself.
-        unsure = torch.arange(len(index)) if bound.block == 0 else (~within).nonzero()[:, 0]
+        unsure = torch.arange(len(index)) if self.bound.block == 0 else (~within).nonzero()[:, 0]
         within[unsure] = (pages.take(unsure).content == decoded.take(unsure).content).all(1)
         work.keep(index, within, messages, decoded, errors)
         return errors

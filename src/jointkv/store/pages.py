@@ -44,7 +44,6 @@ class PageStore:
         isolation: the tenant's key.
         bound: what stored pages keep; `Bound(0, 0)` asks for equal bytes. Pages of another bound, or that an earlier
             jointkv quantised into other bytes, are not found.
-        near: what a page keeps that a stored one stands for as it is, see `Chooser`; default `bound`.
         transform: of the model; the store keeps it for others. Without one, pages are stored without loss.
 
     Raises:
@@ -59,7 +58,6 @@ class PageStore:
         *,
         isolation: Hashable = None,
         bound: Bound = Bound(),
-        near: Bound | None = None,
         transform: Transform | None = None,
     ) -> None:
         self._store, self.layout = store, layout
@@ -72,7 +70,7 @@ class PageStore:
         self.transform = _shared_transform(store, file, transform)
         if self.transform is not None:
             self.transform.check(layout)
-        self._chooser = Chooser(bound, self.transform, near=near)
+        self._chooser = Chooser(bound, self.transform)
 
     def prefix(self, tokens: Sequence[int]) -> int:
         """How many whole blocks of a prompt are stored, from its first on."""
