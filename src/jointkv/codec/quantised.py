@@ -57,7 +57,7 @@ def encode(pages: Pages, prediction: Prediction, level: int) -> list[bytes]:
     plan = transform.plan(share)
     kept = kept_tokens(pages.positions, pages.layout)
     steps = _quantise(rows_of(pages, transform.rotary), prediction, plan, share, kept).numpy()
-    bodies = each(lambda number: pack_integers(steps[:, number], plan.bands), range(len(pages)))
+    bodies = each(lambda page: pack_integers(page, plan.bands), steps)
     said = _packed_mask(prediction.by_reference, len(pages))
     first = first_tokens(pages, prediction.references, kept)
     head = bytes([level]) + transform.identity
@@ -106,8 +106,8 @@ def _decode_level(
     share = step_share(level)
     plan, size = transform.plan(share), layout.block_size
     by_reference, bodies = _unpacked_mask(bodies, size) if references is not None else (None, bodies)
-    steps = np.empty((len(plan.order), len(bodies), size), np.int16)
-    rest = each(lambda number: unpack_integers(bodies[number], steps[:, number], plan.bands), range(len(bodies)))
+    steps = np.empty((len(bodies), len(plan.order), size), np.int16)
+    rest = each(lambda number: unpack_integers(bodies[number], steps[number], plan.bands), range(len(bodies)))
     rows = _restore(steps, Prediction(transform, references, by_reference), plan, share)
     pages = Pages.empty(layout, positions)
     turning = Turning(transform.rotary, positions_of(pages).flatten())
@@ -121,11 +121,12 @@ def _decode_level(
 
 
 def _quantise(rows: Iterator[Tensor], prediction: Prediction, plan: Plan, share: float, kept: Tensor) -> Tensor:
-    """Whole steps, int16 `[components, n, t]` in the order of the plan; 0 for tokens that are kept.
+    """Whole steps, int16 `[n, components, t]` in the order of the plan; 0 for tokens that are kept.
 
     What is not a number becomes any number: such a page is within no bound.
     """
-    made = torch.empty(len(plan.order), kept.numel(), dtype=torch.int16)
+    n, size = kept.shape
+    made = torch.empty(n, len(plan.order), size, dtype=torch.int16)
     start = 0
     for numbers, expected, (basis, unit), width in zip(
         rows, prediction.rows(), prediction.transform.layers, plan.widths, strict=True
@@ -134,21 +135,24 @@ def _quantise(rows: Iterator[Tensor], prediction: Prediction, plan: Plan, share:
         if expected.dim() == 2:
             numbers, expected = numbers - expected, torch.zeros_like(expected[0])
         steps = torch.addmm((chosen @ expected)[:, None], chosen, numbers.T, beta=-scale, alpha=scale)
-        made[start : start + width] = steps.round_().clamp_(-LARGEST, LARGEST)
+        steps.round_().clamp_(-LARGEST, LARGEST)
+        made[:, start : start + width] = steps.view(width, n, size).transpose(0, 1)
         start += width
-    ordered = made.index_select(0, plan.order).view(-1, *kept.shape)
+    ordered = made.index_select(1, plan.order)
     if kept.any():
-        ordered.masked_fill_(kept, 0)
+        ordered.masked_fill_(kept[:, None], 0)
     return ordered
 
 
 def _restore(steps: NDArray[np.int16], prediction: Prediction, plan: Plan, share: float) -> Iterator[Tensor]:
-    """From whole steps `[components, n, t]`, in the order of the plan, to what `rows_of` would give."""
-    found = torch.from_numpy(steps).flatten(1).index_select(0, plan.place)
+    """From whole steps `[n, components, t]`, in the order of the plan, to what `rows_of` would give."""
+    found = torch.from_numpy(steps).index_select(1, plan.place).transpose(0, 1)
     start = 0
     for expected, (basis, unit), width in zip(prediction.rows(), prediction.transform.layers, plan.widths, strict=True):
-        numbers = found[start : start + width].float()
-        yield torch.addmm(expected, numbers.T, basis[:, :width].T, alpha=float(unit) * share)
+        numbers = found[start : start + width].to(torch.float32, memory_format=torch.contiguous_format)
+        yield torch.addmm(
+            expected, numbers.view(width, found[0].numel()).T, basis[:, :width].T, alpha=float(unit) * share
+        )
         start += width
 
 
