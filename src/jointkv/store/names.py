@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jointkv.codec.transform import KEPT_TOKENS
 from jointkv.errors import BadInput
 
 ADDRESS_BYTES = 32
@@ -73,9 +72,9 @@ class Names:
 def text_of(block: NDArray[np.int64], beginning: bool) -> NDArray[np.int64]:
     """The tokens by which a page is found that may stand for a block, or be what it is a difference to.
 
-    Of the first block of a prompt its first `KEPT_TOKENS`: headers that begin alike are alike where they do not count.
+    Of the first block of a prompt its first token: headers that begin alike are often alike but for a number or a date.
     """
-    return block[:KEPT_TOKENS] if beginning else block
+    return block[:1] if beginning else block
 
 
 def plain(key: Hashable) -> Any:

@@ -76,7 +76,7 @@ class RatesOfCodecs(Picture[CodecRates]):
             for place, codec in enumerate(codecs):
                 _draw(axes, [row for row in rows if (row.traffic, row.codec) == (traffic, codec)], place)
             log_axis(axes, "x", LEAST_KL, max(1e-2, *(row.kl for row in rows)))
-            axes.set_xticks([10.0**power for power in range(-6, -1)])
+            axes.set_xticks([10.0**power for power in range(-6, -1, 2)])
             axes.axvline(1e-3, color="black", linewidth=0.8, linestyle=":")
             axes.set_xlabel("KL (nats)")
             axes.set_title(words(traffic))
@@ -85,7 +85,7 @@ class RatesOfCodecs(Picture[CodecRates]):
         for axes in panels:
             log_axis(axes, "y", 1.0, highest)
             plain_ticks(axes.yaxis)
-        legend_below(figure, 6)
+        legend_below(figure, 7)
         return figure
 
     def table(self, results: Sequence[CodecRates]) -> str:
