@@ -17,7 +17,8 @@ from jointkv.errors import BadInput, PoolFull
 from jointkv.hf import saving
 from jointkv.hf.paged_cache import PagedCache
 from jointkv.hf.pool import JointPool
-from jointkv.hf.prefill import PrefillResult, prefill_rows, prompts_of
+from jointkv.hf.prefill import prefill_rows, prompts_of
+from jointkv.hf.prefill_result import PrefillResult
 from jointkv.hf.saving import FromFile
 
 

@@ -19,10 +19,11 @@ from vllm.v1.request import Request, RequestStatus
 from jointkv.errors import IntegrityError
 from jointkv.policy.reuse import ReuseRule
 from jointkv.store.folder import Store
+from jointkv.vllm_plugin.engine.opt_out import left_alone
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Inquiry, Verdict, patience
-from jointkv.vllm_plugin.metrics import LEFT_ALONE, JointStats, LicenceGauges, Statistics
+from jointkv.vllm_plugin.metrics import JointStats, LicenceGauges, Statistics
 from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.candidates import Candidates
@@ -30,24 +31,18 @@ from jointkv.vllm_plugin.scheduler.directions import Directions
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.fusion import Fusion
 from jointkv.vllm_plugin.scheduler.intakes import Helper
+from jointkv.vllm_plugin.scheduler.left_alone import LeftAlone
 from jointkv.vllm_plugin.scheduler.licences import Licences, audits_of_profile, first_licences
 from jointkv.vllm_plugin.scheduler.page_readers import PageReaders
 from jointkv.vllm_plugin.scheduler.questions import Questions
 from jointkv.vllm_plugin.scheduler.recovery import Recovery
-from jointkv.vllm_plugin.scheduler.requests import Requests, left_alone, passed_over
+from jointkv.vllm_plugin.scheduler.requests import Requests
 from jointkv.vllm_plugin.scheduler.reuse import Reuse
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
 from jointkv.vllm_plugin.scheduler.stored import StoredText
 from jointkv.vllm_plugin.settings import PluginSettings
 
 logger = init_logger(f"vllm.{__name__}")
-
-ADVICE = {
-    "pool_usage": "; min_pool_usage is {min_pool_usage:g}, and 0 shows on a quiet server what could be shared",
-    "short": "; a block has {block_size} tokens, and --block-size takes smaller ones",
-    "prompt_logprobs": "; with the extra argument jointkv=true it takes part",
-}
-"""By reason of `LEFT_ALONE`, where there is something to do."""
 
 UNBOUNDED = (
     "%s, accepted by accept_unbounded=true: requests of one isolation key read K and V of each other's text wherever "
@@ -108,6 +103,7 @@ class SchedulerSide:
         self.readers = PageReaders(self.tables)
         block_size = self.tables.groups[groups[0]].block_size
         self.requests = Requests(block_size)
+        self.left_alone = LeftAlone(settings, block_size, self.statistics)
         layers = len(manager.kv_cache_config.kv_cache_groups[groups[0]].layer_names)
         self.bounds = Bounds(settings, groups, self.statistics, settings.skip_first_layers // layers)
         self.candidates = Candidates(settings, self.tables, groups, self.requests, self.bounds, self.statistics)
@@ -170,10 +166,10 @@ class SchedulerSide:
         if not self.enabled:
             return
         tracked = self.requests.admit(request)
-        if tracked is None:
-            self._leave_alone(request.request_id, left_alone(request))
-        elif self.settings.reuses:
+        if tracked is not None and self.settings.reuses:
             tracked.audit = Audit()
+        elif tracked is None and request.request_id not in self.helpers:
+            self.left_alone.count(left_alone(request))
 
     @fail_safe
     def prepare(self, scheduler: Scheduler) -> Request | None:
@@ -270,7 +266,7 @@ class SchedulerSide:
     def dismiss(self, request_id: str) -> None:
         """Forget a request that has finished or was aborted. Its pages stay resident until they are reused."""
         if request_id in self.requests.active:
-            self._leave_alone(request_id, passed_over(self.requests.active[request_id], self.settings))
+            self.left_alone.count_ended(self.requests.active[request_id])
         self._found.pop(request_id, None)
         if self.stored is not None:
             self.stored.dismiss(request_id)
@@ -349,16 +345,6 @@ class SchedulerSide:
         self.candidates.forget_written(output, inquiry.step)
         questions = [*self.reuse.fills.questions(), *self.reuse.questions(output), *self.fusion.questions(output)]
         self.questions.ask(inquiry, questions, self.fusion.signing(), self.fusion.gatherings())
-
-    def _leave_alone(self, request_id: str, reason: str | None) -> None:
-        """Count a client's request that shared nothing; log the first for each reason, or an idle plugin looks dead."""
-        if reason is None or request_id in self.helpers:
-            return
-        if self.statistics.leave_alone(reason):
-            what_to_do = ADVICE.get(reason, "").format(
-                min_pool_usage=self.settings.min_pool_usage, block_size=self.requests.block_size
-            )
-            logger.info("jointkv shared nothing of a request: %s%s (logged once)", LEFT_ALONE[reason], what_to_do)
 
     def _end_strays(self, scheduler: Scheduler) -> None:
         stray = self.reuse.stray()

@@ -23,10 +23,11 @@ from vllm.v1.request import Request
 from jointkv.errors import IntegrityError
 from jointkv.store.folder import Store
 from jointkv.store.names import FIRST, Named, Names
+from jointkv.vllm_plugin.engine.opt_out import left_alone
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Load, Save
 from jointkv.vllm_plugin.metrics import Statistics
-from jointkv.vllm_plugin.scheduler.requests import IsolationKey, Requests, isolation_key, left_alone
+from jointkv.vllm_plugin.scheduler.requests import IsolationKey, Requests, isolation_key
 
 logger = init_logger(f"vllm.{__name__}")
 
