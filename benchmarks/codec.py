@@ -71,7 +71,8 @@ class Prompt:
     logits: Tensor
 
 
-SETTINGS = tuple((bound, level) for bound in (Bound(0.2, 0.4), Bound(0.1, 0.3)) for level in (14, 16, 18))
+WIDE, NARROW = Bound(0.2, 0.4), Bound(0.1, 0.3)
+SETTINGS = ((WIDE, 14), (WIDE, 16), (WIDE, 18), (WIDE, 20), (NARROW, 16), (NARROW, 18), (NARROW, 20))
 """Of streams: the bound, and the level of the first try."""
 
 
