@@ -113,6 +113,7 @@ results: setup
 	$(PLOTS) $(wildcard $(RESULTS)/peers/*.json) --output $(RESULTS)/peers --only kl_against_computed
 	$(PLOTS) $(RESULTS)/side_channel/tiny.json $(RESULTS)/side_channel/influence.json --output $(RESULTS)/side_channel
 	$(PLOTS) $(RESULTS)/frontier/frontier.json --output $(RESULTS)/frontier
+	$(PLOTS) $(wildcard $(RESULTS)/codec/*.json) --output $(RESULTS)/codec
 	$(BIN)/jointkv report terminal $(RESULTS)/demo/demo.json --command 'jointkv demo --full' --output $(RESULTS)/demo/demo.svg
 
 lint: setup
