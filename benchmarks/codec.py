@@ -11,7 +11,7 @@ import argparse
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,22 +33,26 @@ from jointkv.evaluate.traffic.near_prefix import session_line
 from jointkv.evaluate.traffic.tool_dialogues import load_dialogues
 from jointkv.hf.models import load_model
 from jointkv.hf.stored import cache_of, fit_transform, pages_of, step_weights
+from jointkv.store.names import text_of
 from timing import write
 
 MODEL, BLOCK, PROMPT, TRUE_TOKENS = "smollm2", 32, 512, 64
 DTYPE = torch.bfloat16
-FIT_TEXTS = 8
-LEVELS = (11, 14, 16)
-GOAL_KL = 1e-3
-SETTINGS = ((Bound(0.1, 0.3), 14), (Bound(0.1, 0.3), 16), (Bound(0.2, 0.4), 16))
-"""Of streams: the bound, and the level of the first try."""
+FIT_TEXTS, FIT_DOCUMENTS = 8, 4
+DOCUMENTS, NEAR_PREFIX, DIALOGUES = 3, 6, 3
+"""How many are measured: stretches of a novel, requests, dialogues with up to three turns each."""
 
-PUBLISHED = {
-    "CacheGen (arXiv 2310.07240)": "3.5 to 4.3 times smaller",
-    "KVTC (arXiv 2511.01815)": "16 to 20 times, quality within a point",
-    "vLLM turboquant": "3.8 times, GSM8K 0.90 to 0.84",
-    "TokenDance": "11 to 17 times on agents, block-sparse differences",
-}
+LEVELS = (11, 14, 16, 18)
+GOAL_KL = 1e-3
+PUBLISHED = [
+    {"name": name, "low": low, "high": high, "quality": quality, "source": source}
+    for name, low, high, quality, source in (
+        ("CacheGen", 3.5, 4.3, "negligible loss, by its authors", "arXiv 2310.07240"),
+        ("KVTC", 16.0, 20.0, "scores within a point", "arXiv 2511.01815"),
+        ("turboquant", 3.8, 3.8, "GSM8K 0.90 to 0.84", "vLLM, --kv-cache-dtype turboquant"),
+        ("TokenDance", 11.0, 17.0, "agents, block-sparse differences", "arXiv 2604.03143"),
+    )
+]
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ class Prompt:
     tail: list[int]
     true: list[int]
     logits: Tensor
+
+
+WIDE, NARROW = Bound(0.2, 0.4), Bound(0.1, 0.3)
+SETTINGS = ((WIDE, 14), (WIDE, 16), (WIDE, 18), (WIDE, 20), (NARROW, 16), (NARROW, 18), (NARROW, 20))
+"""Of streams: the bound, and the level of the first try."""
 
 
 class Bench:
@@ -92,75 +101,77 @@ class Bench:
         return float(sums.kl / sums.positions)
 
 
-def unrelated(bench: Bench, prompts: Sequence[Prompt], transform: Transform) -> list[dict[str, Any]]:
+def unrelated(bench: Bench, prompts: Sequence[Prompt], transform: Transform, plain: Transform) -> list[dict[str, Any]]:
     """Every codec that needs no reference, over all of the text."""
-    rows = []
-    for name in ("raw", "fp8", "int4", "lossless"):
-        rows.append(_row(bench, prompts, name, lambda pages, name=name: _plain(pages, name, Aids())))
-    for level in LEVELS:
-        aids = Aids(transform, level=level)
-        row = _row(bench, prompts, "alone", lambda pages, aids=aids: _plain(pages, "alone", aids))
-        rows.append(row | {"level": level, "step": round(step_share(level), 4)})
-    return rows
+    rows = [_row(bench, prompts, name, Aids()) for name in ("raw", "fp8", "int4", "lossless")]
+    rows += [_row(bench, prompts, "alone", Aids(transform, level=level), _step(level)) for level in LEVELS]
+    unweighted = _row(bench, prompts, "alone", Aids(plain, level=START_LEVEL), _step(START_LEVEL))
+    return [*rows, unweighted | {"codec": "alone, all layers alike"}]
 
 
-def _plain(pages: Pages, name: str, aids: Aids) -> tuple[int, Pages]:
-    messages = encode(CODECS[name], pages, aids)
-    return sum(map(len, messages)), decode(messages, pages.layout, pages.positions, aids)
+def _step(level: int) -> str:
+    return f"step {step_share(level):.2g}"
 
 
-def _row(
-    bench: Bench, prompts: Sequence[Prompt], name: str, work: Callable[[Pages], tuple[int, Pages]]
-) -> dict[str, Any]:
+def _row(bench: Bench, prompts: Sequence[Prompt], name: str, aids: Aids, setting: str = "") -> dict[str, Any]:
     sent, numbers, kls, errors = 0, 0, [], []
     for prompt in prompts:
-        nbytes, decoded = work(prompt.pages)
-        sent += nbytes
+        messages = encode(CODECS[name], prompt.pages, aids)
+        decoded = decode(messages, prompt.pages.layout, prompt.pages.positions, aids)
+        sent += sum(map(len, messages))
         numbers += _numbers(prompt.pages)
         kls.append(bench.kl(prompt, decoded))
         errors.append([float(error.max()) for error in prompt.pages.errors(decoded)])
     key, value, token = np.array(errors).max(0).round(4).tolist()
-    worst = {"key": key, "value": value, "token": token}
-    return {"codec": name, "ratio": round(2 * numbers / sent, 3), "kl": mean(kls), "worst_error": worst}
+    about = {"traffic": "unrelated", "codec": name, "setting": setting}
+    measured = {"ratio": round(2 * numbers / sent, 3), "kl": mean(kls), "worst_request_kl": max(kls)}
+    return {**about, **measured, "worst_error": {"key": key, "value": value, "token": token}}
 
 
 def _numbers(pages: Pages) -> int:
     return len(pages) * (pages.layout.key_numbers + pages.layout.value_numbers)
 
 
-def stream(bench: Bench, prompts: Sequence[Prompt], transform: Transform, bound: Bound, level: int) -> dict[str, Any]:
+def stream(
+    bench: Bench, traffic: str, prompts: Sequence[Prompt], transform: Transform, bound: Bound, level: int
+) -> dict[str, Any]:
     """Requests one after the other to a receiver that keeps what it got; the first is not counted.
 
-    A block whose tokens and all before it are there costs nothing; one whose own tokens are there has a reference.
+    A block whose tokens and all before it are there costs nothing. One like it may be there: see `text_of`.
     """
     chooser = Chooser(bound, transform, level)
     exact: dict[tuple[int, ...], Pages] = {}
     by_text: dict[tuple[int, ...], Pages] = {}
-    sent, numbers, kls, codecs = 0, 0, [], Counter[str]()
+    sent, numbers, kls, counts = Counter[str](), 0, [], Counter[str]()
     for number, prompt in enumerate(prompts):
         blocks = [tuple(prompt.tokens[: (i + 1) * BLOCK]) for i in range(len(prompt.pages))]
+        texts = [tuple(text_of(np.array(block[-BLOCK:]), len(block) == BLOCK).tolist()) for block in blocks]
+        new = [i for i, block in enumerate(blocks) if block not in exact]
         decoded = Pages.empty(prompt.pages.layout, prompt.pages.positions)
-        known = [i for i, block in enumerate(blocks) if block in exact]
-        for i in known:
+        for i in set(range(len(blocks))) - set(new):
             decoded.put([i], exact[blocks[i]])
-        new = [i for i in range(len(blocks)) if i not in known]
-        references = [by_text.get(blocks[i][-BLOCK:]) for i in new]
-        if new:
-            encoded = chooser.encode(prompt.pages.take(torch.tensor(new)), *_given(references, prompt, new))
-            decoded.put(new, encoded.decoded)
-            for i, name in zip(new, encoded.codecs, strict=True):
-                exact[blocks[i]] = decoded.take(torch.tensor([i]))
-                if name not in ("reference", "difference"):
-                    by_text.setdefault(blocks[i][-BLOCK:], exact[blocks[i]])
-        if number:
-            sent += sum(map(len, encoded.messages)) if new else 0
-            sent += 32 * len(blocks)  # the address of each
-            numbers += _numbers(prompt.pages)
-            codecs.update(encoded.codecs if new else [])
-            codecs["prefix"] += len(known)
-            kls.append(bench.kl(prompt, decoded))
-    made = {"bound": bound.block, "token_bound": bound.token, "level": level, "codecs": dict(codecs)}
-    return {**made, "ratio": round(2 * numbers / sent, 2), "kl": mean(kls), "worst_request_kl": max(kls)}
+        references = [by_text.get(texts[i]) for i in new]
+        encoded = chooser.encode(prompt.pages.take(torch.tensor(new)), *_given(references, prompt, new))
+        decoded.put(new, encoded.decoded)
+        for i, name in zip(new, encoded.codecs, strict=True):
+            exact[blocks[i]] = decoded.take(torch.tensor([i]))
+            if name not in ("reference", "difference"):
+                by_text.setdefault(texts[i], exact[blocks[i]])
+        if not number:
+            continue
+        for i, name, message in zip(new, encoded.codecs, encoded.messages, strict=True):
+            kind = f"{name}, header" if i == 0 else name
+            counts[kind] += 1
+            sent[kind] += len(message)
+        counts["prefix"] += len(blocks) - len(new)
+        sent["addresses"] += 32 * len(blocks)
+        numbers += _numbers(prompt.pages)
+        kls.append(bench.kl(prompt, decoded))
+    about = {"pages": dict(counts), "kilobytes": {kind: round(nbytes / 1e3, 1) for kind, nbytes in sent.items()}}
+    ratio = round(2 * numbers / sent.total(), 2)
+    measured = {"ratio": ratio, "kl": mean(kls), "worst_request_kl": max(kls)}
+    setting = f"within {bound.block:g}, a token {bound.token:g}; {_step(level)}"
+    return {"traffic": traffic, "codec": "chosen by page", "setting": setting, **measured, **about}
 
 
 def _given(
@@ -169,17 +180,14 @@ def _given(
     has = torch.tensor([reference is not None for reference in references])
     if not has.any():
         return None, None
-    filled = [
-        r if r is not None else prompt.pages.take(torch.tensor([i])) for r, i in zip(references, new, strict=True)
-    ]
-    joined = (torch.cat([getattr(page, side) for page in filled], 1) for side in ("keys", "values"))
-    return Pages(*joined, torch.cat([page.positions for page in filled])), has
+    own = [prompt.pages.take(torch.tensor([i])) for i in new]
+    return Pages.joined([page if page is not None else mine for page, mine in zip(references, own, strict=True)]), has
 
 
-def agent_turns(tokenizer: Any, dialogues: int) -> list[Request]:
+def agent_turns(tokenizer: Any, dialogues: int, seed: int) -> list[Request]:
     """Dialogues of one assistant, the whole history sent again at each turn behind a session line of its own."""
-    draw, requests = random.Random(0), []
-    chosen = [dialogue for dialogue in load_dialogues() if len(dialogue.split_points()) >= 3][:dialogues]
+    draw, requests = random.Random(seed), []
+    chosen = draw.sample([dialogue for dialogue in load_dialogues() if len(dialogue.split_points()) >= 3], dialogues)
     for dialogue in chosen:
         for at in sorted(dialogue.split_points())[-3:]:
             history = "\n".join(f"{turn.speaker}: {turn.text}" for turn in dialogue.turns[:at])
@@ -206,16 +214,12 @@ def best(rows: Sequence[dict[str, Any]], goal: float = GOAL_KL) -> float | None:
     return max((row["ratio"] for row in rows if row["kl"] <= goal), default=None)
 
 
-def texts(tokenizer: Any) -> tuple[list[Sequence[int]], list[Request]]:
+def texts(tokenizer: Any, seed: int) -> tuple[list[Sequence[int]], list[Request]]:
     """Token ids to fit a transform to, and requests of other text."""
-    other = [
-        request.prompt
-        for request in get_traffic("unrelated").requests(tokenizer, FIT_TEXTS, continuation_tokens=1, seed=1)
-    ]
-    documents = LongDocuments(tokens=PROMPT, kinds=("novel",)).requests(
-        tokenizer, 7, continuation_tokens=TRUE_TOKENS, seed=0
-    )
-    return other + [request.prompt for request in documents[3:]], list(documents[:3])
+    other = get_traffic("unrelated").requests(tokenizer, FIT_TEXTS, continuation_tokens=1, seed=1)
+    novel = LongDocuments(tokens=PROMPT, kinds=("novel",))
+    documents = novel.requests(tokenizer, DOCUMENTS + FIT_DOCUMENTS, continuation_tokens=TRUE_TOKENS, seed=seed)
+    return [request.prompt for request in (*other, *documents[DOCUMENTS:])], list(documents[:DOCUMENTS])
 
 
 def the_transform(
@@ -236,45 +240,44 @@ def measure_unrelated(
     bench: Bench, documents: Sequence[Request], plain: Transform, weighted: Transform
 ) -> dict[str, Any]:
     prompts = [bench.prompt(request) for request in documents]
-    rows = unrelated(bench, prompts, weighted)
-    aids = Aids(plain, level=START_LEVEL)
-    unweighted = _row(bench, prompts, "alone", lambda pages: _plain(pages, "alone", aids))
+    rows = unrelated(bench, prompts, weighted, plain)
     lossless = next(row["ratio"] for row in rows if row["codec"] == "lossless")
     ratio = at_kl([row for row in rows if row["codec"] == "alone"])
-    headline = {"ratio_at_kl": ratio, "lossless_ratio": lossless}
-    return {"headline": headline, "prompts": len(prompts), "rows": rows, "without_weights": unweighted}
+    return {"headline": {"ratio_at_kl": ratio, "lossless_ratio": lossless}, "prompts": len(prompts), "rows": rows}
 
 
-def measure_streams(bench: Bench, tokenizer: Any, transform: Transform) -> dict[str, Any]:
-    near = get_traffic("near_prefix").requests(tokenizer, 5, continuation_tokens=48, seed=0)
-    streams = {}
-    for name, requests in (("near_prefix", near), ("agent_turns", agent_turns(tokenizer, 2))):
+def measure_streams(bench: Bench, tokenizer: Any, transform: Transform, seed: int) -> dict[str, Any]:
+    near = get_traffic("near_prefix").requests(tokenizer, NEAR_PREFIX, continuation_tokens=48, seed=seed)
+    rows, counted = [], {}
+    for name, requests in (("near_prefix", near), ("agent_turns", agent_turns(tokenizer, DIALOGUES, seed))):
         computed = [bench.prompt(request) for request in requests]
-        streams[name] = [stream(bench, computed, transform, bound, level) for bound, level in SETTINGS]
-    headline = {f"{name}_ratio": best(rows) for name, rows in streams.items()}
-    return {"headline": headline, "streams": streams}
+        counted[name] = len(computed) - 1
+        rows += [stream(bench, name, computed, transform, bound, level) for bound, level in SETTINGS]
+    headline = {f"{name}_ratio": best([row for row in rows if row["traffic"] == name]) for name in counted}
+    return {"headline": headline, "counted_requests": counted, "rows": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=("unrelated", "streams"), action="append", help="both by default")
     parser.add_argument("--weigh-tokens", type=int, default=256, help="of each text that steps are weighed with")
+    parser.add_argument("--seed", type=int, default=1, help="of the requests that are measured")
     parser.add_argument("--transform", type=Path, help="file to keep the fitted transform in, between runs")
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load_model(MODEL, dtype="float32")
     bench = Bench(model)
-    fit, documents = texts(tokenizer)
+    fit, documents = texts(tokenizer, arguments.seed)
     plain, weighted = the_transform(model, fit, arguments.weigh_tokens, arguments.transform)
-    about = {"kl": GOAL_KL, "model": MODEL, "block_size": BLOCK, "published": PUBLISHED}
-    about["weigh_tokens"] = arguments.weigh_tokens
+    about = {"format": "jointkv.codec/1", "kl": GOAL_KL, "model": MODEL, "block_size": BLOCK, "published": PUBLISHED}
+    about |= {"weigh_tokens": arguments.weigh_tokens, "seed": arguments.seed}
     about["fitted_tokens"] = sum(len(text) // BLOCK * BLOCK for text in fit)
     for part in arguments.part or ("unrelated", "streams"):
         if part == "unrelated":
             found = measure_unrelated(bench, documents, plain, weighted)
         else:
-            found = measure_streams(bench, tokenizer, weighted)
+            found = measure_streams(bench, tokenizer, weighted, arguments.seed)
         write(arguments.output, f"codec_{part}", found | about)
 
 

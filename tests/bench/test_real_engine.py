@@ -67,7 +67,7 @@ def starts(url: str, tokenizer: str, load: Load, requests: list[ServingRequest],
     found = generate(spec_of(url, MODEL, tokenizer, load, requests, seed), said.append, lambda: None)
     assert said == [{"ready": True}, *({"finished": number + 1} for number in range(len(requests)))]
     for answer, request in zip(found.answers, requests, strict=True):
-        assert (answer.error, answer.text, answer.output_tokens) == (None, " 0 1 2 3 4", 5)
+        assert (answer.error, answer.text, answer.output_tokens) == (None, "<s> 1 2 3 4", 5)
         assert len(answer.itls) == 4 and answer.e2el == pytest.approx(answer.ttft + sum(answer.itls))
         assert answer.prompt_tokens == len(request.prompt)
     assert found.output_tokens_per_s == pytest.approx(5 * len(requests) / found.seconds)

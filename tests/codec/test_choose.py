@@ -107,6 +107,25 @@ def test_without_a_transform_only_text_in_its_place_is_a_reference() -> None:
     assert torch.equal(found.content, moved.content)
 
 
+def test_equal_means_every_bit() -> None:
+    pages = random_pages(2)
+    pages.values[0, 1, 2, 0, 3] = 0.0
+    other = Pages(pages.keys, pages.values.clone(), pages.positions)
+    other.values[0, 1, 2, 0, 3] = -0.0
+    assert Chooser(Bound(0, 0), TRANSFORM).encode(pages, other).codecs == ["reference", "lossless"]
+
+
+def test_steps_are_as_coarse_as_the_bound_allows() -> None:
+    """Of all levels within it a page takes one of the two coarsest, however far off the first try was."""
+    pages = random_pages(4, first=64)
+    for block in (0.03, 0.06, 0.12):
+        chosen = [message[1] for message in Chooser(Bound(block, 0.9), TRANSFORM, 6).encode(pages).messages]
+        for number, level in enumerate(chosen):
+            page = pages.take(torch.tensor([number]))
+            errors = errors_of(Chooser(Bound(0.99, 0.99), TRANSFORM, level - 2), page)
+            assert max(errors[:2]) > block * 0.99
+
+
 def test_numbers_that_are_none_are_kept_exactly() -> None:
     pages = random_pages(3)
     pages.keys[0, 1, 2, 0, 3], pages.values[2, 2, 0, 1, 1] = float("nan"), float("inf")

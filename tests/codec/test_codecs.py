@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from jointkv.attention.rotary import Rotary
 from jointkv.codec import CODECS, Aids, Layout, Pages, Transform, decode, encode, get_codec
+from jointkv.codec.difference import nearer
 from jointkv.codec.packing import pack_floats, pack_integers, unpack_floats, unpack_integers
 from jointkv.codec.turning import moved
 from jointkv.errors import BadInput, LayoutError, ModelMismatch
@@ -98,9 +100,21 @@ def test_codecs_mix_in_one_call() -> None:
     "numbers", [[0] * 9, [1, -1, 0], [2, -1] * 40, [3], [-7, 7, 2], [127, -128], [300, -32767], []]
 )
 def test_whole_numbers(numbers: list[int]) -> None:
-    array = torch.tensor(numbers, dtype=torch.int16).numpy()
-    found, rest = unpack_integers(memoryview(pack_integers(array) + b"tail"), len(array))
-    assert found.tolist() == numbers and bytes(rest) == b"tail"
+    array = torch.tensor(numbers, dtype=torch.int16).numpy()[:, None]
+    for bands in ([len(array)], [len(array) // 2, 0, len(array) - len(array) // 2]):
+        found = np.empty_like(array)
+        rest = unpack_integers(memoryview(pack_integers(array, bands) + b"tail"), found, bands)
+        assert found[:, 0].tolist() == numbers and bytes(rest) == b"tail"
+
+
+def test_numbers_that_are_near_0_take_what_they_say() -> None:
+    """No repetitions are found where there are none, and frequent numbers are short."""
+    draw = np.random.default_rng(0)
+    for spread, over in ((0.3, 1.15), (1.0, 1.05), (4.0, 1.03)):
+        numbers = np.round(draw.normal(0, spread, (50, 1000))).astype(np.int16)
+        share = np.unique(numbers, return_counts=True)[1] / numbers.size
+        entropy = float(-(share * np.log2(share)).sum())
+        assert 8 * len(pack_integers(numbers, [len(numbers)])) / numbers.size < over * entropy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -160,3 +174,20 @@ def test_layouts_have_fingerprints() -> None:
     assert layout == Layout(3, TOKENS, 2, 16, 16, torch.bfloat16)
     others = [random_pages(1, dtype=torch.float16).layout, Layout(3, TOKENS, 4, 8, 8, torch.bfloat16)]
     assert len({layout.fingerprint, *(other.fingerprint for other in others)}) == 3
+
+
+def test_a_difference_takes_the_mean_for_tokens_that_are_other_ones() -> None:
+    """A header with another number in it: what is alike is referred to, and the rest costs what it costs alone."""
+    pages, other = random_pages(1), random_pages(1, seed=5)
+    changed = Pages(pages.keys.clone(), pages.values.clone(), pages.positions)
+    changed.keys[:, :, 4:6], changed.values[:, :, 4:6] = other.keys[:, :, 4:6], other.values[:, :, 4:6]
+    aids = Aids(TRANSFORM, pages)
+    assert nearer(changed, pages, TRANSFORM).tolist() == [[True] * 4 + [False] * 2 + [True] * 2]
+    (message,) = encode(get_codec("difference"), changed, aids)
+    found = decode([message], pages.layout, pages.positions, aids)
+    assert max(changed.errors(found)[:2]) < 0.2
+    assert torch.equal(found.keys[:, 0, :4], changed.keys[:, 0, :4])
+    (alone,) = encode(get_codec("alone"), changed, aids)
+    assert len(message) < len(alone) / 2, "the first tokens are equal and cost nothing"
+    with pytest.raises(BadInput, match="too early"):
+        decode([message[:10]], pages.layout, pages.positions, aids)

@@ -137,6 +137,30 @@ def test_how_many_methods_there_are() -> None:
     assert f"{len(method_names())} methods on one interface" in " ".join((DOCS / "index.md").read_text().split())
 
 
+def test_what_stored_pages_cost() -> None:
+    text = " ".join((DOCS / "store.md").read_text().split())
+    alone, streams, speed, fetching = (
+        json.loads((DOCS / f"results/{name}.json").read_text())
+        for name in ("codec/codec_unrelated", "codec/codec_streams", "bench/codec_speed", "bench/store_fetching")
+    )
+    for row in alone["rows"]:
+        assert f"| {row['ratio']:.2f} | {row['kl']:.{6 if row['kl'] < 1e-4 else 4}f} |" in text
+    for row in streams["rows"]:
+        name = row["traffic"].replace("near_prefix", "near-prefix").replace("_", " ")
+        assert f"| {name} | {row['setting']} | {row['ratio']:.1f} | {row['kl']:.4f} |" in text
+    assert f"At KL 0.001 that is {alone['headline']['ratio_at_kl']:.2f} times" in text
+    near, agents = (streams["headline"][f"{name}_ratio"] for name in ("near_prefix", "agent_turns"))
+    assert f"Within KL 0.001 that is {near:.1f} and {agents:.1f} times" in text
+    rates, headline = speed["megabytes_per_s_and_core"], speed["headline"]
+    for name in ("alone", "lossless"):
+        assert re.search(rf"{rates[name]['encode']:.0f}( MB/s to encode)? and {rates[name]['decode']:.0f}", text)
+    for name in ("encode_within_a_bound", "matrix_products_alone"):
+        assert f"{headline[name]:.0f} MB/s" in text
+    (prompt,) = fetching["prompts"]
+    assert f"computed in {prompt['computed_s']:.1f} s" in text
+    assert f"from {prompt['break_even_mbit_per_s']:.0f} Mbit/s on" in text
+
+
 def test_queries_name_metrics_that_are_explained() -> None:
     page = DOCS / "metrics.md"
     named = {code.partition("{")[0] for code in first_column(page.read_text())}

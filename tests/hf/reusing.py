@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
-from jointkv.hf.prefill import PrefillResult
+from jointkv.hf.prefill_result import PrefillResult
 from jointkv.hf.reuse import ReuseMode, ReuseOptions
 from jointkv.policy import FusionPolicy
 from jointkv.policy.reuse import ReuseRule

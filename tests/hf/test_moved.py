@@ -13,7 +13,7 @@ from jointkv.errors import InvalidPolicy, PoolFull, UnsupportedModel
 from jointkv.hf.cache import JointCache
 from jointkv.hf.moved import MovedBlocks
 from jointkv.hf.pool import JointPool
-from jointkv.hf.prefill import PrefillResult
+from jointkv.hf.prefill_result import PrefillResult
 from jointkv.hf.reuse import ReuseOptions
 from jointkv.policy import FusionPolicy
 from tests.hf.reusing import ALWAYS, ANYTHING, NEVER, dense, near, reusing, text

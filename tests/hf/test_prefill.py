@@ -121,7 +121,7 @@ def test_a_run_is_tried_again_further_on():
         return np.array([0.5 if slot in within else 2.0 for slot in slots.tolist()])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jointkv.hf.prefill.RowSteps.ratios", ratio)
+        patch.setattr("jointkv.hf.row_steps.RowSteps.ratios", ratio)
         _, result = prefill(pool, model, *prompts)
     # Slots 1 and 2 are tried, then 4, after which there are 5 to 8.
     assert result.rows[1].reused == (5, 6, 7, 8)
@@ -176,7 +176,7 @@ def test_audits_that_miss_take_the_licence_away(monkeypatch):
     def ratios(self, slots, pages):
         return np.where(slots > 4, 2.0, 0.5)
 
-    monkeypatch.setattr("jointkv.hf.prefill.RowSteps.ratios", ratios)
+    monkeypatch.setattr("jointkv.hf.row_steps.RowSteps.ratios", ratios)
     monkeypatch.setattr(Residents, "witness", lambda *arguments: None)
     for seed in range(100, 160):
         cache, result = prefill(pool, model, near(SHARED, seed))

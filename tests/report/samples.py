@@ -54,6 +54,11 @@ def influence() -> Result:
     return committed("side_channel/influence")
 
 
+def codecs() -> Result:
+    """Requests one after another, and what others publish."""
+    return committed("codec/codec_streams")
+
+
 def save(folder: Path, **results: Result | BaseModel) -> list[Path]:
     """Write each result to a file of its name in `folder`."""
     paths = []

@@ -49,7 +49,7 @@ def test_every_committed_result_is_drawn(path: Path, tmp_path: Path) -> None:
             assert file.read_bytes().startswith(b"\x89PNG\r\n") and file.stat().st_size > 10_000
 
 
-FOLDERS = ["evaluate", "choices", "calibration", "paper", "side_channel", "reuse", "frontier", "peers"]
+FOLDERS = ["evaluate", "choices", "calibration", "paper", "side_channel", "reuse", "frontier", "peers", "codec"]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -212,3 +212,17 @@ def test_missing_file_and_unusable_folder(tmp_path: Path) -> None:
     paths = save(tmp_path, good=samples.curves(layers=0))
     with pytest.raises(BadInput, match="cannot write"):
         make_pictures(paths, paths[0])
+
+
+def test_published_codecs_stand_beside_with_their_sources(tmp_path: Path) -> None:
+    result = samples.codecs()
+    drawn = draw("codec_rates", tmp_path, result).axes
+    traffics = list(dict.fromkeys(row["traffic"] for row in result["rows"]))
+    assert [axes.get_title() for axes in drawn[:-1]] == [name.replace("_", "-") for name in traffics]
+    assert [line.get_ydata().tolist() for line in drawn[-1].lines] == [
+        [peer["low"], peer["high"]] for peer in result["published"]
+    ]
+    text = PICTURE["codec_rates"].table(read(tmp_path, result))
+    assert all(f"| {peer['source']} |" in text for peer in result["published"])
+    alone = draw("codec_rates", tmp_path, {**result, "published": []}).axes
+    assert len(alone) == len(traffics)

@@ -74,6 +74,33 @@ def test_near_duplicates_are_references_and_differences(tmp_path: Path) -> None:
         assert verify(store.segments, store.secret).dangling == 0
 
 
+def test_headers_that_begin_alike_are_differences(tmp_path: Path) -> None:
+    """Another number in the first line: what is alike is referred to; equal first tokens cost nothing."""
+    one, two = ([1, 2, 3, 4, number, *TEXT[5:]] for number in (800, 801))
+    again, other = near(PAGES, 0.05), random_pages(6, seed=5)
+    for side in ("keys", "values"):
+        getattr(again, side)[:, 0, :4] = getattr(PAGES, side)[:, 0, :4]
+        getattr(again, side)[:, 0, 4] = getattr(other, side)[:, 0, 4]
+    with Store(tmp_path) as store:
+        pages = of(store, transform=TRANSFORM)
+        alone, different = pages.put(one, PAGES), pages.put(two, again)
+        assert alone.codecs == ("alone",) * 6 and different.codecs == ("difference", *("reference",) * 5)
+        assert different.nbytes < alone.nbytes / 5
+        store.flush()
+        errors = again.errors(pages.load(two))
+        assert max(errors.key.max(), errors.value.max()) <= BOUND.block
+
+
+def test_pages_of_another_layout_of_bytes_are_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store(tmp_path) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr("jointkv.store.pages.QUANTISED_FORMAT", 1)
+            of(store, transform=TRANSFORM).put(TEXT, PAGES)
+        assert of(store).prefix(TEXT) == 0
+        assert set(of(store).put(TEXT, PAGES).codecs) == {"alone"}
+        assert len(of(store).load(TEXT)) == 6
+
+
 def test_text_that_moved_by_a_block_is_a_reference(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         pages = of(store, random_pages(1, dtype=torch.float32), transform=TRANSFORM)

@@ -15,6 +15,9 @@ from torch import Tensor
 from jointkv.core.blocks import PagedKV
 from jointkv.core.moved import Fills
 
+Angles = tuple[Tensor, Tensor]
+"""Cosine and sine of what the pairs of each key are turned by, float32 `[n, pairs]` each."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
@@ -33,12 +36,20 @@ class Rotary:
 
         Numbers behind the pairs are not turned (partial rotary embeddings).
         """
+        return self.turn_by(keys, self.angles(shift))
+
+    def angles(self, shift: Tensor) -> Angles:
+        """Of `shift [n]` tokens; layers with equal frequencies share them."""
+        angle = shift.to(torch.float64)[:, None] * self.frequencies
+        return angle.cos().float(), angle.sin().float()
+
+    def turn_by(self, keys: Tensor, angles: Angles) -> Tensor:
+        """`keys [n, ..., d]`, each turned by its angles, as `turn` does."""
         pairs = len(self.frequencies)
         if not pairs:
             return keys
-        angle = shift.to(torch.float64)[:, None] * self.frequencies
-        angle = angle.view(len(shift), *(1,) * (keys.dim() - 2), pairs)
-        cos, sin = angle.cos().float().to(keys.device), angle.sin().float().to(keys.device)
+        shape = (len(keys), *(1,) * (keys.dim() - 2), pairs)
+        cos, sin = (part.view(shape).to(keys.device) for part in angles)
         numbers = keys.float()
         turned = torch.empty_like(numbers)
         turned[..., 2 * pairs :] = numbers[..., 2 * pairs :]
@@ -57,6 +68,28 @@ class Rotary:
 
 NOT_TURNED = Rotary(torch.zeros(0, dtype=torch.float64), False)
 """A layer whose keys do not depend on their position."""
+
+
+class Turning:
+    """Keys of tokens or pages turned on by `shift [n]` tokens, layer by layer; layers that turn alike share angles.
+
+    Args:
+        rotary: of each layer.
+    """
+
+    def __init__(self, rotary: Sequence[Rotary], shift: Tensor) -> None:
+        self._rotary = rotary
+        made: dict[bytes, Angles] = {}
+        self._angles = []
+        for layer in rotary:
+            known = layer.frequencies.numpy().tobytes()
+            if known not in made:
+                made[known] = layer.angles(shift)
+            self._angles.append(made[known])
+
+    def __call__(self, layer: int, keys: Tensor) -> Tensor:
+        """`keys [n, ..., h, d]` of `layer`, in their dtype; the same tensor where it turns nothing."""
+        return self._rotary[layer].turn_by(keys, self._angles[layer])
 
 
 def that_turns(before: Tensor, after: Tensor, shift: Tensor, candidates: Sequence[Rotary]) -> Rotary | None:

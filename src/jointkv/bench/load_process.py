@@ -21,6 +21,8 @@ from jointkv.bench.record import Record
 from jointkv.bench.result import RequestSample
 
 BACKEND = "jointkv"
+GREEDY = {"temperature": 0.0, "skip_special_tokens": False, "spaces_between_special_tokens": False}
+"""An answer is compared as text: one whose first token is special would else begin with its second."""
 
 
 class Spec(Record):
@@ -143,7 +145,7 @@ def generate(spec: Spec, notify: Callable[[dict[str, Any]], None], wait: Callabl
             max_concurrency=None if in_turn else spec.concurrency,
             lora_modules=None,
             extra_headers=None,
-            extra_body={"temperature": 0.0},
+            extra_body=GREEDY,
             ready_check_timeout_sec=0,
             self_timed=samples[0].timestamp is not None,
         )

@@ -74,7 +74,7 @@ def serve(
         None,
         metavar="NAME | NAME=ARM [KEY=VALUE...] [--FLAG...]",
         help="stock, fused, reuse, large_pool, reuse_large_pool, no_prefix_caching, fp8, fp8_fused, store, "
-        "layer_groups, or one of these with options of the plugin and flags of vLLM: 'tight=fused "
+        "layer_groups, both, paper, or one of these with options of the plugin and flags of vLLM: 'tight=fused "
         "max_relative_error=0.1'. May be repeated. "
         "(default: stock and fused)",
     ),

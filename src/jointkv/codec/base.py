@@ -13,6 +13,9 @@ from jointkv.codec.pages import Layout, Pages
 from jointkv.codec.transform import Transform
 from jointkv.errors import BadInput
 
+QUANTISED_FORMAT = 2
+"""Of the payloads of `alone` and `difference`; another layout of bytes takes another number, there and here."""
+
 LEVELS = 40
 """Steps of quantisation: each is finer than the one before by the fourth root of 2."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jointkv.codec.base import LEVELS, START_LEVEL, Aids
+from jointkv.codec.difference import nearer
 from jointkv.codec.pages import Errors, Pages
 from jointkv.codec.registry import CODECS, decode, encode
 from jointkv.codec.transform import Transform
@@ -18,16 +19,11 @@ from jointkv.system.values import is_number
 BATCH = 32
 """Pages at a time, so that what is computed in between stays small."""
 
-FINER = 4
-"""Levels between one try and the next: half the step."""
-
 TRIES = 4
+"""Each finer than the one before by what was lacking."""
 
 ROUNDING = 0.99
 """Share of the bound that is used: another machine's float32 rounds the last bits in another way."""
-
-USEFUL = 0.5
-"""Beyond this relative error of K or V, a reference says no more of a page than the mean does."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +44,16 @@ class Bound:
 
     def within(self, errors: Errors) -> Tensor:
         """Which pages keep it, bool `[n]`; not a number does not."""
-        block, token = self.block * ROUNDING, self.token * ROUNDING
-        return (errors.key <= block) & (errors.value <= block) & (errors.token <= token)
+        return self.used(errors) <= ROUNDING
+
+    def used(self, errors: Errors) -> Tensor:
+        """The largest share of it that an error of each page takes, `[n]`; infinite for any error where it is 0."""
+        block = torch.maximum(errors.key, errors.value)
+        return torch.maximum(_share(block, self.block), _share(errors.token, self.token))
+
+
+def _share(error: Tensor, bound: float) -> Tensor:
+    return torch.where(error == 0, 0.0, error / bound if bound else torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,48 +105,63 @@ class Chooser:
         there = torch.full((len(pages),), references is not None) if has is None else has
         parts = []
         for start in range(0, len(pages), BATCH):
-            index = torch.arange(start, min(start + BATCH, len(pages)))
-            given = None if references is None else references.take(index)
-            parts.append(self._encode(pages.take(index), given, there[index]))
+            part = slice(start, start + BATCH)
+            given = None if references is None else references.take(part)
+            parts.append(self._encode(pages.take(part), given, there[part]))
         if not parts:
             return Encoded([], pages, pages.errors(pages))
-        return _joined(parts)
+        return parts[0] if len(parts) == 1 else _joined(parts)
 
     def _encode(self, pages: Pages, references: Pages | None, has: Tensor) -> Encoded:
         work = _Work(pages)
         if references is not None and has.any():
             self._from_references(work, references, has)
         if self.transform is not None and self.bound.block > 0:
-            for attempt in range(TRIES):
-                self._try(work, "alone", work.open(), None, self.level + attempt * FINER)
+            self._within(work, "alone", work.open(), None)
         self._exactly(work)
-        return Encoded([message or b"" for message in work.messages], work.decoded, pages.errors(work.decoded))
+        return work.done()
 
     def _from_references(self, work: _Work, references: Pages, has: Tensor) -> None:
         if self.transform is None:  # nothing says how keys are turned
             has = has & (references.positions == work.pages.positions)
-        index = has.nonzero()[:, 0]
-        near = self._try(work, "reference", index, references, self.level)
-        if self.transform is None or self.bound.block == 0:
+        self._try(work, "reference", has.nonzero()[:, 0], references, self.level)
+        index = work.open()
+        index = index[has[index]]
+        if self.transform is None or self.bound.block == 0 or not len(index):
             return
-        useful = set(index[(near.key < USEFUL) & (near.value < USEFUL)].tolist())
-        for attempt in range(TRIES):
-            left = [number for number in work.open().tolist() if number in useful]
-            index = torch.tensor(left, dtype=torch.long)
-            self._try(work, "difference", index, references, self.level + attempt * FINER)
+        useful = nearer(work.pages.take(index), references.take(index), self.transform).any(1)
+        self._within(work, "difference", index[useful], references)
+
+    def _within(self, work: _Work, codec: str, index: Tensor, references: Pages | None) -> None:
+        """Quantise the pages `index`, each in the coarsest steps that keep the bound, if any do."""
+        levels = torch.full((len(index),), self.level)
+        for _ in range(TRIES):
+            lacking = torch.zeros(len(index))
+            for level in levels.unique().tolist():
+                chosen = levels == level
+                errors = self._try(work, codec, index[chosen], references, level)
+                lacking[chosen] = self.bound.used(errors) / ROUNDING
+            # Errors grow with the step.
+            levels += (4 * lacking.log2()).ceil().clamp(0, LEVELS).nan_to_num(LEVELS).long()
+            again = (lacking > 1) & (levels < LEVELS)
+            index, levels = index[again], levels[again]
 
     def _try(self, work: _Work, codec: str, index: Tensor, references: Pages | None, level: int) -> Errors:
         """Encode the pages `index` and keep those within the bound; errors of all of them."""
-        if not len(index) or level >= LEVELS:
+        if not len(index):
             return Errors(*(torch.zeros(0),) * 3)
-        aids = Aids(self.transform, None if references is None else references.take(index), level)
-        pages = work.pages.take(index)
+        every = len(index) == len(work.pages)
+        given = references if references is None or every else references.take(index)
+        pages = work.pages if every else work.pages.take(index)
+        aids = Aids(self.transform, given, level)
         messages = encode(CODECS[codec], pages, aids)
         decoded = decode(messages, pages.layout, pages.positions, aids)
         errors = pages.errors(decoded)
-        equal = (pages.content == decoded.content).all(1)
-        within = equal if self.bound.block == 0 else equal | self.bound.within(errors)
-        work.keep(index[within], [messages[i] for i in within.nonzero()[:, 0].tolist()], decoded.take(within))
+        within = self.bound.within(errors)
+        # Where it has to be equal, 0 is not -0; and elsewhere NaN is itself.
+        unsure = torch.arange(len(index)) if self.bound.block == 0 else (~within).nonzero()[:, 0]
+        within[unsure] = (pages.take(unsure).content == decoded.take(unsure).content).all(1)
+        work.keep(index, within, messages, decoded, errors)
         return errors
 
     @staticmethod
@@ -153,34 +172,45 @@ class Chooser:
             return
         pages = work.pages.take(index)
         packed, plain = (encode(CODECS[name], pages, Aids()) for name in ("lossless", "raw"))
-        work.keep(index, [min(pair, key=len) for pair in zip(packed, plain, strict=True)], pages)
+        shortest = [min(pair, key=len) for pair in zip(packed, plain, strict=True)]
+        work.keep(index, torch.ones(len(index), dtype=torch.bool), shortest, pages, pages.errors(pages))
 
 
 class _Work:
-    """Pages on the way: messages of those that are done."""
+    """Pages on the way: messages of those that are done, and what the receiver will read."""
 
     def __init__(self, pages: Pages) -> None:
         self.pages = pages
-        self.messages: list[bytes | None] = [None] * len(pages)
-        self.decoded = Pages.empty(pages.layout, pages.positions)
+        self._messages: list[bytes | None] = [None] * len(pages)
+        self._decoded: list[tuple[Tensor, Pages, Errors]] = []
 
     def open(self) -> Tensor:
         """Which pages have no message yet, long `[m]`."""
-        return torch.tensor([i for i, message in enumerate(self.messages) if message is None], dtype=torch.long)
+        return torch.tensor([i for i, message in enumerate(self._messages) if message is None], dtype=torch.long)
 
-    def keep(self, index: Tensor, messages: Sequence[bytes], decoded: Pages) -> None:
-        numbers = index.tolist()
-        for number, message in zip(numbers, messages, strict=True):
-            self.messages[number] = message
-        if numbers:
-            self.decoded.put(numbers, decoded)
+    def keep(self, index: Tensor, chosen: Tensor, messages: Sequence[bytes], decoded: Pages, errors: Errors) -> None:
+        """Of the pages `index [m]` those `chosen`, bool `[m]`, are done."""
+        if not chosen.any():
+            return
+        for number, at in zip(index[chosen].tolist(), chosen.nonzero()[:, 0].tolist(), strict=True):
+            self._messages[number] = messages[at]
+        if not chosen.all():
+            decoded, errors = decoded.take(chosen), Errors(*(error[chosen] for error in errors))
+        self._decoded.append((index[chosen], decoded, errors))
+
+    def done(self) -> Encoded:
+        """All pages, every one of which was kept once."""
+        messages = [message for message in self._messages if message is not None]
+        assert len(messages) == len(self.pages)
+        if len(self._decoded) == 1:
+            ((_, decoded, errors),) = self._decoded
+            return Encoded(messages, decoded, errors)
+        place = torch.cat([index for index, _, _ in self._decoded]).argsort()
+        joined = _joined([Encoded([], decoded, errors) for _, decoded, errors in self._decoded])
+        return Encoded(messages, joined.decoded.take(place), Errors(*(error[place] for error in joined.errors)))
 
 
 def _joined(parts: Sequence[Encoded]) -> Encoded:
-    decoded = Pages(
-        torch.cat([part.decoded.keys for part in parts], 1),
-        torch.cat([part.decoded.values for part in parts], 1),
-        torch.cat([part.decoded.positions for part in parts]),
-    )
     errors = Errors(*(torch.cat(error) for error in zip(*(part.errors for part in parts), strict=True)))
-    return Encoded([message for part in parts for message in part.messages], decoded, errors)
+    messages = [message for part in parts for message in part.messages]
+    return Encoded(messages, Pages.joined([part.decoded for part in parts]), errors)

@@ -5,48 +5,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from jointkv.codec import quantised
 from jointkv.codec.base import Aids, Codec
 from jointkv.codec.pages import Layout, Pages
-from jointkv.codec.transform import positions_of, turned_back
-from jointkv.codec.turning import moved
+from jointkv.codec.transform import Transform, rows_of
 from jointkv.errors import LayoutError
 
 
 class Difference(Codec):
-    """The reference's keys are turned to the page's position; what is left goes the way of `alone`, without a mean."""
+    """What a token has over the reference's or over the mean, whichever is nearer; what is left goes as in `alone`."""
 
     name: ClassVar[str] = "difference"
-    number: ClassVar[int] = 5
+    number: ClassVar[int] = 9
 
     def encode(self, pages: Pages, aids: Aids) -> list[bytes]:
         transform, references = aids.the_transform(), aids.the_references()
         transform.check(pages.layout)
         if references.layout != pages.layout or len(references) != len(pages):
             raise LayoutError("every page needs one reference of its own layout")
-        predicted = moved(references, pages.positions, transform)
-        left = Pages(
-            pages.keys.float() - predicted.keys.float(),
-            pages.values.float() - predicted.values.float(),
-            pages.positions,
-        )
-        keys, values = turned_back(left, transform.rotary)
-        return quantised.encode(keys, values, pages, transform, aids.level)
+        mask = nearer(pages, references, transform)
+        return quantised.encode(pages, quantised.Prediction(transform, references, mask), aids.level)
 
     def decode(self, payloads: Sequence[bytes], layout: Layout, positions: Tensor, aids: Aids) -> Pages:
-        transform, references = aids.the_transform(), aids.the_references()
+        references = aids.the_references()
         if references.layout != layout or len(references) != len(payloads):
             raise LayoutError("every page needs one reference of its own layout")
-        keys, values, rest = quantised.decode(payloads, layout, positions, transform)
-        predicted = moved(references, positions, transform)
-        pages = Pages.empty(layout, positions)
-        shift = positions_of(pages).flatten()
-        shape = (len(shift), layout.heads, layout.key_size)
-        for layer, rotary in enumerate(transform.rotary):
-            turned = rotary.turn(keys[layer].view(shape), shift).view_as(pages.keys[layer])
-            pages.keys[layer] = predicted.keys[layer].float() + turned
-        pages.values.copy_(predicted.values.float() + values.view_as(pages.values))
-        quantised.put_first_tokens(pages, rest)
-        return pages
+        return quantised.decode(payloads, layout, positions, aids, references)
+
+
+def nearer(pages: Pages, references: Pages, transform: Transform) -> Tensor:
+    """Which tokens are nearer to those of the reference, turned to their place, than to the mean, bool `[n, t]`.
+
+    Layers count by the steps they are quantised in.
+    """
+    n, size = pages.keys.shape[1:3]
+    advantage = torch.zeros(n * size)
+    means = (*transform.key.mean, *transform.value.mean)
+    rows = zip(rows_of(pages, transform.rotary), rows_of(references, transform.rotary), strict=True)
+    for (own, other), mean, (_, unit) in zip(rows, means, transform.layers, strict=True):
+        apart, alone = (torch.linalg.vector_norm(own - expected, dim=1) for expected in (other, mean))
+        advantage += (alone.square() - apart.square()) / unit**2
+    return (advantage > 0).view(n, size)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jointkv.core.blocks import SUPPORTED_DTYPES, PagedKV, block_errors
+from jointkv.core.blocks import SUPPORTED_DTYPES, PagedKV, aggregate_errors, squared_errors
 from jointkv.errors import LayoutError
 from jointkv.system.values import check_whole
 
@@ -116,8 +116,8 @@ class Pages:
         )
         return cls(keys, values, positions.to("cpu", torch.long))
 
-    def take(self, selected: Tensor) -> Pages:
-        """The pages that the index or mask `selected` picks."""
+    def take(self, selected: Tensor | slice) -> Pages:
+        """The pages that the index, mask or slice `selected` picks; of a slice they are no copies."""
         return Pages(self.keys[:, selected], self.values[:, selected], self.positions[selected])
 
     @property
@@ -139,10 +139,19 @@ class Pages:
 
     @classmethod
     def empty(cls, layout: Layout, positions: Tensor) -> Pages:
-        """Pages to be filled."""
+        """Pages to be filled; until then they hold anything."""
         shape = (layout.layers, len(positions), layout.block_size, layout.heads)
-        keys, values = (torch.zeros(*shape, size, dtype=layout.dtype) for size in (layout.key_size, layout.value_size))
+        keys, values = (torch.empty(*shape, size, dtype=layout.dtype) for size in (layout.key_size, layout.value_size))
         return cls(keys, values, positions)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Pages]) -> Pages:
+        """All of `parts`, at least one, in a row."""
+        return cls(
+            torch.cat([part.keys for part in parts], 1),
+            torch.cat([part.values for part in parts], 1),
+            torch.cat([part.positions for part in parts]),
+        )
 
     def put(self, selected: Sequence[int], pages: Pages) -> None:
         """Write `pages` over those `selected`."""
@@ -153,8 +162,12 @@ class Pages:
         """How far `decoded` is from these pages; NaN and infinities where either has such numbers."""
         parts = []
         for own, read in ((self.keys, decoded.keys), (self.values, decoded.values)):
-            # A contiguous copy of each: block_errors writes over what it reads.
-            blocks, served = (side.flatten(2).float().clone() for side in (own, read))
-            parts.append(block_errors(blocks, served, self.keys.shape[2], "rms"))
+            # Layer by layer, which stays in the processor's cache. A copy of what is written over.
+            pairs = [
+                squared_errors(one.flatten(1).float(), two.flatten(1).to(torch.float32, copy=True), own.shape[2])
+                for one, two in zip(own, read, strict=True)
+            ]
+            difference, norm = (torch.stack(side) for side in zip(*pairs, strict=True))
+            parts.append(aggregate_errors(difference, norm, "rms"))
         (key, key_token), (value, value_token) = parts
         return Errors(key, value, torch.maximum(key_token, value_token))

@@ -1,59 +1,80 @@
-"""What `alone` and `difference` share: components of K and V as whole numbers of steps."""
+"""What `alone` and `difference` share: components of what K and V have over a prediction, as whole numbers of steps.
+
+A payload: the level, the transform's identity, which tokens are predicted by a reference (where there is one), the
+steps of the bands of the plan, and the first tokens of a text as they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jointkv.codec.base import LEVELS, step_share
-from jointkv.codec.packing import pack_floats, pack_integers, unpack_floats, unpack_integers
+from jointkv.attention.rotary import Turning
+from jointkv.codec.base import LEVELS, Aids, step_share
+from jointkv.codec.first_tokens import first_tokens, kept_tokens, put_first_tokens
+from jointkv.codec.packing import pack_integers, unpack_integers
 from jointkv.codec.pages import Layout, Pages
 from jointkv.codec.threads import each
-from jointkv.codec.transform import KEPT_TOKENS, Plan, Transform
+from jointkv.codec.transform import Plan, Transform, positions_of, rows_of
 from jointkv.errors import BadInput, ModelMismatch
 
 LARGEST = 32767.0
 
 
-def encode(keys: Tensor, values: Tensor, pages: Pages, transform: Transform, level: int) -> list[bytes]:
-    """Quantised `keys` and `values`, float32 `[layers, n * t, D]`, what `pages` have over what is predicted.
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What pages are expected to be: reference pages where `by_reference`, the mean of the layer elsewhere.
 
-    The first tokens of a text are taken from `pages` as they are.
+    Attributes:
+        transform: of the pages' model.
+        references: a page for each page, or None.
+        by_reference: tokens, bool `[n, t]`; None without references.
     """
-    share = step_share(level)
+
+    transform: Transform
+    references: Pages | None = None
+    by_reference: Tensor | None = None
+
+    def rows(self) -> Iterator[Tensor]:
+        """As `rows_of` has them, of every layer: `[n * t, D]`, or `[D]` where all tokens are expected to be alike."""
+        means = (*self.transform.key.mean, *self.transform.value.mean)
+        if self.references is None or self.by_reference is None:
+            yield from means
+            return
+        chosen = self.by_reference.flatten()[:, None]
+        for mean, rows in zip(means, rows_of(self.references, self.transform.rotary), strict=True):
+            yield torch.where(chosen, rows, mean)
+
+
+def encode(pages: Pages, prediction: Prediction, level: int) -> list[bytes]:
+    """Payloads of `pages`, whose steps are those of `level`."""
+    transform, share = prediction.transform, step_share(level)
     plan = transform.plan(share)
     kept = kept_tokens(pages.positions, pages.layout)
-    quantised = _quantise(keys, values, transform, plan, share)
-    quantised[:, kept.flatten()] = 0
-    n, size = kept.shape
-    # Tokens of one component stand together.
-    columns = quantised.view(-1, n, size).transpose(0, 1)[:, plan.order].contiguous().numpy()
+    steps = _quantise(rows_of(pages, transform.rotary), prediction, plan, share, kept).numpy()
+    bodies = each(lambda page: pack_integers(page, plan.bands), steps)
+    said = _packed_mask(prediction.by_reference, len(pages))
+    first = first_tokens(pages, prediction.references, kept)
     head = bytes([level]) + transform.identity
-    first = [_first_tokens(pages, number, chosen) for number, chosen in enumerate(kept)]
-    bodies = each(lambda page: _pack(page, plan), columns)
-    return [head + body + tokens for body, tokens in zip(bodies, first, strict=True)]
+    return [head + mask + body + tokens for mask, body, tokens in zip(said, bodies, first, strict=True)]
 
 
 def decode(
-    payloads: Sequence[bytes], layout: Layout, positions: Tensor, transform: Transform
-) -> tuple[Tensor, Tensor, list[memoryview]]:
-    """What `encode` was given, up to half a step, and the part of each payload that `put_first_tokens` reads.
+    payloads: Sequence[bytes], layout: Layout, positions: Tensor, aids: Aids, references: Pages | None = None
+) -> Pages:
+    """The pages that `encode` was given, up to half a step.
 
     Raises:
         BadInput: malformed.
         ModelMismatch: encoded with another transform.
     """
+    transform = aids.the_transform()
     transform.check(layout)
-    keys, values = (
-        torch.empty(layout.layers, len(payloads), layout.block_size, layout.heads * size)
-        for size in (layout.key_size, layout.value_size)
-    )
-    rest: list[memoryview] = [memoryview(b"")] * len(payloads)
     levels: dict[int, list[int]] = {}
     head = 1 + len(transform.identity)
     for number, payload in enumerate(payloads):
@@ -62,86 +83,90 @@ def decode(
         if payload[1:head] != transform.identity:
             raise ModelMismatch("a page was encoded with another transform than the one given")
         levels.setdefault(payload[0], []).append(number)
+    pages = Pages.empty(layout, positions)
     for level, numbers in levels.items():
-        share = step_share(level)
-        plan = transform.plan(share)
-        bodies = [memoryview(payloads[number])[head:] for number in numbers]
-        unpacked = each(partial(_unpack, plan=plan, block_size=layout.block_size), bodies)
-        steps = torch.from_numpy(np.stack([page for page, _ in unpacked]))
         index = torch.tensor(numbers)
-        keys[:, index], values[:, index] = _restore(steps, layout, transform, plan, share)
-        for number, (_, left) in zip(numbers, unpacked, strict=True):
-            rest[number] = left
-    return keys.flatten(1, 2), values.flatten(1, 2), rest
+        given = None if references is None else references.take(index)
+        bodies = [memoryview(payloads[number])[head:] for number in numbers]
+        made = _decode_level(bodies, layout, positions[index], transform, given, level)
+        if len(levels) == 1:
+            return made
+        pages.put(numbers, made)
+    return pages
 
 
-def kept_tokens(positions: Tensor, layout: Layout) -> Tensor:
-    """Which tokens are sent as they are, bool `[n, t]`."""
-    return positions[:, None] + torch.arange(layout.block_size) < KEPT_TOKENS
+def _decode_level(
+    bodies: Sequence[memoryview],
+    layout: Layout,
+    positions: Tensor,
+    transform: Transform,
+    references: Pages | None,
+    level: int,
+) -> Pages:
+    share = step_share(level)
+    plan, size = transform.plan(share), layout.block_size
+    by_reference, bodies = _unpacked_mask(bodies, size) if references is not None else (None, bodies)
+    steps = np.empty((len(bodies), len(plan.order), size), np.int16)
+    rest = each(lambda number: unpack_integers(bodies[number], steps[number], plan.bands), range(len(bodies)))
+    rows = _restore(steps, Prediction(transform, references, by_reference), plan, share)
+    pages = Pages.empty(layout, positions)
+    turning = Turning(transform.rotary, positions_of(pages).flatten())
+    for layer, keys in enumerate(pages.keys):
+        tokens = keys.flatten(0, 1)
+        tokens.copy_(turning(layer, next(rows).view(tokens.shape)))
+    for values in pages.values:
+        values.copy_(next(rows).view_as(values))
+    put_first_tokens(pages, references, rest)
+    return pages
 
 
-def put_first_tokens(pages: Pages, rest: Sequence[memoryview]) -> None:
-    """Write the first tokens of a text, as they were sent, into `pages`. Raises BadInput if they were not."""
-    layout = pages.layout
-    for number, (chosen, data) in enumerate(zip(kept_tokens(pages.positions, layout), rest, strict=True)):
-        count = int(chosen.sum())
-        if not count:
-            if len(data):
-                raise BadInput("a page holds more than it should")
-            continue
-        share = count * layout.page_nbytes // layout.block_size
-        content = torch.from_numpy(unpack_floats(data, share, layout.dtype.itemsize))
-        cut = layout.key_numbers // layout.block_size * count * layout.dtype.itemsize
-        for side, part in ((pages.keys, content[:cut]), (pages.values, content[cut:])):
-            numbers = part.contiguous().view(layout.dtype)
-            side[:, number, chosen] = numbers.view(layout.layers, count, layout.heads, side.shape[-1])
+def _quantise(rows: Iterator[Tensor], prediction: Prediction, plan: Plan, share: float, kept: Tensor) -> Tensor:
+    """Whole steps, int16 `[n, components, t]` in the order of the plan; 0 for tokens that are kept.
 
-
-def _first_tokens(pages: Pages, number: int, chosen: Tensor) -> bytes:
-    if not chosen.any():
-        return b""
-    sides = [side[:, number, chosen].contiguous().view(torch.uint8).flatten() for side in (pages.keys, pages.values)]
-    return pack_floats(torch.cat(sides).numpy(), pages.layout.dtype.itemsize)
-
-
-def _quantise(keys: Tensor, values: Tensor, transform: Transform, plan: Plan, share: float) -> Tensor:
-    """Whole steps, int16 `[components, n * t]`."""
-    made = torch.empty(len(plan.order), keys.shape[1], dtype=torch.int16)
+    What is not a number becomes any number: such a page is within no bound.
+    """
+    n, size = kept.shape
+    made = torch.empty(n, len(plan.order), size, dtype=torch.int16)
     start = 0
-    for (basis, unit), numbers, width in zip(transform.layers, (*keys, *values), plan.widths, strict=True):
-        steps = ((basis[:, :width] / (unit * share)).T @ numbers.T).round_()
-        made[start : start + width] = steps.nan_to_num_(0.0).clamp_(-LARGEST, LARGEST).to(torch.int16)
+    for numbers, expected, (basis, unit), width in zip(
+        rows, prediction.rows(), prediction.transform.layers, plan.widths, strict=True
+    ):
+        chosen, scale = basis[:, :width].T, 1 / (float(unit) * share)
+        if expected.dim() == 2:
+            numbers, expected = numbers - expected, torch.zeros_like(expected[0])
+        steps = torch.addmm((chosen @ expected)[:, None], chosen, numbers.T, beta=-scale, alpha=scale)
+        steps.round_().clamp_(-LARGEST, LARGEST)
+        made[:, start : start + width] = steps.view(width, n, size).transpose(0, 1)
         start += width
-    return made
+    ordered = made.index_select(1, plan.order)
+    if kept.any():
+        ordered.masked_fill_(kept[:, None], 0)
+    return ordered
 
 
-def _restore(steps: Tensor, layout: Layout, transform: Transform, plan: Plan, share: float) -> tuple[Tensor, Tensor]:
-    """From whole steps `[n, components, t]`, in the order of the plan, to K and V `[layers, n, t, D]`."""
-    n, size = len(steps), layout.block_size
-    found = torch.empty_like(steps)
-    found[:, plan.order] = steps
-    numbers = found.transpose(0, 1).reshape(-1, n * size)
-    made: list[Tensor] = []
+def _restore(steps: NDArray[np.int16], prediction: Prediction, plan: Plan, share: float) -> Iterator[Tensor]:
+    """From whole steps `[n, components, t]`, in the order of the plan, to what `rows_of` would give."""
+    found = torch.from_numpy(steps).index_select(1, plan.place).transpose(0, 1)
     start = 0
-    for (basis, unit), width in zip(transform.layers, plan.widths, strict=True):
-        steps_to_numbers = basis[:, :width] * (unit * share)
-        made.append((steps_to_numbers @ numbers[start : start + width].float()).T.reshape(n, size, -1))
+    for expected, (basis, unit), width in zip(prediction.rows(), prediction.transform.layers, plan.widths, strict=True):
+        numbers = found[start : start + width].to(torch.float32, memory_format=torch.contiguous_format)
+        yield torch.addmm(
+            expected, numbers.view(width, found[0].numel()).T, basis[:, :width].T, alpha=float(unit) * share
+        )
         start += width
-    return torch.stack(made[: layout.layers]), torch.stack(made[layout.layers :])
 
 
-def _pack(page: NDArray[np.int16], plan: Plan) -> bytes:
-    """`page [components, t]`, in the order of the plan."""
-    parts, start = [], 0
-    for band in plan.bands:
-        parts.append(pack_integers(page[start : start + band].reshape(-1)))
-        start += band
-    return b"".join(parts)
+def _packed_mask(by_reference: Tensor | None, count: int) -> list[bytes]:
+    if by_reference is None:
+        return [b""] * count
+    return [page.tobytes() for page in np.packbits(by_reference.numpy(), axis=1)]
 
 
-def _unpack(data: memoryview, plan: Plan, block_size: int) -> tuple[NDArray[np.int16], memoryview]:
-    parts = []
-    for band in plan.bands:
-        numbers, data = unpack_integers(data, band * block_size)
-        parts.append(numbers.reshape(band, block_size))
-    return np.concatenate(parts), data
+def _unpacked_mask(bodies: Sequence[memoryview], size: int) -> tuple[Tensor, list[memoryview]]:
+    """Which tokens are predicted by a reference, bool `[n, size]`, and what comes behind that."""
+    nbytes = -(-size // 8)
+    if any(len(body) < nbytes for body in bodies):
+        raise BadInput("a page that is a difference ends too early")
+    bits = np.stack([np.frombuffer(body[:nbytes], np.uint8) for body in bodies])
+    mask = np.unpackbits(bits, axis=1, count=size).astype(bool)
+    return torch.from_numpy(mask), [body[nbytes:] for body in bodies]

@@ -53,12 +53,15 @@ def decode(messages: Sequence[bytes], layout: Layout, positions: Tensor, aids: A
     """
     if not isinstance(messages, Sequence) or not isinstance(positions, Tensor) or len(messages) != len(positions):
         raise BadInput("as many messages as positions are needed, the positions as a tensor")
-    pages = Pages.empty(layout, positions)
     chosen: dict[int, list[int]] = {}
     for number, message in enumerate(messages):
         if not message or message[0] not in _BY_NUMBER:
-            raise BadInput("a page of an unknown codec; a newer jointkv may have written it")
+            raise BadInput("a page of an unknown codec; a newer or an older jointkv may have written it")
         chosen.setdefault(message[0], []).append(number)
+    if len(chosen) == 1:
+        (code,) = chosen
+        return _BY_NUMBER[code].decode([message[1:] for message in messages], layout, positions, aids)
+    pages = Pages.empty(layout, positions)
     for code, numbers in chosen.items():
         index = torch.tensor(numbers)
         references = aids.references if code in NEEDS_REFERENCE else None

@@ -7,7 +7,7 @@ layer, a principal component analysis over all heads (as in KVTC, arXiv 2511.018
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from jointkv.attention.rotary import Rotary
+from jointkv.attention.rotary import Rotary, Turning
 from jointkv.codec.pages import Layout, Pages
 from jointkv.errors import BadInput, ModelMismatch
 from jointkv.system.files import replace_tensors
@@ -56,11 +56,13 @@ class Plan:
     Attributes:
         widths: components of each layer that take part: K of all layers, then V of all layers.
         order: of the components, all layers in a row, `[sum of widths]` long.
+        place: of each component in that order.
         bands: how many of them are packed together each time.
     """
 
     widths: tuple[int, ...]
     order: Tensor
+    place: Tensor
     bands: tuple[int, ...]
 
 
@@ -91,8 +93,8 @@ class Transform:
         counted = positions_of(samples) >= KEPT_TOKENS
         if int(counted.sum()) < 2:
             raise BadInput("a transform is fitted to more tokens than these")
-        keys, values = turned_back(samples, rotary)
-        key, value = (_fit_side(numbers[:, counted.flatten()]) for numbers in (keys, values))
+        rows = [numbers[counted.flatten()] for numbers in rows_of(samples, rotary)]
+        key, value = (_fit_side(torch.stack(side)) for side in (rows[: len(rotary)], rows[len(rotary) :]))
         return cls(tuple(rotary), key, value)
 
     def weighted(self, weights: Tensor) -> Transform:
@@ -134,7 +136,9 @@ class Transform:
         widths = tuple(int((row >= LEAST).sum()) for row in rows)
         spread = torch.cat([row[:width] for row, width in zip(rows, widths, strict=True)])
         band = torch.bucketize(spread, torch.tensor(EDGES))
-        return Plan(widths, band.argsort(stable=True), tuple(band.bincount(minlength=len(EDGES) + 1).tolist()))
+        order = band.argsort(stable=True)
+        bands = band.bincount(minlength=len(EDGES) + 1)
+        return Plan(widths, order, order.argsort(), tuple(bands.tolist()))
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"rotary.{index}": rotary.frequencies for index, rotary in enumerate(self.rotary)}
@@ -188,12 +192,13 @@ def positions_of(pages: Pages) -> Tensor:
     return pages.positions[:, None] + torch.arange(pages.keys.shape[2])
 
 
-def turned_back(pages: Pages, rotary: Sequence[Rotary]) -> tuple[Tensor, Tensor]:
-    """K as at position 0 and V, float32 `[layers, n * t, D]` each."""
-    shift = -positions_of(pages).flatten()
-    keys = pages.keys.float().flatten(1, 2)
-    turned = torch.stack([layer.turn(side, shift) for layer, side in zip(rotary, keys, strict=True)])
-    return turned.flatten(2), pages.values.float().flatten(1, 2).flatten(2)
+def rows_of(pages: Pages, rotary: Sequence[Rotary]) -> Iterator[Tensor]:
+    """K of every layer as at position 0, then V of every layer, float32 `[n * t, D]` each; not to be written to."""
+    turning = Turning(rotary, -positions_of(pages).flatten())
+    for layer, keys in enumerate(pages.keys):
+        yield turning(layer, keys.float().flatten(0, 1)).flatten(1)
+    for values in pages.values:
+        yield values.float().flatten(0, 1).flatten(1)
 
 
 def _fit_side(numbers: Tensor) -> Side:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jointkv.attention.rotary import Rotary
+from jointkv.attention.rotary import Rotary, Turning
 from jointkv.codec.pages import Pages
 from jointkv.codec.transform import Transform
 from jointkv.errors import BadInput
@@ -15,7 +15,8 @@ from jointkv.errors import BadInput
 
 def turn_pages(keys: Tensor, shift: Tensor, rotary: Sequence[Rotary]) -> Tensor:
     """Keys `[layers, n, t, h, d]`, each page turned on by `shift [n]` tokens."""
-    return torch.stack([layer.turn(side, shift) for layer, side in zip(rotary, keys, strict=True)])
+    turning = Turning(rotary, shift)
+    return torch.stack([turning(layer, side) for layer, side in enumerate(keys)])
 
 
 def moved(pages: Pages, positions: Tensor, transform: Transform | None) -> Pages:

@@ -202,11 +202,19 @@ def block_errors(blocks: Tensor, read: Tensor, block_size: int, aggregate: Layer
 
     See `aggregate_errors` for `aggregate` and for what is returned.
     """
+    return aggregate_errors(*squared_errors(blocks, read, block_size), aggregate)
+
+
+def squared_errors(blocks: Tensor, read: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Squared norms `[..., tokens]` of what `read` differs by from `blocks`, both `[..., r]`, and of `blocks`.
+
+    In float32; `read` is overwritten. Infinite where a token of zeros is read as another.
+    """
     tokens = blocks.unflatten(-1, (block_size, -1))
     apart = read.sub_(blocks).unflatten(-1, (block_size, -1))
     norm = _squares(tokens)
     difference = lift_lost(_squares(apart), norm, apart)
-    return aggregate_errors(difference.masked_fill((norm < TINY) & (difference > 0), torch.inf), norm, aggregate)
+    return difference.masked_fill_((norm < TINY) & (difference > 0), torch.inf), norm
 
 
 def lift_lost(difference: Tensor, norm: Tensor, apart: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ from jointkv.errors import BadInput, LayoutError, PoolFull, UnsupportedUse
 from jointkv.hf import saving
 from jointkv.hf.paged_cache import PagedCache
 from jointkv.hf.pool import JointPool
-from jointkv.hf.prefill import Forward, PrefillResult, prefill_rows, prompts_of
+from jointkv.hf.prefill import prefill_rows, prompts_of
+from jointkv.hf.prefill_result import PrefillResult
+from jointkv.hf.row_steps import Forward
 from jointkv.hf.saving import FromFile
 from jointkv.system.values import check_whole
 

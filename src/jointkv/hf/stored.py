@@ -81,11 +81,7 @@ def fit_transform(model: PreTrainedModel, texts: Sequence[Sequence[int]], block_
     samples = [prefill_pages(model, text, block_size, torch.float32) for text in texts if len(text) >= block_size]
     if not samples:
         raise BadInput(f"no text fills a block of {block_size} tokens")
-    joined = Pages(
-        torch.cat([pages.keys for pages in samples], 1),
-        torch.cat([pages.values for pages in samples], 1),
-        torch.cat([pages.positions for pages in samples]),
-    )
+    joined = Pages.joined(samples)
     return Transform.fit(joined, rotary_of(model, range(joined.layout.layers)))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jointkv.errors import BadInput
 
@@ -25,7 +26,7 @@ class Named:
 
     Attributes:
         address: of the block behind all that stands before it, 32 bytes.
-        text: of its own tokens, whatever stands before, 16 bytes.
+        text: of its own tokens, whatever stands before, 16 bytes; of a prompt's first block see `text_of`.
     """
 
     address: bytes
@@ -59,9 +60,10 @@ class Names:
         ids = given.astype("<i8")
         named = []
         for start in range(0, len(ids) - block_size + 1, block_size):
-            block = ids[start : start + block_size].tobytes()
-            before = self._hash(before + block, b"jointkv.block", ADDRESS_BYTES)
-            named.append(Named(before, self._hash(block, b"jointkv.text", TEXT_BYTES)))
+            block = ids[start : start + block_size]
+            text = self._hash(text_of(block, before == FIRST).tobytes(), b"jointkv.text", TEXT_BYTES)
+            before = self._hash(before + block.tobytes(), b"jointkv.block", ADDRESS_BYTES)
+            named.append(Named(before, text))
         return named
 
     @property
@@ -71,6 +73,14 @@ class Names:
 
     def _hash(self, data: bytes, person: bytes, size: int) -> bytes:
         return hashlib.blake2b(data, key=self._key, digest_size=size, person=person).digest()
+
+
+def text_of(block: NDArray[np.int64], beginning: bool) -> NDArray[np.int64]:
+    """The tokens by which a page is found that may stand for a block, or be what it is a difference to.
+
+    Of the first block of a prompt its first token: headers that begin alike are often alike but for a number or a date.
+    """
+    return block[:1] if beginning else block
 
 
 def plain(key: Hashable) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from jointkv.codec.base import Aids
+from jointkv.codec.base import QUANTISED_FORMAT, Aids
 from jointkv.codec.choose import Bound, Chooser
 from jointkv.codec.pages import Layout, Pages
 from jointkv.codec.registry import NEEDS_REFERENCE, decode
@@ -42,7 +42,8 @@ class PageStore:
         model: a fingerprint of the weights, such as `jointkv.hf.identity.model_fingerprint`.
         layout: of pages. Those of another model, layout or tenant are not found.
         isolation: the tenant's key.
-        bound: what stored pages keep; `Bound(0, 0)` asks for equal bytes.
+        bound: what stored pages keep; `Bound(0, 0)` asks for equal bytes. Pages of another bound, or that an earlier
+            jointkv quantised into other bytes, are not found.
         transform: of the model; the store keeps it for others. Without one, pages are stored without loss.
 
     Raises:
@@ -65,6 +66,8 @@ class PageStore:
             raise BadInput(f"pages need a store and a layout, not {given}: PageStore(Store(folder), model, layout)")
         self._store, self.layout = store, layout
         fingerprint = f"{model}/{layout.fingerprint}/{bound.block:g}/{bound.token:g}"
+        if bound.block > 0:
+            fingerprint += f"/{QUANTISED_FORMAT}"
         self._names = Names(store.secret, fingerprint, isolation)
         shared = Names(store.secret, f"{model}/{layout.fingerprint}")
         file = store.folder / TRANSFORMS / f"{shared.transform}.safetensors"
@@ -151,7 +154,7 @@ class PageStore:
         return decode([record.payload for record in records], self.layout, positions, Aids(self.transform))
 
     def _references(self, blocks: Sequence[Named], pages: Pages) -> tuple[list[bytes], Pages | None, torch.Tensor]:
-        """For each block the address of a stored page of the same text, that page, and whether there is one."""
+        """For each block the address of a stored page like it, see `text_of`, that page, and whether there is one."""
         same = self._store.with_texts([block.text for block in blocks])
         bases = [NO_BASE if r is None else r.address if r.base == NO_BASE else r.base for r in same]
         wanted = sorted(set(bases) - {NO_BASE})

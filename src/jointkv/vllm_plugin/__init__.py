@@ -30,7 +30,8 @@ def engine_args(beside: Sequence[dict[str, Any]] = (), **options: Any) -> dict[s
 
     Returns:
         `kv_transfer_config`, `worker_cls`, `logits_processors` (to which others may be added) and, where the options
-        reuse, have a store, or others stand beside, `scheduler_cls`: for `vllm.LLM` or `vllm.EngineArgs`.
+        reuse, have a store or write directions, or others stand beside, `scheduler_cls`: for `vllm.LLM` or
+        `vllm.EngineArgs`.
 
     Raises:
         BadInput, InvalidPolicy: see `PluginSettings.parse`; or `beside` is something else, or a store is to be there.
@@ -61,7 +62,8 @@ def engine_args(beside: Sequence[dict[str, Any]] = (), **options: Any) -> dict[s
 def arguments_for(device: str, options: dict[str, Any]) -> dict[str, Any]:
     """`engine_args` for `device`, `"cpu"` or `"gpu"`, with options already checked. Imports no vllm."""
     settings = PluginSettings.parse(options)
-    scheduler = {"scheduler_cls": SCHEDULER} if settings.reuses or settings.store is not None else {}
+    needed = settings.reuses or settings.store is not None or settings.writes_directions
+    scheduler = {"scheduler_cls": SCHEDULER} if needed else {}
     transfer = LOADS if settings.store is not None else {"kv_role": "kv_producer"}
     return {
         **scheduler,

@@ -13,7 +13,7 @@ from jointkv.evaluate.calibrate.settings import CalibrationSettings
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.identity import model_identity
 from jointkv.hf.pool import JointPool
-from jointkv.hf.prefill import RowPrefill
+from jointkv.hf.prefill_result import RowPrefill
 from jointkv.hf.reuse import ReuseOptions
 from jointkv.policy.profile import Target
 from jointkv.policy.reuse import ReuseRule

@@ -19,10 +19,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from jointkv.vllm_plugin.engine.opt_out import RequestCheck
-from jointkv.vllm_plugin.metrics import LEFT_ALONE
-from jointkv.vllm_plugin.scheduler.intakes import Helper
-from jointkv.vllm_plugin.scheduler.requests import TrackedRequest, isolation_key, left_alone
-from jointkv.vllm_plugin.scheduler.side import SchedulerSide, logger
+from jointkv.vllm_plugin.scheduler.requests import TrackedRequest, isolation_key
+from jointkv.vllm_plugin.scheduler.side import SchedulerSide
 from jointkv.vllm_plugin.settings import PluginSettings
 from tests.effort import fuzz_settings
 from tests.vllm_plugin.census import Census
@@ -103,73 +101,6 @@ def test_no_coarser_than_the_prefix_cache(first: Identity, second: Identity, dif
     ours, theirs = new_request(first), new_request(second)
     if isolation_key(ours) == isolation_key(theirs):
         assert ours.block_hashes == theirs.block_hashes
-
-
-@pytest.mark.parametrize(
-    ("extra", "more", "expected"),
-    [
-        (None, {}, None),
-        ({"jointkv": True}, {}, None),
-        ({"jointkv": " No "}, {}, "opted_out"),
-        ({"jointkv": "nonsense"}, {}, "not_understood"),
-        (None, {"prompt_embeds": torch.zeros(len(TOKENS), 8)}, "not_tokens"),
-        (None, {"prompt_embeds": torch.zeros(len(TOKENS), 8), "prompt_token_ids": None}, "not_tokens"),
-        (None, {"resumable": True}, "not_tokens"),
-    ],
-)
-def test_who_is_left_alone(extra: dict[str, Any] | None, more: dict[str, Any], expected: str | None) -> None:
-    assert left_alone(new_request({}, extra=extra, **more)) == expected
-
-
-def test_log_probabilities_of_a_prompt_are_moved_only_where_the_client_agrees() -> None:
-    for extra, expected in ((None, "prompt_logprobs"), ({"jointkv": "on"}, None), ({"jointkv": 0}, "opted_out")):
-        request = new_request({}, extra=extra)
-        assert request.sampling_params is not None
-        request.sampling_params.logprobs = 5
-        assert left_alone(request) == (expected if expected == "opted_out" else None)
-        request.sampling_params.prompt_logprobs = 0
-        assert left_alone(request) == expected
-
-
-@pytest.mark.parametrize(
-    ("settings", "computed", "reason"),
-    [
-        ({}, 4 * BLOCK, "pool_usage"),
-        ({}, BLOCK - 1, "short"),
-        ({}, 0, None),  # it ended before it began
-        ({"isolation": "strict"}, 4 * BLOCK, "no_salt"),
-        ({"min_pool_usage": 0.0}, 4 * BLOCK, None),
-        ({"reuse": "licensed"}, 4 * BLOCK, "pool_usage"),
-    ],
-)
-def test_why_nothing_was_tried_is_counted_and_logged_once(
-    settings: dict[str, Any], computed: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    manager = new_manager()
-    side = SchedulerSide(PluginSettings(**settings), manager, (0,))
-    said: list[str] = []
-    monkeypatch.setattr(logger, "info", lambda line, *values: said.append(line % values))
-    for number in range(2):
-        request = new_request({}, f"request-{number}")
-        side.admit(request)
-        begun = start(manager, request)
-        if computed >= BLOCK:
-            side.next_inquiry(step_of([begun]))
-        request.num_computed_tokens = computed
-        side.dismiss(request.request_id)
-    assert side.totals()["left_alone"] == ({} if reason is None else {reason: 2})
-    assert len(said) == (reason is not None) and all(LEFT_ALONE[reason or ""] in line for line in said)
-    assert reason != "pool_usage" or "min_pool_usage is 0.5, and 0 shows" in said[0]
-    report = side.report()
-    assert report is not None and report.data["left_alone"] == side.totals()["left_alone"]
-
-
-def test_the_plugins_own_requests_are_not_counted_as_left_alone() -> None:
-    side = SchedulerSide(PluginSettings(reuse="probed"), new_manager(), (0,))
-    helper = new_request({}, "gap", {"jointkv": False})
-    side.helpers["gap"] = Helper(helper, "request", 1)
-    side.admit(helper)
-    assert not side.totals()["left_alone"]
 
 
 def test_text_is_hashed_once_and_a_restart_keeps_what_was_found_again() -> None:

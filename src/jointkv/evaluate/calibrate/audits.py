@@ -13,7 +13,7 @@ from jointkv.evaluate.progress import Progress
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
-from jointkv.hf.prefill import RowPrefill
+from jointkv.hf.prefill_result import RowPrefill
 from jointkv.hf.reuse import ReuseOptions
 from jointkv.policy import FusionPolicy
 from jointkv.policy.profile import ReuseEvidence

@@ -18,7 +18,7 @@ from jointkv.evaluate.holding.work import Work, all_computed, prefill_flops
 from jointkv.evaluate.traffic.base import Request
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
-from jointkv.hf.prefill import RowPrefill
+from jointkv.hf.prefill_result import RowPrefill
 from jointkv.hf.reuse import ReuseOptions
 from jointkv.policy import FusionPolicy
 from jointkv.policy.rule import Rule

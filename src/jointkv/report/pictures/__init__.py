@@ -14,6 +14,7 @@ from jointkv.errors import BadInput
 from jointkv.report.figure import png, style
 from jointkv.report.pictures.advice import AdvicePicture
 from jointkv.report.pictures.base import Picture
+from jointkv.report.pictures.codec_rates import RatesOfCodecs
 from jointkv.report.pictures.frontier import Frontier
 from jointkv.report.pictures.influence import InfluenceOfAttackers
 from jointkv.report.pictures.kl_against_bytes import KLAgainstBytes
@@ -55,6 +56,7 @@ PICTURES: tuple[Picture[Any], ...] = (
     AdvicePicture(),
     Frontier(),
     LongRuns(),
+    RatesOfCodecs(),
 )
 FORMATS: tuple[type[BaseModel], ...] = tuple(dict.fromkeys(picture.reads for picture in PICTURES))
 

@@ -1,4 +1,4 @@
-"""What a client says of sharing, with the extra argument `jointkv` of a request, and where it is refused."""
+"""Who takes part in sharing: what a client says, with the extra argument `jointkv` of a request, and what cannot."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
@@ -31,6 +32,24 @@ def choice(extra: dict[str, Any] | None) -> bool | None:
     if word in NO:
         return False
     raise BadInput(f"the extra argument {OPT_OUT!r} is neither true nor false")
+
+
+def left_alone(request: Request) -> str | None:
+    """Why `request` takes no part, one of `metrics.LEFT_ALONE`; None if it does."""
+    params = request.sampling_params
+    try:
+        wish = choice(params.extra_args if params is not None else None)
+    except BadInput:
+        return "not_understood"  # an engine that was not started with `engine_args` may let it through
+    if wish is False:
+        return "opted_out"
+    scored = params is not None and (params.prompt_logprobs, params.prompt_logprob_token_ids) != (None, None)
+    if scored and not wish:
+        return "prompt_logprobs"
+    # Its blocks can be told apart by their tokens alone.
+    if request.prompt_embeds is not None or request.prompt_token_ids is None or request.resumable:
+        return "not_tokens"
+    return None
 
 
 class RequestCheck(LogitsProcessor, LogitsProcessorV2):

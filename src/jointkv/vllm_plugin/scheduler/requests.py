@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 from vllm.v1.request import Request
 
 from jointkv.core.evidence import Echoes, standing
-from jointkv.errors import BadInput
 from jointkv.fusion.signature import token_hashes
-from jointkv.vllm_plugin.engine.opt_out import choice
+from jointkv.vllm_plugin.engine.opt_out import left_alone
 from jointkv.vllm_plugin.scheduler.evidence import Audit
-from jointkv.vllm_plugin.settings import PluginSettings
 
 
 class IsolationKey(NamedTuple):
@@ -158,34 +156,6 @@ class Requests:
         """All that run now, for good."""
         self.left_alone.update(self.active)
         self.active = {}
-
-
-def left_alone(request: Request) -> str | None:
-    """Why `request` takes no part, one of `metrics.LEFT_ALONE`; None if it does."""
-    params = request.sampling_params
-    try:
-        wish = choice(params.extra_args if params is not None else None)
-    except BadInput:
-        return "not_understood"  # an engine that was not started with `engine_args` may let it through
-    if wish is False:
-        return "opted_out"
-    scored = params is not None and (params.prompt_logprobs, params.prompt_logprob_token_ids) != (None, None)
-    if scored and not wish:
-        return "prompt_logprobs"
-    # Its blocks can be told apart by their tokens alone.
-    if request.prompt_embeds is not None or request.prompt_token_ids is None or request.resumable:
-        return "not_tokens"
-    return None
-
-
-def passed_over(tracked: TrackedRequest, settings: PluginSettings) -> str | None:
-    """Why no block of a request that took part and has ended was fused or tried, likewise; None if one was."""
-    request = tracked.request
-    if tracked.tried or not request.num_computed_tokens:
-        return None
-    if settings.isolation == "strict" and not request.cache_salt:
-        return "no_salt"
-    return "short" if request.num_computed_tokens < tracked.block_size else "pool_usage"
 
 
 def isolation_key(request: Request) -> IsolationKey:

@@ -19,35 +19,30 @@ from vllm.v1.request import Request, RequestStatus
 from jointkv.errors import IntegrityError
 from jointkv.policy.reuse import ReuseRule
 from jointkv.store.folder import Store
+from jointkv.vllm_plugin.engine.opt_out import left_alone
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Inquiry, Verdict, patience
-from jointkv.vllm_plugin.metrics import LEFT_ALONE, JointStats, LicenceGauges, Statistics
+from jointkv.vllm_plugin.metrics import JointStats, LicenceGauges, Statistics
 from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.candidates import Candidates
 from jointkv.vllm_plugin.scheduler.directions import Directions
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.fusion import Fusion
-from jointkv.vllm_plugin.scheduler.intakes import Helper
+from jointkv.vllm_plugin.scheduler.intakes import Helped, Helper
+from jointkv.vllm_plugin.scheduler.left_alone import LeftAlone
 from jointkv.vllm_plugin.scheduler.licences import Licences, audits_of_profile, first_licences
 from jointkv.vllm_plugin.scheduler.page_readers import PageReaders
 from jointkv.vllm_plugin.scheduler.questions import Questions
 from jointkv.vllm_plugin.scheduler.recovery import Recovery
-from jointkv.vllm_plugin.scheduler.requests import Requests, left_alone, passed_over
+from jointkv.vllm_plugin.scheduler.requests import Requests
 from jointkv.vllm_plugin.scheduler.reuse import Reuse
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
 from jointkv.vllm_plugin.scheduler.stored import StoredText
 from jointkv.vllm_plugin.settings import PluginSettings
 
 logger = init_logger(f"vllm.{__name__}")
-
-ADVICE = {
-    "pool_usage": "; min_pool_usage is {min_pool_usage:g}, and 0 shows on a quiet server what could be shared",
-    "short": "; a block has {block_size} tokens, see --block-size",
-    "prompt_logprobs": "; with the extra argument jointkv=true it takes part",
-}
-"""By reason of `LEFT_ALONE`, where there is something to do."""
 
 UNBOUNDED = (
     "%s, accepted by accept_unbounded=true: requests of one isolation key read K and V of each other's text wherever "
@@ -108,14 +103,21 @@ class SchedulerSide:
         self.readers = PageReaders(self.tables)
         block_size = self.tables.groups[groups[0]].block_size
         self.requests = Requests(block_size)
+        self.left_alone = LeftAlone(settings, block_size, self.statistics)
         layers = len(manager.kv_cache_config.kv_cache_groups[groups[0]].layer_names)
         self.bounds = Bounds(settings, groups, self.statistics, settings.skip_first_layers // layers)
         self.candidates = Candidates(settings, self.tables, groups, self.requests, self.bounds, self.statistics)
         self.sharing = Sharing(self.tables, block_size)
         evidence, residents = audits_of_profile(settings), self.candidates.residents
         self.licences = Licences(first_licences(settings, evidence), self.statistics)
+        self.stored: StoredText | None = None
+        if settings.store is not None and stored_model is not None:
+            store, strict = Store(settings.store), settings.isolation == "strict"
+            self.stored = StoredText(store, stored_model, self.tables, self.requests, self.statistics, strict)
         rule = ReuseRule() if evidence is None else evidence.rule
-        self.reuse = Reuse(settings, rule, residents, self.requests, self.sharing, self.licences, self.statistics)
+        self.reuse = Reuse(
+            settings, rule, residents, self.requests, self.sharing, self.licences, self.statistics, self.stored
+        )
         audits = Audits(rule, residents, self.licences)
         directions = None
         if settings.writes_directions:
@@ -124,13 +126,11 @@ class SchedulerSide:
             self.candidates, self.bounds, self.sharing, audits, self.statistics, settings.signs, directions
         )
         self.questions = Questions(self.bounds, self.statistics, patience(batches), settings.signature_size)
-        self.stored: StoredText | None = None
-        if settings.store is not None and stored_model is not None:
-            store, strict = Store(settings.store), settings.isolation == "strict"
-            self.stored = StoredText(store, stored_model, self.tables, self.requests, self.statistics, strict)
         self.beside_others = False
-        self._helped: list[tuple[str, int]] = []
+        self._helped: list[Helped] = []
+        self._loading: list[tuple[Request, int]] = []
         self._found: dict[str, int] = {}
+        self._started_with: dict[str, int] = {}
         self._groups, self._ranks = groups, ranks
         self._step = 0
         logger.info(
@@ -170,10 +170,10 @@ class SchedulerSide:
         if not self.enabled:
             return
         tracked = self.requests.admit(request)
-        if tracked is None:
-            self._leave_alone(request.request_id, left_alone(request))
-        elif self.settings.reuses:
+        if tracked is not None and self.settings.reuses:
             tracked.audit = Audit()
+        elif tracked is None and request.request_id not in self.helpers:
+            self.left_alone.count(left_alone(request))
 
     @fail_safe
     def prepare(self, scheduler: Scheduler) -> Request | None:
@@ -214,9 +214,17 @@ class SchedulerSide:
 
         By the workers or by a load: `loaded` tokens from the store, or what another connector has found.
         """
-        found = self._found.pop(request.request_id, request.num_computed_tokens)
+        found = self._found.pop(request.request_id, None)
+        if found is None:  # what was loaded is there, and the request goes on
+            found = request.num_computed_tokens
+        else:
+            self._started_with[request.request_id] = found
         if self.stored is not None:
             self.stored.allocate(request, pages[0], found, loaded)
+        helper = self.helpers.get(request.request_id)
+        if helper is not None and loaded:
+            helper.loads = True
+            self._loading.append((request, found))
         self.candidates.forget_given(pages, found, self._step + 1)
 
     @property
@@ -228,10 +236,15 @@ class SchedulerSide:
         """See `Helpers.of`."""
         return self.reuse.sent.of(request_ids)
 
-    def take_helped(self) -> list[tuple[str, int]]:
-        """Requests that the last step starts, and tokens that helpers have computed for them; once."""
+    def take_helped(self) -> list[Helped]:
+        """What helpers have brought for requests that the last step starts; once."""
         helped, self._helped = self._helped, []
         return helped
+
+    def take_loading(self) -> list[tuple[Request, int]]:
+        """Helpers that begin to load, and tokens that each of them has found; once."""
+        loading, self._loading = self._loading, []
+        return loading
 
     def next_inquiry(self, output: SchedulerOutput) -> Inquiry:
         """What the workers shall do in the step that `output` describes.
@@ -241,6 +254,10 @@ class SchedulerSide:
         """
         self._step += 1
         inquiry = Inquiry(self._step, self.sharing.take_remaps(), fills=self.reuse.fills.take())
+        for name, computed in started(output):
+            found = self._started_with.pop(name, computed)
+            if found < computed:
+                inquiry.found[name] = found
         self._write_directions(inquiry)
         self._ask(inquiry, output)
         if self.stored is not None:
@@ -260,6 +277,12 @@ class SchedulerSide:
         if self.settings.check_integrity:
             self.check_integrity()
 
+    @fail_safe
+    def note_loaded(self, request_ids: Iterable[str]) -> None:
+        """The loads of requests have ended, well or not."""
+        if self.stored is not None:
+            self.stored.note_loaded(request_ids)
+
     def hear(self, report: Any) -> None:
         """Take note of a worker's report, where there is one: it may have given the store up."""
         counters = report.data.get("counters", {}) if isinstance(report, JointStats) else {}
@@ -270,8 +293,9 @@ class SchedulerSide:
     def dismiss(self, request_id: str) -> None:
         """Forget a request that has finished or was aborted. Its pages stay resident until they are reused."""
         if request_id in self.requests.active:
-            self._leave_alone(request_id, passed_over(self.requests.active[request_id], self.settings))
-        self._found.pop(request_id, None)
+            self.left_alone.count_ended(self.requests.active[request_id])
+        for known in (self._found, self._started_with):
+            known.pop(request_id, None)
         if self.stored is not None:
             self.stored.dismiss(request_id)
         self.reuse.ended(request_id)
@@ -282,6 +306,12 @@ class SchedulerSide:
             self.fusion.conclude([tracked])
         if self.fusion.directions is not None:
             self.fusion.directions.dismiss(request_id)
+
+    @fail_safe
+    def let_go(self) -> None:
+        """Give back pages that are held for directions; they are planned anew for blocks that come together again."""
+        if self.fusion.directions is not None:
+            self.fusion.directions.start_anew()
 
     @fail_safe
     def reset(self) -> None:
@@ -349,16 +379,6 @@ class SchedulerSide:
         self.candidates.forget_written(output, inquiry.step)
         questions = [*self.reuse.fills.questions(), *self.reuse.questions(output), *self.fusion.questions(output)]
         self.questions.ask(inquiry, questions, self.fusion.signing(), self.fusion.gatherings())
-
-    def _leave_alone(self, request_id: str, reason: str | None) -> None:
-        """Count a client's request that shared nothing; log the first for each reason, or an idle plugin looks dead."""
-        if reason is None or request_id in self.helpers:
-            return
-        if self.statistics.leave_alone(reason):
-            what_to_do = ADVICE.get(reason, "").format(
-                min_pool_usage=self.settings.min_pool_usage, block_size=self.requests.block_size
-            )
-            logger.info("jointkv shared nothing of a request: %s%s (logged once)", LEFT_ALONE[reason], what_to_do)
 
     def _end_strays(self, scheduler: Scheduler) -> None:
         stray = self.reuse.stray()
