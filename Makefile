@@ -94,7 +94,7 @@ nightly: setup setup-vllm
 	JOINTKV_TEST_STEPS=100000 $(BIN)/pytest --timeout=0 -m "hazard and not gpu" --hazards=$(HAZARDS)/core.json
 	JOINTKV_TEST_STEPS=100000 $(VLLM_BIN)/pytest --timeout=0 -m "(hazard or runs) and not gpu" --hazards=$(HAZARDS)/vllm.json \
 	  $(ENGINE_TESTS)
-	$(BIN)/python tests/hazards.py $(HAZARDS)/runs.json $(HAZARDS)/core.json $(HAZARDS)/vllm.json $(HAZARDS)/fuzz.json $(wildcard $(HAZARDS)/soak*.json)
+	$(BIN)/python tests/hazards.py $(HAZARDS)/directions.json $(HAZARDS)/runs.json $(HAZARDS)/core.json $(HAZARDS)/vllm.json $(HAZARDS)/fuzz.json $(wildcard $(HAZARDS)/soak*.json)
 
 # Every picture and table of README and docs, from the committed results.
 PLOTS := $(BIN)/jointkv report plots

@@ -3,7 +3,8 @@
 Run it in the environment with vLLM: `.venv-vllm/bin/python benchmarks/signature_search.py --output docs/results/bench`.
 A search is a product of a matrix and a vector, so its floor is the bytes of the matrix over the measured bandwidth of a
 copy. The engine part serves unrelated text, of which nothing can be shared within a bound, and text that is the same
-but for its first lines: with candidates by tokens, by both, and under the paper's policy.
+but for its first lines: with candidates by tokens, by both, and under the paper's policy. With `--waves` more unrelated
+text comes before it, of which fewer blocks are signed once nothing has been found for long.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=16, help="that arrive together, of each kind of text")
+    parser.add_argument("--waves", type=int, default=1, help="of unrelated text, one after the other")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of all arms")
     parser.add_argument("--searches", type=int, default=200, help="that are timed, of each size of bucket")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
@@ -58,15 +60,15 @@ def main() -> None:
     arguments = parser.parse_args()
     prepare_environment(2 << 30)
     if arguments.one:
-        tell(run(arguments.one, arguments.requests, arguments.turn))
+        tell(run(arguments.one, arguments.requests, arguments.waves, arguments.turn))
     speed = machine_speed(clock="processor")
     searches = [search(count, size, arguments.searches, speed) for size in SIZES for count in RESIDENT]
     turns = [(arm, turn) for turn in range(arguments.repeats) for arm in arguments.arms]
-    requests = str(arguments.requests)
+    sizes = "--requests", str(arguments.requests), "--waves", str(arguments.waves)
     served = [
         row
         for arm, turn in turns
-        for row in in_a_process_of_its_own(__file__, "--one", arm, "--requests", requests, "--turn", str(turn))
+        for row in in_a_process_of_its_own(__file__, "--one", arm, *sizes, "--turn", str(turn))
     ]
     result = {
         "prompt_tokens": PROMPT,
@@ -78,7 +80,10 @@ def main() -> None:
         "engines": served,
         "headline": {
             **{f"ms_{row['size']}_numbers_{row['resident']}": round(row["ms_in_turn"], 4) for row in searches},
-            **{f"{row['text']}, {row['arm']}, {row['turn']}": round(row["tokens_per_s"], 1) for row in served},
+            **{
+                f"{row['text']}, {row['arm']}, {row['turn']}.{row['wave']}": round(row["tokens_per_s"], 1)
+                for row in served
+            },
         },
     }
     write(arguments.output, "signature_search", result)
@@ -138,7 +143,7 @@ def search(count: int, size: int, repeats: int, speed: dict[str, float]) -> dict
     }
 
 
-def run(arm: str, requests: int, turn: int) -> list[dict[str, Any]]:
+def run(arm: str, requests: int, waves: int, turn: int) -> list[dict[str, Any]]:
     """One engine; `turn` chooses the text."""
     from jointkv.vllm_plugin import engine_args
 
@@ -149,18 +154,20 @@ def run(arm: str, requests: int, turn: int) -> list[dict[str, Any]]:
     engine = build("float32", requests, 1 + pages, max_model_len=PROMPT + OUT, **attached)
     text = corpus(engine.get_tokenizer())
     rows = []
-    for kind, prompts in texts(text, requests, turn).items():
-        rows.append({"arm": arm, "text": kind, "turn": turn, **serve(engine, prompts, groups)})
+    for kind, of_waves in texts(text, requests, waves, turn).items():
+        for wave, prompts in enumerate(of_waves):
+            rows.append({"arm": arm, "text": kind, "turn": turn, "wave": wave, **serve(engine, prompts, groups)})
         engine.reset_prefix_cache()
     return rows
 
 
-def texts(text: Sequence[int], requests: int, turn: int) -> dict[str, list[list[int]]]:
-    """Prompts cut from one long text: all of it different, or all but the first block the same."""
+def texts(text: Sequence[int], requests: int, waves: int, turn: int) -> dict[str, list[list[list[int]]]]:
+    """Prompts cut from one long text: waves that are all different, and one that is the same but for first blocks."""
     draw = random.Random(turn)
-    starts = [PROMPT * place for place in draw.sample(range(len(text) // PROMPT), requests + 1)]
-    cut = [list(text[start : start + PROMPT]) for start in starts]
-    return {"unrelated": cut[:-1], "near-prefix": [own[:BLOCK_SIZE] + cut[-1][BLOCK_SIZE:] for own in cut[:-1]]}
+    starts = [PROMPT * place for place in draw.sample(range(len(text) // PROMPT), waves * requests + 1)]
+    *own, shared = [list(text[start : start + PROMPT]) for start in starts]
+    unrelated = [own[first : first + requests] for first in range(0, len(own), requests)]
+    return {"unrelated": unrelated, "near-prefix": [[each[:BLOCK_SIZE] + shared[BLOCK_SIZE:] for each in unrelated[0]]]}
 
 
 def serve(engine: Any, prompts: Sequence[list[int]], groups: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import pytest
 
 from jointkv.bench.arms import BUILT_IN, LARGE_POOL, PoolSize, block_bytes, make_arms
 from jointkv.errors import BadInput
+from jointkv.vllm_plugin.settings import PluginSettings
 
 POOL = PoolSize(blocks=100, block_size=32, numbers_per_token=600, layers=30, dtype="float32")
 
@@ -25,8 +26,19 @@ def test_every_built_in_arm_has_the_same_bytes_but_the_large_pool() -> None:
         "fp8_fused": {"max_relative_error": 0.1, "reuse": "off"},
         "layer_groups": {"max_relative_error": 0.1, "reuse": "off", "layer_groups": 2},
         "store": {"max_relative_error": 0.1, "reuse": "off", "store": "stored"},
+        "both": {"max_relative_error": 0.1, "reuse": "off", "candidates": "both"},
+        "paper": {
+            **{"max_relative_error": 0.1, "reuse": "off", "policy": "paper", "accept_unbounded": True},
+            "layer_groups": 15,
+        },
     }
     assert [arm.name for arm in arms if arm.reuses] == ["reuse", "reuse_large_pool"]
+
+
+def test_the_papers_arm_has_its_thresholds_and_groups_of_two_layers_unless_others_are_chosen() -> None:
+    usual, near, fewer = make_arms(["paper", "near=paper key_threshold=0.9", "fewer=paper layer_groups=5"], POOL, {})
+    assert usual.fusion is not None and PluginSettings.parse(usual.fusion).unbounded and usual.pool_blocks == 1500
+    assert near.fusion == {**usual.fusion, "key_threshold": 0.9} and fewer.pool_blocks == 500
 
 
 def test_half_precision_has_twice_the_blocks_in_fp8() -> None:

@@ -48,6 +48,9 @@ def test_bad_input_is_one_line(tiny: str, log: Path, tmp_path: Path) -> None:
     assert f"{log}:5: not JSON" in refusal("advise", log, *where)
     assert "cannot be read" in refusal("advise", tmp_path / "none.jsonl", *where)
     assert "even number" in refusal("advise", log, *where, "--block-size", 5)
+    good = tmp_path / "good.jsonl"
+    good.write_text(json.dumps({"prompt": "How many pens has Tom?"}) + "\n")
+    assert run("advise", good, *where, "--requests", 10**22)[0] == 0, "more than there are"
     (tmp_path / "empty.jsonl").write_text("")
     assert "no request that can be used" in refusal("advise", tmp_path / "empty.jsonl", *where)
 

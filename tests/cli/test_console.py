@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 
 import pytest
 from typer import Exit
 
+from jointkv import cli
 from jointkv.cli import console
 from jointkv.errors import BadInput
+from jointkv.evaluate import traffic
 from tests.cli.commands import run
 
 
@@ -24,6 +27,33 @@ def test_help_loads_no_heavy_library() -> None:
     code = "import sys, jointkv.cli.main; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_ctrl_c_while_the_command_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pressed(types.ModuleType):
+        def __getattr__(self, name: str) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "jointkv.cli.main", Pressed("jointkv.cli.main"))
+    with pytest.raises(SystemExit) as raised:
+        cli.run()
+    assert raised.value.code == 130
+
+
+def test_the_installed_script_is_the_one_that_ends_well() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"jointkv": f"{cli.__name__}:{cli.run.__name__}"}
+
+
+def test_ctrl_c_while_a_command_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def pressed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(traffic, "get_traffic", pressed)
+    monkeypatch.setattr(sys, "argv", ["jointkv", "traffic", "near_prefix"])
+    with pytest.raises(SystemExit) as raised:
+        cli.run()
+    assert raised.value.code == 130 and "Traceback" not in capsys.readouterr().err
 
 
 def test_write_json_replaces_in_one_step(tmp_path: Path) -> None:

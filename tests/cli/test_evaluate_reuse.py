@@ -47,6 +47,7 @@ def test_one_kind_on_stdout(tiny: str, tmp_path: Path) -> None:
         (("--kind", "poems"), "unknown kind of headers 'poems'"),
         (("--headers", "3"), "headers: 3 is less than 8"),
         (("--text-tokens", "100"), "block size 16"),
+        (("--text-tokens", "0"), "text_tokens: 0 is less than 16"),
     ],
 )
 def test_bad_input_is_named(arguments: tuple[str, ...], words: str, tiny: str, tmp_path: Path) -> None:

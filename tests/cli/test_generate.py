@@ -134,6 +134,8 @@ def test_sampling_follows_the_seed(tiny: str) -> None:
         (("a", "--max-relative-error", "nan"), "max_relative_error: nan"),
         (("a", "--policy", "off", "--key-threshold", "0.9"), "key_threshold: has no effect"),
         (("a", "--temperature", "inf"), "temperature: inf"),
+        (("a", "--temperature", "1e-300"), "temperature: 1e-300 is neither 0 nor"),
+        (("a", "\ud800"), "prompt 2 is not UTF-8"),
         (("--file", "nowhere.jsonl"), "nowhere.jsonl: cannot be read"),
         (("a", "--model", "./nowhere"), "no model './nowhere'"),
     ],

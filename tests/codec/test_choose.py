@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jointkv.codec import Aids, Bound, Chooser, Pages, decode
-from jointkv.errors import BadInput
+from jointkv.codec import Aids, Bound, Chooser, Layout, Pages, decode, encode, get_codec
+from jointkv.codec.base import LEVELS
+from jointkv.errors import BadInput, LayoutError
 from tests.codec.pages import fitted, near, random_pages
 
 TRANSFORM = fitted()
@@ -19,6 +23,51 @@ def errors_of(chooser: Chooser, pages: Pages, references: Pages | None = None) -
     found = decode(encoded.messages, pages.layout, pages.positions, Aids(TRANSFORM, references))
     assert torch.equal(found.content, encoded.decoded.content)
     return torch.stack(list(pages.errors(found))).amax(1)
+
+
+@pytest.mark.parametrize("bound", [-0.1, 1, float("nan"), "0.1", None, True], ids=repr)
+def test_bounds_are_numbers_below_1(bound: Any) -> None:
+    for options in ({"block": bound}, {"token": bound}):
+        with pytest.raises(BadInput, match="bounds of a page are at least 0 and below 1"):
+            Bound(**options)
+
+
+@pytest.mark.parametrize("name", ["zip", None, ["raw"]], ids=repr)
+def test_an_unknown_codec_names_those_there_are(name: Any) -> None:
+    with pytest.raises(BadInput, match="there are raw, lossless"):
+        get_codec(name)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Aids(level=LEVELS),
+        lambda: Aids(level=-1),
+        lambda: Aids(TRANSFORM, level="fine"),  # type: ignore[arg-type]
+        lambda: Aids("transform"),  # type: ignore[arg-type]
+        lambda: Aids(TRANSFORM, TRANSFORM),  # type: ignore[arg-type]
+        lambda: Chooser(Bound(), TRANSFORM, LEVELS),
+        lambda: Chooser(0.2),  # type: ignore[arg-type]
+        lambda: Chooser(Bound(), "transform"),  # type: ignore[arg-type]
+        lambda: encode(get_codec("raw"), None, Aids()),  # type: ignore[arg-type]
+        lambda: decode([b"x"], random_pages(1).layout, random_pages(2).positions, Aids()),
+        lambda: decode(None, random_pages(1).layout, random_pages(1).positions, Aids()),  # type: ignore[arg-type]
+        lambda: decode([b"x"], random_pages(1).layout, [0], Aids()),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_page_bound_or_level(call: Callable[[], object]) -> None:
+    """Pages that were encoded at a level that there is not could not be read again."""
+    with pytest.raises(BadInput, match=r"level|bound|needed|encoded"):
+        call()
+
+
+@pytest.mark.parametrize("changed", [{"block_size": -1}, {"heads": "2"}, {"key_size": 1.5}, {"dtype": "bfloat16"}])
+def test_layouts_are_made_of_whole_numbers_and_a_dtype(changed: dict[str, Any]) -> None:
+    layout = random_pages(1).layout
+    with pytest.raises(LayoutError, match=r"whole number|not supported"):
+        Layout(**{**vars(layout), **changed})
+    with pytest.raises(LayoutError, match="tensors"):
+        Pages([1], [2], [3])  # type: ignore[arg-type]
 
 
 @settings(deadline=None, max_examples=25)

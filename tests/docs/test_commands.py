@@ -199,6 +199,18 @@ def verbs() -> list[Any]:
     return found
 
 
+def test_every_verb_has_its_line() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text()
+
+    def walk(command: Any, path: tuple[str, ...]) -> None:
+        for name, inner in getattr(command, "commands", {}).items():
+            walk(inner, (*path, name))
+        if not getattr(command, "commands", {}):
+            assert f"`{' '.join(path)}" in text, path
+
+    walk(typer.main.get_command(app), ("jointkv",))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks(page: Path) -> None:
     """They compile, and what they import from jointkv is there."""

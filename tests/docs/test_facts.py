@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from jointkv.bench.result import ServingResult
+from jointkv.evaluate.methods import method_names
 from jointkv.theory.adapt import BoundController
 from jointkv.vllm_plugin.settings import PluginSettings
 from tests.docs.doc_pages import ROOT, blocks
@@ -119,6 +120,21 @@ def test_numbers_that_the_pages_quote() -> None:
     text = " ".join((DOCS / "index.md").read_text().split())
     assert f"{ratio['running_peak']:.1f} times as many requests at once gave" in text
     assert f"gave {ratio['output_tokens_per_s']:.2f} times the tokens per second" in text
+
+
+def test_what_is_said_beside_the_advice_to_cut_prompts_into_chunks() -> None:
+    """Two faults of vLLM lie on this way."""
+    advice = [
+        paragraph
+        for page in (*DOCS.glob("*.md"), ROOT / "README.md")
+        for paragraph in re.split(r"\n(?=- |\n)", page.read_text())
+        if "small `--max-num-batched-tokens`" in paragraph
+    ]
+    assert advice and all("`seed`" in each and "`EngineCore`" in each and "`/health`" in each for each in advice)
+
+
+def test_how_many_methods_there_are() -> None:
+    assert f"{len(method_names())} methods on one interface" in " ".join((DOCS / "index.md").read_text().split())
 
 
 def test_what_stored_pages_cost() -> None:

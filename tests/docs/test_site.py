@@ -47,6 +47,12 @@ def test_every_page_is_in_the_menu() -> None:
     assert sorted(pages) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
+def test_every_page_is_on_the_first_one() -> None:
+    first = (ROOT / "docs" / "index.md").read_text()
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert not [page for page in pages if f"]({page}) | " not in first]
+
+
 @pytest.mark.parametrize("drawing", DRAWINGS, ids=lambda path: path.name)
 def test_drawings(drawing: Path) -> None:
     """Well-formed, described, self-contained, and used."""

@@ -12,6 +12,7 @@ import transformers
 from jointkv.errors import BadInput, InvalidPolicy, JointKVError, LayoutError, UnsupportedModel, UnsupportedUse
 from jointkv.hf.cache import JointCache
 from jointkv.hf.pool import JointPool
+from jointkv.hf.reuse import ReuseOptions
 from jointkv.policy import FusionPolicy
 from tests.hf.tiny_models import build_model, generate, joint, prompts, step, stock_cache
 
@@ -73,6 +74,70 @@ def test_a_cache_needs_a_pool(served, given):
 def test_isolation_keys_must_be_hashable(served, key):
     with pytest.raises(BadInput, match="hashable"):
         JointCache(served[1], key)
+
+
+@pytest.mark.parametrize("key", [torch.tensor([1, 2]), float("nan")], ids=repr)
+def test_isolation_keys_equal_what_is_made_of_the_same_content(served, key):
+    """They would have kept a tenant apart from itself without a word; a tensor often means one key for each row."""
+    for given in (key, [key, "b"]):
+        with pytest.raises(BadInput, match="equal what is made of the same content"):
+            JointCache(served[1], given)
+
+
+@pytest.mark.parametrize("size", [10**12, 10**22])
+def test_pages_that_no_memory_holds(served, size):
+    pool = JointPool(served[0], "off", block_size=size)
+    with pytest.raises(LayoutError, match="take a smaller block_size"):
+        step(served[0], JointCache(pool), IDS, MASK)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"miss_rate": "0.1"}, "reuse_miss_rate: '0.1'"),
+        ({"confidence": None}, "reuse_confidence: None"),
+        ({"audit_rate": True}, "reuse_audit_rate: True"),
+        ({"rule": "safe"}, "no ReuseRule"),
+        ({"seed": 1.5}, "reuse_seed: 1.5"),
+        ({"seed": -1}, "reuse_seed: -1"),
+        ({"moved": "yes"}, "moved: 'yes' is neither"),
+    ],
+)
+def test_options_of_reuse_have_their_types(options, said):
+    with pytest.raises(InvalidPolicy, match=said):
+        ReuseOptions(**options)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["safe"]], ids=repr)
+def test_a_preset_has_a_name(name):
+    with pytest.raises(InvalidPolicy, match="is none of safe, paper, off"):
+        FusionPolicy.preset(name)
+
+
+@pytest.mark.parametrize("reuse", ["off", "probed"])
+@pytest.mark.parametrize(
+    ("ids", "mask", "said"),
+    [
+        ("Hello", None, "input_ids: prefill needs a tensor, not a str"),
+        ([[1, 2, 3]], None, "not a list"),
+        ({"input_ids": IDS}, None, "not a dict"),
+        (IDS.numpy(), None, "not a ndarray"),
+        (IDS, [[1] * 9], "attention_mask: .* not a list"),
+        (IDS.float(), None, "whole numbers, not torch.float32"),
+        (IDS.bool(), None, "whole numbers, not torch.bool"),
+        (IDS[0], None, r"\[rows, length\], got \[9\]"),
+        (IDS[:0], None, r"got \[0, 9\]"),
+    ],
+)
+def test_a_prefill_takes_tensors_of_token_ids(served, reuse, ids, mask, said):
+    with pytest.raises(LayoutError, match=said):
+        JointCache(JointPool(served[0], "safe", reuse=reuse)).prefill(served[0], ids, mask)
+
+
+@pytest.mark.parametrize("model", ["smollm2", None], ids=repr)
+def test_a_prefill_takes_the_model(served, model):
+    with pytest.raises(UnsupportedUse, match="prefill needs the model of the pool"):
+        JointCache(served[1]).prefill(model, IDS)
 
 
 @pytest.mark.parametrize("call", ["generate", "forward"])
@@ -157,6 +222,48 @@ def test_a_layer_does_alone_nothing_that_concerns_all(served, method, arguments)
         getattr(cache.layers[0], method)(*arguments)
     getattr(cache, method)(*arguments)
     cache.check_integrity()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("method", "argument", "error"),
+    [
+        ("crop", "3", BadInput),
+        ("crop", None, BadInput),
+        ("crop", 1.5, BadInput),
+        ("reorder_cache", [1, 0], LayoutError),
+        ("reorder_cache", torch.tensor([2, 0]), LayoutError),
+        ("reorder_cache", torch.tensor([-1, 0]), LayoutError),
+        ("reorder_cache", torch.tensor([0.5, 0]), LayoutError),
+        ("batch_select_indices", [0], LayoutError),
+        ("batch_select_indices", torch.tensor([2]), LayoutError),
+        ("batch_select_indices", torch.tensor([True]), LayoutError),
+        ("batch_repeat_interleave", -1, LayoutError),
+        ("batch_repeat_interleave", 1.5, LayoutError),
+        ("batch_repeat_interleave", "2", LayoutError),
+    ],
+)
+def test_an_operation_that_names_no_rows_changes_nothing(name, method, argument, error):
+    model, pool = joint(name, "safe")
+    cache = JointCache(pool)
+    step(model, cache, IDS, MASK)
+    with pytest.raises(error, match=r"repeats|rows|crop"):
+        getattr(cache, method)(argument)
+    cache.check_integrity()
+    assert cache.batch_size == 2 and {layer.keys.shape[0] for layer in cache.layers} == {2}
+
+
+@pytest.mark.parametrize("pool", ["model", "path", None], ids=repr)
+def test_a_cache_is_loaded_into_a_pool(served, tmp_path, pool):
+    given = {"model": served[0], "path": tmp_path}.get(pool)
+    with pytest.raises(UnsupportedUse, match="a cache needs a JointPool"):
+        JointCache.load(tmp_path / "cache", given)
+
+
+@pytest.mark.parametrize("path", [None, 3, ["a"], b"a"], ids=repr)
+def test_a_cache_is_saved_to_a_path(served, path):
+    with pytest.raises(BadInput, match="cannot write"):
+        held(served).save(path)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])

@@ -5,9 +5,11 @@ import torch
 
 from jointkv.errors import LayoutError
 from jointkv.hf.cache import JointCache
+from jointkv.hf.pool import JointPool
 from tests.hf.tiny_models import (
     BLOCK,
     assert_same_output,
+    build_model,
     duplicates,
     feed,
     generate,
@@ -31,6 +33,27 @@ def test_answers_under_autocast_are_those_of_the_stock_cache(name, dtype):
             assert_same_output(expected, generate(model, prompt, JointCache(pool)))
     assert pool.blocks.kv.dtype == torch.float32 and pool.faults == 0
     pool.check_integrity()
+
+
+def test_a_prefill_under_autocast_is_that_of_the_stock_cache():
+    """It was computed in the model's dtype instead, and what a pool has of both is compared with each other."""
+    model = build_model("llama")
+    pool = JointPool(model, "safe", block_size=BLOCK, reuse="probed")
+    ids, mask = prompts(3 * BLOCK)
+    caches = stock_cache(model), JointCache(pool)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            model(input_ids=ids[:, :-1], past_key_values=caches[0])
+        caches[1].prefill(model, ids)
+        for stock, layer in zip(caches[0].layers, caches[1].layers, strict=True):
+            assert torch.equal(stock.keys.float(), layer.keys) and torch.equal(stock.values.float(), layer.values)
+        losses = [
+            model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache).logits.sum() for cache in caches
+        ]
+    for loss in losses:
+        model.zero_grad()
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["autocast first", "autocast later"])

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,31 @@ def fill(folder: Path, numbers: range, **options: int) -> None:
 
 def files(folder: Path, suffix: str) -> list[Path]:
     return sorted((folder / "segments").glob(f"*{suffix}"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_bytes": 0}, "max_bytes: 0 is not a whole number"),
+        ({"max_bytes": "1 GB"}, "max_bytes: '1 GB'"),
+        ({"max_bytes": 1.5}, "max_bytes: 1.5"),
+        ({"segment_bytes": -1}, "segment_bytes: -1"),
+        ({"segment_bytes": "x"}, "segment_bytes: 'x'"),
+        ({"secret": b"short"}, "has 32 bytes"),
+        ({"secret": "x" * 32}, "has 32 bytes"),
+        ({"secret": 3}, "has 32 bytes"),
+    ],
+)
+def test_options_that_make_no_sense_make_no_folder(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        Store(tmp_path / "store", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", [None, 3, ["a"], b"a"], ids=repr)
+def test_what_names_no_folder(folder: Any) -> None:
+    with pytest.raises(BadInput, match="a store is a folder"):
+        Store(folder)
 
 
 def test_what_was_put_is_found_at_once_and_after_a_restart(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from jointkv.codec import Bound, Pages, Transform
-from jointkv.errors import LayoutError, ModelMismatch
+from jointkv.errors import BadInput, LayoutError, ModelMismatch
 from jointkv.store import PageStore, Store, verify
 from jointkv.store.folder import TRANSFORMS
 from tests.codec.pages import ROTARY, TOKENS, fitted, near, random_pages
@@ -22,6 +23,24 @@ BOUND = Bound(0.15, 0.25)
 
 def of(store: Store, pages: Pages = PAGES, model: str = "m", tenant: str | None = None, **options: object) -> PageStore:
     return PageStore(store, model, pages.layout, isolation=tenant, bound=BOUND, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tokens", [[1.5] * TOKENS, [[1] * TOKENS], ["a"] * TOKENS, "text", None], ids=repr)
+def test_tokens_are_whole_numbers_in_a_row(tmp_path: Path, tokens: Any) -> None:
+    """Rounded, they found pages of another text."""
+    with Store(tmp_path) as store:
+        pages = of(store)
+        for call in (pages.prefix, pages.load, pages.addresses, lambda tokens: pages.put(tokens, PAGES)):
+            with pytest.raises(BadInput, match="tokens: whole numbers in one row"):
+                call(tokens)
+        assert pages.prefix([]) == 0 and pages.prefix(torch.tensor(TEXT, dtype=torch.int32)) == 0  # type: ignore[arg-type]
+
+
+def test_pages_need_a_store_and_a_layout(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        for given in ((str(tmp_path), PAGES.layout), (store, PAGES)):
+            with pytest.raises(BadInput, match=r"PageStore\(Store\(folder\), model, layout\)"):
+                PageStore(given[0], "m", given[1])  # type: ignore[arg-type]
 
 
 def test_a_second_engine_starts_with_the_first_ones_text(tmp_path: Path) -> None:

@@ -61,6 +61,17 @@ class Census:
                 self._writer.pop(block.block_id, None)
             return blocks
 
+        directions = engine.side.fusion.directions
+        if directions is not None:
+            take = directions.take
+
+            def taken(step: int) -> Any:
+                writes = take(step)
+                for write in writes:
+                    self._before_writing(write.page, write.members)
+                return writes
+
+            patch.setattr(directions, "take", taken)
         patch.setattr(tables, "replace", watched)
         patch.setattr(engine.side.sharing, "adopt", adopted)
         patch.setattr(engine.side.candidates.residents, "add_filled", filled)
@@ -91,6 +102,9 @@ class Census:
                     self._written_by[page] = party
                     self._writer.setdefault(page, request_id)
         assert all(len(parties) == 1 for parties in readers.values())
+        held = engine.side.tables.held
+        assert not entries.keys() & held, "a page is read before what is written to it is verified"
+        entries.update(held)
         for block in engine.pool.blocks:
             assert block.is_null or block.ref_cnt == entries[block.block_id]
         assert engine.pages_in_use == len(entries)
@@ -125,6 +139,14 @@ class Census:
         self.met.append((request_id, self._writer.get(page, held[0] if held else "unknown")))
         size = self.engine.vllm_scheduler.block_size
         self.generated += (slot + 1) * size > request.num_prompt_tokens
+
+    def _before_writing(self, page: int, members: Sequence[int]) -> None:
+        """A direction is that of blocks of one party, who hold them."""
+        tables = self._tables()
+        held = [name for name, groups in tables.items() if any({*members} & {*pages} for pages in groups)]
+        (party,) = {self._party(name) for name in held}
+        assert not party[2] and not any(page in pages for groups in tables.values() for pages in groups)
+        self._written_by[page], self._writer[page] = party, held[0]
 
     def _before_filling(self, request_id: str, fills: Any, pages: list[int]) -> None:
         """Pages are written from text of one party, for one of that party."""

@@ -49,6 +49,8 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2
 EQUAL = [text(90, number // 2) for number in range(6)]
 ALIKE = near_prefix(6, shared=160, head=32)
 MOVED = [text(32 + 5 * number, number) + text(160, 99) + text(20, 10 + number) for number in range(3)]
+PREFIX, BODY = text(64, 50), text(160, 51)
+WRITTEN = {"directions": "written", "candidates": "signature", "similarity": "key", "key_threshold": 0.8}
 NORMS = {"max_relative_error": 0.5, "max_token_error": None, "own_norms": True}
 PROBED = {**LOSSY, "reuse": "probed", "reuse_audit_rate": 1e-9}
 EVENTS = int(os.environ.get("JOINTKV_TEST_EVENTS", "60"))
@@ -82,6 +84,17 @@ def one_after_the_other(served: Engine) -> Found:
     return {"tokens": [*served.generate(ALIKE[:1], OUT), *served.generate(ALIKE[1:], OUT)]}
 
 
+def a_prefix(served: Engine) -> Found:
+    """It is all that is stored."""
+    return {"tokens": served.generate([PREFIX + text(5, 52)], 1)}
+
+
+def behind_a_prefix(served: Engine) -> Found:
+    """A prompt begins with it, and goes on with what is resident behind another one."""
+    served.generate([text(64, 53) + BODY + text(20, 54)], 1)
+    return {"tokens": served.generate([PREFIX + BODY + text(20, 55)], 2)}
+
+
 def behind_other_lengths(served: Engine) -> Found:
     """The first is there when the others come, whose heads are longer."""
     tokens = [*served.generate(MOVED[:1], OUT), *served.generate(MOVED[1:], OUT)]
@@ -92,7 +105,7 @@ def together(served: Engine) -> Found:
     """Near requests at once; how many blocks keep their own norms while they run."""
     names = [served.submit(prompt, OUT) for prompt in ALIKE[:4]]
     served.run_until_decoding()
-    for _ in range(3):
+    for _ in range(5):
         served.step()
     worker = get_kv_transfer_group().worker
     factors = 0 if worker.norms is None else len(worker.norms)
@@ -144,10 +157,13 @@ CASES = {
     "reuse": Case(one_after_the_other, PROBED),
     "moved": Case(behind_other_lengths, {**PROBED, "moved": True}),
     "norms": Case(together, NORMS, options=UNCACHED),
+    "directions": Case(together, {**NORMS, **WRITTEN}, options={"max_num_batched_tokens": 1024}),
     "crowd, drafts": Case(crowd, EXACT, TIGHT, {**UNCACHED, "speculative_config": DRAFTS}),
     "norms, drafts": Case(together, NORMS, options={**UNCACHED, "speculative_config": DRAFTS}),
     "stored": Case(answers, {**EXACT, "store": "pages"}),
     "loaded": Case(answers, {**EXACT, "store": "pages"}),
+    "prefix stored": Case(a_prefix, {**PROBED, "store": "prefix"}),
+    "behind it": Case(behind_a_prefix, {**PROBED, "store": "prefix"}),
     "anything": Case(anything, LOSSY, 30),
     "anything, reuse": Case(anything, PROBED, 40),
 }
@@ -180,7 +196,10 @@ def serve(model: Path, name: str, more: Mapping[str, Any] = MappingProxyType({})
         served.assert_drained()
         counted = {
             name: served.statistics[name]
-            for name in ("blocks_merged", "faults", "prompt_tokens_skipped", "store_tokens_loaded")
+            for name in (
+                *("blocks_merged", "blocks_merged_by_direction", "directions_written", "pages_freed", "faults"),
+                *("prompt_tokens_skipped", "store_tokens_loaded"),
+            )
         }
         checks = None if census is None else census.checks
         counted |= {"preempted": served.preempted, "drafted": served.drafted}

@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from tests.hazards import FIRST_AHEAD, runs
 from tests.vllm_plugin.engines import EXACT, Engine, Prompt, engine, near_prefix, text
+from tests.vllm_plugin.test_directions import BOUND, SHARED, watched
 
 OUT = 40
 PROMPTS = [text(150, number // 2) for number in range(16)]
@@ -70,3 +71,23 @@ def test_blocks_keep_their_norms(calm: Path) -> None:
         assert served.statistics["blocks_merged"] > 0 and served.statistics["faults"] == 0
         assert served.preempted > 0
         served.assert_drained()
+
+
+@pytest.mark.runs("written directions", *FIRST_AHEAD)
+def test_directions_are_written_and_pages_held_for_them_do_not_keep_the_cache_from_being_emptied(calm: Path) -> None:
+    options = {"max_model_len": 512, "max_num_batched_tokens": 4096, "async_scheduling": True}
+    with watched(calm, 76, {**SHARED, **BOUND}, **options) as (served, written):
+        names = [served.submit(prompt, OUT) for prompt in ALIKE]
+        for _ in range(4):
+            if not served.side.tables.held:
+                served.step()
+        assert served.side.tables.held and served.core.batch_queue_size == 2
+        assert served.llm.reset_prefix_cache(reset_running_requests=True)
+        assert not served.side.tables.held and served.pages_in_use == 0
+        served.finish()
+        assert all(len(served.outputs[name]) == OUT for name in names) and served.preempted >= len(names)
+        merged = served.statistics["blocks_merged_by_direction"]
+        assert written and merged == served.statistics["pages_freed"] + len(set(written)) > 0
+        assert served.statistics["faults"] == 0
+        served.assert_drained()
+        assert not served.side.tables.held

@@ -17,10 +17,11 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from jointkv.fusion.pairs import pair_statistics
 from jointkv.policy import FusionPolicy
 from jointkv.vllm_plugin.messages import Inquiry
-from tests.hazards import FIRST
+from tests.hazards import FIRST, runs
 from tests.vllm_plugin.engines import EXACT, Engine, engine, in_other_words, text, write_model
 from tests.vllm_plugin.test_signatures import FUSED, GROUPS, PAPER, paged, partition
 
+pytestmark = runs("written directions", FIRST)
 OUT = 8
 SHARED = {"directions": "written", "own_norms": True, "candidates": "signature"}
 BOUND = {"similarity": "key", "key_threshold": 0.8, "max_relative_error": 0.3, "max_token_error": None}
@@ -72,16 +73,27 @@ def test_blocks_within_the_bound_read_a_page_that_is_written_for_them(synonyms: 
         assert statistics["blocks_merged_by_direction"] == sum(readers.values()) >= 2 * len(written)
         assert statistics["pages_freed"] == sum(readers.values()) - len(written) >= 20
         check_errors(served, names, tables, kept, written)
-        # A block that is full does not change, so nobody has to leave a page that he shares.
-        held = [served.table(name)[: len(table)] for name, table in zip(names, tables, strict=True)]
-        while served.llm.llm_engine.has_unfinished_requests():
-            assert [served.table(name)[: len(table)] for name, table in zip(names, tables, strict=True)] == held
-            served.step()
-            if not served.vllm_scheduler.running:
-                break
         served.finish()
         served.assert_drained()
         assert not served.side.tables.held
+
+
+def test_nobody_leaves_a_direction_before_he_ends_and_the_last_reader_frees_it(synonyms: Path) -> None:
+    """No page is copied when it is written to: a block is shared when it is full, and then does not change."""
+    with watched(synonyms, 200, {**SHARED, **BOUND}, max_num_batched_tokens=2048) as (served, written):
+        names = [served.submit(prompt, OUT + 4 * number) for number, prompt in enumerate(SAID)]
+        for _ in range(4):
+            served.step()
+        held = {name: served.table(name)[:10] for name in names}
+        assert written and set(written) <= {page for table in held.values() for page in table}
+        served.abort(names[2])
+        while held:
+            held = {name: table for name, table in held.items() if name not in (names[2], *served.outputs)}
+            assert all(served.table(name)[: len(table)] == table for name, table in held.items())
+            for page in written:
+                assert served.pool.blocks[page].ref_cnt == sum(page in table for table in held.values())
+            served.step()
+        served.assert_drained()
 
 
 def check_errors(served: Engine, names: list[str], tables: list[list[int]], kept: Any, written: list[int]) -> None:
@@ -149,7 +161,7 @@ def test_the_papers_plan_is_that_of_the_tree_where_groups_are_not_well_apart(syn
             served.assert_drained()
 
 
-def test_no_page_is_held_for_requests_that_end_between_a_plan_and_its_step(synonyms: Path) -> None:
+def test_no_page_is_held_for_requests_that_lose_theirs_between_a_plan_and_its_step(synonyms: Path) -> None:
     with watched(synonyms, 200, {**SHARED, **BOUND}, max_num_batched_tokens=2048) as (served, _):
         for steps in (1, 2):
             names = [served.submit(prompt, OUT) for prompt in SAID]
@@ -161,7 +173,13 @@ def test_no_page_is_held_for_requests_that_end_between_a_plan_and_its_step(synon
                 served.abort(name)
             assert not served.side.tables.held
             assert served.llm.reset_prefix_cache()
+        names = [served.submit(prompt, OUT) for prompt in SAID]
+        served.step()
+        assert served.side.tables.held
+        assert served.llm.reset_prefix_cache(reset_running_requests=True)
+        assert not served.side.tables.held and served.pages_in_use == 0
         served.finish()
+        assert all(len(served.outputs[name]) == OUT for name in names) and served.statistics["faults"] == 0
         served.assert_drained()
 
 

@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.v1.request import RequestStatus
+
 from tests.hazards import FIRST, FIRST_AHEAD, runs
 from tests.vllm_plugin.census import Census
 from tests.vllm_plugin.engines import LOSSY, Engine, engine, text
@@ -45,11 +47,21 @@ class Traffic:
             elif dice < 0.43 and self.alive:
                 self.served.abort(self.alive.pop(self.rng.randrange(len(self.alive))))
             elif dice < 0.45:
-                self.served.llm.reset_prefix_cache(reset_running_requests=self.rng.random() < 0.5)
+                self.reset(self.rng.random() < 0.5)
             else:
                 self.served.step()
             self.alive = [name for name in self.alive if name not in self.served.outputs]
         self.served.finish()
+
+    def reset(self, running: bool) -> None:
+        """Empty the prefix cache, and preempt who runs for that if `running`.
+
+        With a store vLLM cannot do that while pages are loaded, nor where steps overlap.
+        """
+        scheduler = self.served.vllm_scheduler
+        gone = any(RequestStatus.is_finished(one.status) for one in scheduler.requests.values())
+        loading = gone or bool(scheduler.kv_holding_waiting) or scheduler.defer_block_free
+        self.served.llm.reset_prefix_cache(reset_running_requests=running and not loading)
 
     def ask(self) -> None:
         rng = self.rng

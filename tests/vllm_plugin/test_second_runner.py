@@ -45,8 +45,13 @@ def both(*names: str) -> list[str]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """All in one process: to import vLLM takes longer than to serve a case."""
     together = ["stock", "off", "warmed up", "equal, asynchronous", "stock, crowd", "crowd, drafts"]
-    together += ["stored", *both("loaded")]
-    return play(tmp_path_factory.mktemp("second"), *together, "moved, asynchronous", *both("crowd", "reuse", "norms"))
+    together += ["stored", *both("loaded"), "prefix stored", *both("behind it")]
+    return play(
+        tmp_path_factory.mktemp("second"),
+        *together,
+        "moved, asynchronous",
+        *both("crowd", "reuse", "norms", "directions"),
+    )
 
 
 def everywhere(what: str) -> Any:
@@ -99,6 +104,15 @@ def test_blocks_keep_their_norms_and_shared_pages_are_read_once(found: Any) -> N
         assert fault is None and 0 < steps == shared and case["factors"] > 0
 
 
+@HAZARD
+@everywhere("written directions")
+def test_directions_are_written_and_read_with_own_norms(found: Any) -> None:
+    for case in (found[name] for name in both("directions")):
+        fault, steps, shared = case["attention"]
+        assert fault is None and 0 < steps == shared and case["factors"] > 0
+        assert case["blocks_merged_by_direction"] == case["pages_freed"] + case["directions_written"] > 0
+
+
 @pytest.mark.slow
 @HAZARD
 @pytest.mark.parametrize("name", [*both("crowd, two groups", "anything", "anything, reuse"), "norms, drafts"])
@@ -115,4 +129,10 @@ def test_anything_may_happen(name: str, tmp_path: Path) -> None:
 def test_a_second_engine_loads_what_the_first_has_computed(found: Any) -> None:
     for name in ("stored", *both("loaded")):
         assert found[name]["tokens"] == found["stock"]["tokens"]
-        assert found[name]["store_tokens_loaded"] == (0 if name == "stored" else 6 * 64)
+        assert found[name]["store_tokens_loaded"] == (0 if name == "stored" else 3 * 64), "of two equal ones one loads"
+
+
+@everywhere("reuse behind stored pages")
+def test_text_is_reused_behind_what_is_loaded(found: Any) -> None:
+    counted = [(found[name]["store_tokens_loaded"], found[name]["prompt_tokens_skipped"]) for name in both("behind it")]
+    assert counted == [(64, 4 * 32), (7 * 32 + 3 * 32, 3 * 32)], "the second time what the first has stored is loaded"

@@ -272,3 +272,18 @@ def test_vllms_own_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as ended:
         server.main()
     assert ended.value.code == 0 and "--max-model-len" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_the_server_starts(calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The traceback of vLLM's start is long, and nothing is wrong."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    def pressed(arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(pressed))
+    monkeypatch.setattr(sys, "argv", ["server", server.Launch(OPTIONS).to_json(), str(calm)])
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    with pytest.raises(SystemExit) as ended:
+        server.main()
+    assert ended.value.code == 130

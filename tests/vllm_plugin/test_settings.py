@@ -62,7 +62,6 @@ def test_an_option_like_no_other() -> None:
         ({"reuse_audit_rate": 1.1}, "reuse_audit_rate"),
         ({"store": "pages", "store_bytes": 0}, "store_bytes"),
         ({"store_bytes": 10**9}, "store_bytes limits a store, and there is none"),
-        ({"store": "pages", "reuse": "licensed"}, "reuse=licensed does not go with store"),
     ],
 )
 def test_a_wrong_value_names_its_option(options: dict[str, Any], named: str) -> None:
@@ -228,6 +227,19 @@ def test_engine_arguments() -> None:
         engine_args(enable=True)
 
 
+@pytest.mark.parametrize("options", [None, "policy", ["max_relative_error"], [("max_relative_error", 0.1)]], ids=repr)
+def test_options_have_names(options: Any) -> None:
+    with pytest.raises(BadInput, match="options have names"):
+        PluginSettings.parse(options)
+
+
+@pytest.mark.parametrize("beside", [{"max_relative_error": 0.1}, "connector", [{}], ["x"], None, 3], ids=repr)
+def test_options_that_were_given_as_one_argument(beside: Any) -> None:
+    """They went to vLLM as other connectors, which said something else about them."""
+    with pytest.raises(BadInput, match="options are given by name"):
+        engine_args(beside)
+
+
 DIRECTIONS = {"directions": "written", "own_norms": True, "candidates": "signature"}
 
 
@@ -238,6 +250,7 @@ def test_written_directions() -> None:
     bounded = PluginSettings.parse({**DIRECTIONS, "similarity": "key", "key_threshold": 0.9})
     assert bounded.writes_directions and not bounded.unbounded
     assert not PluginSettings.parse({**PAPER, **DIRECTIONS, "enabled": False}).writes_directions
+    assert engine_args(**PAPER, **DIRECTIONS)["scheduler_cls"] == SCHEDULER
     plain = PluginSettings.parse(PAPER)
     assert plain.signs and not plain.fusion_policy().rule(2).shares_directions
 
@@ -273,6 +286,6 @@ def test_a_store_is_for_engines_that_load(tmp_path: Path) -> None:
     assert (transfer["kv_role"], transfer["kv_load_failure_policy"]) == ("kv_both", "recompute")
     assert engine_args()["kv_transfer_config"]["kv_role"] == "kv_producer"
     assert engine_args(store=str(tmp_path))["scheduler_cls"] == SCHEDULER and "scheduler_cls" not in engine_args()
-    assert not PluginSettings.parse({"store": str(tmp_path), "reuse": "auto"}).reuses
+    assert PluginSettings.parse({"store": str(tmp_path), "reuse": "auto"}).reuses
     with pytest.raises(BadInput, match="store does not go with other KV connectors"):
         engine_args([{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}], store=str(tmp_path))

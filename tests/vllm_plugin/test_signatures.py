@@ -17,6 +17,7 @@ from jointkv.core.packed import PackedPages
 from jointkv.fusion.pairs import pair_statistics
 from jointkv.fusion.tree import plan_matrix
 from jointkv.policy import FusionPolicy
+from jointkv.vllm_plugin.scheduler import searching
 from tests.hazards import FIRST, FIRST_AHEAD, runs
 from tests.vllm_plugin.engines import Engine, Prompt, engine, in_other_words, near_prefix, text, write_model
 
@@ -102,6 +103,16 @@ def test_both_finds_what_tokens_find_and_signs_nothing_of_it(calm: Path) -> None
     assert found["both"]["blocks_merged_by_signature"] <= merged["both"] - merged["tokens"]
     assert found["both"]["blocks_signed"] <= found["both"]["blocks_considered"] - merged["tokens"]
     assert found["tokens"]["blocks_signed"] == 0 == found["tokens"]["blocks_searched"]
+
+
+def test_of_text_in_which_nothing_is_found_few_blocks_are_signed(calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "QUIET", 32)
+    with engine(calm, fusion={"candidates": "both"}) as served:
+        served.generate([text(320, number) for number in range(12)], OUT)
+        statistics = served.statistics
+        assert statistics["blocks_considered"] == 120 and statistics["blocks_merged"] == 0
+        assert 32 <= statistics["blocks_searched"] <= statistics["blocks_signed"] < 50
+        served.assert_drained()
 
 
 def test_signatures_leave_with_their_pages_and_none_are_taken_of_a_pool_that_is_empty_enough(synonyms: Path) -> None:

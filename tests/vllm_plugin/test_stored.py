@@ -22,12 +22,13 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from jointkv.codec.base import Aids
 from jointkv.codec.registry import decode
 from jointkv.errors import StoreError
-from jointkv.store import Record, Store
+from jointkv.store import Record, Store, known
 from jointkv.store.records import scan
 from jointkv.store.segments import DATA
 from jointkv.vllm_plugin.scheduler import stored as look_ups
-from jointkv.vllm_plugin.worker import stored
+from jointkv.vllm_plugin.worker import loads, stored
 from tests.hazards import FIRST, FIRST_AHEAD, runs
+from tests.store.hanging import HangingDisk
 from tests.vllm_plugin.engines import EXACT, LOSSY, Engine, Prompt, engine, near_prefix, text
 
 BLOCK, OUT = 32, 8
@@ -35,6 +36,8 @@ LONG = text(300, 1)
 PROMPTS = [LONG, LONG[:200] + text(60, 2), text(90, 3)]
 WHOLE = [288, 256, 64]
 """Tokens of whole blocks before the last token of each."""
+LOADED = sum(WHOLE) - 192
+"""Together: of the second, what the first one loads is found in the prefix cache."""
 
 OPTIONS: dict[str, Any] = {"max_model_len": 512, "max_num_batched_tokens": 256}
 TIGHT = {**OPTIONS, "max_model_len": 256}
@@ -49,6 +52,7 @@ pytestmark = runs("stored pages", FIRST)
 def _on_a_busy_machine() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(look_ups, "LOOK_UP_S", 100.0)
+        patch.setattr(loads, "HANGS_S", 100.0)
         yield
 
 
@@ -103,8 +107,8 @@ def test_the_next_engine_loads_what_the_first_has_computed(
         assert salted == stock[0] and served.statistics["store_hits"] == 0
         assert served.generate(PROMPTS, OUT) == stock[0]
         assert served.statistics["store_hits"] == 3 and served.statistics["faults"] == 0
-        assert served.statistics["store_tokens_loaded"] == sum(WHOLE)
-        assert counts(served)["store_pages_read"] == sum(WHOLE) // BLOCK and counts(served)["store_pages_lost"] == 0
+        assert served.statistics["store_tokens_loaded"] == LOADED
+        assert counts(served)["store_pages_read"] == LOADED // BLOCK and counts(served)["store_pages_lost"] == 0
         known = served.statistics["store_misses"]
         assert served.generate(PROMPTS[:1], OUT) == stock[0][:1], "from the prefix cache"
         assert served.statistics["store_misses"] == known + 1 and served.statistics["store_hits"] == 3
@@ -135,7 +139,7 @@ def test_a_second_engine_answers_from_what_a_running_one_has_computed(
         command = [sys.executable, "-c", SECOND, str(calm), folder]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")] or [done.stderr[-3000:]]
-        assert json.loads(line.removeprefix("FOUND ")) == {"answers": stock[0], "loaded": sum(WHOLE)}
+        assert json.loads(line.removeprefix("FOUND ")) == {"answers": stock[0], "loaded": LOADED}
         assert served.generate(PROMPTS, OUT) == stock[0] and counts(served)["store_faults"] == 0
         served.assert_drained()
 
@@ -217,7 +221,7 @@ def test_what_approximates_is_never_stored(calm: Path, found: Path, tmp_path: Pa
 )
 def test_a_crowd_in_a_full_pool(ahead: bool, calm: Path, stock: list[list[Prompt]], tmp_path: Path) -> None:
     for attempt in range(2):
-        fusion = {**EXACT, "store": str(tmp_path / "pages")}
+        fusion = {**EXACT, "reuse": "auto", "store": str(tmp_path / "pages")}
         with engine(calm, 14, fusion, async_scheduling=ahead, **TIGHT) as served:
             names = [served.submit(prompt, OUT) for prompt in CROWD]
             for step in range(12):
@@ -249,10 +253,10 @@ def test_an_aborted_request_keeps_its_pages_until_the_load_has_ended(
     worker, goes_on = get_kv_transfer_group().worker.stored, threading.Event()
     fill, held = worker._fill, []
 
-    def slow(load: Any) -> int:
-        held.append(load.pages.tolist())
+    def slow(loading: Any) -> None:
+        held.append(loading.load.pages.tolist())
         assert goes_on.wait(60)
-        return int(fill(load))
+        fill(loading)
 
     monkeypatch.setattr(worker, "_fill", slow)
     name = served.submit(LONG, OUT)
@@ -270,6 +274,47 @@ def test_an_aborted_request_keeps_its_pages_until_the_load_has_ended(
         served.step()
     monkeypatch.setattr(worker, "_fill", fill)
     assert served.generate(PROMPTS, OUT) == stock[0]
+    served.assert_drained()
+
+
+@pytest.mark.hazard(
+    "Stored pages",
+    "the disk hangs while pages are loaded",
+    "what was to be loaded is computed, and nothing is written to its pages when the disk answers again",
+)
+def test_requests_do_not_wait_for_a_disk_that_hangs(
+    served: Engine, stock: list[list[Prompt]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = HangingDisk()
+    monkeypatch.setattr(known, "os", disk)
+    names = [served.submit(prompt, OUT) for prompt in PROMPTS]
+    while not disk.reading.is_set():
+        served.step()
+    monkeypatch.setattr(loads, "HANGS_S", 0.0)
+    served.finish()
+    assert [served.outputs[name] for name in names] == stock[0]
+    assert counts(served)["store_pages_read"] == 0 < counts(served)["store_pages_lost"]
+    pages = served.pages_by_hash()
+    disk.answers.set()
+    get_kv_transfer_group().worker.stored._reading.submit(int).result()
+    for key, held in served.pages_by_hash().items():
+        assert all(torch.equal(page, was) for (_, page), (_, was) in zip(held, pages[key], strict=True))
+    assert counts(served)["store_faults"] == served.statistics["store_faults"] == 0
+    served.assert_drained()
+
+
+def test_look_ups_that_hang_hold_nobody(
+    served: Engine, stock: list[list[Prompt]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, has = threading.Event(), served.side.stored._store.has
+    monkeypatch.setattr(look_ups, "LOOK_UP_S", 0.01)
+    monkeypatch.setattr(served.side.stored._store, "has", lambda names: goes_on.wait(60) and has(names))
+    assert served.generate(PROMPTS, OUT) == stock[0]
+    served.submit(PROMPTS[0], 1)
+    (asked,) = served.side.stored._asked.values()
+    assert asked.stored.done() and asked.stored.result() == 0, "it is not even asked"
+    served.finish()
+    goes_on.set()
     served.assert_drained()
 
 
@@ -305,12 +350,12 @@ def test_a_fault_turns_the_store_off(
 def test_other_weights_end_its_use(served: Engine, stock: list[list[Prompt]], connector: bool) -> None:
     assert served.llm.reset_prefix_cache(reset_connector=connector)
     assert served.generate(PROMPTS, OUT) == stock[0]
-    assert counts(served)["store_pages_read"] == sum(WHOLE) // BLOCK, "the weights are what they were"
+    assert counts(served)["store_pages_read"] == LOADED // BLOCK, "the weights are what they were"
     with torch.inference_mode():
         next(served.runner.get_model().parameters()).mul_(0.5)
     assert served.llm.reset_prefix_cache(reset_connector=connector)
     assert served.generate(PROMPTS, OUT) != stock[0]
-    assert counts(served)["store_pages_read"] == sum(WHOLE) // BLOCK and counts(served)["store_pages_written"] == 0
+    assert counts(served)["store_pages_read"] == LOADED // BLOCK and counts(served)["store_pages_written"] == 0
     assert counts(served)["store_faults"] == 1 and served.side.stored.off
     served.assert_drained()
 

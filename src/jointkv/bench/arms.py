@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jointkv.bench.result import Arm
@@ -64,7 +64,12 @@ class PoolSize:
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """What a name stands for."""
+    """What a name stands for.
+
+    Attributes:
+        options: of the plugin, unless others are given.
+        layers_in_group: as many layers have a block table of their own, unless groups are chosen.
+    """
 
     title: str
     pool_factor: int = 1
@@ -73,6 +78,8 @@ class BuiltIn:
     in_layer_groups: bool = False
     stored: bool = False
     flags: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layers_in_group: int | None = None
 
 
 BUILT_IN: Mapping[str, BuiltIn] = {
@@ -90,6 +97,13 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "fp8": BuiltIn("stock vLLM, fp8 cache", flags=(CACHE_DTYPE, "fp8")),
     "fp8_fused": BuiltIn("with jointkv, fp8 cache", fused=True, flags=(CACHE_DTYPE, "fp8")),
     "store": BuiltIn("with jointkv and stored pages", fused=True, stored=True),
+    "both": BuiltIn("with jointkv, blocks of other text looked for", fused=True, options={"candidates": "both"}),
+    "paper": BuiltIn(
+        "with jointkv, the paper's policy",
+        fused=True,
+        options={"policy": "paper", "accept_unbounded": True},
+        layers_in_group=2,
+    ),
     "layer_groups": BuiltIn("with jointkv, layers in groups", fused=True, in_layer_groups=True),
 }
 
@@ -163,7 +177,9 @@ def _arm(text: str, pool: PoolSize, fusion: Mapping[str, Any], common_flags: Seq
     if base.fused:
         own = {name: read_value(value) for name, _, value in (pair.partition("=") for pair in pairs)}
         stored = {"store": STORE} if base.stored else {}
-        options = {**stored, **fusion, **_reuse(name, base, fusion), **own}
+        options = {**base.options, **stored, **fusion, **_reuse(name, base, fusion), **own}
+        if base.layers_in_group is not None:
+            options.setdefault("layer_groups", max(1, pool.layers // base.layers_in_group))
         if base.in_layer_groups and _groups(options) == 1:
             fewest = (groups for groups in range(2, pool.layers + 1) if pool.layers % groups == 0)
             options["layer_groups"] = next(fewest, 2)  # which a model with one layer is refused for

@@ -16,6 +16,7 @@ from jointkv.bench.plan import Plan
 from jointkv.bench.result import Arm, Latency, Load, RequestSample, Run, Timeline
 from jointkv.bench.reuse import Reuse
 from jointkv.bench.server import Server, ServerFailed, Step
+from jointkv.bench.stored import stored_of
 from jointkv.bench.warm import warm_traffic
 from jointkv.bench.watch import COMPUTED_PROMPT, DISABLED, DRAFTS, FIRST_TOKENS, GENERATED, Watch
 from jointkv.system.machine import allowed_cores, foreign_seconds
@@ -81,6 +82,7 @@ def measure(
         fusion=fusion,
         reuse=reuse,
         warmup=warmup,
+        stored=stored_of(arm.fusion, fusion),
         timeline=timeline,
     )
     return run, [answer.text for answer in outcome.answers]

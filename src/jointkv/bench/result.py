@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from jointkv.bench.record import Record
 from jointkv.bench.reuse import Reuse, Warmup
 from jointkv.bench.scores import Scored, TrueAnswers
+from jointkv.bench.stored import Stored
 from jointkv.errors import BadInput
 
 LoadKind = Literal["closed", "one_first", "poisson", "bursty", "replay"]
@@ -137,6 +138,7 @@ class Run(Record):
         fusion: the plugin's counters over the run.
         reuse: what compute reuse did; None where nothing counts that.
         warmup: what was served just before; None for nothing.
+        stored: what was read from a store and written to it; None without one.
         outputs_file: texts of the answers, beside the result file; not needed to report.
     """
 
@@ -176,6 +178,7 @@ class Run(Record):
     prompt_tokens_computed: int | None = None
     reuse: Reuse | None = None
     warmup: Warmup | None = None
+    stored: Stored | None = None
 
     @property
     def key(self) -> Key:

@@ -163,7 +163,7 @@ def _say(watcher: Watcher, title: str, run: Run) -> None:
     failed = f", {run.failed} requests failed" if run.failed else ""
     watcher.say(
         f"{title}: TTFT p95 {run.ttft.p95:.1f} s, {run.output_tokens_per_s:.1f} output tokens/s, "
-        f"at most {run.running_peak:.0f} running, {run.preemptions} preemptions{_skipped(run)}{failed}"
+        f"at most {run.running_peak:.0f} running, {run.preemptions} preemptions{_skipped(run)}{_loaded(run)}{failed}"
     )
 
 
@@ -172,3 +172,10 @@ def _skipped(run: Run) -> str:
         return ""
     audited = f"{run.reuse.missed_blocks} of {run.reuse.audited_blocks} audited blocks beyond the bounds"
     return f", {run.skipped_share:.0%} of prompt tokens skipped, {audited}"
+
+
+def _loaded(run: Run) -> str:
+    if run.stored is None:
+        return ""
+    read, written = (amount / 1e6 for amount in (run.stored.bytes_read, run.stored.bytes_written))
+    return f", {run.stored.tokens_loaded:,} tokens loaded ({read:,.0f} MB read, {written:,.0f} MB written)"

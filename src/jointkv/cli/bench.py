@@ -19,7 +19,7 @@ from rich.text import Text
 
 from jointkv.cli.console import Cell, cells, named_errors, print_table, progress, stages, stderr_console, write_json
 from jointkv.cli.fusion_options import fusion_options
-from jointkv.cli.options import FORMATS
+from jointkv.cli.options import FORMATS, SEEDS
 from jointkv.cli.vllm_installed import require_vllm
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def serve(
         None,
         metavar="NAME | NAME=ARM [KEY=VALUE...] [--FLAG...]",
         help="stock, fused, reuse, large_pool, reuse_large_pool, no_prefix_caching, fp8, fp8_fused, store, "
-        "layer_groups, or one of these with options of the plugin and flags of vLLM: 'tight=fused "
+        "layer_groups, both, paper, or one of these with options of the plugin and flags of vLLM: 'tight=fused "
         "max_relative_error=0.1'. May be repeated. "
         "(default: stock and fused)",
     ),
@@ -99,7 +99,7 @@ def serve(
         None, "--set", metavar="KEY=VALUE", help="Any option of the plugin, for the arms that fuse; may be repeated."
     ),
     dtype: str = typer.Option("auto", help="bfloat16, float16, float32; auto is bfloat16 where that is fast."),
-    seed: int = typer.Option(0, help="Seed of the requests, and of the arrivals of the first round."),
+    seed: int = typer.Option(0, help="Seed of the requests, and of the arrivals of the first round.", **SEEDS),
     server_cores: str | None = typer.Option(
         None, metavar="0-2,4", help="Cores of the server. Default: all but the last of four and more, else all."
     ),

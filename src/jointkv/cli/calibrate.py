@@ -20,9 +20,9 @@ from jointkv.cli.console import (
     wrote,
 )
 from jointkv.cli.loading import load
-from jointkv.cli.options import ChunkTokens, Data, Dtype, Json, Model
+from jointkv.cli.options import SEEDS, ChunkTokens, Data, Dtype, Json, Model
 from jointkv.errors import BadInput
-from jointkv.system.files import make_folder
+from jointkv.system.files import make_room
 
 if TYPE_CHECKING:
     from jointkv.evaluate.calibrate.settings import CalibrationSettings
@@ -50,11 +50,11 @@ def calibrate(
     moved: bool = typer.Option(False, "--moved", help="Also audit text at other positions, for --fuse moved=true."),
     scope: str = typer.Option("batch", help="batch: across requests; chunk: inside one."),
     chunk_tokens: ChunkTokens = 512,
-    layer_groups: int = typer.Option(1, min=1, help="Groups of layers with thresholds of their own."),
+    layer_groups: int = typer.Option(1, min=1, max=4096, help="Groups of layers with thresholds of their own."),
     block_size: int = typer.Option(16, min=1, help="Tokens per KV block, as in the engine to be served."),
     token_limit: float = typer.Option(0.45, min=0.0, help="No token may be off by more; see below."),
     dtype: Dtype = "float32",
-    seed: int = typer.Option(0, help="Splits the requests, and makes the built-in traffic."),
+    seed: int = typer.Option(0, help="Splits the requests, and makes the built-in traffic.", **SEEDS),
     work: Path | None = typer.Option(None, help="Folder that keeps results in between. Default OUTPUT.work."),
     json: Json = None,
 ) -> None:
@@ -80,9 +80,7 @@ def calibrate(
     from jointkv.system.machine import versions
 
     output = output.expanduser().absolute()
-    if output.is_dir():
-        raise BadInput(f"{output} is a folder; --output names a file")
-    make_folder(output.parent)
+    make_room(output)
     settings = CalibrationSettings(
         target=Target.parse(target),
         scope=scope,  # type: ignore[arg-type]  # FusionPolicy names a wrong one

@@ -26,6 +26,9 @@ from jointkv.cli.vllm_installed import require_vllm
 
 COMMAND = (sys.executable, "-P", "-m", "jointkv.vllm_plugin.doctor.examine")
 LOG_LINES = 12
+LONGEST = 86400.0
+"""Seconds of a day."""
+
 STYLES = {"ok": "green", "failed": "red", "not run": "yellow"}
 
 
@@ -61,7 +64,7 @@ class Examination:
 def doctor(
     model: str | None = typer.Option(None, help="Known name, folder or hub name instead of a tiny random model."),
     allow_untested: bool = typer.Option(False, "--allow-untested", help="Try a vLLM or device that was never run."),
-    timeout: float = typer.Option(600.0, min=1.0, metavar="SECONDS", help="Give up after this long."),
+    timeout: float = typer.Option(600.0, min=1.0, max=LONGEST, metavar="SECONDS", help="Give up after this long."),
     json_file: Json = None,
 ) -> None:
     """Start vLLM without and with fusion, merge duplicate prompts, compare every token, and report each hook.

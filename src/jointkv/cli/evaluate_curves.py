@@ -9,7 +9,7 @@ import typer
 from jointkv.cli.console import named_errors, progress, write_json, wrote
 from jointkv.cli.loading import load
 from jointkv.cli.options import BlockSize, Dtype, Model, Seed
-from jointkv.system.files import make_folder
+from jointkv.system.files import make_room
 
 BOUNDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 
@@ -30,7 +30,7 @@ def curves(
     from jointkv.evaluate.traffic import get_traffic
 
     kind = get_traffic(traffic)
-    make_folder(output.parent)
+    make_room(output)
     loaded, tokenizer = load(model, dtype)
     made = kind.requests(tokenizer, requests, continuation_tokens=1, seed=seed)
     with progress(3) as steps:

@@ -8,7 +8,7 @@ import typer
 
 from jointkv.cli.console import Cell, cells, named_errors, print_table, progress, write_json, wrote
 from jointkv.cli.loading import load
-from jointkv.cli.options import BlockSize, Dtype, Json, Model
+from jointkv.cli.options import SEEDS, BlockSize, Dtype, Json, Model
 
 SOURCE: dict[str, Cell] = {
     "data": lambda row: f"{row.dataset}*" if row.stand_in else row.dataset,
@@ -82,7 +82,7 @@ def paper(
     layers_requests: int = typer.Option(32, help="Requests of that batch; as many others predict it."),
     block_size: BlockSize = 16,
     dtype: Dtype = "float32",
-    seed: int = typer.Option(0, help="Order of the rows of each data set."),
+    seed: int = typer.Option(0, help="Order of the rows of each data set.", **SEEDS),
     output: Path = typer.Option(Path("out/evaluate-paper"), help="Folder for paper.json."),
     json: Json = None,
 ) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from jointkv.cli.console import named_errors, print_table, progress, write_json, wrote
 from jointkv.cli.loading import load
-from jointkv.cli.options import Dtype, Json, Model
+from jointkv.cli.options import SEEDS, Dtype, Json, Model
 from jointkv.system.files import make_folder
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def reuse(
     witnesses: list[int] | None = typer.Option(None, help="Comparisons a page has heard. Default 0, 2, 8 and 15."),
     quick: bool = typer.Option(False, "--quick", help="Two short texts and eight headers: shows that it runs."),
     dtype: Dtype = "float32",
-    seed: int = typer.Option(0, help="Of headers, texts and draws."),
+    seed: int = typer.Option(0, help="Of headers, texts and draws.", **SEEDS),
     output: Path = typer.Option(Path("out/evaluate-reuse"), help="Folder for reuse.json."),
     json: Json = None,
 ) -> None:

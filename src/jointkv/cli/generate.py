@@ -16,7 +16,7 @@ from rich.text import Text
 
 from jointkv.cli.console import named_errors, stderr_console, write_json
 from jointkv.cli.loading import load
-from jointkv.cli.options import FORMATS, Json, Model, Reuse, ReuseOption
+from jointkv.cli.options import FORMATS, SEEDS, Json, Model, Reuse, ReuseOption
 from jointkv.errors import BadInput
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 REFRESH_S = 0.1
 BLOCK_SIZE = 16
 TITLE_CHARACTERS = 60
+LEAST_TEMPERATURE = 1e-4
+"""Logits divided by less would not be finite numbers of float32."""
 
 
 class Attention(StrEnum):
@@ -99,7 +101,7 @@ def generate(
     chat: bool = typer.Option(True, "--chat/--raw", help="Use the model's chat template, if it has one."),
     file: Path | None = typer.Option(None, help=f"More prompts. {FORMATS}"),
     temperature: float = typer.Option(0.0, min=0.0, help="0 takes the most likely token, else samples."),
-    seed: int = typer.Option(0, help="Seed of the sampling."),
+    seed: int = typer.Option(0, help="Seed of the sampling.", **SEEDS),
     attention: Attention = typer.Option(Attention.JOINTKV, help="Attention on pages, or on a dense copy."),
     json: Json = None,
 ) -> None:
@@ -110,8 +112,8 @@ def generate(
 
     fusion = _fusion(policy, profile, max_relative_error, key_threshold)
     requests = _gathered(prompts or [], file)
-    if not math.isfinite(temperature):
-        raise BadInput(f"temperature: {temperature} is no finite number")
+    if temperature and not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise BadInput(f"temperature: {temperature} is neither 0 nor a finite number of at least {LEAST_TEMPERATURE}")
     loaded, tokenizer = load(model, attn_implementation=None if attention is Attention.JOINTKV else "eager")
     rows = prompts_of(tokenizer, requests, chat=chat)
     _check_lengths(rows, loaded, max_new_tokens)
@@ -207,6 +209,8 @@ def _gathered(prompts: Sequence[str], file: Path | None) -> list["UserRequest"]:
     for number, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
             raise BadInput(f"prompt {number} is empty")
+        if not prompt.isascii() and any("\ud800" <= sign <= "\udfff" for sign in prompt):
+            raise BadInput(f"prompt {number} is not UTF-8; put it into a file in UTF-8 for --file")
     requests = [
         UserRequest(Place("the command line", "prompt", number), prompt)
         for number, prompt in enumerate(prompts, start=1)

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,7 +27,10 @@ ScoredTokens = Annotated[int, typer.Option(min=1, help="True tokens scored after
 ChunkTokens = Annotated[int, typer.Option(min=1, help="Tokens per chunk of a request.")]
 BlockSize = Annotated[int, typer.Option(min=1, help="Tokens per KV block.")]
 Dtype = Annotated[str, typer.Option(help="Of the model and its KV cache.")]
-Seed = Annotated[int, typer.Option(help="Seed of the requests.")]
+SEEDS: dict[str, Any] = {"min": 0, "max": 2**32 - 1}
+"""What every generator of random numbers takes."""
+
+Seed = Annotated[int, typer.Option(help="Seed of the requests.", **SEEDS)]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - means stdout.")]
 Reuse = Annotated[
     ReuseOption, typer.Option(help="Read resident text instead of computing it: with a licence from audits, or probed.")

@@ -9,6 +9,7 @@ import typer
 from jointkv.cli.console import FAILURE, Cell, cells, named_errors, print_table, stages, write_json
 from jointkv.cli.options import Json
 from jointkv.errors import BadInput
+from jointkv.system.files import reason
 
 if TYPE_CHECKING:
     from jointkv.store import Segment, Store
@@ -101,7 +102,7 @@ def _open(folder: Path, secret: Path | None) -> "Store":
     try:
         given = None if secret is None else secret.read_bytes()
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read the secret {secret}: {error}") from None
+        raise BadInput(f"cannot read the secret {secret}: {reason(error)}") from None
     return Store(folder, write=False, secret=given)
 
 

@@ -35,11 +35,21 @@ class Aids:
         transform: of the pages' model; codecs that need none ignore it.
         references: a page for each page, as the receiver has it, byte for byte.
         level: how finely numbers are quantised, see `step_share`; read from the payload where one is decoded.
+
+    Raises:
+        BadInput: a level that there is not, or something else in the place of the others.
     """
 
     transform: Transform | None = None
     references: Pages | None = None
     level: int = START_LEVEL
+
+    def __post_init__(self) -> None:
+        if type(self.level) is not int or not 0 <= self.level < LEVELS:
+            raise BadInput(f"level must be 0 to {LEVELS - 1}, got {self.level!r}")
+        for name, given, kind in (("transform", self.transform, Transform), ("references", self.references, Pages)):
+            if not (given is None or isinstance(given, kind)):
+                raise BadInput(f"{name}: a {kind.__name__} is needed, or None, not {type(given).__name__}")
 
     def the_transform(self) -> Transform:
         """Raises BadInput if there is none."""

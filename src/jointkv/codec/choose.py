@@ -14,6 +14,7 @@ from jointkv.codec.pages import Errors, Pages
 from jointkv.codec.registry import CODECS, decode, encode
 from jointkv.codec.transform import Transform
 from jointkv.errors import BadInput
+from jointkv.system.values import is_number
 
 BATCH = 32
 """Pages at a time, so that what is computed in between stays small."""
@@ -38,8 +39,8 @@ class Bound:
     token: float = 0.3
 
     def __post_init__(self) -> None:
-        if not (0 <= self.block < 1 and 0 <= self.token < 1):
-            raise BadInput(f"bounds of a page are at least 0 and below 1, got {self.block:g} and {self.token:g}")
+        if not all(is_number(bound) and 0 <= bound < 1 for bound in (self.block, self.token)):
+            raise BadInput(f"bounds of a page are at least 0 and below 1, got {self.block!r} and {self.token!r}")
 
     def within(self, errors: Errors) -> Tensor:
         """Which pages keep it, bool `[n]`; not a number does not."""
@@ -86,8 +87,9 @@ class Chooser:
     """
 
     def __init__(self, bound: Bound, transform: Transform | None = None, level: int = START_LEVEL) -> None:
-        if not 0 <= level < LEVELS:
-            raise BadInput(f"level must be 0 to {LEVELS - 1}, got {level}")
+        if not isinstance(bound, Bound):
+            raise BadInput(f"the bound of pages is a Bound, as in Chooser(Bound(0.2, 0.3)); got {bound!r}")
+        Aids(transform, level=level)
         self.bound, self.transform, self.level = bound, transform, level
 
     def encode(self, pages: Pages, references: Pages | None = None, has: Tensor | None = None) -> Encoded:

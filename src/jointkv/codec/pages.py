@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jointkv.core.blocks import SUPPORTED_DTYPES, PagedKV, aggregate_errors, squared_errors
 from jointkv.errors import LayoutError
+from jointkv.system.values import check_whole
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class Layout:
         heads: KV heads.
         key_size, value_size: numbers per head and token.
         dtype: of the numbers.
+
+    Raises:
+        LayoutError: sizes that are no whole numbers, or another dtype than pages have.
     """
 
     layers: int
@@ -32,6 +36,13 @@ class Layout:
     key_size: int
     value_size: int
     dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            if name != "dtype":
+                check_whole(name, size, 0, LayoutError)
+        if self.dtype not in SUPPORTED_DTYPES:
+            raise LayoutError(f"pages of {self.dtype!r} are not supported; give a dtype of torch")
 
     @property
     def key_numbers(self) -> int:
@@ -79,6 +90,8 @@ class Pages:
     positions: Tensor
 
     def __post_init__(self) -> None:
+        if not all(isinstance(given, Tensor) for given in vars(self).values()):
+            raise LayoutError("pages are made of tensors")
         if self.keys.dim() != 5 or self.values.dim() != 5 or self.keys.shape[:4] != self.values.shape[:4]:
             raise LayoutError(f"pages of K {list(self.keys.shape)} and V {list(self.values.shape)}")
         if self.keys.dtype not in SUPPORTED_DTYPES or self.values.dtype != self.keys.dtype:

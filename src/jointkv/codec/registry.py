@@ -29,13 +29,18 @@ NEEDS_REFERENCE = frozenset(CODECS[name].number for name in ("reference", "diffe
 
 def get_codec(name: str) -> Codec:
     """The codec `name`. Raises BadInput for an unknown one."""
-    if name not in CODECS:
+    if not isinstance(name, str) or name not in CODECS:
         raise BadInput(f"unknown codec {name!r}; there are {', '.join(CODECS)}")
     return CODECS[name]
 
 
 def encode(codec: Codec, pages: Pages, aids: Aids) -> list[bytes]:
-    """Messages of `pages`, one each, without a look at errors; see `jointkv.codec.choose`."""
+    """Messages of `pages`, one each, without a look at errors; see `jointkv.codec.choose`.
+
+    Raises BadInput for something else than pages, or where aids are missing.
+    """
+    if not isinstance(pages, Pages):
+        raise BadInput(f"pages are encoded, not {type(pages).__name__}")
     return [bytes([codec.number]) + payload for payload in codec.encode(pages, aids)]
 
 
@@ -46,6 +51,8 @@ def decode(messages: Sequence[bytes], layout: Layout, positions: Tensor, aids: A
         BadInput: malformed, of an unknown codec, or without what they need of `aids`.
         ModelMismatch: encoded with another transform.
     """
+    if not isinstance(messages, Sequence) or not isinstance(positions, Tensor) or len(messages) != len(positions):
+        raise BadInput("as many messages as positions are needed, the positions as a tensor")
     chosen: dict[int, list[int]] = {}
     for number, message in enumerate(messages):
         if not message or message[0] not in _BY_NUMBER:

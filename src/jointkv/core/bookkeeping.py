@@ -35,6 +35,22 @@ def bookkeeping(method: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def autocast_here() -> Callable[[], ExitStack]:
+    """Makes contexts with the autocast that is on now: inside bookkeeping for what is computed as the caller has it."""
+    present = [
+        (device, torch.get_autocast_dtype(device)) for device in AUTOCAST_DEVICES if torch.is_autocast_enabled(device)
+    ]
+
+    def entered() -> ExitStack:
+        stack = ExitStack()
+        for device, dtype in present:
+            # Weights that were cast without gradients must not be found by the caller's own forward pass.
+            stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
+        return stack
+
+    return entered
+
+
 @contextmanager
 def _without(autocast: list[str]) -> Iterator[None]:
     with ExitStack() as stack:

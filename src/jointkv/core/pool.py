@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jointkv.core.blocks import PagedKV
 from jointkv.core.bookkeeping import bookkeeping
-from jointkv.errors import IntegrityError, PoolFull
+from jointkv.errors import IntegrityError, LayoutError, PoolFull
 
 NULL_PAGE = 0
 """Always zero, never handed out: padding may read it, nothing writes it."""
@@ -38,6 +38,9 @@ class BlockPool:
         block_size: tokens per page.
         key_shape, value_shape: `(heads, head size)`.
         max_pages: pages at the most, the null page not counted; None for no limit.
+
+    Raises:
+        LayoutError: not even the first pages fit into memory.
     """
 
     @bookkeeping
@@ -54,10 +57,16 @@ class BlockPool:
     ) -> None:
         self.max_pages = max_pages
         first = FIRST_PAGES if max_pages is None else min(FIRST_PAGES, max_pages)
-        self._keys, self._values = (
-            [torch.empty(first + 1, block_size, *shape, dtype=dtype, device=device) for _ in range(num_layers)]
-            for shape in (key_shape, value_shape)
-        )
+        try:
+            self._keys, self._values = (
+                [torch.empty(first + 1, block_size, *shape, dtype=dtype, device=device) for _ in range(num_layers)]
+                for shape in (key_shape, value_shape)
+            )
+        except (RuntimeError, TypeError) as error:  # no memory; a size that no tensor has
+            raise LayoutError(
+                f"{first + 1} pages of {block_size} tokens in {num_layers} layers do not fit into the memory of "
+                f"{device}: take a smaller block_size, or fewer max_pages than {first}"
+            ) from error
         for layer in (*self._keys, *self._values):
             layer[NULL_PAGE] = 0
         self.kv = PagedKV(self._keys, self._values)

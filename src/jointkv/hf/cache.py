@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from jointkv.core.bookkeeping import bookkeeping
-from jointkv.errors import BadInput, PoolFull
+from jointkv.errors import BadInput, LayoutError, PoolFull, UnsupportedUse
 from jointkv.hf import saving
 from jointkv.hf.paged_cache import PagedCache
 from jointkv.hf.pool import JointPool
 from jointkv.hf.prefill import prefill_rows, prompts_of
 from jointkv.hf.prefill_result import PrefillResult
+from jointkv.hf.row_steps import Forward
 from jointkv.hf.saving import FromFile
+from jointkv.system.values import check_whole
 
 
 class JointCache(PagedCache):
@@ -47,33 +50,42 @@ class JointCache(PagedCache):
 
     # Reading what is resident before it is computed.
 
-    @bookkeeping
     def prefill(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> PrefillResult:
         """Prefill this empty cache, reading what is resident instead of computing it, as the pool's `reuse` allows.
 
         `model.generate(input_ids=..., attention_mask=..., past_key_values=cache)` then goes on as ever: all but the
         last token of each row are there. Rows are prefilled one after another, and reuse those before them. In a pool
-        without reuse nothing is done, and `generate` computes all.
+        without reuse nothing is done, and `generate` computes all. What is computed is so under the autocast that is
+        on, and never with gradients.
 
         Args:
             input_ids, attention_mask: `[rows, length]`, padded on the left.
 
         Raises:
             BadInput: the cache is not empty, or a row has no token.
-            LayoutError: other shapes, or padding elsewhere.
+            LayoutError: no tensors of token ids, other shapes, or padding elsewhere.
+            UnsupportedUse: `model` is not the one whose pages these are.
             PoolFull: the cache stays empty.
         """
         if self.length:
             raise BadInput(f"prefill: the cache holds {self.length} tokens already")
+        if not isinstance(model, nn.Module):
+            raise UnsupportedUse(f"prefill needs the model of the pool, not a {type(model).__name__}")
         prompts = prompts_of(input_ids, attention_mask)
-        return prefill_rows(self, model, prompts, self.tenants(len(prompts)), input_ids.shape[1] - 1)
+        return prefill_rows(self, Forward(model), prompts, self.tenants(len(prompts)), input_ids.shape[1] - 1)
 
     # Operations on the whole cache.
 
     @bookkeeping
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last tokens: `-n` drops `n`; a positive number is the length to keep (as in transformers)."""
-        tokens_to_remove = int(tokens_to_remove)  # transformers 5.16 gives a tensor, to which lengths would be added
+        """Drop the last tokens: `-n` drops `n`; a positive number is the length to keep (as in transformers).
+
+        Raises BadInput for what is no whole number.
+        """
+        try:
+            tokens_to_remove = operator.index(tokens_to_remove)  # transformers 5.16 gives a tensor
+        except TypeError:
+            raise BadInput(f"crop: {tokens_to_remove!r} is not a whole number of tokens") from None
         keep = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.length)
         keep = max(0, keep)
         for layer in self.other_layers:
@@ -88,24 +100,38 @@ class JointCache(PagedCache):
         self._clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row `i` becomes what row `beam_idx[i]` was; shared pages are copied when somebody writes to them."""
+        """Row `i` becomes what row `beam_idx[i]` was; shared pages are copied when somebody writes to them.
+
+        Raises LayoutError for what does not name rows, as do the two below. The cache is as before.
+        """
         self._select(beam_idx, "reorder_cache", beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` only."""
-        rows = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
-        self._select(rows, "batch_select_indices", indices)
+        chosen = isinstance(indices, Tensor) and indices.dtype == torch.bool and len(indices) == len(self.batch)
+        self._select(indices.nonzero().squeeze(1) if chosen else indices, "batch_select_indices", indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times; the copies share their pages."""
+        check_whole("repeats", repeats, 0, LayoutError)
         self._select(torch.arange(len(self.batch)).repeat_interleave(repeats), "batch_repeat_interleave", repeats)
 
     @bookkeeping
     def _select(self, rows: Tensor, method: str, argument: Any) -> None:
+        rows = self._rows(method, rows)
         for layer in self.other_layers:
             getattr(layer, method)(argument)
         if self.tables:
-            self.batch.select(rows.cpu())
+            self.batch.select(rows)
+
+    def _rows(self, method: str, rows: Tensor) -> Tensor:
+        """`rows` on the CPU. Raises LayoutError unless there are such."""
+        if not isinstance(rows, Tensor) or rows.dtype not in (torch.long, torch.int) or rows.dim() != 1:
+            raise LayoutError(f"{method}: a tensor with numbers of rows is needed, not {rows!r}")
+        rows, count = rows.cpu(), len(self.batch)
+        if self.tables and ((rows < 0) | (rows >= count)).any():
+            raise LayoutError(f"{method}: rows are numbered from 0 to {count - 1}, got {rows.tolist()}")
+        return rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> JointCache:
         """A cache that reads the same pages; either one copies a page before it writes to it."""
@@ -172,9 +198,11 @@ class JointCache(PagedCache):
         Raises:
             BadInput: no saved cache, or a damaged one, or one that an older release saved without its key.
             ModelMismatch: it belongs to another model, or to another block size or layer grouping.
+            UnsupportedUse: `pool` is something else.
             PoolFull: too few pages are free; nothing was taken.
         """
-        pool.notice_weights()
+        if isinstance(pool, JointPool):  # anything else is refused next
+            pool.notice_weights()
         cache = cls(pool, isolation_key)
         keys, length, state = saving.read(path, cache._layout())
         if isolation_key is FromFile.KEY:

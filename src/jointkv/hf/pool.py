@@ -25,6 +25,7 @@ from jointkv.hf.rotary import rotary_of
 from jointkv.hf.states import check_states, widest_dtype
 from jointkv.policy import FusionPolicy, LayerGroups
 from jointkv.policy.profile import Profile, ReuseEvidence
+from jointkv.system.values import check_whole
 from jointkv.theory.adapt import Adaptation
 from jointkv.theory.calibrate import effective_error
 
@@ -78,8 +79,7 @@ class JointPool:
         self.adaptation: Adaptation | None = None
         audits: ReuseEvidence | None = None
         for name, number in (("block_size", block_size), ("max_pages", 1 if max_pages is None else max_pages)):
-            if type(number) is not int or number < 1:
-                raise InvalidPolicy(f"{name}: {number!r} is not a whole number of at least 1")
+            check_whole(name, number, error=InvalidPolicy)
         model = getattr(model, "_orig_mod", model)  # of a compiled one
         self.full_layers = full_attention_layers(model)
         if isinstance(policy, Profile):

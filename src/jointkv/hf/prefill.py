@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.moved_text import unwritten
 from jointkv.core.reuse import COMPUTED, Integers, ReusePlan
 from jointkv.errors import BadInput, LayoutError, PoolFull
@@ -19,7 +19,7 @@ from jointkv.hf.paged_cache import PagedCache
 from jointkv.hf.prefill_result import PrefillResult, RowPrefill
 from jointkv.hf.residents import Matches
 from jointkv.hf.reuse import Reuse
-from jointkv.hf.row_steps import ImaginedSteps, RowSteps
+from jointkv.hf.row_steps import Forward, ImaginedSteps, RowSteps
 from jointkv.policy.reuse import decide
 
 
@@ -27,10 +27,16 @@ def prompts_of(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]
     """The tokens of each row without left padding, on the CPU.
 
     Raises:
-        LayoutError: not `[rows, length]` both, or padding that is not on the left.
+        LayoutError: no tensors, ids that are not whole numbers, not `[rows, length]` both with a row at least, or
+            padding that is not on the left.
     """
+    for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if not (isinstance(given, Tensor) or (given is None and name == "attention_mask")):
+            raise LayoutError(f"{name}: prefill needs a tensor, not a {type(given).__name__}: return_tensors='pt'")
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise LayoutError(f"input_ids: token ids are whole numbers, not {input_ids.dtype}")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if input_ids.dim() != 2 or mask.shape != input_ids.shape:
+    if input_ids.dim() != 2 or mask.shape != input_ids.shape or not len(input_ids):
         raise LayoutError(f"prefill needs ids and mask [rows, length], got {list(input_ids.shape)}, {list(mask.shape)}")
     seen = mask.cpu().bool()
     if (seen[:, :-1] & ~seen[:, 1:]).any():
@@ -38,12 +44,12 @@ def prompts_of(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]
     return [row[kept].contiguous() for row, kept in zip(input_ids.cpu(), seen, strict=True)]
 
 
-def prefill_row(cache: PagedCache, model: PreTrainedModel, tokens: Tensor, tenant: Hashable) -> RowPrefill:
+def prefill_row(cache: PagedCache, forward: Forward, tokens: Tensor, tenant: Hashable) -> RowPrefill:
     """Have the empty `cache` hold all but the last of `tokens [n]`, and note what is learnt of pages and licence.
 
     A fault of reuse switches it off; what is not there yet is computed then.
     """
-    steps, pool = RowSteps(cache, model, tokens), cache.pool
+    steps, pool = RowSteps(cache, forward, tokens), cache.pool
     try:
         if pool.reuse is not None:
             return _reusing(cache, steps, tokens, tenant, pool.reuse)
@@ -138,8 +144,9 @@ def _count(found: RowPrefill, reuse: Reuse) -> None:
     )
 
 
+@bookkeeping
 def prefill_rows(
-    cache: PagedCache, model: PreTrainedModel, prompts: list[Tensor], tenants: list[Hashable], length: int
+    cache: PagedCache, forward: Forward, prompts: list[Tensor], tenants: list[Hashable], length: int
 ) -> PrefillResult:
     """Have the empty `cache` hold all but the last token of each of `prompts`; see `JointCache.prefill`.
 
@@ -164,6 +171,6 @@ def prefill_rows(
         row.waits = True
         rows.append(row)
         # Of a single token nothing is prefilled.
-        found.append(prefill_row(row, model, prompt, tenant) if len(prompt) > 1 else RowPrefill(1))
+        found.append(prefill_row(row, forward, prompt, tenant) if len(prompt) > 1 else RowPrefill(1))
     cache.join(rows, length)
     return PrefillResult(tuple(found))

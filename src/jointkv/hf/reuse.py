@@ -19,6 +19,7 @@ from jointkv.hf.residents import Residents
 from jointkv.policy import FusionPolicy
 from jointkv.policy.profile import ReuseEvidence
 from jointkv.policy.reuse import ReuseRule
+from jointkv.system.values import check_whole, is_number
 from jointkv.theory.licence import Licence
 
 COUNTERS = (
@@ -71,8 +72,14 @@ class ReuseOptions:
             raise InvalidPolicy(f"reuse: {self.mode!r} is none of {', '.join(get_args(ReuseMode))}")
         for name in ("miss_rate", "confidence", "audit_rate"):
             value = getattr(self, name)
-            if not (0 < value < 1 or (name == "audit_rate" and value == 1)):
+            if not is_number(value) or not (0 < value < 1 or (name == "audit_rate" and value == 1)):
                 raise InvalidPolicy(f"reuse_{name}: {value!r} is not between 0 and 1")
+        if self.rule is not None and not isinstance(self.rule, ReuseRule):
+            raise InvalidPolicy(f"reuse_rule: {self.rule!r} is no ReuseRule")
+        if self.seed is not None:
+            check_whole("reuse_seed", self.seed, 0, InvalidPolicy)
+        if not isinstance(self.moved, bool):
+            raise InvalidPolicy(f"moved: {self.moved!r} is neither true nor false")
 
     @classmethod
     def of(cls, given: ReuseOptions | str) -> ReuseOptions:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jointkv.core.blocks import PagedKV, served_errors
+from jointkv.core.bookkeeping import autocast_here
 from jointkv.core.evidence import Known
 from jointkv.core.moved_text import MovedText, unwritten
 from jointkv.core.reuse import Integers
@@ -18,6 +19,17 @@ from jointkv.hf.moved import MovedBlocks
 from jointkv.hf.paged_cache import PagedCache
 from jointkv.hf.residents import Matches
 from jointkv.policy.reuse import Computed
+
+
+class Forward:
+    """The forward pass of a model as its caller has it: under the autocast that is on where this is made."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.device, self._model, self._autocast = model.device, model, autocast_here()
+
+    def __call__(self, **inputs: Any) -> None:
+        with self._autocast():
+            self._model(**inputs)
 
 
 class RowSteps:
@@ -29,8 +41,8 @@ class RowSteps:
         moved: what of it is resident at other positions, likewise.
     """
 
-    def __init__(self, cache: PagedCache, model: PreTrainedModel, tokens: Tensor) -> None:
-        self._cache, self._model, self._tokens = cache, model, tokens
+    def __init__(self, cache: PagedCache, forward: Forward, tokens: Tensor) -> None:
+        self._cache, self._forward, self._tokens = cache, forward, tokens
         self.matches: Matches | None = None
         self.moved: MovedText | None = None
         self._size = cache.pool.block_size
@@ -91,13 +103,13 @@ class RowSteps:
         if end <= start:
             return
         self.computing = True
-        device, place = self._model.device, torch.arange(start, end)
+        device, place = self._forward.device, torch.arange(start, end)
         inputs: dict[str, Any] = {
             "input_ids": self._tokens[None, start:end].to(device),
             "attention_mask": torch.ones(1, end, dtype=torch.long, device=device),
             "position_ids": place[None].to(device),
         }
-        self._model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._forward(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self.computing = False
 
 

@@ -143,7 +143,7 @@ class FusionPolicy:
 
     @classmethod
     def _from_fields(cls, name: str, changes: dict[str, Any]) -> FusionPolicy:
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise InvalidPolicy(f"preset: {shown(name)} is none of {', '.join(PRESETS)}")
         known = {field.name for field in dataclasses.fields(cls)}
         for field_name in changes:

@@ -19,6 +19,7 @@ from jointkv.store.known import Known, Place
 from jointkv.store.names import KEY_BYTES
 from jointkv.store.records import HEAD_BYTES, Record, unpack
 from jointkv.store.segments import SegmentWriter, sync_folder
+from jointkv.system.values import check_whole
 
 FORMAT = "jointkv.store"
 VERSION = 1
@@ -55,10 +56,12 @@ class Store:
         secret: bytes | None = None,
         segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
-        if max_bytes is not None and max_bytes <= 0:
-            raise BadInput(f"max_bytes: a store of {max_bytes} bytes holds nothing")
-        if secret is not None and len(secret) != KEY_BYTES:
-            raise BadInput(f"the secret of a store has {KEY_BYTES} bytes, not {len(secret)}")
+        if not isinstance(folder, str | Path):
+            raise BadInput(f"a store is a folder, and {folder!r} names none")
+        for name, number in (("max_bytes", 1 if max_bytes is None else max_bytes), ("segment_bytes", segment_bytes)):
+            check_whole(name, number)
+        if secret is not None and not (isinstance(secret, bytes) and len(secret) == KEY_BYTES):
+            raise BadInput(f"the secret of a store has {KEY_BYTES} bytes; leave it out to have one made")
         self.folder, self.write, self.max_bytes = Path(folder).expanduser(), write, max_bytes
         self._segment_bytes = segment_bytes
         if max_bytes is not None:

@@ -50,8 +50,14 @@ class Names:
         self._key = hashlib.blake2b(said, key=secret, digest_size=KEY_BYTES, person=b"jointkv.tenant").digest()
 
     def of(self, tokens: Sequence[int], block_size: int, before: bytes = FIRST) -> list[Named]:
-        """The whole blocks of a prompt, from its first token on, or from behind the block with the address `before`."""
-        ids = np.asarray(tokens, "<i8")
+        """The whole blocks of a prompt, from its first token on, or from behind the block with the address `before`.
+
+        Raises BadInput for tokens that are not whole numbers in one row: rounded, they would be other text.
+        """
+        given = np.asarray(tokens)
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise BadInput(f"tokens: whole numbers in one row are needed, not {given.dtype} of {list(given.shape)}")
+        ids = given.astype("<i8")
         named = []
         for start in range(0, len(ids) - block_size + 1, block_size):
             block = ids[start : start + block_size]

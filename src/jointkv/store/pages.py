@@ -47,6 +47,7 @@ class PageStore:
         transform: of the model; the store keeps it for others. Without one, pages are stored without loss.
 
     Raises:
+        BadInput: something else in the place of a store or a layout, or a key that cannot be written.
         ModelMismatch: a transform of another layout.
     """
 
@@ -60,6 +61,9 @@ class PageStore:
         bound: Bound = Bound(),
         transform: Transform | None = None,
     ) -> None:
+        if not isinstance(store, Store) or not isinstance(layout, Layout):
+            given = f"{type(store).__name__} and {type(layout).__name__}"
+            raise BadInput(f"pages need a store and a layout, not {given}: PageStore(Store(folder), model, layout)")
         self._store, self.layout = store, layout
         fingerprint = f"{model}/{layout.fingerprint}/{bound.block:g}/{bound.token:g}"
         if bound.block > 0:

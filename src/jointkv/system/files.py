@@ -28,7 +28,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         target = Path(path).expanduser()
         special = target.exists() and not target.is_file()
         file = target if special else target.resolve().with_name(f".{target.name}.tmp-{os.getpid()}")
-    except (OSError, ValueError, RuntimeError) as error:  # no name of a file at all, no such user
+    except (OSError, ValueError, RuntimeError, TypeError) as error:  # no name of a file at all, no such user
         raise BadInput(f"cannot write {path}: {error}") from error
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         if not special:
             file.replace(target.resolve())
     except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from error
+        raise BadInput(f"cannot write {path}: {reason(error)}") from error
     finally:
         if not special:
             with suppress(OSError):
@@ -66,4 +66,21 @@ def make_folder(path: Path) -> None:
     try:
         path.expanduser().mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"cannot make the folder {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise BadInput(f"cannot make the folder {path}: {reason(error)}") from None
+
+
+def make_room(path: Path) -> None:
+    """Make the folder that the file `path` is to lie in, before anything takes long.
+
+    Raises `BadInput` when that cannot be, or `path` is a folder.
+    """
+    make_folder(path.parent)
+    if path.expanduser().is_dir():
+        raise BadInput(f"{path} is a folder; name a file")
+
+
+def reason(error: Exception) -> str:
+    """What the system said, without the numbers and names around it."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return "there is a file where a folder is needed"
+    return str(getattr(error, "strerror", None) or error)

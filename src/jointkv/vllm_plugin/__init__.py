@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jointkv.errors import BadInput
@@ -30,11 +30,19 @@ def engine_args(beside: Sequence[dict[str, Any]] = (), **options: Any) -> dict[s
 
     Returns:
         `kv_transfer_config`, `worker_cls`, `logits_processors` (to which others may be added) and, where the options
-        reuse, have a store, or others stand beside, `scheduler_cls`: for `vllm.LLM` or `vllm.EngineArgs`.
+        reuse, have a store or write directions, or others stand beside, `scheduler_cls`: for `vllm.LLM` or
+        `vllm.EngineArgs`.
 
     Raises:
-        BadInput, InvalidPolicy: see `PluginSettings.parse`; or a store is to be beside other connectors.
+        BadInput, InvalidPolicy: see `PluginSettings.parse`; or `beside` is something else, or a store is to be there.
     """
+    if not isinstance(beside, Sequence) or not all(
+        isinstance(each, Mapping) and "kv_connector" in each for each in beside
+    ):
+        raise BadInput(
+            "jointkv: beside lists other connectors as kv_transfer_config has them; options are given by name, as in "
+            "engine_args(max_relative_error=0.1)"
+        )
     if PluginSettings.parse(options).store is not None and beside:
         raise BadInput("jointkv: store does not go with other KV connectors, which store pages too; leave one out")
     from vllm.platforms import current_platform
@@ -54,7 +62,8 @@ def engine_args(beside: Sequence[dict[str, Any]] = (), **options: Any) -> dict[s
 def arguments_for(device: str, options: dict[str, Any]) -> dict[str, Any]:
     """`engine_args` for `device`, `"cpu"` or `"gpu"`, with options already checked. Imports no vllm."""
     settings = PluginSettings.parse(options)
-    scheduler = {"scheduler_cls": SCHEDULER} if settings.reuses or settings.store is not None else {}
+    needed = settings.reuses or settings.store is not None or settings.writes_directions
+    scheduler = {"scheduler_cls": SCHEDULER} if needed else {}
     transfer = LOADS if settings.store is not None else {"kv_role": "kv_producer"}
     return {
         **scheduler,

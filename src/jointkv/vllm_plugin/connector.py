@@ -120,6 +120,7 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """See `SchedulerSide.settle`."""
         self.scheduler.hear(connector_output.kv_connector_stats)
+        self.scheduler.note_loaded(connector_output.finished_recving or ())
         verdict = connector_output.kv_connector_worker_meta
         if isinstance(verdict, Verdict):
             self.scheduler.settle(verdict)

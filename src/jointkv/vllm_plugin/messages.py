@@ -112,6 +112,8 @@ class Inquiry(KVConnectorMetadata):
         fills: pages to write before the step, in this order: a later one may write what an earlier one reads.
         directions: pages to write before the step, and before `fills`.
         gathered: groups and pages of blocks to compare all with all after the step.
+        found: tokens that requests found in the prefix cache which start or come back and are told of more: what
+            another connector or the store has is loaded to pages that hold what they never computed.
         loads: to begin after the step.
         save: what to store after it.
         emptied: whether the prefix cache was emptied before it, as is done when weights change.
@@ -131,6 +133,7 @@ class Inquiry(KVConnectorMetadata):
     fills: list[PageFill] = field(default_factory=list)
     directions: list[DirectionWrite] = field(default_factory=list)
     gathered: list[tuple[int, list[int]]] = field(default_factory=list)
+    found: dict[str, int] = field(default_factory=dict)
     loads: list[Load] = field(default_factory=list)
     save: Save | None = None
     emptied: bool = False

@@ -90,7 +90,7 @@ REASONS = {
     "request_gone": "the request finished or was preempted meanwhile",
     "entry_changed": "the block table entry changed meanwhile",
     "not_cached_yet": "the prefix cache has not taken the block in yet",
-    "no_free_page": "the pool has no free page for a direction that blocks share",
+    "no_free_page": "the pool has no free page for a direction that blocks share beside one for every running request",
     "representative_gone": "the resident page was handed out again meanwhile",
 }
 ERROR_BUCKETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0)

@@ -85,7 +85,17 @@ def _is_list(argument: str) -> bool:
 
 
 def main() -> None:
-    """Serve until vLLM ends. `sys.argv` becomes that of `vllm serve`, because parts of vLLM read it."""
+    """Serve until vLLM ends. `sys.argv` becomes that of `vllm serve`, because parts of vLLM read it.
+
+    Ctrl-C ends a server that starts with exit code 130; one that serves ends in order, as vLLM has it.
+    """
+    try:
+        _serve()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _serve() -> None:
     try:
         launch = Launch.from_json(sys.argv[1] if len(sys.argv) > 1 else "")
     except JointKVError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, Literal, Self
@@ -76,7 +77,7 @@ class PluginSettings(BaseModel):
             given beside it is the limit up to which the profile's bound is adapted, which else is the profile's own.
         store: a folder of pages that outlives the engine and is shared by engines: what is computed exactly is written
             to it in the background, without loss, and prompts whose beginning it has are loaded instead of computed.
-            Does not go with `reuse`.
+            With `reuse`, runs are looked for behind that.
         store_bytes: of that folder at the most, beyond which pages unread for longest are evicted. None: no limit.
         adapt: with a profile, move its bounds when the live errors are not those that were calibrated.
         retry_after: seconds after an internal error until fusion is tried again, for requests that arrive from then on;
@@ -130,10 +131,12 @@ class PluginSettings(BaseModel):
         """Read and check `options`.
 
         Raises:
-            BadInput: an unknown option (the nearest valid one is named), a value of the wrong type or range, or a
-                file that is no profile.
+            BadInput: no mapping, an unknown option (the nearest valid one is named), a value of the wrong type or
+                range, or a file that is no profile.
             InvalidPolicy: thresholds that make no sense together.
         """
+        if not isinstance(options, Mapping):
+            raise BadInput(f"jointkv: options have names, as in max_relative_error=0.2; got {shown(options)}")
         if options.get("policy") == "paper":
             options = _with_paper(options)
         if options.get("profile") is not None:
@@ -228,7 +231,6 @@ class PluginSettings(BaseModel):
             f"scope={self.scope}; text of the same request is never reused": self.scope == "chunk",
             "max_relative_error=null; without a bound there is nothing to promise": self.max_relative_error is None,
             "candidates=signature; what is reused is found by its text": self.candidates == "signature",
-            "store; what is loaded is not yet counted as resident when runs are looked for": self.store is not None,
             "own_norms; a page that was not computed has no norms of its own": self.own_norms,
         }
         return next((problem for problem, present in problems.items() if present), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +25,7 @@ from jointkv.vllm_plugin.engine.runners.base import Remap
 from jointkv.vllm_plugin.messages import Inquiry
 from tests.hazards import FIRST
 from tests.vllm_plugin.engines import Engine, engine, near_prefix, text
+from tests.vllm_plugin.scheduling import step_of
 
 BOUND = 0.3
 NORMS = {"max_relative_error": BOUND, "max_token_error": None, "own_norms": True}
@@ -202,6 +204,26 @@ def test_where_attention_stays_vllms_pages_are_read_as_they_stand(calm: Path) ->
     ):
         plain.generate(PROMPTS)
         assert get_kv_transfer_group().worker.norms is None and plain.statistics["blocks_merged"] > 0
+
+
+def new_step(computed: dict[str, int]) -> Any:
+    """A scheduler's output in which requests come back, with so many tokens computed or loaded."""
+    running = [(name, [3, 7, 8], count) for name, count in computed.items()]
+    return SimpleNamespace(**vars(step_of(running=running, resumed=list(computed))), finished_req_ids=())
+
+
+def test_of_a_request_that_comes_back_norms_stay_of_what_it_found_and_not_of_what_is_loaded() -> None:
+    """Pages that are loaded hold what their text stands for, whatever was read there before."""
+    norms, start = OwnNorms(layers=1), new_step(computed={"a": 96})
+    norms.propose(Inquiry(5, [], *np.array([[0, 0], [4, 5], [7, 8]])), torch.full((2, 1, 2), 1.5))
+    norms.commit([Remap("a", 0, 1, page=7, own=4, step=5), Remap("a", 0, 2, page=8, own=5, step=5)])
+    norms.follow(start, {0: 32}, {})
+    assert len(norms) == 2
+    norms.follow(start, {0: 32}, {"a": 64})
+    table = norms.table(0, ["a"], torch.tensor([[3, 7, 9]]))
+    assert len(norms) == 1 and table is not None and table[0, 0, 0].tolist() == [1.0, 1.5, 1.0]
+    norms.follow(start, {0: 32}, {"a": 0})
+    assert norms.table(0, ["a"], torch.tensor([[3, 7, 8]])) is None or not len(norms)
 
 
 def test_norms_that_are_lost_end_the_step() -> None:

@@ -32,6 +32,7 @@ SIZES = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.fl
 FULL = FullAttentionSpec(**SIZES)
 FOREIGN = "vllm.v1.core.sched.scheduler.Scheduler"
 SLIDING = SlidingWindowSpec(**SIZES, sliding_window=64)
+BY_KEYS = {"similarity": "key", "key_threshold": 0.8}
 MOVED = {"reuse": "licensed", "moved": True}
 RECURRENT = MambaSpec(block_size=32, shapes=((1,),), dtypes=(torch.float32,))
 
@@ -201,6 +202,14 @@ def test_pipeline_stages_share_one_table() -> None:
     assert check(stages) == (0,)
     with pytest.raises(UnsupportedEngine, match=r"several pipeline stages.*layer_groups=1"):
         check(stages, groups(FULL, FULL), layer_groups=2)
+
+
+@pytest.mark.parametrize("scheduler", [None, FOREIGN])
+def test_directions_need_our_scheduler_which_gives_held_pages_back(scheduler: str | None) -> None:
+    written = {"directions": "written", "own_norms": True, "candidates": "signature", **BY_KEYS}
+    assert check(config(), **written) == (0,)
+    with pytest.raises(UnsupportedEngine, match=r"directions=written.*--scheduler-cls.*directions=off"):
+        check(config(scheduler_config__scheduler_cls=scheduler), **written)
 
 
 def test_a_foreign_class_on_top_of_ours_is_welcome() -> None:

@@ -51,6 +51,19 @@ def test_replacing_frees_the_page_and_keeps_counts_right() -> None:
     tables.check_integrity()
 
 
+def test_pages_are_held_while_one_is_left_for_every_table() -> None:
+    tables, *_ = two()
+    free, held = tables.free, []
+    while (taken := tables.hold()) is not None:
+        held.append(taken)
+    assert tables.free == 2 and len(set(held)) == len(held) == free - 2 and tables.held == set(held)
+    tables.check_integrity()
+    for taken in held:
+        tables.release(taken)
+    assert tables.free == free and not tables.held
+    tables.check_integrity()
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

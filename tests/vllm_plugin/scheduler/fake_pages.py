@@ -1,14 +1,18 @@
-"""Pages that hold numbers instead of K and V: how they are written, compared, signed and filled."""
+"""Pages that hold numbers instead of K and V: how they are written, compared, signed, filled and given directions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from jointkv.core.moved import Fills
 from jointkv.policy import FusionPolicy
+from jointkv.vllm_plugin.attention.norms import OwnNorms
 from jointkv.vllm_plugin.messages import Inquiry, Verdict
 from jointkv.vllm_plugin.worker.comparer import Comparison
 
@@ -18,6 +22,15 @@ ANSWER = 900
 
 FILLED = "text from elsewhere"
 """In the place of a request's name: who wrote a page."""
+
+DIRECTION = "blocks of several requests"
+"""Likewise."""
+
+NO_TOKEN = -1
+"""What a direction is written for."""
+
+ALIKE = {"similarity": "key", "key_threshold": 0.8}
+"""The options under which `gathered` says that blocks are alike."""
 
 Block = tuple[int, ...]
 
@@ -58,6 +71,7 @@ class Pages:
         writers: their names.
         versions: of the model that wrote them.
         generation: how often a page was begun.
+        before_direction: called with a page and its members before their direction is written to it.
     """
 
     def __init__(self, count: int, size: int) -> None:
@@ -68,6 +82,7 @@ class Pages:
         self.writers: list[str | None] = [None] * count
         self.versions = [-1] * count
         self.generation = [0] * count
+        self.before_direction: Callable[[int, list[int]], None] = lambda page, members: None
 
     def read(self, table: Sequence[int], count: int) -> list[int]:
         """The first `count` numbers behind `table`."""
@@ -113,6 +128,20 @@ def within_bounds(own: Block, other: Block, policy: FusionPolicy) -> bool:
     return max(key, value) <= block_bound and token <= token_bound  # type: ignore[operator]
 
 
+def own_norm(own: Block, other: Block) -> float:
+    """The factor with which a block that was `own` is to be read from `other`; 1 for one in eight, and equal ones."""
+    return 1.0 if own == other else 0.5 + hash((other, own)) % 8 / 8
+
+
+def gathered(blocks: Sequence[Block]) -> np.ndarray:
+    """The cosines of K and of V of all pairs: two in three blocks are alike, a few hold no numbers."""
+    numbers = np.array([hash(block) for block in blocks])
+    alike = numbers % 3 < 2
+    cosines = (alike[:, None] & alike | np.eye(len(blocks), dtype=bool)).astype(np.float32)
+    cosines[numbers % 31 == 0] = cosines[:, numbers % 31 == 0] = np.nan
+    return np.stack((cosines, cosines))
+
+
 class Signer:
     """In the place of `PageSigner`: two in three blocks are alike, a few hold no numbers."""
 
@@ -156,13 +185,18 @@ class Comparer:
     is_apart = False
 
     def __init__(
-        self, across_layers: str, groups: dict[int, Pages], norms: None, signer: Signer | None, filler: Filler | None
+        self,
+        across_layers: str,
+        groups: dict[int, Pages],
+        norms: OwnNorms | None,
+        signer: Signer | None,
+        filler: Filler | None,
     ) -> None:
-        self.groups, self.signer = groups, signer
+        self.groups, self.norms, self.signer = groups, norms, signer
 
     def begin(self, inquiry: Inquiry) -> Comparison:
         """Compare the pairs of `inquiry`."""
-        found = []
+        found, factors = [], []
         asked = inquiry.moved(np.arange(len(inquiry.group)))
         for pair, (group, own, other) in enumerate(np.stack((inquiry.group, inquiry.own, inquiry.other), 1).tolist()):
             pages = self.groups[group]
@@ -173,15 +207,50 @@ class Comparer:
                 assert pages.text[own] == [text for _, _, text in tokens], "a block is compared with other text"
                 block = tuple(number for _, number, _ in tokens)
             found.append((*errors(pages.block(own), block), 1.0, 1.0))
+            factors.append(own_norm(pages.block(own), block))
         verdict = Verdict(inquiry.step, *np.array(found, np.float32).reshape(-1, 5).T)
         if self.signer is not None and len(inquiry.sign):
             verdict.signatures = self.signer.sign(inquiry)
-        return Comparison(inquiry, [(np.ones(len(found), bool), lambda: verdict)], 0.0)  # type: ignore[list-item, return-value]
+        matrices = [gathered([self.groups[group].block(page) for page in held]) for group, held in inquiry.gathered]
+        verdict.gathered = np.concatenate([np.zeros(0, np.float32), *(matrix.ravel() for matrix in matrices)])
+        taken = verdict, torch.tensor(factors).reshape(-1, 1, 1).expand(-1, 1, 2)
+        return Comparison(inquiry, [(np.ones(len(found), bool), lambda: taken)], 0.0)  # type: ignore[list-item, return-value]
 
     def finish(self, comparison: Comparison) -> Any:
         """The answer."""
         ((_, take),) = comparison.parts
-        return take()
+        verdict, factors = take()
+        if self.norms is not None:
+            self.norms.propose(comparison.inquiry, factors)
+        return verdict
+
+
+class Reading:
+    """In the place of `SharedReading`: nothing is read in another way."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size, self.counts = block_size, Counter[str]()
+
+
+def share_reading(
+    tables: Any, config: Any, groups: Sequence[int], settings: Any
+) -> tuple[dict[int, Reading], OwnNorms | None]:
+    """In the place of what changes the attention of layers; blocks keep their own norms where that is asked for."""
+    norms = OwnNorms(1, tables.runner.vllm_config.max_concurrent_batches) if settings.own_norms else None
+    return {number: Reading(config.kv_cache_groups[number].kv_cache_spec.block_size) for number in groups}, norms
+
+
+def write_direction(pages: Pages, page: int, numbers: Tensor) -> None:
+    """In the place of what writes tensors: blocks that are equal share themselves, others what follows from all."""
+    members = numbers.tolist()
+    pages.before_direction(page, members)
+    salts, versions = ({of[member] for member in members} for of in (pages.salts, pages.versions))
+    assert len(salts) == len(versions) == 1, "a direction is written for blocks of two keys or models"
+    blocks, by = sorted({pages.block(member) for member in members}), (DIRECTION, salts.pop(), versions.pop())
+    for place, (position, token) in enumerate(pages.text[members[0]]):
+        equal = len(blocks) == 1
+        number = blocks[0][place] if equal else hash((place, *blocks))
+        pages.write(page, place, number, (position, token if equal else NO_TOKEN), by)
 
 
 def packed_pages(layers: Sequence[Pages], num_blocks: int, block_size: int) -> Pages:

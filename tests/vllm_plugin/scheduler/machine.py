@@ -18,7 +18,7 @@ from vllm.v1.request import Request
 from jointkv.vllm_plugin import engine_args
 from jointkv.vllm_plugin.engine.others import connectors
 from tests.vllm_plugin.scheduler.fake_files import FILES, Files
-from tests.vllm_plugin.scheduler.fake_pages import Model
+from tests.vllm_plugin.scheduler.fake_pages import ALIKE, Model
 from tests.vllm_plugin.scheduler.fake_second_runner import SecondRunner
 from tests.vllm_plugin.scheduler.fake_worker import Mail, Runner, executor_of
 from tests.vllm_plugin.scheduler.oracle import ABORTED, Oracle
@@ -26,7 +26,7 @@ from tests.vllm_plugin.scheduler.reuse_oracle import ReuseOracle
 
 BLOCK = 4
 PAGES = 30
-"""For every layer group; a request of `LONGEST` tokens needs 16."""
+"""For every layer group, unless a variant says otherwise; a request of `LONGEST` tokens needs 16."""
 
 LONGEST = 64
 MOST = 12
@@ -38,6 +38,10 @@ TEXTS = [[100 * (number + 1) + place % CHUNK for place in range(40)] for number 
 
 SALTS = (None, None, "red", "blue")
 IN_CHUNKS = {"chunk_tokens": CHUNK}
+
+WRITTEN = {"directions": "written", "own_norms": True, "max_relative_error": 0.24, "max_token_error": 0.35, **ALIKE}
+ROOM = {"pages": 60, "tokens": 48}
+"""For blocks to become full together, and for pages that are held beside those of running requests."""
 
 EARNED_SOON = {"reuse": "licensed", "reuse_miss_rate": 0.9, "reuse_confidence": 0.3, "reuse_audit_rate": 0.2}
 
@@ -63,6 +67,35 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "signatures, asynchronous, two groups, chunks": (
         {"candidates": "both", "layer_groups": 2, "scope": "both", "max_candidates": 1, **IN_CHUNKS},
         {"async_scheduling": True, "apart": True},
+    ),
+    "directions": ({**WRITTEN, "candidates": "signature"}, ROOM),
+    "directions, both, chunks, stages": (
+        {**WRITTEN, "candidates": "both", "scope": "chunk", **IN_CHUNKS},
+        {"pipeline_parallel_size": 3, **ROOM},
+    ),
+    "directions, asynchronous, two groups": (
+        {**WRITTEN, "candidates": "signature", "layer_groups": 2},
+        {"async_scheduling": True, "apart": True, **ROOM},
+    ),
+    "directions, both, asynchronous, full pool": (
+        {**WRITTEN, "candidates": "both", "min_pool_usage": 0.5, "max_blocks_per_step": 6},
+        {"async_scheduling": True, "scheduling_policy": "priority", **ROOM, "pages": 45},
+    ),
+    "directions, second runner": (
+        {**WRITTEN, "candidates": "signature"},
+        {"beside": [FILES], "second_runner": True, **ROOM},
+    ),
+    "directions, both, second runner, two groups": (
+        {**WRITTEN, "candidates": "both", "layer_groups": 2},
+        {"second_runner": True, "apart": True, **ROOM},
+    ),
+    "directions, second runner, asynchronous": (
+        {**WRITTEN, "candidates": "signature"},
+        {"second_runner": True, "async_scheduling": True, **ROOM},
+    ),
+    "directions, both, second runner, asynchronous, two groups": (
+        {**WRITTEN, "candidates": "both", "layer_groups": 2},
+        {"second_runner": True, "async_scheduling": True, "apart": True, **ROOM},
     ),
     "priorities, full pool": (
         {"min_pool_usage": 0.5, "max_blocks_per_step": 3},
@@ -118,10 +151,10 @@ def configuration(model: Path, fusion: dict[str, Any], options: dict[str, Any]) 
         enforce_eager=True,
         skip_tokenizer_init=True,
         block_size=BLOCK,
-        num_gpu_blocks_override=1 + PAGES * fusion.get("layer_groups", 1),
+        num_gpu_blocks_override=1 + options.get("pages", PAGES) * fusion.get("layer_groups", 1),
         max_model_len=LONGEST,
         max_num_seqs=8,
-        max_num_batched_tokens=24,
+        max_num_batched_tokens=options.get("tokens", 24),
         scheduling_policy=options.get("scheduling_policy", "fcfs"),
         pipeline_parallel_size=options.get("pipeline_parallel_size", 1),
         kv_transfer_config=KVTransferConfig(**attached["kv_transfer_config"]),
@@ -179,6 +212,8 @@ class SchedulerMachine:
             events += [*3 * [self.steps], self.abort, self.reset, self.evict, self.mishap]
         if self.core.scheduler.running:
             events.append(self.preempt_one)
+        if self.oracle.side.tables.held:  # which is seldom
+            events += [self.reset, self.preempt_one, self.abort] if self.core.scheduler.running else [self.reset]
         event = rng.choice(events)
         self.history.append(event.__name__)
         event(rng)
@@ -293,7 +328,8 @@ class SchedulerMachine:
     def reset(self, rng: random.Random) -> None:
         """Empty the prefix cache for new weights, which works only while nobody runs; the connector may be told."""
         # vLLM ends with an error where it still keeps pages of those that it has just preempted.
-        running = rng.random() < 0.25 and not self.core.scheduler.defer_block_free
+        running = rng.random() < (0.5 if self.oracle.side.tables.held else 0.25)
+        running = running and not self.core.scheduler.defer_block_free
         if self.core.reset_prefix_cache(running, rng.random() < 0.5):
             self.totals["resets"] += 1
             self.oracle.new_weights()

@@ -17,7 +17,8 @@ from jointkv.fusion.signature import token_hashes
 from jointkv.fusion.token_index import places
 from jointkv.vllm_plugin.engine.others import ours
 from jointkv.vllm_plugin.engine.steps import started
-from tests.vllm_plugin.scheduler.fake_pages import Block, Model, within_bounds
+from tests.vllm_plugin.scheduler.directions_oracle import Directions
+from tests.vllm_plugin.scheduler.fake_pages import Block, Model, own_norm, within_bounds
 from tests.vllm_plugin.scheduler.fake_worker import Runner
 
 ABORTED = "abort"
@@ -33,7 +34,9 @@ class Account:
         exact: per layer group the numbers of its text, token by token.
         own: per layer group and slot what it computed itself or found.
         ever: all that full blocks of `own` have been: a preempted request may find any of it again.
-        merged, ever_merged: (group, slot) read from another's page, now and at any time.
+        merged: the page that (group, slot) reads from another, or that others read with it.
+        factors: with what factor it is to be read, where that is not 1.
+        ever_merged: (group, slot) that did so at any time.
         delivered: tokens sent to the client.
         ended: why, as vLLM says; None while it lives.
     """
@@ -43,7 +46,8 @@ class Account:
     exact: list[list[int]]
     own: list[list[list[int]]]
     ever: list[defaultdict[int, set[Block]]]
-    merged: set[tuple[int, int]] = field(default_factory=set)
+    merged: dict[tuple[int, int], int] = field(default_factory=dict)
+    factors: dict[tuple[int, int], float] = field(default_factory=dict)
     ever_merged: set[tuple[int, int]] = field(default_factory=set)
     delivered: list[int] = field(default_factory=list)
     ended: str | None = None
@@ -92,10 +96,13 @@ class Oracle:
         replace = self.side.tables.replace
 
         def watched(name: str, group: int, slot: int, page: int) -> None:
+            own = self.groups[group].req_to_blocks[name][slot]
             self._before_merging(self.accounts[name], group, slot, page)
             replace(name, group, slot, page)
+            assert not own.ref_cnt, "a page that was given away is held"
 
         self.side.tables.replace = watched
+        self.directions = Directions(self)
 
     # What happens.
 
@@ -111,13 +118,18 @@ class Oracle:
         self._promise(account)
 
     def begin(self, output: Any) -> None:
-        """A worker's step: its tables are the scheduler's."""
+        """A worker's step: its tables are the scheduler's, and every block is read with its own norms."""
         self.totals["steps"] += 1
         for name in output.num_scheduled_tokens:
             for number, group in enumerate(self.groups):
                 table = [block.block_id for block in group.req_to_blocks[name]]
                 for found in ours(get_kv_transfer_group()).worker.tables.read(name, number, len(table)):
                     assert found == table, f"the worker's table of {name}, group {number}, is not the scheduler's"
+        for name, count in started(output):
+            # Beside other connectors a request finds nothing of what others' pages have served it.
+            account, found = self.accounts[name], count // self.size * (self.scheduler.connector is self.connector)
+            account.factors = {at: known for at, known in account.factors.items() if at[1] < found}
+        self.directions.check_norms()
         self._starting = {name for name, _ in started(output)}
         self.totals["resumed"] += sum(self.accounts[name].request.num_preemptions > 0 for name in self._starting)
 
@@ -203,6 +215,7 @@ class Oracle:
             self._check_tables(account)
         self._check_prefix_cache(live)
         self._check_index()
+        self.directions.check()
         cause = self.connector.scheduler.recovery.cause
         assert cause is None or any(text in cause for text in self.expected_faults), cause
         self.side.check_integrity()
@@ -210,7 +223,7 @@ class Oracle:
     def check_drained(self) -> None:
         """After the last request: nothing is held, nobody was lost, nothing private is left behind."""
         self.check()
-        assert not self.scheduler.requests
+        assert not self.scheduler.requests and not self.side.tables.held
         assert all(account.ended for account in self.accounts.values()), "a request was lost"
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
         assert not self.side.requests.active and not self.side.requests.left_alone
@@ -224,7 +237,11 @@ class Oracle:
         old = self.groups[group].req_to_blocks[request.request_id][slot].block_id
         assert self.pool.blocks[old].ref_cnt == 1, "a merge frees no page"
         assert list(self.pages.block(old)) == account.own[group][slot], "the page given away is not its own"
-        account.merged.add((group, slot))
+        account.merged[group, slot] = page
+        factor = own_norm(self.pages.block(old), self.pages.block(page))
+        account.factors.pop((group, slot), None)
+        if self.settings.own_norms and factor != 1:
+            account.factors[group, slot] = factor
         account.ever_merged.add((group, slot))
         self.totals["merges"] += 1
         text = request.all_token_ids[slot * self.size : (slot + 1) * self.size]
@@ -246,9 +263,13 @@ class Oracle:
         """A request starts, or starts again: the first `hits` blocks of `numbers` are what it found."""
         self._promise(account)
         self.totals["hits"] += hits
-        account.merged = {(group, slot) for group, slot in account.merged if slot < hits}
         account.own = [[] for _ in self.groups]
         name = account.request.request_id
+        account.merged = {
+            (group, slot): self.groups[group].req_to_blocks[name][slot].block_id
+            for group, slot in account.merged
+            if slot < hits
+        }
         for slot in range(hits):
             exact = account.request.block_hashes[slot] == account.twin.block_hashes[slot]
             for group, read in enumerate(numbers):
@@ -270,6 +291,9 @@ class Oracle:
                 assert not blocks or self.scheduler.requests[name].status == RequestStatus.RUNNING
                 entries.update(block.block_id for block in blocks if not block.is_null)
         entries.update(block.block_id for _, blocks in self.scheduler.deferred_frees for block in blocks)
+        held = self.side.tables.held
+        assert not entries.keys() & held, "a page is read before what is written to it is verified"
+        entries.update(held)
         free = [block.block_id for block in self.pool.free_block_queue.get_all_free_blocks()]
         assert len(free) == len(set(free)) == self.pool.get_num_free_blocks(), "the free queue is broken"
         assert not entries.keys() & set(free), "a page is free and referenced"
@@ -287,6 +311,7 @@ class Oracle:
                 continue
             for slot, mine in enumerate(own):
                 page = blocks[slot].block_id
+                assert account.merged.get((number, slot), page) == page, "a request has left the page that it shares"
                 assert self.pages.salts[page] == request.cache_salt, "salts share a page"
                 found = self.pages.numbers[page][: len(mine)]
                 if found == mine:

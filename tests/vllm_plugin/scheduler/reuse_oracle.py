@@ -149,7 +149,7 @@ class ReuseOracle(Oracle):
                 )
                 self._check_text(account, slot, page)
                 account.ever[GROUP][slot].add(self.pages.block(page))
-                account.merged.add((GROUP, slot))
+                account.merged[GROUP, slot] = page
                 self.totals["reused"] += 1
             else:
                 del adopted[slot]

@@ -29,7 +29,14 @@ from jointkv.vllm_plugin.worker import side
 from tests.effort import COMBINATION_STEPS, FIRST_SEED, machine_settings
 from tests.hazards import WHERE, runs
 from tests.vllm_plugin.engines import BOLD, write_model
-from tests.vllm_plugin.scheduler.fake_pages import Comparer, Filler, Signer, packed_pages
+from tests.vllm_plugin.scheduler.fake_pages import (
+    Comparer,
+    Filler,
+    Signer,
+    packed_pages,
+    share_reading,
+    write_direction,
+)
 from tests.vllm_plugin.scheduler.fake_second_runner import write, write_all
 from tests.vllm_plugin.scheduler.machine import (
     BLOCK,
@@ -62,6 +69,8 @@ def _no_model() -> Iterator[None]:
         patch.setattr(side, "PageComparer", Comparer)
         patch.setattr(side, "PageSigner", Signer)
         patch.setattr(side, "PageFiller", Filler)
+        patch.setattr(side, "share_reading", share_reading)
+        patch.setattr(side, "write_direction", write_direction)
         patch.setattr(side, "number_order", lambda *_: (None, None))
         patch.setattr(side, "rotary_of", lambda *_: None)
         patch.setattr(gpu_model_runner, "get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
@@ -108,7 +117,13 @@ HAZARD = pytest.mark.hazard(
 )
 
 
-WHATS = {"layer_groups": "layer groups", "scope": "chunks of one request", "candidates": "blocks of other text"}
+WHATS = {
+    "layer_groups": "layer groups",
+    "scope": "chunks of one request",
+    "candidates": "blocks of other text",
+    "directions": "written directions",
+    "own_norms": "own norms",
+}
 """What some options show, beside fusion or reuse."""
 
 
@@ -130,6 +145,7 @@ def test_random_events(variant: str, config: Any, record_property: Any) -> None:
     fusion, options = VARIANTS[variant]
     expected |= {"helpers", "adopted", "reused"} if "reuse" in fusion else set()
     expected |= {"merges of other text"} if "candidates" in fusion else set()
+    expected |= {"directions"} if "directions" in fusion else set()
     expected |= {"loaded"} if "beside" in options else set()
     expected |= {"filled"} if "moved" in fusion else set()
     seeds = itertools.count(FIRST_SEED)

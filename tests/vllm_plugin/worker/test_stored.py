@@ -14,11 +14,12 @@ import torch
 
 pytest.importorskip("vllm")
 
-from jointkv.store import Store
+from jointkv.store import Store, known
 from jointkv.store.names import Names
 from jointkv.vllm_plugin.messages import Load, Save
-from jointkv.vllm_plugin.worker import stored
+from jointkv.vllm_plugin.worker import loads, stored
 from jointkv.vllm_plugin.worker.stored import StoredPages
+from tests.store.hanging import HangingDisk
 from tests.vllm_plugin.worker.test_filler import TOKENS, Place
 
 NAMED = Names(bytes(32), "a model").of(range(6 * TOKENS), TOKENS)
@@ -101,3 +102,67 @@ def test_other_weights_end_it_and_loads_are_answered_all_the_same(place: Place, 
     assert pages.off and pages.counts["store_faults"] == 1
     assert loaded(pages) == set(LOADED.tolist())
     pages.close()
+
+
+def test_a_load_that_hangs_is_given_up_and_writes_nothing_after(
+    place: Place, pages: StoredPages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages.save(SAVE)
+    pages._writing.submit(int).result()
+    disk, wanted = HangingDisk(), [name.address for name in NAMED]
+    monkeypatch.setattr(known, "os", disk)
+    before = [layer.clone() for layer in place.filler.pages.layers]
+    pages.load(Load("first", LOADED, wanted))
+    pages.load(Load("behind it", SAVED[:2], wanted[:2]))
+    assert disk.reading.wait(60) and pages.finished() == set()
+    with monkeypatch.context() as patch:
+        patch.setattr(loads, "HANGS_S", 0.0)
+        assert pages.finished() == {"first", "behind it"}
+    assert pages.lost() == {*LOADED.tolist(), *SAVED[:2].tolist()}
+    pages.load(Load("while it hangs", LOADED[:1], wanted[:1]))
+    assert pages.finished() == {"while it hangs"} and pages.lost() == {LOADED[0]}
+    disk.answers.set()
+    pages._reading.submit(int).result()
+    assert pages.finished() == set() and pages.counts["store_pages_lost"] == 9
+    assert all(torch.equal(layer, was) for layer, was in zip(place.filler.pages.layers, before, strict=True))
+    assert loaded(pages) == set(), "it answers again"
+    assert not pages.off and pages.counts["store_faults"] == 0
+
+
+def test_what_was_read_before_the_disk_hung_is_kept(
+    place: Place, pages: StoredPages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages.save(SAVE)
+    pages._writing.submit(int).result()
+    disk, get = HangingDisk(), pages._store.get
+    asked: list[int] = []
+
+    def hangs_later(addresses: list[bytes]) -> object:
+        asked.append(len(addresses))
+        if len(asked) > 1:
+            monkeypatch.setattr(known, "os", disk)
+        return get(addresses)
+
+    monkeypatch.setattr(pages._store, "get", hangs_later)
+    pages.load(Load("request", LOADED, [name.address for name in NAMED]))
+    assert disk.reading.wait(60)
+    with monkeypatch.context() as patch:
+        patch.setattr(loads, "HANGS_S", 0.0)
+        assert pages.finished() == {"request"}
+    assert pages.lost() == {10, 12} and pages.counts["store_pages_read"] == 4
+    disk.answers.set()
+
+
+def test_a_store_that_hangs_does_not_keep_the_engine_from_ending(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages, disk = StoredPages(Store(tmp_path / "pages"), place.filler.pages, place.order, lambda: b""), HangingDisk()
+    pages.save(SAVE)
+    pages._writing.submit(int).result()
+    monkeypatch.setattr(known, "os", disk)
+    monkeypatch.setattr(stored, "STOP_S", 0.01)
+    pages.load(Load("request", LOADED, [name.address for name in NAMED]))
+    assert disk.reading.wait(60)
+    pages.close()
+    assert pages.off and not disk.answers.is_set()
+    disk.answers.set()

@@ -20,7 +20,9 @@ OUT = 8
 PATIENCE_S = 600
 """Two ranks that share their cores with others wait for each other."""
 
+BY_KEYS = {"similarity": "key", "key_threshold": 0.8}
 PROBED = {"reuse": "probed", "reuse_audit_rate": 1e-9}
+WRITTEN = {"directions": "written", "own_norms": True, "candidates": "signature", **BY_KEYS}
 STAGES = [pytest.mark.slow, pytest.mark.runs("pipeline stages", *FIRST)]
 TWO_CORES = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks want two cores")
 SCRIPT = '''
@@ -101,6 +103,9 @@ def found(model: Path, folder: Path, prompts: list[Prompt], parallel: dict[str, 
         pytest.param("tensor", {}, id="as they stand", marks=pytest.mark.slow),
         pytest.param("tensor", {"own_norms": True}, id="own norms", marks=pytest.mark.slow),
         pytest.param("tensor", {"candidates": "signature"}, id="signatures", marks=pytest.mark.slow),
+        pytest.param(
+            "tensor", WRITTEN, id="directions", marks=[pytest.mark.slow, pytest.mark.runs("written directions", *FIRST)]
+        ),
         pytest.param("tensor", PROBED, id="reuse", marks=pytest.mark.slow),
         pytest.param("pipeline", {}, id="stages", marks=STAGES),
         pytest.param("pipeline", PROBED, id="stages, reuse", marks=STAGES),
@@ -112,7 +117,11 @@ def test_two_ranks_merge(calm: Path, tmp_path: Path, parallel: str, options: dic
         assert said["statistics"]["prompt_tokens_skipped"] > 500
     else:
         assert said["statistics"]["blocks_merged"] > 15
-    if "candidates" in options:  # pages of the first request, which has ended, serve nobody
+    if "directions" in options:  # one for each place of the others, who come together
+        merged = said["statistics"]["blocks_merged_by_direction"]
+        assert merged == said["statistics"]["blocks_merged"] == 3 * said["statistics"]["directions_written"]
+        assert said["statistics"]["pages_freed"] == 2 * said["statistics"]["directions_written"]
+    elif "candidates" in options:  # pages of the first request, which has ended, serve nobody
         assert said["statistics"]["blocks_merged_by_signature"] == said["statistics"]["blocks_merged"]
     if "own_norms" in options:
         for ((fault, steps, shared_steps),) in said["attention"]:

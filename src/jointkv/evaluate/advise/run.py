@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -123,7 +124,7 @@ class _Reader:
 
     def tokenized(self) -> Iterator[list[tuple[_Prompt, Integers]]]:
         """Some requests at a time, with their tokens."""
-        left = islice(self, self._settings.count)
+        left = islice(self, None if self._settings.count is None else min(self._settings.count, sys.maxsize))
         while requests := list(islice(left, TOGETHER)):
             yield list(zip(requests, self._tokens(requests), strict=True))
 

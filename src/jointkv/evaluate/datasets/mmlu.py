@@ -12,6 +12,7 @@ from jointkv.evaluate.datasets.base import Dataset, Local
 from jointkv.evaluate.datasets.hub import Hub
 from jointkv.evaluate.datasets.rows import LETTERS, ChoiceRow, Record
 from jointkv.evaluate.jsonl import Text, located
+from jointkv.system.files import reason
 
 SPLITS = ("dev", "test")
 
@@ -62,7 +63,7 @@ def _read_csv(path: Path, subject: str) -> Iterator[ChoiceRow]:
                     row = _row(fields, subject)
                 yield row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise BadInput(f"{path}: cannot be read: {error}") from error
+        raise BadInput(f"{path}: cannot be read: {reason(error)}") from error
 
 
 def _row(fields: list[str], subject: str) -> ChoiceRow:

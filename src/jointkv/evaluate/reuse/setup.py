@@ -55,6 +55,7 @@ class ReuseSettings:
             if kind not in KINDS:
                 raise BadInput(f"unknown kind of headers {kind!r}; there are {', '.join(KINDS)}")
         least = {"texts": FEWEST_TEXTS, "headers": FEWEST_HEADERS, "draws": 1}
+        least |= {"header_tokens": UNIT, "text_tokens": UNIT}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise BadInput(f"{name}: {getattr(self, name)} is less than {minimum}")

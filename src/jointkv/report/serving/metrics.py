@@ -78,6 +78,14 @@ SECONDS = Metric("seconds", "length of the run, s", ",.0f")
 FOREIGN_CPU = Metric("foreign_cpu", "CPU of other processes", ".1%")
 FAILED = Metric("failed", "failed requests", ",.0f", False)
 
+STORED = (
+    Metric("stored.tokens_loaded", "prompt tokens loaded", ",.0f"),
+    Metric("stored.pages_read", "pages loaded", ",.0f"),
+    Metric("stored.bytes_read", "read from the store, MB", ",.1f", scale=1e-6),
+    Metric("stored.bytes_written", "written to the store, MB", ",.1f", scale=1e-6),
+)
+"""What tables have of results with a store."""
+
 GROUPS: dict[str, tuple[Metric, ...]] = {
     "Latency": (
         TTFT_P50,
@@ -108,6 +116,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric("reuse.licences_lost", "licences lost", ",.0f"),
         Metric("reuse.audits_until_licence", "runs audited until the first licence", ",.0f"),
     ),
+    "Stored pages": (*STORED, Metric("stored.pages_lost", "pages lost", ",.0f", False)),
     "Requests at once": (
         RUNNING_PEAK,
         Metric("running_mean", "mean running", ",.1f"),

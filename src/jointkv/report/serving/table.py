@@ -179,7 +179,9 @@ def markdown(results: Sequence[ServingResult]) -> str:
     said = [f"- {verdict.sentence}\n" for result in results for verdict in verdicts(result)]
     warned = [f"- {heading(result)}: {caution}\n" for result in results for caution in cautions(result)]
     rows = [(result, load, arm) for result in results for load in result.loads for arm in arms_run(result, load)]
-    parts = ("".join(said), table(TEXT, NUMBERS, rows), "".join(warned))
+    stored = any(run.stored is not None for result in results for run in result.runs)
+    numbers = {**NUMBERS, **_medians(metrics.STORED)} if stored else NUMBERS
+    parts = ("".join(said), table(TEXT, numbers, rows), "".join(warned))
     intro = f"Model {results[0].model}, {results[0].dtype}. Medians over rounds; output tokens/s with the range.\n"
     return "\n".join([intro, *filter(None, parts)])
 

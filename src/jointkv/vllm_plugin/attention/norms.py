@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,11 +88,12 @@ class OwnNorms:
                 row.set(remap.slot, NO_PAGE if whole else remap.page, factors)
 
     @bookkeeping
-    def follow(self, output: Any, block_sizes: dict[int, int]) -> None:
-        """Forget requests that end with the scheduler's `output`, and of those that come back what they compute again.
+    def follow(self, output: Any, block_sizes: dict[int, int], found: Mapping[str, int]) -> None:
+        """Forget requests that end with the scheduler's `output`, and of those that come back what they did not find.
 
         Args:
             block_sizes: tokens per page of each KV-cache group that takes part.
+            found: see `Inquiry.found`.
         """
         for request_id in output.finished_req_ids:
             for group in block_sizes:
@@ -100,7 +101,7 @@ class OwnNorms:
         for request_id, computed in started(output):
             for group, size in block_sizes.items():
                 if (request_id, group) in self._rows:
-                    self._rows[request_id, group].cut(computed // size)
+                    self._rows[request_id, group].cut(found.get(request_id, computed) // size)
 
     def table(self, group: int, requests: Sequence[str], pages: Tensor) -> Tensor | None:
         """The factors of a batch, `[2, layers, rows, slots]`; None where all are 1.

@@ -84,8 +84,12 @@ def check_engine(
         if obstacle is not None:
             raise UnsupportedEngine(f"{obstacle.why}; {obstacle.remedy}set reuse=off")
     if settings.store is not None:
-        scheduler = _scheduler(config)
-        check_store(config, kv_cache_config, scheduler is not None and issubclass(scheduler, JointScheduler))
+        check_store(config, kv_cache_config, _has_our_scheduler(config))
+    if settings.writes_directions and not _has_our_scheduler(config):
+        raise UnsupportedEngine(
+            "directions=written needs jointkv's own scheduler, or pages that are held keep vLLM from emptying its "
+            f"prefix cache; start with `jointkv serve`, add --scheduler-cls {SCHEDULER}, or set directions=off"
+        )
     if not settings.allow_untested:
         _check_tested(config)
     groups = tuple(
@@ -113,7 +117,7 @@ def check_engine(
         if config.parallel_config.pipeline_parallel_size > 1 and layers < profile.model.layers:
             layers = profile.model.layers  # a stage knows of its own alone, but its checkpoint is that of all
         profile.check(_model_identity(config.model_config, layers), block_size)
-    if settings.finds_other_text:
+    if settings.signs:
         _check_signatures(settings, kv_cache_config.num_blocks)
     return _taking_part(settings, kv_cache_config, groups)
 
@@ -216,8 +220,7 @@ def check_connectors(config: Any) -> None:
         raise UnsupportedEngine(
             f"jointkv does not work beside {refused(found)}; leave it out, or serve without jointkv"
         )
-    scheduler = _scheduler(config)
-    if len(found) > 1 and (scheduler is None or not issubclass(scheduler, JointScheduler)):
+    if len(found) > 1 and not _has_our_scheduler(config):
         raise UnsupportedEngine(
             "beside other connectors jointkv needs its own scheduler; take the arguments of `engine_args(beside=...)`, "
             f"or add --scheduler-cls {SCHEDULER}"
@@ -228,6 +231,11 @@ def _scheduler(config: Any) -> type | None:
     """The scheduler class that was asked for; None for vLLM's own."""
     named = config.scheduler_config.scheduler_cls
     return resolve_obj_by_qualname(named) if isinstance(named, str) else named
+
+
+def _has_our_scheduler(config: Any) -> bool:
+    scheduler = _scheduler(config)
+    return scheduler is not None and issubclass(scheduler, JointScheduler)
 
 
 def reuse_obstacle(config: Any, kv_cache_config: KVCacheConfig) -> ReuseObstacle | None:

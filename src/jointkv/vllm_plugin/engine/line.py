@@ -35,7 +35,7 @@ def helper_of(request: Request, name: str, tokens: int, hash_block_size: int, op
     """A request that computes what is missing of the first `tokens` of `request`, and finds there what that would.
 
     Args:
-        tokens: a multiple of `hash_block_size`.
+        tokens: those beyond a multiple of `hash_block_size` are computed in any case.
         opt_out: key of the extra argument that keeps fusion away.
     """
     helper = Request(

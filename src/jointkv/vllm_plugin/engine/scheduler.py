@@ -55,6 +55,11 @@ class JointScheduler(Scheduler):
         ended = super().finish_requests(request_ids, finished_status)
         return [request for request in ended if request.request_id not in self._side.helpers]
 
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Empty the prefix cache, which vLLM does while no page is in use: the plugin keeps none back."""
+        self._side.let_go()
+        return super().reset_prefix_cache(*args, **kwargs)
+
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
         """What goes to the clients: nothing of helpers."""
         outputs = super().update_from_output(*args, **kwargs)
@@ -80,24 +85,28 @@ class JointScheduler(Scheduler):
         return stats
 
     def _count_as_one(self, output: SchedulerOutput) -> None:
-        """What a helper has computed counts as computed by the request that it helps, in vLLM's own statistics."""
+        """What a helper has computed or loaded counts for the request that it helps, in vLLM's own statistics."""
         cache = self.kv_cache_manager.prefix_cache_stats
+        found = list(self._side.take_loading())
         for new in output.scheduled_new_reqs:
             helper = self._side.helpers.get(new.req_id)
-            if cache is not None and helper is not None:
+            if helper is not None and not helper.loads:  # who loads was looked up in an earlier step
+                found.append((helper.request, new.num_computed_tokens))
+        if cache is not None:
+            for request, hits in found:
                 cache.requests -= 1
-                cache.queries -= helper.request.num_prompt_tokens
-                cache.hits -= new.num_computed_tokens
-        for name, helped in self._side.take_helped():
+                cache.queries -= request.num_prompt_tokens
+                cache.hits -= hits
+        for name, computed, loaded in self._side.take_helped():
             request = self.requests[name]
             if request.num_preemptions:
                 continue
             if cache is not None:
-                cache.hits -= helped
+                cache.hits -= computed + loaded
             prefill = request.prefill_stats
             if prefill is not None:
-                found = prefill.num_local_cached_tokens - helped
-                prefill.set(prefill.num_prompt_tokens, found, prefill.num_external_cached_tokens)
+                local = prefill.num_local_cached_tokens - computed - loaded
+                prefill.set(prefill.num_prompt_tokens, local, prefill.num_external_cached_tokens + loaded)
 
 
 class JointAsyncScheduler(JointScheduler, AsyncScheduler):

@@ -131,8 +131,11 @@ class BlockTables:
             self.pool.free_blocks(taken)
 
     def hold(self) -> int | None:
-        """Take a free page and keep it until it is released; None where there is none."""
-        if not self.pool.get_num_free_blocks():
+        """Take a free page and keep it until it is released; None unless one for each table is left, which may grow.
+
+        A request for which there is none would be preempted.
+        """
+        if self.pool.get_num_free_blocks() <= sum(len(group.req_to_blocks) for group in self.groups):
             return None
         (block,) = self.pool.get_new_blocks(1)
         self.held.add(block.block_id)

@@ -22,6 +22,9 @@ from jointkv.vllm_plugin.scheduler.requests import Requests, TrackedRequest
 from jointkv.vllm_plugin.scheduler.residents import Residents
 from jointkv.vllm_plugin.settings import PluginSettings
 
+Place = tuple[Hashable, int, int]
+"""Whose pages may serve a block, its group, and its position among them."""
+
 SEARCHES = 4
 """A block that the pages found by its signature may not serve is searched again among others, this often in all."""
 
@@ -49,7 +52,7 @@ class Member:
     page: int
     written: int
     buckets: tuple[Bucket, ...]
-    places: tuple[Hashable, ...]
+    places: tuple[Place, ...]
     candidates: list[int] = field(default_factory=list)
     moved: list[int] = field(default_factory=list)
     fuses: bool = True
@@ -63,6 +66,11 @@ class Member:
         still = [Pair(self.group, self.page, page) for page in self.candidates]
         text = None if self.audit is None else self.audit.text
         return still if text is None else still + [text.pair(self.group, self.page, page) for page in self.moved]
+
+    @property
+    def position(self) -> int:
+        """Equal for all blocks that it may be like: of the block in its request, or in its chunk."""
+        return self.places[-1][-1]  # of several the last is that in a chunk
 
     @property
     def of_prompt(self) -> bool:
@@ -244,7 +252,7 @@ class Candidates:
 
     def _new_blocks(
         self, output: SchedulerOutput
-    ) -> Iterator[tuple[TrackedRequest, int, int, tuple[Bucket, ...], tuple[Hashable, ...]]]:
+    ) -> Iterator[tuple[TrackedRequest, int, int, tuple[Bucket, ...], tuple[Place, ...]]]:
         """Request, group, slot, buckets and places of blocks that count as looked at from now on."""
         budget = self._settings.max_blocks_per_step
         for request_id, scheduled in output.num_scheduled_tokens.items():

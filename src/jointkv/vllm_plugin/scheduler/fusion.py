@@ -15,6 +15,7 @@ from jointkv.vllm_plugin.scheduler.candidates import Candidates, Member
 from jointkv.vllm_plugin.scheduler.directions import Directions
 from jointkv.vllm_plugin.scheduler.questions import Answer, Gathering, Question, Signing
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
+from jointkv.vllm_plugin.scheduler.searching import Searching
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
 
 
@@ -41,7 +42,7 @@ class Fusion:
         signs: bool = False,
         directions: Directions | None = None,
     ) -> None:
-        self._signs, self.directions = signs, directions
+        self._searching, self.directions = Searching() if signs else None, directions
         self.candidates, self.bounds, self.sharing = candidates, bounds, sharing
         self.audits, self.statistics = audits, statistics
         self._again: list[Member] = []
@@ -181,15 +182,22 @@ class Fusion:
         self.candidates.residents.index.prefer(page)
         self.candidates.give_up(member)
         self.statistics.merged(block)
-        self.statistics.add("blocks_merged_by_signature", member.signature is not None)
+        if self._searching is not None and member.signature is not None:
+            self.statistics.add("blocks_merged_by_signature")
+            self._searching.found(member.group)
         if member.of_prompt:  # as in calibration
             self.bounds.served(member.group, block, token)
 
     def _keep(self, member: Member) -> None:
         self.candidates.make_resident(member)
-        if self._signs and member.fuses and member.signature is None:
+        if self._is_to_be_signed(member):
             self._unsigned.append(member)
         elif self.directions is not None and member.fuses:
             self.directions.collect(member)
         elif member.of_prompt and member.fuses:
             self.bounds.kept(member.group)
+
+    def _is_to_be_signed(self, member: Member) -> bool:
+        if self._searching is None or not member.fuses or member.signature is not None:
+            return False
+        return self._searching.wants(member.group, member.position)

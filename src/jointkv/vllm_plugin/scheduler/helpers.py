@@ -1,10 +1,10 @@
-"""Helpers: ordinary requests that nobody sees, which compute the gaps of those that reuse."""
+"""Helpers: ordinary requests that nobody sees, which compute the gaps of those that reuse, or load a prefix."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
 
 from jointkv.vllm_plugin.engine.line import helper_of
 from jointkv.vllm_plugin.engine.opt_out import OPT_OUT
@@ -29,15 +29,16 @@ class Helpers:
 
     def make(self, intake: Intake, hash_block_size: int) -> Iterator[Helper]:
         """One for each gap of `intake` that is to be computed next."""
-        request = intake.tracked.request
         for end in intake.gap_ends:
-            self._number += 1
-            name = f"{request.request_id}-gap-{self._number}"
-            made = helper_of(request, name, end * intake.tracked.block_size, hash_block_size, OPT_OUT)
-            helper = self.of_name[name] = Helper(made, request.request_id, end)
+            tokens = end * intake.tracked.block_size
+            helper = self._make("gap", intake.tracked.request, tokens, hash_block_size, end)
             intake.covered = end
-            intake.helpers.add(name)
+            intake.helpers.add(helper.request.request_id)
             yield helper
+
+    def loader_of(self, request: Request, tokens: int, hash_block_size: int) -> Helper:
+        """One that brings the first `tokens` of `request`, all of which but the last are loaded."""
+        return self._make("load", request, tokens, hash_block_size, tokens // hash_block_size)
 
     def let_go(self, owner: str) -> None:
         """Nobody waits for those of `owner` any more."""
@@ -57,3 +58,10 @@ class Helpers:
     def forget_ended(self) -> None:
         """Those that have ended are no longer known: nothing of them is on its way to a client."""
         self.of_name = {name: helper for name, helper in self.of_name.items() if not helper.ended}
+
+    def _make(self, what: str, request: Request, tokens: int, hash_block_size: int, end: int) -> Helper:
+        self._number += 1
+        name = f"{request.request_id}-{what}-{self._number}"
+        made = helper_of(request, name, tokens, hash_block_size, OPT_OUT)
+        helper = self.of_name[name] = Helper(made, request.request_id, end)
+        return helper

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from vllm.v1.request import Request
@@ -16,12 +17,13 @@ from jointkv.vllm_plugin.scheduler.resident_text import ResidentText
 
 @dataclass
 class Helper:
-    """A request of the plugin's own, which computes up to a gap's end.
+    """A request of the plugin's own, which computes up to a gap's end, or loads a prefix.
 
     Attributes:
         request: vLLM's.
         owner: name of the request that it helps.
-        end: the slot behind the last that it computes.
+        end: the slot behind the last that it brings.
+        loads: whether it has begun to load.
         stray: nobody waits for it.
         ended: no longer known to vLLM.
     """
@@ -29,8 +31,22 @@ class Helper:
     request: Request
     owner: str
     end: int
+    loads: bool = False
     stray: bool = False
     ended: bool = False
+
+
+class Helped(NamedTuple):
+    """What helpers have brought of the tokens that a request finds when it starts.
+
+    Attributes:
+        request_id: whose.
+        computed, loaded: tokens.
+    """
+
+    request_id: str
+    computed: int
+    loaded: int
 
 
 @dataclass

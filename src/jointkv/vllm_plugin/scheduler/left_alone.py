@@ -12,7 +12,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 ADVICE = {
     "pool_usage": "; min_pool_usage is {min_pool_usage:g}, and 0 shows on a quiet server what could be shared",
-    "short": "; a block has {block_size} tokens, and --block-size takes smaller ones",
+    "short": "; a block has {block_size} tokens, see --block-size",
     "prompt_logprobs": "; with the extra argument jointkv=true it takes part",
 }
 """By reason of `LEFT_ALONE`, where there is something to do."""

@@ -58,7 +58,7 @@ class LookUp:
 
         Of an audit, and of a request that is held for what is on its way, note is taken.
         """
-        if not self._may_reuse(tracked):
+        if not self.may_reuse(tracked):
             return None
         request = tracked.request
         end = (request.num_tokens - 1) // tracked.block_size
@@ -84,6 +84,14 @@ class LookUp:
         runs, slots = self._rule.unwitnessed(found, known, plan), np.unique(found.slot)
         return Intake(tracked, text, runs, slots, end, plan, Search(start), covered=start)
 
+    def may_reuse(self, tracked: TrackedRequest) -> bool:
+        """Whether `tracked` may reuse anything at all before it starts."""
+        request = tracked.request
+        strict = self.settings.isolation == "strict" and not request.cache_salt
+        decided = tracked.planned == request.num_preemptions or (tracked.audit is not None and tracked.audit.pages)
+        text = request.sampling_params is not None and not request.mm_features
+        return text and not strict and not decided and not request.skip_reading_prefix_cache
+
     def permitted(self, text: ResidentText, pages: Integers) -> NDArray[np.bool_]:
         """Which of the `pages [n]` of `text` a licence allows to read, by their class: bool `[n]`."""
         moved, key = unwritten(pages), text.tracked.isolation
@@ -92,13 +100,6 @@ class LookUp:
         if moved.any():
             allowed[moved] = self._granted(PageClass(key, exact=False, moved=True))
         return allowed
-
-    def _may_reuse(self, tracked: TrackedRequest) -> bool:
-        request = tracked.request
-        strict = self.settings.isolation == "strict" and not request.cache_salt
-        decided = tracked.planned == request.num_preemptions or (tracked.audit is not None and tracked.audit.pages)
-        text = request.sampling_params is not None and not request.mm_features
-        return text and not strict and not decided and not request.skip_reading_prefix_cache
 
     def _granted(self, page_class: PageClass) -> bool:
         return self.settings.reuse == "probed" or self._licences.granted(page_class)

@@ -27,13 +27,15 @@ from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.fills import Fills
 from jointkv.vllm_plugin.scheduler.followers import Followers
 from jointkv.vllm_plugin.scheduler.helpers import Helpers
-from jointkv.vllm_plugin.scheduler.intakes import Helper, Intake
+from jointkv.vllm_plugin.scheduler.intakes import Helped, Helper, Intake
 from jointkv.vllm_plugin.scheduler.licences import Licences
+from jointkv.vllm_plugin.scheduler.loaders import Loaders
 from jointkv.vllm_plugin.scheduler.look_up import GROUP, LookUp
 from jointkv.vllm_plugin.scheduler.questions import Answer, Question
 from jointkv.vllm_plugin.scheduler.requests import Requests, TrackedRequest
 from jointkv.vllm_plugin.scheduler.residents import Residents
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
+from jointkv.vllm_plugin.scheduler.stored import StoredText
 from jointkv.vllm_plugin.settings import PluginSettings
 
 WAVES = 4
@@ -51,6 +53,7 @@ class Reuse:
         sharing: carries out.
         licences: whether.
         statistics: counts.
+        stored: what outlives the engine, if anything does.
 
     Attributes:
         intakes: requests on their way in, by name.
@@ -58,6 +61,7 @@ class Reuse:
         followers: requests that wait for text that another one is computing.
         look_up: says what each could reuse.
         fills: has pages written with text from other positions.
+        loaders: have prefixes loaded before that; None where there is no store.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Reuse:
         sharing: Sharing,
         licences: Licences,
         statistics: Statistics,
+        stored: StoredText | None = None,
     ) -> None:
         self.rule, self.residents, self.requests, self.sharing = rule, residents, requests, sharing
         self.statistics = statistics
@@ -77,6 +82,9 @@ class Reuse:
         self.followers = Followers(requests)
         self.look_up = LookUp(settings, rule, residents, self.followers, sharing, licences)
         self.fills = Fills(sharing, residents, statistics)
+        self.loaders: Loaders | None = None
+        if stored is not None:
+            self.loaders = Loaders(stored, self.look_up, sharing.tables, self.sent, rule.least)
         self._started: list[tuple[TrackedRequest, int, list[int]]] = []
 
     @property
@@ -89,22 +97,31 @@ class Reuse:
 
         At most as many begin as a part of one step can bring to their first answers: of more that begin at once all
         would wait for the last. Those of two steps more wait with what is found for them, so that who follows may pass;
-        the rest stays behind.
+        the rest stays behind. What the store has of a request is loaded before it is looked up.
 
         Returns:
             The first one that is not to start in it; None where there is none.
         """
         self.followers.new_step()
+        if self.loaders is not None:
+            self.loaders.new_step(scheduler.max_num_running_reqs)
         if not scheduler.waiting:
             return None
         start, budget, free = time.perf_counter(), scheduler.max_num_scheduled_tokens, seats(scheduler)
         reach, sent, line = budget // WAVES, dict[str, list[Request]](), in_line(scheduler)
-        room = self.fills.room(self.intakes.values())
+        room, behind = self.fills.room(self.intakes.values()), None
         while budget > 0 and free > 0 and reach > -2 * scheduler.max_num_scheduled_tokens:
             request = next(line, None)
             if request is None:
                 break
             name = request.request_id
+            loaders = self._loaders_ahead(request)
+            if loaders is not None:
+                sent[name] = loaders
+                if self.loaders is not None and self.loaders.full:
+                    behind = request
+                    break
+                continue
             intake = self._known(name) or self._take_in(request)
             if intake is not None and not intake.begun:
                 needed = self.fills.needed(intake)
@@ -121,7 +138,8 @@ class Reuse:
             budget -= intake.plan.computed(covered, intake.covered) * intake.tracked.block_size
             free -= len(sent[name]) + (intake.begun and not intake.asked and not intake.helpers)
         self._keep(sent)
-        behind = next(line, None) if budget > 0 and free > 0 else None
+        if behind is None and budget > 0 and free > 0:
+            behind = next(line, None)
         if any(sent.values()):
             send_ahead(scheduler, sent)
         self.statistics.add("reuse_plan_seconds", time.perf_counter() - start)
@@ -131,7 +149,7 @@ class Reuse:
         """Whether a request that would find `computed` tokens now is to wait."""
         intake = self.intakes.get(request_id)
         if intake is None:
-            return request_id in self.followers.held
+            return request_id in self.followers.held or (self.loaders is not None and self.loaders.holds(request_id))
         if intake.short or (not intake.begun and self.fills.needed(intake) > self.sharing.tables.free):
             return False  # there is no room for it, and it keeps its place in the line
         if intake.entry is not None or not intake.begun or self.fills.awaits(intake):
@@ -139,11 +157,11 @@ class Reuse:
         block_size = intake.tracked.block_size
         return bool(intake.helpers) and computed < intake.needs * block_size
 
-    def begin(self, output: SchedulerOutput) -> Iterator[tuple[str, int]]:
+    def begin(self, output: SchedulerOutput) -> Iterator[Helped]:
         """Note who starts in the step that `output` describes. Must come before anything asks about its blocks.
 
         Yields:
-            Requests that reuse, and how many of the tokens that they find helpers have computed for them.
+            Requests that reuse or were loaded for, and what of the tokens that they find helpers have brought.
         """
         self._look_at_started()
         for request_id, computed in started(output):
@@ -152,9 +170,11 @@ class Reuse:
             if helper is not None and helped is not None:
                 helped.helped += helper.request.num_prompt_tokens - computed
             intake = self.intakes.pop(request_id, None)
+            loaded = 0 if self.loaders is None else self.loaders.start(request_id, computed)
             if intake is not None:
                 self._start(intake, computed)
-                yield request_id, min(intake.helped, computed)
+            if intake is not None or loaded:
+                yield Helped(request_id, 0 if intake is None else min(intake.helped, computed), loaded)
 
     def _look_at_started(self) -> None:
         """Blocks that helpers have computed are looked at one step after the start; in it the helpers hold them too."""
@@ -202,15 +222,22 @@ class Reuse:
     def dismiss(self, request_id: str) -> None:
         """A request has ended."""
         self._let_go(request_id)
+        if self.loaders is not None:
+            self.loaders.let_go(request_id)
 
     def stray(self) -> list[str]:
         """Helpers that nobody waits for any more."""
-        return self.sent.stray(self.intakes)
+        waiting = () if self.loaders is None else self.loaders.waiting
+        return self.sent.stray({*self.intakes, *waiting})
 
     def start_anew(self) -> None:
         """Let everybody go. Who takes part still finds nothing of what it has adopted."""
         self.followers.start_anew()
         self.fills.start_anew()
+        if self.loaders is not None:
+            for request_id in list(self.loaders.waiting):
+                self.loaders.let_go(request_id)
+                self.sent.let_go(request_id)
         for request_id, intake in list(self.intakes.items()):
             if intake.plan.skipped and request_id in self.requests.active:
                 self.sharing.forget(intake.tracked)
@@ -222,6 +249,13 @@ class Reuse:
         if intake is not None:
             intake.tracked.planned = intake.tracked.request.num_preemptions
         self.sent.let_go(request_id)
+
+    def _loaders_ahead(self, request: Request) -> list[Request] | None:
+        """See `Loaders.ahead_of`."""
+        tracked = self.requests.active.get(request.request_id)
+        if self.loaders is None or tracked is None or request.request_id in self.intakes:
+            return None
+        return self.loaders.ahead_of(tracked)
 
     def _known(self, name: str) -> Intake | None:
         """What was found for a request; nothing where pages are gone, so that it is looked up anew."""

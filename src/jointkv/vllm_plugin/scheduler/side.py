@@ -30,7 +30,7 @@ from jointkv.vllm_plugin.scheduler.candidates import Candidates
 from jointkv.vllm_plugin.scheduler.directions import Directions
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.fusion import Fusion
-from jointkv.vllm_plugin.scheduler.intakes import Helper
+from jointkv.vllm_plugin.scheduler.intakes import Helped, Helper
 from jointkv.vllm_plugin.scheduler.left_alone import LeftAlone
 from jointkv.vllm_plugin.scheduler.licences import Licences, audits_of_profile, first_licences
 from jointkv.vllm_plugin.scheduler.page_readers import PageReaders
@@ -110,8 +110,14 @@ class SchedulerSide:
         self.sharing = Sharing(self.tables, block_size)
         evidence, residents = audits_of_profile(settings), self.candidates.residents
         self.licences = Licences(first_licences(settings, evidence), self.statistics)
+        self.stored: StoredText | None = None
+        if settings.store is not None and stored_model is not None:
+            store, strict = Store(settings.store), settings.isolation == "strict"
+            self.stored = StoredText(store, stored_model, self.tables, self.requests, self.statistics, strict)
         rule = ReuseRule() if evidence is None else evidence.rule
-        self.reuse = Reuse(settings, rule, residents, self.requests, self.sharing, self.licences, self.statistics)
+        self.reuse = Reuse(
+            settings, rule, residents, self.requests, self.sharing, self.licences, self.statistics, self.stored
+        )
         audits = Audits(rule, residents, self.licences)
         directions = None
         if settings.writes_directions:
@@ -120,13 +126,11 @@ class SchedulerSide:
             self.candidates, self.bounds, self.sharing, audits, self.statistics, settings.signs, directions
         )
         self.questions = Questions(self.bounds, self.statistics, patience(batches), settings.signature_size)
-        self.stored: StoredText | None = None
-        if settings.store is not None and stored_model is not None:
-            store, strict = Store(settings.store), settings.isolation == "strict"
-            self.stored = StoredText(store, stored_model, self.tables, self.requests, self.statistics, strict)
         self.beside_others = False
-        self._helped: list[tuple[str, int]] = []
+        self._helped: list[Helped] = []
+        self._loading: list[tuple[Request, int]] = []
         self._found: dict[str, int] = {}
+        self._started_with: dict[str, int] = {}
         self._groups, self._ranks = groups, ranks
         self._step = 0
         logger.info(
@@ -210,9 +214,17 @@ class SchedulerSide:
 
         By the workers or by a load: `loaded` tokens from the store, or what another connector has found.
         """
-        found = self._found.pop(request.request_id, request.num_computed_tokens)
+        found = self._found.pop(request.request_id, None)
+        if found is None:  # what was loaded is there, and the request goes on
+            found = request.num_computed_tokens
+        else:
+            self._started_with[request.request_id] = found
         if self.stored is not None:
             self.stored.allocate(request, pages[0], found, loaded)
+        helper = self.helpers.get(request.request_id)
+        if helper is not None and loaded:
+            helper.loads = True
+            self._loading.append((request, found))
         self.candidates.forget_given(pages, found, self._step + 1)
 
     @property
@@ -224,10 +236,15 @@ class SchedulerSide:
         """See `Helpers.of`."""
         return self.reuse.sent.of(request_ids)
 
-    def take_helped(self) -> list[tuple[str, int]]:
-        """Requests that the last step starts, and tokens that helpers have computed for them; once."""
+    def take_helped(self) -> list[Helped]:
+        """What helpers have brought for requests that the last step starts; once."""
         helped, self._helped = self._helped, []
         return helped
+
+    def take_loading(self) -> list[tuple[Request, int]]:
+        """Helpers that begin to load, and tokens that each of them has found; once."""
+        loading, self._loading = self._loading, []
+        return loading
 
     def next_inquiry(self, output: SchedulerOutput) -> Inquiry:
         """What the workers shall do in the step that `output` describes.
@@ -237,6 +254,10 @@ class SchedulerSide:
         """
         self._step += 1
         inquiry = Inquiry(self._step, self.sharing.take_remaps(), fills=self.reuse.fills.take())
+        for name, computed in started(output):
+            found = self._started_with.pop(name, computed)
+            if found < computed:
+                inquiry.found[name] = found
         self._write_directions(inquiry)
         self._ask(inquiry, output)
         if self.stored is not None:
@@ -256,6 +277,12 @@ class SchedulerSide:
         if self.settings.check_integrity:
             self.check_integrity()
 
+    @fail_safe
+    def note_loaded(self, request_ids: Iterable[str]) -> None:
+        """The loads of requests have ended, well or not."""
+        if self.stored is not None:
+            self.stored.note_loaded(request_ids)
+
     def hear(self, report: Any) -> None:
         """Take note of a worker's report, where there is one: it may have given the store up."""
         counters = report.data.get("counters", {}) if isinstance(report, JointStats) else {}
@@ -267,7 +294,8 @@ class SchedulerSide:
         """Forget a request that has finished or was aborted. Its pages stay resident until they are reused."""
         if request_id in self.requests.active:
             self.left_alone.count_ended(self.requests.active[request_id])
-        self._found.pop(request_id, None)
+        for known in (self._found, self._started_with):
+            known.pop(request_id, None)
         if self.stored is not None:
             self.stored.dismiss(request_id)
         self.reuse.ended(request_id)
@@ -278,6 +306,12 @@ class SchedulerSide:
             self.fusion.conclude([tracked])
         if self.fusion.directions is not None:
             self.fusion.directions.dismiss(request_id)
+
+    @fail_safe
+    def let_go(self) -> None:
+        """Give back pages that are held for directions; they are planned anew for blocks that come together again."""
+        if self.fusion.directions is not None:
+            self.fusion.directions.start_anew()
 
     @fail_safe
     def reset(self) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from vllm.v1.request import Request
 from jointkv.errors import IntegrityError
 from jointkv.store.folder import Store
 from jointkv.store.names import FIRST, Named, Names
+from jointkv.system.background import Background, within
 from jointkv.vllm_plugin.engine.opt_out import left_alone
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Load, Save
@@ -32,7 +33,7 @@ from jointkv.vllm_plugin.scheduler.requests import IsolationKey, Requests, isola
 logger = init_logger(f"vllm.{__name__}")
 
 LOOK_UP_S = 1.0
-"""A request whose look-up takes longer is computed."""
+"""A request whose look-up takes longer is computed, and so are those that come before it has ended."""
 
 REMEMBERED = 1 << 16
 """Pages that were offered lately, which are not offered again."""
@@ -113,10 +114,13 @@ class StoredText:
         self._block_size = requests.block_size
         self._asked: dict[str, _Asked] = {}
         self._loads: list[Load] = []
+        self._loading: dict[bytes, str] = {}
+        """Who loads, by the address of the first page."""
         self._offered: OrderedDict[bytes, None] = OrderedDict()
         self._hash_map = tables.pool.cached_block_hash_to_block
         self._emptied = False
-        self._threads = ThreadPoolExecutor(1, "jointkv-store-look-up")
+        self._thread = Background("jointkv-store-look-up")
+        self._asking: deque[_Asked] = deque()
 
     @harmless
     def admit(self, request: Request) -> None:
@@ -125,12 +129,19 @@ class StoredText:
         if not self._takes_part(request, isolation):
             return
         names = Names(self._store.secret, self._model, isolation)
-        tokens, began = request.prompt_token_ids, time.monotonic()
-        stored = self._threads.submit(self._look_up, names, tokens)
-        self._asked[request.request_id] = _Asked(request, names, stored, began)
+        tokens, began, stored = request.prompt_token_ids, time.monotonic(), Future[int]()
+        if self._hangs(began):
+            stored.set_result(0)
+        else:
+            stored = self._thread.submit(self._look_up, names, tokens)
+        asked = self._asked[request.request_id] = _Asked(request, names, stored, began)
+        self._asking.append(asked)
 
     def matched(self, request: Request, computed: int) -> int | None:
-        """Tokens of `request` beyond the first `computed` that can be loaded; None while that is not known."""
+        """Tokens of `request` beyond the first `computed` that can be loaded; None while that is not known.
+
+        Or while another request loads the same: it is found in the prefix cache then.
+        """
         found = self._matched(request, computed)
         return None if found == UNKNOWN else found or 0
 
@@ -143,7 +154,16 @@ class StoredText:
             return 0 if time.monotonic() - asked.began > LOOK_UP_S else UNKNOWN
         # Of what is to be answered one token must be computed.
         most = min(asked.stored.result(), (request.num_tokens - 1) // self._block_size)
+        first = computed // self._block_size
+        if most > first and asked.blocks(first + 1, self._block_size)[first].address in self._loading:
+            return UNKNOWN
         return max(most * self._block_size - computed, 0)
+
+    def lend(self, request: Request, helper: Request) -> None:
+        """`helper` loads what was found for `request`, which itself loads no more."""
+        asked = self._asked[request.request_id]
+        asked.decided, asked.offered = True, self._there(asked)
+        self._asked[helper.request_id] = _Asked(helper, asked.names, asked.stored, asked.began)
 
     def allocate(self, request: Request, pages: Sequence[int], found: int, loaded: int) -> None:
         """`request` holds `pages`; of its first tokens `found` are there, and the `loaded` that follow are promised."""
@@ -153,11 +173,19 @@ class StoredText:
             named = [] if asked is None else self._named(asked, end)[first:]
             index = np.array(pages[first:end], np.int64)
             self._loads.append(Load(request.request_id, index, [block.address for block in named]))
+            if named:
+                self._loading[named[0].address] = request.request_id
         if asked is not None and not asked.decided:
             asked.decided = True
             asked.offered = self._there(asked)
             self._statistics.add("store_hits" if loaded else "store_misses")
             self._statistics.add("store_tokens_loaded", loaded)
+
+    def note_loaded(self, request_ids: Iterable[str]) -> None:
+        """The loads of requests have ended, well or not."""
+        ended = set(request_ids)
+        if ended:
+            self._loading = {first: name for first, name in self._loading.items() if name not in ended}
 
     def take_loads(self) -> list[Load]:
         """What workers are to load, once."""
@@ -204,6 +232,7 @@ class StoredText:
     def dismiss(self, request_id: str) -> None:
         """A request has ended. Pages that it still loads stay its own until the worker is done."""
         self._asked.pop(request_id, None)
+        self.note_loaded([request_id])
 
     def end(self, fault: str) -> None:
         """Use the store no more."""
@@ -219,8 +248,14 @@ class StoredText:
     def close(self) -> None:
         """No more threads, no open files."""
         self.off = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._store.close()
+        self._thread.stop()
+        within(LOOK_UP_S, self._store.close)
+
+    def _hangs(self, now: float) -> bool:
+        """Whether the disk has not answered for too long."""
+        while self._asking and self._asking[0].stored.done():
+            self._asking.popleft()
+        return bool(self._asking) and now - self._asking[0].began > LOOK_UP_S
 
     def _look_up(self, names: Names, tokens: Sequence[int]) -> int:
         """How many whole blocks of a prompt are stored, from its first on."""

@@ -148,7 +148,8 @@ class WorkerSide:
         if self.readings:
             self.tables.begin(output)
         if self.norms is not None:
-            self.norms.follow(output, {number: reading.block_size for number, reading in self.readings.items()})
+            block_sizes = {number: reading.block_size for number, reading in self.readings.items()}
+            self.norms.follow(output, block_sizes, Inquiry.among(output.kv_connector_metadata).found)
 
     def answer(self, inquiry: Inquiry) -> Verdict | None:
         """Measure what the scheduler asked for, after the step has been computed.

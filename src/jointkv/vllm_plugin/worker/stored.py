@@ -1,7 +1,7 @@
 """A worker's side of the store: pages are copied after a step and written by a thread; loads fill pages in another.
 
-No step waits for either. A copy is taken before the scheduler can hand a page out again; a page that is loaded belongs
-to a request that does not run before `finished` says so.
+No step waits for either, and no request for a disk that hangs. A copy is taken before the scheduler can hand a page out
+again; a page that is loaded belongs to a request that does not run before `finished` says so.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,8 +26,10 @@ from jointkv.core.packed import PackedPages
 from jointkv.errors import BadInput, ModelMismatch
 from jointkv.store.folder import Store
 from jointkv.store.records import NO_BASE, Record
+from jointkv.system.background import Background, within
 from jointkv.vllm_plugin.messages import Load, Save
 from jointkv.vllm_plugin.worker.filler import NumberOrder
+from jointkv.vllm_plugin.worker.loads import Loading, Loads
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -45,6 +48,9 @@ long."""
 
 CLOSE_S = 20.0
 """What waits when the engine ends is written for so long."""
+
+STOP_S = 5.0
+"""What is being written or read then is waited for so long, and as long for the store to close."""
 
 
 def give_way(niceness: int) -> None:
@@ -90,13 +96,13 @@ class StoredPages:
         self._elements = order.keys.flatten().cpu(), order.values.flatten().cpu()
         (block_size, heads, key_size), value_size = order.keys.shape, order.values.shape[2]
         self.layout = Layout(len(pages.layers), block_size, heads, key_size, value_size, pages.dtype)
-        self._writing = ThreadPoolExecutor(1, "jointkv-store-save", give_way, (BEHIND_WRITING,))
-        self._reading = ThreadPoolExecutor(1, "jointkv-store-load", give_way, (BEHIND_LOADING,))
+        self._writing = Background("jointkv-store-save", partial(give_way, BEHIND_WRITING))
+        self._reading = Background("jointkv-store-load", partial(give_way, BEHIND_LOADING))
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._waiting = self._unflushed = 0
         self._jobs: list[Future[None]] = []
-        self._done: dict[str, list[int]] = {}
+        self._loads = Loads(self._reading, self._load, self._count)
         self._lost: set[int] = set()
 
     @property
@@ -133,13 +139,12 @@ class StoredPages:
         if self._pages.device.type == "cuda":
             after = torch.cuda.Event()
             after.record()
-        self._reading.submit(self._load, load, after)
+        self._loads.begin(Loading(load, after))
 
     def finished(self) -> set[str]:
-        """Requests whose loads have ended since the last call, well or not."""
-        with self._lock:
-            done, self._done = self._done, {}
-            self._lost.update(page for lost in done.values() for page in lost)
+        """Requests whose loads have ended since the last call, well or not, or were given up."""
+        done = self._loads.finished()
+        self._lost.update(page for lost in done.values() for page in lost)
         return set(done)
 
     def lost(self) -> set[int]:
@@ -150,11 +155,12 @@ class StoredPages:
     def close(self) -> None:
         """Write what waits, for a while, and close the store."""
         wait(self._jobs, CLOSE_S)
-        self._writing.shutdown(wait=False, cancel_futures=True)
-        self._reading.shutdown(wait=True, cancel_futures=True)
         self.off = True
+        self._writing.stop(STOP_S)
+        self._reading.stop(STOP_S)
         try:
-            self._store.close()
+            if not within(STOP_S, self._store.close):
+                logger.warning("the store could not be closed: what was not written to it yet is lost")
         except Exception as error:
             self._end(error)
 
@@ -219,38 +225,37 @@ class StoredPages:
         self._unflushed = 0
 
     @torch.inference_mode()
-    def _load(self, load: Load, after: torch.cuda.Event | None) -> None:
-        good = 0
+    def _load(self, loading: Loading) -> None:
         try:
-            if not self.off:
-                if after is not None:
-                    after.synchronize()
-                good = self._fill(load)
+            if loading.after is not None:
+                loading.after.synchronize()
+            self._fill(loading)
         except Exception as error:
             self._end(error)
-        self._count("store_pages_read", good)
-        self._count("store_pages_lost", len(load.pages) - good)
-        with self._lock:
-            self._done[load.request_id] = load.pages[good:].tolist()
 
-    def _fill(self, load: Load) -> int:
-        """Fill pages from the first on; how many could be."""
-        wanted = load.addresses[: len(load.pages)]
+    def _fill(self, loading: Loading) -> None:
+        """Fill pages from the first on, up to one that cannot be, or until the load is given up."""
+        pages, wanted = loading.load.pages, loading.load.addresses[: len(loading.load.pages)]
         for start in range(0, len(wanted), AT_A_TIME):
+            if self.off:
+                return
             found = self._store.get(wanted[start : start + AT_A_TIME])
             records: list[Record] = []
             for record in found:
                 if record is None or record.base != NO_BASE:
                     break
                 records.append(record)
+            # From here on the disk is not waited for, and the load not given up.
+            if not self._loads.goes_on(loading, copies=True):
+                return
             try:
-                self._fill_part(load.pages[start : start + len(records)].tolist(), records)
+                self._fill_part(pages[start : start + len(records)].tolist(), records)
             except BadInput:
-                return start
+                return
+            loading.good = start + len(records)
             self._count("store_bytes_read", sum(record.nbytes for record in records))
-            if len(records) < len(found):
-                return start + len(records)
-        return len(wanted)
+            if len(records) < len(found) or not self._loads.goes_on(loading):
+                return
 
     def _fill_part(self, targets: Sequence[int], records: Sequence[Record]) -> None:
         """Write what `records` hold to the pages `targets`. Raises BadInput, and changes nothing, where it is none."""

@@ -61,7 +61,7 @@ STEPS = (
     ),
     Use(f"{CORE}.sched.output:NewRequestData", "req_id block_ids num_computed_tokens"),
     Use(f"{CORE}.sched.output:CachedRequestData", "req_ids new_block_ids num_computed_tokens resumed_req_ids"),
-    Use("vllm.v1.outputs:KVConnectorOutput", "kv_connector_worker_meta kv_connector_stats"),
+    Use("vllm.v1.outputs:KVConnectorOutput", "kv_connector_worker_meta kv_connector_stats finished_recving"),
 )
 SCHEDULING = (
     Use(
@@ -198,7 +198,7 @@ ATTENTION = {"cpu": CPU_ATTENTION, "gpu": GPU_ATTENTION}
 
 ALWAYS = (*TABLES, *REQUESTS, *STEPS, *SCHEDULING, *LAYERS, *CONFIGURATION, *METRICS)
 
-SCHEDULED = "schedule finish_requests update_from_output make_stats"
+SCHEDULED = "schedule finish_requests reset_prefix_cache update_from_output make_stats"
 
 OVERRIDDEN = {
     "connector": (
