@@ -96,7 +96,7 @@ class RatesOfCodecs(Picture[CodecRates]):
             "it computed: the mean, and that of the worst prompt.\n\n"
             + table(TEXT, NUMBERS, self.rows(results))
             + "\nWhat others publish, on other models and by other measures, so beside and not against:\n\n"
-            + table(PUBLISHED, {"times smaller": lambda peer: f"{peer.low:g} to {peer.high:g}"}, published)
+            + table(PUBLISHED, {"times smaller": _range}, published)
         )
 
     def conditions(self, result: CodecRates) -> Mapping[str, object]:
@@ -122,6 +122,10 @@ PUBLISHED: Columns[Published] = {
 
 def _published(results: Sequence[CodecRates]) -> list[Published]:
     return list({peer.name: peer for result in results for peer in result.published}.values())
+
+
+def _range(peer: Published) -> str:
+    return f"{peer.low:g}" if peer.low == peer.high else f"{peer.low:g} to {peer.high:g}"
 
 
 def _draw(axes: Axes, rows: Sequence[CodecRow], place: int) -> None:

@@ -37,7 +37,7 @@ class Loaders:
     """Has prefixes loaded before reuse is planned.
 
     Args:
-        stored: says what there is.
+        stored: says what there is; None where nothing outlives the engine, and nothing waits.
         look_up: says who may reuse.
         tables: vLLM's.
         sent: helpers.
@@ -50,7 +50,9 @@ class Loaders:
             many as can run at once wait for the store already.
     """
 
-    def __init__(self, stored: StoredText, look_up: LookUp, tables: BlockTables, sent: Helpers, least: int) -> None:
+    def __init__(
+        self, stored: StoredText | None, look_up: LookUp, tables: BlockTables, sent: Helpers, least: int
+    ) -> None:
         self._stored, self._look_up, self._tables, self._sent, self._least = stored, look_up, tables, sent, least
         self.waiting: dict[str, Waiting] = {}
         self.asking: set[str] = set()
@@ -77,9 +79,7 @@ class Loaders:
                 return []
             self._tables.renew(self._tables.found_pages(request))  # others may start before it
             return None
-        if not self._look_up.may_reuse(tracked):
-            return None
-        if self._stored.matched(request, 0) == 0:
+        if self._stored is None or not self._look_up.may_reuse(tracked) or self._stored.matched(request, 0) == 0:
             return None
         found = self._tables.found(request)
         more = self._stored.matched(request, found)
@@ -119,9 +119,10 @@ class Loaders:
         return max(min(computed, waits.helper.request.num_prompt_tokens - 1) - waits.found, 0)
 
     def let_go(self, name: str) -> None:
-        """A request waits no more; its helper is let go by who calls this."""
+        """A request waits no more, and nobody for its helper."""
         self.waiting.pop(name, None)
         self.asking.discard(name)
+        self._sent.let_go(name)
 
     @property
     def _room(self) -> int:

@@ -61,7 +61,7 @@ class Reuse:
         followers: requests that wait for text that another one is computing.
         look_up: says what each could reuse.
         fills: has pages written with text from other positions.
-        loaders: have prefixes loaded before that; None where there is no store.
+        loaders: have prefixes loaded before that.
     """
 
     def __init__(
@@ -82,9 +82,7 @@ class Reuse:
         self.followers = Followers(requests)
         self.look_up = LookUp(settings, rule, residents, self.followers, sharing, licences)
         self.fills = Fills(sharing, residents, statistics)
-        self.loaders: Loaders | None = None
-        if stored is not None:
-            self.loaders = Loaders(stored, self.look_up, sharing.tables, self.sent, rule.least)
+        self.loaders = Loaders(stored, self.look_up, sharing.tables, self.sent, rule.least)
         self._started: list[tuple[TrackedRequest, int, list[int]]] = []
 
     @property
@@ -103,8 +101,7 @@ class Reuse:
             The first one that is not to start in it; None where there is none.
         """
         self.followers.new_step()
-        if self.loaders is not None:
-            self.loaders.new_step(scheduler.max_num_running_reqs)
+        self.loaders.new_step(scheduler.max_num_running_reqs)
         if not scheduler.waiting:
             return None
         start, budget, free = time.perf_counter(), scheduler.max_num_scheduled_tokens, seats(scheduler)
@@ -118,7 +115,7 @@ class Reuse:
             loaders = self._loaders_ahead(request)
             if loaders is not None:
                 sent[name] = loaders
-                if self.loaders is not None and self.loaders.full:
+                if self.loaders.full:
                     behind = request
                     break
                 continue
@@ -149,7 +146,7 @@ class Reuse:
         """Whether a request that would find `computed` tokens now is to wait."""
         intake = self.intakes.get(request_id)
         if intake is None:
-            return request_id in self.followers.held or (self.loaders is not None and self.loaders.holds(request_id))
+            return request_id in self.followers.held or self.loaders.holds(request_id)
         if intake.short or (not intake.begun and self.fills.needed(intake) > self.sharing.tables.free):
             return False  # there is no room for it, and it keeps its place in the line
         if intake.entry is not None or not intake.begun or self.fills.awaits(intake):
@@ -170,7 +167,7 @@ class Reuse:
             if helper is not None and helped is not None:
                 helped.helped += helper.request.num_prompt_tokens - computed
             intake = self.intakes.pop(request_id, None)
-            loaded = 0 if self.loaders is None else self.loaders.start(request_id, computed)
+            loaded = self.loaders.start(request_id, computed)
             if intake is not None:
                 self._start(intake, computed)
             if intake is not None or loaded:
@@ -222,22 +219,18 @@ class Reuse:
     def dismiss(self, request_id: str) -> None:
         """A request has ended."""
         self._let_go(request_id)
-        if self.loaders is not None:
-            self.loaders.let_go(request_id)
+        self.loaders.let_go(request_id)
 
     def stray(self) -> list[str]:
         """Helpers that nobody waits for any more."""
-        waiting = () if self.loaders is None else self.loaders.waiting
-        return self.sent.stray({*self.intakes, *waiting})
+        return self.sent.stray({*self.intakes, *self.loaders.waiting})
 
     def start_anew(self) -> None:
         """Let everybody go. Who takes part still finds nothing of what it has adopted."""
         self.followers.start_anew()
         self.fills.start_anew()
-        if self.loaders is not None:
-            for request_id in list(self.loaders.waiting):
-                self.loaders.let_go(request_id)
-                self.sent.let_go(request_id)
+        for request_id in list(self.loaders.waiting):
+            self.loaders.let_go(request_id)
         for request_id, intake in list(self.intakes.items()):
             if intake.plan.skipped and request_id in self.requests.active:
                 self.sharing.forget(intake.tracked)
@@ -253,9 +246,7 @@ class Reuse:
     def _loaders_ahead(self, request: Request) -> list[Request] | None:
         """See `Loaders.ahead_of`."""
         tracked = self.requests.active.get(request.request_id)
-        if self.loaders is None or tracked is None or request.request_id in self.intakes:
-            return None
-        return self.loaders.ahead_of(tracked)
+        return None if tracked is None or request.request_id in self.intakes else self.loaders.ahead_of(tracked)
 
     def _known(self, name: str) -> Intake | None:
         """What was found for a request; nothing where pages are gone, so that it is looked up anew."""
