@@ -2,7 +2,18 @@
 
 from tests import hazards
 
-NAMES = ("directions", "runs", "core", "vllm", "vllm_nightly", "fuzz", "fuzz_again", "fuzz_stores", "soak", "soak_exact")
+NAMES = (
+    "directions",
+    "runs",
+    "core",
+    "vllm",
+    "vllm_nightly",
+    "fuzz",
+    "fuzz_again",
+    "fuzz_stores",
+    "soak",
+    "soak_exact",
+)
 FILES = [hazards.FOLDER / f"{name}.json" for name in NAMES]
 
 
