@@ -96,7 +96,13 @@ def test_exists(command: Command) -> None:
         words = words[1:]
     program, arguments = words[0], words[1:]
     checks = {"jointkv": check_jointkv, "make": check_make, "python": check_python, "vllm": check_vllm}
-    checks |= {"pip": check_pip, "curl": check_curl, "promtool": check_last_is_there, "pytest": check_last_is_there}
+    checks |= {
+        "pip": check_pip,
+        "curl": check_curl,
+        "promtool": check_last_is_there,
+        "pytest": check_last_is_there,
+        "cat": check_cat,
+    }
     assert program in checks, f"no check for the program {program}"
     checks[program](arguments)
 
@@ -163,6 +169,13 @@ def check_curl(arguments: list[str]) -> None:
     for option, value in itertools.pairwise(arguments):
         if option == "-d":
             json.loads(value)
+
+
+def check_cat(arguments: list[str]) -> None:
+    """What is joined was written by another command."""
+    written = {word for command in ALL for option, word in itertools.pairwise(command.words) if option == "--output"}
+    joined, to = arguments[: arguments.index(">")], arguments[arguments.index(">") :]
+    assert len(to) == 2 and joined and set(joined) <= written
 
 
 def check_last_is_there(arguments: list[str]) -> None:
