@@ -74,10 +74,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def complete(self, body):
-        """One token every 10 ms, as vLLM streams them; the first is special."""
+        """One token every 10 ms, as vLLM streams them; the first is special, if that is asked for."""
         tokens = body["max_tokens"]
         parts = [{"choices": [{"text": f" {number}"}]} for number in range(1, tokens)]
-        parts.insert(0, {"choices": [{"text": "" if body.get("skip_special_tokens", True) else "<s>"}]})
+        parts.insert(0, {"choices": [{"text": " 0" if body.get("skip_special_tokens", True) else "<s>"}]})
         parts.append({"choices": [], "usage": {"prompt_tokens": len(body["prompt"]), "completion_tokens": tokens}})
         self.send_response(200)
         self.end_headers()

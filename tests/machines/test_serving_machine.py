@@ -299,8 +299,11 @@ AREA, HAZARD = "State", "requests come, go, branch, are cropped, preempted and r
 @pytest.mark.hazard(AREA, HAZARD, "tenants never share a page")
 def test_any_sequence_of_what_a_server_does(record_property):
     tally.clear()
-    run_state_machine_as_test(ServingMachine, settings=machine_settings(40))
+    happened = ("blocks_fused", "pages_freed", "blocks_hit", "preemptions", "aborts", "tokens_decoded", "pool_full")
+    for _ in range(3):  # by chance a rule may never have an effect
+        run_state_machine_as_test(ServingMachine, settings=machine_settings(40))
+        if all(tally[name] for name in happened):
+            break
     for name, count in tally.items():
         record_property(name, count)
-    happened = ("blocks_fused", "pages_freed", "blocks_hit", "preemptions", "aborts", "tokens_decoded", "pool_full")
     assert all(tally[name] for name in happened), f"rules that never had an effect prove nothing: {tally}"
