@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from statistics import median
@@ -41,6 +42,9 @@ def test_the_table() -> None:
     tokens = result.of("stock", result.loads[0].label)[0].requests[0].output_tokens
     row = f"to the last of {tokens} tokens | {equal['stock']} | {equal['licensed']} |"
     assert f"| answers equal to those of stock with memory to spare, {row}" in README
+    parted = result.divergences or []
+    assert parted and all(each.near_tie for each in parted)
+    assert f"stock itself held both tokens within {math.ceil(100 * max(each.gap for each in parted)) / 100} nats" in README
 
 
 def test_agents_behind_a_number() -> None:
