@@ -44,7 +44,25 @@ def test_the_table() -> None:
     assert f"| answers equal to those of stock with memory to spare, {row}" in README
     parted = result.divergences or []
     assert parted and all(each.near_tie for each in parted)
-    assert f"stock itself held both tokens within {math.ceil(100 * max(each.gap for each in parted)) / 100} nats" in README
+    assert (
+        f"stock itself held both tokens within {math.ceil(100 * max(each.gap for each in parted)) / 100} nats" in README
+    )
+
+
+def test_the_same_with_all_arms() -> None:
+    page = (ROOT / "docs" / "reuse.md").read_text()
+    result = serving("one_first")
+    speed = {arm.name: middle(result, arm.name, lambda run: run.output_tokens_per_s) for arm in result.arms}
+    for arm, title in (
+        ("stock", "stock"),
+        ("licensed", "reuse, licensed by a profile"),
+        ("large_pool", "stock, 8 times the pool"),
+        ("licensed_large", "reuse, licensed, 8 times the pool"),
+    ):
+        every = [run.output_tokens_per_s for run in result.of(arm, result.loads[0].label)]
+        p50, p95 = (middle(result, arm, lambda run, at=at: getattr(run.ttft, at)) for at in ("p50", "p95"))
+        row = f"| {title} | {speed[arm]:.1f} ({min(every):.1f}-{max(every):.1f}) | {speed[arm] / speed['stock']:.2f} |"
+        assert f"{row} {p50:.1f} | {p95:.1f} | " in page
 
 
 def test_agents_behind_a_number() -> None:
