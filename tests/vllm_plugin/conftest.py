@@ -66,6 +66,18 @@ def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def patient_store() -> Iterator[None]:
+    """A busy machine may look up and load as slowly as it likes."""
+    from jointkv.vllm_plugin.scheduler import stored
+    from jointkv.vllm_plugin.worker import loads
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored, "LOOK_UP_S", 100.0)
+        patch.setattr(loads, "HANGS_S", 100.0)
+        yield
+
+
+@pytest.fixture(scope="module")
 def bold() -> Iterator[None]:
     """See `engines.BOLD`."""
     from jointkv.vllm_plugin.scheduler import side

@@ -201,6 +201,20 @@ class Engine:
         self.finish()
         return [self.outputs[name] for name in names]
 
+    @contextmanager
+    def watched(self) -> Iterator[list[tuple[Any, list[Any]]]]:
+        """Statistics and outputs that clients get meanwhile, by step."""
+        seen: list[tuple[Any, list[Any]]] = []
+        update = self.vllm_scheduler.update_from_output
+
+        def watching(*args: Any) -> Any:
+            outputs = update(*args)
+            seen.extend((client.scheduler_stats, list(client.outputs)) for client in outputs.values())
+            return outputs
+
+        with patch.object(self.vllm_scheduler, "update_from_output", watching):
+            yield seen
+
     def run_until_decoding(self) -> None:
         """Step until every request has read its prompt."""
         while any(

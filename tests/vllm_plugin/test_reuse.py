@@ -225,20 +225,10 @@ def test_a_helper_goes_with_its_request(steps: int, served: Served) -> None:
 
 
 def test_statistics_of_requests_do_not_count_helpers(served: Served) -> None:
-    prompts, seen = near_prefix(4), []
+    prompts = near_prefix(4)
     served.engine.generate(prompts[:1], 2)
-    update = served.engine.vllm_scheduler.update_from_output
-
-    def watched(*args: Any) -> Any:
-        outputs = update(*args)
-        seen.extend((client.scheduler_stats, list(client.outputs)) for client in outputs.values())
-        return outputs
-
-    served.engine.vllm_scheduler.update_from_output = watched
-    try:
+    with served.engine.watched() as seen:
         served.engine.generate(prompts[1:], 4)
-    finally:
-        served.engine.vllm_scheduler.update_from_output = update
     for stats, outputs in seen:
         counts = stats.num_running_reqs, stats.num_waiting_reqs, stats.num_skipped_waiting_reqs
         assert sum(counts) <= 3 and min(counts) >= 0

@@ -45,15 +45,7 @@ CROWD = [text(90 + number, number // 2) for number in range(12)]
 
 ROOT = Path(__file__).parents[2]
 SLOW = pytest.mark.slow
-pytestmark = runs("stored pages", FIRST)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _on_a_busy_machine() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(look_ups, "LOOK_UP_S", 100.0)
-        patch.setattr(loads, "HANGS_S", 100.0)
-        yield
+pytestmark = [pytest.mark.usefixtures("patient_store"), *runs("stored pages", FIRST)]
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,7 @@ from jointkv.codec.registry import decode
 from jointkv.store import Store
 from jointkv.store.names import Names
 from jointkv.store.segments import DATA
-from jointkv.vllm_plugin.scheduler import stored as look_ups
 from jointkv.vllm_plugin.scheduler.requests import IsolationKey
-from jointkv.vllm_plugin.worker import loads
 from tests.hazards import FIRST, FIRST_AHEAD, runs
 from tests.vllm_plugin.engines import LOSSY, Engine, Prompt, engine, text, write_model
 from tests.vllm_plugin.test_reuse_traffic import Traffic
@@ -38,15 +36,7 @@ REUSED = 11 * BLOCK
 PROBED = {**LOSSY, "reuse": "probed", "reuse_audit_rate": 1e-9}
 OPTIONS: dict[str, Any] = {"max_model_len": 768, "max_num_batched_tokens": 256}
 
-pytestmark = pytest.mark.usefixtures("bold")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _on_a_busy_machine() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(look_ups, "LOOK_UP_S", 100.0)
-        patch.setattr(loads, "HANGS_S", 100.0)
-        yield
+pytestmark = pytest.mark.usefixtures("bold", "patient_store")
 
 
 @pytest.fixture(scope="module")
@@ -236,19 +226,8 @@ def serving(serene: Path, written: Path, tmp_path_factory: pytest.TempPathFactor
 
 def test_statistics_do_not_count_loading_helpers(serving: Engine) -> None:
     serving.generate([DONOR], 1)
-    seen: list[tuple[Any, list[Any]]] = []
-    update = serving.vllm_scheduler.update_from_output
-
-    def watching(*args: Any) -> Any:
-        outputs = update(*args)
-        seen.extend((client.scheduler_stats, list(client.outputs)) for client in outputs.values())
-        return outputs
-
-    serving.vllm_scheduler.update_from_output = watching
-    try:
+    with serving.watched() as seen:
         serving.generate(PROMPTS[:1], OUT)
-    finally:
-        serving.vllm_scheduler.update_from_output = update
     for stats, outputs in seen:
         counts = stats.num_running_reqs, stats.num_waiting_reqs, stats.num_skipped_waiting_reqs
         assert sum(counts) <= 1 and min(counts) >= 0

@@ -9,8 +9,10 @@ and the workers compare that block with those of the sources.
 from __future__ import annotations
 
 import time
+from collections import ChainMap
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -223,7 +225,7 @@ class Reuse:
 
     def stray(self) -> list[str]:
         """Helpers that nobody waits for any more."""
-        return self.sent.stray({*self.intakes, *self.loaders.waiting})
+        return self.sent.stray(ChainMap[str, Any](self.intakes, self.loaders.waiting))
 
     def start_anew(self) -> None:
         """Let everybody go. Who takes part still finds nothing of what it has adopted."""

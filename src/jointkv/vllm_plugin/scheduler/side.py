@@ -24,6 +24,7 @@ from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Inquiry, Verdict, patience
 from jointkv.vllm_plugin.metrics import JointStats, LicenceGauges, Statistics
+from jointkv.vllm_plugin.scheduler.arrivals import Arrivals
 from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.candidates import Candidates
@@ -129,8 +130,7 @@ class SchedulerSide:
         self.beside_others = False
         self._helped: list[Helped] = []
         self._loading: list[tuple[Request, int]] = []
-        self._found: dict[str, int] = {}
-        self._started_with: dict[str, int] = {}
+        self._arrivals = Arrivals()
         self._groups, self._ranks = groups, ranks
         self._step = 0
         logger.info(
@@ -202,7 +202,7 @@ class SchedulerSide:
 
         Beside other connectors a request that comes back finds none of its private pages: others may read them.
         """
-        self._found[request.request_id] = computed
+        self._arrivals.look_up(request.request_id, computed)
         if self.beside_others:
             tracked = self.requests.find(request.request_id)
             return tracked is not None and self.sharing.part(tracked, computed)
@@ -214,11 +214,7 @@ class SchedulerSide:
 
         By the workers or by a load: `loaded` tokens from the store, or what another connector has found.
         """
-        found = self._found.pop(request.request_id, None)
-        if found is None:  # what was loaded is there, and the request goes on
-            found = request.num_computed_tokens
-        else:
-            self._started_with[request.request_id] = found
+        found = self._arrivals.allocate(request)
         if self.stored is not None:
             self.stored.allocate(request, pages[0], found, loaded)
         helper = self.helpers.get(request.request_id)
@@ -254,10 +250,7 @@ class SchedulerSide:
         """
         self._step += 1
         inquiry = Inquiry(self._step, self.sharing.take_remaps(), fills=self.reuse.fills.take())
-        for name, computed in started(output):
-            found = self._started_with.pop(name, computed)
-            if found < computed:
-                inquiry.found[name] = found
+        inquiry.found = self._arrivals.take_loaded(output)
         self._write_directions(inquiry)
         self._ask(inquiry, output)
         if self.stored is not None:
@@ -294,8 +287,7 @@ class SchedulerSide:
         """Forget a request that has finished or was aborted. Its pages stay resident until they are reused."""
         if request_id in self.requests.active:
             self.left_alone.count_ended(self.requests.active[request_id])
-        for known in (self._found, self._started_with):
-            known.pop(request_id, None)
+        self._arrivals.dismiss(request_id)
         if self.stored is not None:
             self.stored.dismiss(request_id)
         self.reuse.ended(request_id)
