@@ -2,7 +2,8 @@
 
 `python benchmarks/gpu_proof.py --output out/gpu_proof` on a machine with a GPU; `--interpret` on any other, where the
 same runs small, with Triton's kernels in its interpreter. Stages run in order, each in a process of its own with a
-limit; the first that fails is the last. After each the JSON is written, and the exit code says whether all held.
+limit; the first that fails is the last without `--keep-going`. After each the JSON is written, and the exit code
+says whether all held. `gpu_bundle.py` packs what a machine without internet lacks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ class Stage:
         argument: of `gpu_proof_stages.py`; None for the kernels' tests.
         runner: vLLM's model runner, "1" or "2".
         gpu: whether there is nothing of it to interpret.
+        timed: whether it has to have the machine for itself.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Stage:
     argument: str | None
     runner: str = "2"
     gpu: bool = False
+    timed: bool = False
 
 
 STAGES = (
@@ -66,9 +71,9 @@ STAGES = (
     Stage("graphs in pieces", 90, "pieces", gpu=True),
     Stage("full graphs", 90, "graphs", gpu=True),
     Stage("other attention backends", 120, "backends", gpu=True),
-    Stage("a step's time", 120, "steps"),
-    Stage("a pool that is too small", 120, "contended"),
-    Stage("kernels against the copy bandwidth", 60, "bandwidth", gpu=True),
+    Stage("a step's time", 120, "steps", timed=True),
+    Stage("a pool that is too small", 120, "contended", timed=True),
+    Stage("kernels against the copy bandwidth", 60, "bandwidth", gpu=True, timed=True),
 )
 
 
@@ -84,11 +89,11 @@ def environment(stage: Stage, interpret: bool) -> dict[str, str]:
     return {**os.environ, **own, **device, "VLLM_USE_V2_MODEL_RUNNER": "1" if stage.runner == "2" else "0"}
 
 
-def run(stage: Stage, folder: Path, interpret: bool) -> dict[str, Any]:
+def run(stage: Stage, folder: Path, interpret: bool, slower: int = 1) -> dict[str, Any]:
     """What became of a stage: "held", "failed" or "needs a GPU", and what it found."""
     if stage.gpu and interpret:
         return {"stage": stage.name, "outcome": "needs a GPU"}
-    start, limit = time.monotonic(), stage.seconds * (6 if interpret else 1)
+    start, limit = time.monotonic(), stage.seconds * slower * (6 if interpret else 1)
     row: dict[str, Any] = {"stage": stage.name, "outcome": "failed"}
     try:
         done = subprocess.run(
@@ -122,32 +127,54 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--interpret", action="store_true", help="without a GPU: small, and Triton is interpreted")
     parser.add_argument("--stage", action="append", help="these alone, by the beginning of their names")
+    parser.add_argument("--keep-going", action="store_true", help="go on behind a stage that fails")
+    parser.add_argument("--at-once", type=int, default=1, help="stages that are not timed, side by side; limits grow")
     parser.add_argument("--output", type=Path, default=Path("out/gpu_proof"), help="folder for gpu_proof.json")
     options = parser.parse_args()
     wanted = [one for one in STAGES if not options.stage or one.name.startswith(tuple(options.stage))]
     if not wanted:
         parser.error(f"no stage begins so; there are: {', '.join(one.name for one in STAGES)}")
     options.output.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for stage in wanted:
-            print(f"{stage.name} ...", end=" ", flush=True)
-            rows.append(run(stage, Path(folder), options.interpret))
-            print(rows[-1]["outcome"], rows[-1].get("seconds", ""), flush=True)
-            held = all(row["outcome"] != "failed" for row in rows)
-            result = {
-                "format": FORMAT,
-                "interpreted": options.interpret,
-                "machine": machine(),
-                "goals": GOALS,
-                "complete": held and len(rows) == len(wanted),
-                "stages": rows,
-            }
-            replace_text(options.output / "gpu_proof.json", json.dumps(result, indent=1) + "\n")
-            if not held:
-                print(rows[-1]["why"], file=sys.stderr)
-                return 1
-    return 0
+    rows: dict[str, dict[str, Any]] = {}
+    writing = threading.Lock()
+
+    def prove(stage: Stage, slower: int) -> bool:
+        """False if nothing is to follow."""
+        if not options.keep_going and any(row["outcome"] == "failed" for row in rows.values()):
+            return False
+        with tempfile.TemporaryDirectory() as folder:
+            row = run(stage, Path(folder), options.interpret, slower)
+        with writing:
+            rows[stage.name] = row
+            print(f"{stage.name}: {row['outcome']} {row.get('seconds', '')}", flush=True)
+            if row["outcome"] == "failed":
+                print(row["why"], file=sys.stderr)
+            write(
+                options.output, [rows[one.name] for one in wanted if one.name in rows], len(wanted), options.interpret
+            )
+        return row["outcome"] != "failed"
+
+    first, *others = wanted
+    if not prove(first, 1) and not options.keep_going:
+        return 1
+    with ThreadPoolExecutor(options.at_once) as pool:
+        list(pool.map(lambda stage: prove(stage, options.at_once), [stage for stage in others if not stage.timed]))
+    for stage in others:
+        if stage.timed:
+            prove(stage, 1)
+    return int(len(rows) < len(wanted) or any(row["outcome"] == "failed" for row in rows.values()))
+
+
+def write(folder: Path, rows: list[dict[str, Any]], wanted: int, interpreted: bool) -> None:
+    result = {
+        "format": FORMAT,
+        "interpreted": interpreted,
+        "machine": machine(),
+        "goals": GOALS,
+        "complete": len(rows) == wanted and all(row["outcome"] != "failed" for row in rows),
+        "stages": rows,
+    }
+    replace_text(folder / "gpu_proof.json", json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
