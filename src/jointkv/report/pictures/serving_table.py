@@ -17,13 +17,14 @@ from jointkv.report.markdown import NOT_MEASURED, Columns, number, words
 from jointkv.report.pictures.base import Picture
 from jointkv.report.serving.cautions import cautions
 from jointkv.report.serving.charts import Looks, styles
-from jointkv.report.serving.metrics import COMPUTED, ITL_P50, OUTPUT_RATE, PAGES_FREED, TTFT_P50, TTFT_P95, Metric
+from jointkv.report.serving.metrics import COMPUTED, ITL_MEAN, OUTPUT_RATE, PAGES_FREED, TTFT_P50, TTFT_P95, Metric
 from jointkv.report.serving.pairs import arms_run, baseline, called, heading, ratio
 from jointkv.report.serving.result import Serving, conditions
 
 Row = tuple[Serving, Load, Arm]
 Line = tuple[Serving, Load]
-TABLED = (OUTPUT_RATE, TTFT_P50, TTFT_P95, ITL_P50, COMPUTED)
+TABLED = (OUTPUT_RATE, TTFT_P50, TTFT_P95, ITL_MEAN, COMPUTED)
+"""With the mean gap: tokens can come several at once, and then the median is none."""
 DRAWN = (OUTPUT_RATE, TTFT_P95, COMPUTED)
 KINDS = {"closed": "closed loop", "poisson": "Poisson arrivals", "bursty": "bursts", "one_first": "one first, then all"}
 LEAST_SHARE = 0.2
@@ -102,10 +103,10 @@ class ServingTable(Picture[Serving]):
     reads = Serving
     about = (
         "Medians over the rounds; in brackets the ratio to the arm without jointkv in the same pool. Peak pages: in "
-        "use at the most. Answers are compared with those of stock vLLM in the large pool where there is one, so "
-        "stock's own lines show what another batch alone changes. Where an answer differs, that server was asked how "
-        f"likely both tokens are: up to {NEAR_TIE:g} nats apart is a near tie, the others are answers changed. "
-        "Largest gap: in nats, and at which token of the answer, from 0."
+        "use at the most, as seen about once a second. Answers are compared with those of stock vLLM in the large pool "
+        "where there is one, so stock's own lines show what another batch alone changes. Where an answer differs, that "
+        f"server was asked how likely both tokens are: up to {NEAR_TIE:g} nats apart is a near tie, the others are "
+        "answers changed. Largest gap: in nats, and at which token of the answer, from 0."
     )
     text: ClassVar[Columns[Any]] = {
         "traffic": lambda row: heading(row[0]),
