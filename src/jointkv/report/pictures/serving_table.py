@@ -29,7 +29,7 @@ DRAWN = (OUTPUT_RATE, TTFT_P95, COMPUTED)
 KINDS = {"closed": "closed loop", "poisson": "Poisson arrivals", "bursty": "bursts", "one_first": "one first, then all"}
 LEAST_SHARE = 0.2
 """The axis of changed answers goes up to this at least: one in twelve is not to look like all."""
-WIDTH, LINE, FRAME = 3.1, 0.24, 0.75  # inches
+WIDTH, LINE, FRAME, LEAST_HEIGHT = 3.1, 0.24, 0.75, 1.7  # inches
 SPREAD = 0.55
 """Of a line's height, over which its dots are spread: equal ones would hide each other."""
 
@@ -132,7 +132,7 @@ class ServingTable(Picture[Serving]):
         by_kind = {kind: [line for line in lines if line[1].kind == kind] for kind in kinds}
         looks = styles([arm.name for _, _, arm in rows])
         columns, most = len(DRAWN) + 1, max(map(len, by_kind.values()))
-        size = (WIDTH, FRAME + LINE * most)
+        size = (WIDTH, max(FRAME + LINE * most, LEAST_HEIGHT))
         figure, panels = grid(len(by_kind) * columns, columns, size, sharex="col", sharey="row")
         for place, (kind, chosen) in enumerate(by_kind.items()):
             *ratios, last = panels[place * columns : (place + 1) * columns]
