@@ -31,6 +31,7 @@ from jointkv.report.pictures.serving import ServingLevels
 from jointkv.report.pictures.serving_arms import ServingArms
 from jointkv.report.pictures.serving_quality import ServingQuality
 from jointkv.report.pictures.serving_ratios import ServingRatios
+from jointkv.report.pictures.serving_table import ServingTable
 from jointkv.report.pictures.side_channel import SideChannelAUC
 from jointkv.report.pictures.task_scores import TaskScores
 from jointkv.report.results import conflict, read_result
@@ -49,6 +50,7 @@ PICTURES: tuple[Picture[Any], ...] = (
     ServingLevels(),
     ServingRatios(),
     ServingArms(),
+    ServingTable(),
     ServingQuality(),
     SideChannelAUC(),
     InfluenceOfAttackers(),
