@@ -28,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     hazards.pytest_configure(config)
     # Processes that tests start import what lies beside them.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(config.rootpath), os.environ.get("PYTHONPATH"))))
+    # Threads that share a core spin while they wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     config.option.loadscopereorder = False
     # How long an example takes says how busy the machine is.
     patient = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}

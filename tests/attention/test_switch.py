@@ -47,6 +47,6 @@ def test_costs_are_measured(pages, monkeypatch):
         take(len(work.pages.page))
 
     switch = measure(pages, 16, 1024, engine, shared, heads_per_kv_head=3)
-    assert switch.engine == pytest.approx((0.0, 2e-5), abs=1e-12)
-    assert pages == 2 or switch.shared == pytest.approx((2e-5, 0.0), abs=1e-12)
+    assert switch.engine == pytest.approx((0.0, 2e-5))
+    assert pages == 2 or switch.shared == pytest.approx((2e-5, 0.0), abs=1e-6)  # last pages by every row
     assert "us a page" in str(switch)

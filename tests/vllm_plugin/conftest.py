@@ -22,10 +22,7 @@ ENVIRONMENT = {  # unless set outside
     "VLLM_CPU_CI_ENV": "1",  # no warm-up
     "HF_HUB_OFFLINE": "1",
     "PYTHONHASHSEED": "0",  # block hashes then agree between engines
-    # Of processes that tests start: threads of a core that is shared spin while they wait for each other, and vLLM
-    # compiles some functions also where it runs eagerly.
-    "OMP_NUM_THREADS": "1",
-    "TORCHDYNAMO_DISABLE": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # for processes that tests start
 }
 
 
@@ -39,7 +36,7 @@ def _vllm_environment() -> Iterator[None]:
 
     # vLLM binds no threads of an engine inside the test's own process; two that share a busy core wait for each other.
     torch.set_num_threads(1)
-    # In this process, too.
+    # vLLM compiles some functions also where it runs eagerly; for a few tokens that takes longest.
     with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, os.environ.get(name, value))
