@@ -5,7 +5,6 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
 
 from tests import hazards
 from tests.hazards import pytest_addoption, pytest_runtest_setup  # noqa: F401
@@ -46,6 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> None:
+    import torch  # pytest's own process, which hands tests out, does without
+
     real = request.node.get_closest_marker("real_model") is not None
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes) if real else 1)
