@@ -10,15 +10,16 @@ from tests import hazards
 from tests.hazards import pytest_addoption, pytest_runtest_setup  # noqa: F401
 
 LONGEST = (
-    *("vllm_plugin/test_dashboard.py", "vllm_plugin/test_server.py", "vllm_plugin/doctor/test_examine.py"),
-    *("vllm_plugin/worker/test_two_ranks.py", "benchmarks/test_soak.py", "vllm_plugin/test_real_model.py"),
-    *("bench/test_real_engine.py", "vllm_plugin/scheduler/test_state_machine.py"),
-    *("evaluate/calibrate/test_calibration_real_model.py", "hf/test_cache_generate.py", "hf/test_cache_models.py"),
-    *("report/test_html.py", "evaluate/tasks/test_task_run.py", "fusion/test_tree.py"),
-    *("evaluate/compare/test_other_environment.py", "cli/test_cli_faults.py", "evaluate/holding/test_held.py"),
-    *("machines/test_serving_machine.py", "evaluate/methods/test_fused_methods.py"),
+    *("vllm_plugin/test_server.py", "vllm_plugin/test_dashboard.py", "vllm_plugin/doctor/test_examine.py"),
+    *("vllm_plugin/test_second_runner.py", "vllm_plugin/scheduler/test_state_machine.py", "benchmarks/test_gpu_proof.py"),
+    *("vllm_plugin/test_isolation.py", "vllm_plugin/test_speculative.py", "vllm_plugin/test_real_model.py"),
+    *("evaluate/calibrate/test_calibration_real_model.py", "report/test_html.py", "evaluate/traffic/test_traffic.py"),
+    *("hf/test_cache_generate.py", "hf/test_cache_models.py", "evaluate/compare/test_other_environment.py"),
+    *("evaluate/compare/test_policies.py", "fusion/test_tree.py", "cli/test_cli_faults.py", "hf/test_compile.py"),
+    *("fusion/kernels/test_gpu.py", "theory/test_confidence.py", "theory/test_licence.py"),
+    *("evaluate/methods/test_all_methods.py", "evaluate/calibrate/test_calibration.py", "attention/test_cpu_kernel.py"),
 )
-"""Files that take 15 seconds and more, in the order in which they start: with few tests, `--dist loadfile` would leave
+"""Files that take 8 seconds and more, in the order in which they start: with few tests, `--dist loadfile` would leave
 them for the end, where one process computes and the others wait."""
 
 
