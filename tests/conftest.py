@@ -11,8 +11,9 @@ from tests.hazards import pytest_addoption, pytest_runtest_setup  # noqa: F401
 
 LONGEST = (
     *("vllm_plugin/test_server.py", "vllm_plugin/test_dashboard.py", "vllm_plugin/doctor/test_examine.py"),
-    *("vllm_plugin/test_second_runner.py", "vllm_plugin/scheduler/test_state_machine.py", "benchmarks/test_gpu_proof.py"),
-    *("vllm_plugin/test_isolation.py", "vllm_plugin/test_speculative.py", "vllm_plugin/test_real_model.py"),
+    *("vllm_plugin/test_second_runner.py", "vllm_plugin/scheduler/test_state_machine.py"),
+    *("benchmarks/test_gpu_proof.py", "vllm_plugin/test_isolation.py", "vllm_plugin/test_speculative.py"),
+    *("vllm_plugin/test_real_model.py", "vllm_plugin/test_faults.py", "vllm_plugin/attention/test_norms.py"),
     *("evaluate/calibrate/test_calibration_real_model.py", "report/test_html.py", "evaluate/traffic/test_traffic.py"),
     *("hf/test_cache_generate.py", "hf/test_cache_models.py", "evaluate/compare/test_other_environment.py"),
     *("evaluate/compare/test_policies.py", "fusion/test_tree.py", "cli/test_cli_faults.py", "hf/test_compile.py"),
