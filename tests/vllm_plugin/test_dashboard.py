@@ -204,10 +204,7 @@ def dashboard_expressions() -> list[str]:
 def documented_queries() -> list[str]:
     """The queries in docs/metrics.md."""
     text = (DEPLOY.parent / "docs" / "metrics.md").read_text()
-    return [
-        " ".join(query.replace("[5m]", f"[{WINDOW}]").split())
-        for query in re.findall(r"```promql\n(.*?)```", text, re.S)
-    ]
+    return [" ".join(query.split()) for query in re.findall(r"```promql\n(.*?)```", text, re.S)]
 
 
 def alert_rules() -> Mapping[str, str]:
