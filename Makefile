@@ -19,8 +19,9 @@ ENGINE_TESTS := tests/vllm_plugin tests/benchmarks tests/bench/test_real_engine.
 
 .PHONY: setup setup-vllm setup-eval demo test test-slow test-vllm test-eval soak fuzz matrix nightly results lint bench docs clean
 
-# Errors are shown; warnings about how pip is set up on this machine are not.
-PIP_OPTIONS := -qq --disable-pip-version-check
+# Errors are shown; warnings about how pip is set up on this machine are not. To compile all modules takes longer than to
+# install them, and most are never imported.
+PIP_OPTIONS := -qq --disable-pip-version-check --no-compile
 
 setup: $(VENV)/.ready
 

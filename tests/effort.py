@@ -24,7 +24,6 @@ FUZZ_EXAMPLES = int(os.environ.get("JOINTKV_FUZZ_EXAMPLES", "120"))
 def machine_settings(steps_per_run: int = 100) -> settings:
     """For a `RuleBasedStateMachine`: `MACHINE_STEPS` steps in runs of `steps_per_run`."""
     return settings(
-        deadline=None,
         stateful_step_count=steps_per_run,
         max_examples=max(1, MACHINE_STEPS // steps_per_run),
         suppress_health_check=list(HealthCheck),
@@ -33,7 +32,7 @@ def machine_settings(steps_per_run: int = 100) -> settings:
 
 def fuzz_settings() -> settings:
     """For a property of a parser."""
-    return settings(deadline=None, max_examples=FUZZ_EXAMPLES, suppress_health_check=list(HealthCheck))
+    return settings(max_examples=FUZZ_EXAMPLES, suppress_health_check=list(HealthCheck))
 
 
 def every_pair(**axes: Mapping[str, Any]) -> pytest.MarkDecorator:

@@ -36,7 +36,7 @@ def attend(batch, pages, query, threads=1, share=True, scale=None):
 
 
 @needs_compiler
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(
     case=batches(),
     order=st.sampled_from(["rows", "columns"]),
@@ -61,7 +61,7 @@ def test_the_kernel_is_the_definition(case, order, dtype, heads, group, sizes, t
 
 
 @needs_compiler
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(case=batches(most_rows=4), heads=st.integers(1, 2), group=st.integers(1, 4), sizes=st.sampled_from([32, 96]))
 def test_pages_by_pairs(case, heads, group, sizes):
     batch, num_pages = case

@@ -21,7 +21,7 @@ def entries(work: WorkList) -> dict[tuple[int, int], BlockRef]:
     return found
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     case=batches(most_rows=8, most_slots=12),
     group=st.integers(1, 60),
@@ -38,7 +38,7 @@ def test_every_token_is_read_once_for_every_query(case, group, threads, share):
     assert (work.items.query_to - work.items.query_from).max() <= max(1, 48 // group)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(case=batches(most_rows=8, most_slots=12))
 def test_a_page_before_the_queries_is_read_once(case):
     batch, _ = case
@@ -85,7 +85,7 @@ def test_unlike_sets_of_readers_are_told_apart():
     assert len(work.items.page_from) == 255, "the last blocks join those of their only reader"
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(case=batches(plain=True), data=st.data())
 def test_growing_is_grouping_again(case, data):
     batch, _ = case

@@ -57,7 +57,7 @@ def random_table(draw, block_size, *, scaled, ranged):
     return refs
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_paged_attention_is_dense_attention_over_the_same_tokens(data):
     draw = data.draw
@@ -119,7 +119,7 @@ def frequencies_of(half):
     return THETA ** (-np.arange(half) / half)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     style=st.sampled_from(["neox", "gptj"]),
     half=st.integers(1, 4),
@@ -138,7 +138,7 @@ def test_turning_is_complex_multiplication(style, half, rest, positions, seed):
     assert low.dtype == torch.bfloat16
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     style=st.sampled_from(["neox", "gptj"]),
     half=st.integers(1, 4),

@@ -1,10 +1,11 @@
 """The switch takes what was measured to be faster, for the sharing that a step has."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from jointkv.attention import switch as switches
 from jointkv.attention.grouping import group_pages
 from jointkv.attention.switch import Cost, Switch, measure
 
@@ -30,17 +31,22 @@ def test_prompts_are_left_to_the_engine_where_it_reads_them_faster():
 
 
 @pytest.mark.parametrize("pages", [2, 400])
-def test_costs_are_measured(pages):
-    """Attention that sleeps: the engine for every block, ours for every page."""
+def test_costs_are_measured(pages, monkeypatch):
+    """Attention that takes 20 us, the engine's for every block, ours for every page."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(switches, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def take(number):
+        clock.now += 2e-5 * number
 
     def engine(tables, lengths, asked):
         blocks = int(lengths.sum()) // 16
-        return lambda: time.sleep(2e-5 * blocks)
+        return lambda: take(blocks)
 
     def shared(work):
-        time.sleep(2e-5 * len(work.pages.page))
+        take(len(work.pages.page))
 
     switch = measure(pages, 16, 1024, engine, shared, heads_per_kv_head=3)
-    assert switch.engine.per_block > switch.engine.per_page
-    assert switch.shared.per_page > switch.shared.per_block or pages == 2
+    assert switch.engine == pytest.approx((0.0, 2e-5))
+    assert pages == 2 or switch.shared == pytest.approx((2e-5, 0.0), abs=1e-6)  # last pages by every row
     assert "us a page" in str(switch)

@@ -33,7 +33,7 @@ def address(pages, block_size, padding, row, column):
     return int(pages[row, token // block_size]), token % block_size
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(batches())
 def test_slots_address_each_token_and_padding_reads_the_null_page(batch):
     pages, block_size, padding, length = batch
@@ -45,7 +45,7 @@ def test_slots_address_each_token_and_padding_reads_the_null_page(batch):
             assert int(slots[row, column]) == found[0] * block_size + found[1]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(batches(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 999))
 def test_what_is_written_is_read_times_its_scale(batch, dtype, seed):
     pages, block_size, padding, length = batch

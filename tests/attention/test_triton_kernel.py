@@ -62,7 +62,7 @@ def attend(batch: Batch, pages: LayerPages, query: Tensor, scale: float | None =
     return tuple(part.cpu() for part in found), expected(query, pages, batch, scale)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     case=batches(most_rows=3, most_slots=3),
     dtype=st.sampled_from(list(TOLERANCE)),

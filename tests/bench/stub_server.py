@@ -3,7 +3,8 @@
     python stub_server.py MODE [FLAGS] --host HOST --port PORT
 
 MODE: `serve`; `fuse`: with the plugin's metrics; `reuse`: with those of compute reuse, too; `die`: fail like a server
-in start-up; `mute`: never answer; `refuse`: never empty the cache.
+in start-up; `mute`: never answer; `refuse`: never empty the cache; `together`: the first answer waits behind its first
+token until `OTHERS` more are asked for.
 """
 
 import json
@@ -51,6 +52,8 @@ REUSE += '# TYPE jointkv_licences gauge\njointkv_licences{{state="granted"}} 1.0
 served = {"done": 0, "prompt": 0, "generated": 0}
 lock = threading.Lock()
 resets = 0
+OTHERS, PATIENCE_SECONDS = 3, 60.0
+asked, all_are_there = 0, threading.Event()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -75,6 +78,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def complete(self, body):
         """One token every 10 ms, as vLLM streams them; the first is special, if that is asked for."""
+        global asked
+        with lock:
+            asked += 1
+            first = MODE == "together" and asked == 1
+            if asked > OTHERS:
+                all_are_there.set()
         tokens = body["max_tokens"]
         parts = [{"choices": [{"text": f" {number}"}]} for number in range(1, tokens)]
         parts.insert(0, {"choices": [{"text": " 0" if body.get("skip_special_tokens", True) else "<s>"}]})
@@ -85,6 +94,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(f"data: {json.dumps(part)}\n\n".encode())
             self.wfile.flush()
             time.sleep(0.01)
+            if first:
+                all_are_there.wait(PATIENCE_SECONDS)
         self.wfile.write(b"data: [DONE]\n\n")
         with lock:
             served["done"] += 1

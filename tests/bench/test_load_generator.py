@@ -40,7 +40,7 @@ for number, (prompt, tokens, at) in enumerate(spec["requests"]):
 rates = dict.fromkeys(["seconds", "output_tokens_per_s", "total_tokens_per_s", "requests_per_s"], 1.0)
 say({"outcome": {"began": 1.5, "cpu_seconds": 0.1, "answers": answers, **rates}})
 if behaviour == "hangs":
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -111,7 +111,7 @@ def test_failures_say_why(words: str) -> None:
 def test_a_process_that_does_not_end_is_ended() -> None:
     started = time.monotonic()
     assert len(run().answers) == 3
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_an_answer_with_too_few_tokens_has_failed() -> None:
 def test_it_ends_with_the_process_that_started_it(already_sending: bool) -> None:
     program = (
         "import time; from jointkv.bench import load_process as g\n"
-        "g.generate = lambda spec, notify, wait: (notify({'ready': True}), wait(), time.sleep(60))\n"
+        "g.generate = lambda spec, notify, wait: (notify({'ready': True}), wait(), time.sleep(600))\n"
         "g.main()"
     )
     with subprocess.Popen(
@@ -59,4 +59,4 @@ def test_it_ends_with_the_process_that_started_it(already_sending: bool) -> None
         time.sleep(0.3)
         assert process.poll() is None
         process.stdin.close()
-        assert process.wait(10) == 1
+        assert process.wait(60) == 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import random
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ import pytest
 from jointkv.bench.divergence import Parting, ask
 from jointkv.bench.environment import server_environment
 from jointkv.bench.load_generator import spec_of
-from jointkv.bench.load_process import generate
+from jointkv.bench.load_process import Answer, generate
 from jointkv.bench.measure import measure
 from jointkv.bench.requests import ServingRequest
 from jointkv.bench.result import NEAR_TIE, Load
@@ -61,8 +63,48 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield server.url
 
 
-def starts(url: str, tokenizer: str, load: Load, requests: list[ServingRequest], seed: int = 0) -> list[float]:
-    """When requests were sent, sorted; vLLM's load generator runs in this process."""
+class Clock:
+    """In place of `time` and `asyncio` in vLLM's load generator: who sleeps there has slept at once.
+
+    Attributes:
+        now: seconds.
+        sent: when each request was.
+    """
+
+    def __init__(self) -> None:
+        self.now, self.sent = 0.0, list[float]()
+
+    def time(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        await asyncio.sleep(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio if hasattr(asyncio, name) else time, name)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    from vllm.benchmarks import serve
+
+    clock, arrivals = Clock(), serve.get_request
+
+    async def noted(*args: Any) -> AsyncIterator[Any]:
+        clock.now, clock.sent = 0.0, []
+        async for arrival in arrivals(*args):
+            clock.sent.append(clock.now)
+            yield arrival
+
+    monkeypatch.setattr(serve, "time", clock)
+    monkeypatch.setattr(serve, "asyncio", clock)
+    monkeypatch.setattr(serve, "get_request", noted)
+    return clock
+
+
+def answers(url: str, tokenizer: str, load: Load, requests: list[ServingRequest], seed: int = 0) -> list[Answer]:
+    """Of the stub, in the order of the requests; vLLM's load generator runs in this process."""
     said: list[Any] = []
     found = generate(spec_of(url, MODEL, tokenizer, load, requests, seed), said.append, lambda: None)
     assert said == [{"ready": True}, *({"finished": number + 1} for number in range(len(requests)))]
@@ -71,32 +113,36 @@ def starts(url: str, tokenizer: str, load: Load, requests: list[ServingRequest],
         assert len(answer.itls) == 4 and answer.e2el == pytest.approx(answer.ttft + sum(answer.itls))
         assert answer.prompt_tokens == len(request.prompt)
     assert found.output_tokens_per_s == pytest.approx(5 * len(requests) / found.seconds)
-    return sorted(answer.start for answer in found.answers)
+    return found.answers
 
 
-def test_arrivals_of_every_kind(stub: str, tokenizer: str) -> None:
+def test_arrivals_of_every_kind(stub: str, tokenizer: str, clock: Clock) -> None:
     few = [ServingRequest((1, 2, 3), 5, at) for at in (0.0, 0.4, 1.0)]
-    some = few * 3
-    closed = starts(stub, tokenizer, Load(kind="closed", concurrency=1), few)
-    assert all(0.04 < later - first < 1.0 for first, later in itertools.pairwise(closed))
-    assert starts(stub, tokenizer, Load(kind="replay", speed=2.0), few) == pytest.approx([0.0, 0.2, 0.5], abs=0.1)
-    poisson = [starts(stub, tokenizer, Load(kind="poisson", rate=9.0), some, seed) for seed in (0, 0, 1)]
-    assert poisson[0] == pytest.approx(poisson[1], abs=0.1) and poisson[0] != pytest.approx(poisson[2], abs=0.1)
-    bursty = starts(stub, tokenizer, Load(kind="bursty", rate=9.0, burstiness=0.1), some)
-    gaps, even = ([b - a for a, b in itertools.pairwise(times)] for times in (bursty, poisson[0]))
-    assert sorted(gaps)[4] < sorted(even)[4]
+
+    def sent(load: Load, seed: int = 0) -> list[float]:
+        answers(stub, tokenizer, load, few * 3, seed)
+        return clock.sent
+
+    closed = answers(stub, tokenizer, Load(kind="closed", concurrency=1), few)
+    assert all(first.start + first.e2el <= later.start for first, later in itertools.pairwise(closed))
+    answers(stub, tokenizer, Load(kind="replay", speed=2.0), few)
+    assert clock.sent == pytest.approx([0.0, 0.2, 0.5])
+    poisson = [sent(Load(kind="poisson", rate=9.0), seed) for seed in (0, 0, 1)]
+    assert poisson[0] == poisson[1] != poisson[2]
+    bursty = sent(Load(kind="bursty", rate=9.0, burstiness=0.1))
+    assert poisson[0][-1] == pytest.approx(1.0) == bursty[-1]
+    gaps, even = (sorted(b - a for a, b in itertools.pairwise(times)) for times in (bursty, poisson[0]))
+    assert gaps[4] < even[4]
 
 
-def test_one_first_then_all(stub: str, tokenizer: str) -> None:
+def test_one_first_then_all(tokenizer: str, tmp_path: Path) -> None:
+    """The stub's first answer goes on behind its first token when the others are there."""
     requests = [ServingRequest((number, 2, 3), 5) for number in range(4)]
-    found = generate(
-        spec_of(stub, MODEL, tokenizer, Load(kind="one_first"), requests, 0), lambda said: None, lambda: None
-    )
-    first, *others = found.answers
-    assert first.start == 0.0 and all(answer.error is None for answer in found.answers)
-    assert all(first.ttft <= answer.start < first.e2el for answer in others)
+    with Server([sys.executable, str(STUB), "together"], os.environ, free_port(), tmp_path / "log") as server:
+        server.start(30.0)
+        first, *others = answers(server.url, tokenizer, Load(kind="one_first"), requests)
     # Waiting for the first one is no part of their times.
-    assert all(answer.ttft < first.e2el for answer in others)
+    assert first.start == 0.0 and all(first.ttft <= answer.start < first.e2el for answer in others)
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def test_layouts_are_made_of_whole_numbers_and_a_dtype(changed: dict[str, Any]) 
         Pages([1], [2], [3])  # type: ignore[arg-type]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     block=st.sampled_from([0.0, 0.003, 0.03, 0.1, 0.3]),
     noise=st.sampled_from([0.0, 0.01, 0.1, 0.5]),

@@ -68,7 +68,7 @@ def test_batches_cover_every_block_once_whatever_their_size(monkeypatch):
         assert [i for part in kv.batches(7) for i in range(7)[part]] == list(range(7))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**20),
     layers=st.integers(1, 4),

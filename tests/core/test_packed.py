@@ -91,7 +91,7 @@ def test_sizes_count_every_layer_and_not_what_lies_between_pages():
     assert pages.device == wide.device
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**20),
     tokens=st.integers(1, 5),
@@ -126,7 +126,7 @@ def test_pages_out_of_range_are_an_error():
         PackedPages([layer()], *layout()).vectors(torch.tensor([3]))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**20),
     tokens=st.integers(1, 6),

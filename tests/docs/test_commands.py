@@ -65,7 +65,7 @@ def test_runs(text: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert ended.exit_code == 0, f"{ended.output}\n{ended.exception!r}"
         return
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    environment = {**os.environ, "PATH": path}
     result = subprocess.run(
         ["bash", "-ec", text], cwd=desk, env=environment, capture_output=True, text=True, timeout=120
     )

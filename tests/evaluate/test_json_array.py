@@ -25,7 +25,7 @@ def short_reads() -> Any:
         yield
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(VALUES, max_size=5), st.sampled_from([None, 1]), st.booleans())
 def test_any_array_comes_back(items: list[Any], indent: int | None, ascii_only: bool) -> None:
     text = f" \n{json.dumps(items, indent=indent, ensure_ascii=ascii_only)}\n "

@@ -122,7 +122,7 @@ def test_file_that_cannot_be_read(path: Path, tmp_path: Path) -> None:
 PROMPTS = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(prompts=st.lists(PROMPTS, min_size=1, max_size=5), ascii_only=st.booleans())
 def test_any_prompts_come_back(tmp_path_factory: pytest.TempPathFactory, prompts: list[str], ascii_only: bool) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "requests.jsonl"
@@ -131,7 +131,7 @@ def test_any_prompts_come_back(tmp_path_factory: pytest.TempPathFactory, prompts
     assert read_requests(path) == [UserRequest(at(path, line), prompt=p) for line, p in enumerate(prompts, start=1)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(content=st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused_by_name(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "requests.jsonl"

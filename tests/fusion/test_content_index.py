@@ -155,7 +155,7 @@ def test_a_page_is_added_once() -> None:
 PIECES = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30), st.booleans()), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(PIECES, st.integers(2, 60))
 def test_runs_are_true_and_nothing_long_is_left_over(pieces: list[tuple[int, int, bool]], vocabulary: int) -> None:
     index = ContentIndex(BLOCK)
@@ -178,7 +178,7 @@ def test_runs_are_true_and_nothing_long_is_left_over(pieces: list[tuple[int, int
                 assert covered[offset : offset + 2 * BLOCK - 1].any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 40), st.integers(1, 40), st.integers(0, 3))
 def test_blocks_are_filled_from_the_right_tokens(first: int, tokens: int, skip: int) -> None:
     pages = np.arange(100, 100 + -(-(skip + tokens) // BLOCK))
@@ -194,7 +194,7 @@ def test_blocks_are_filled_from_the_right_tokens(first: int, tokens: int, skip: 
         assert read == [(100 + (place + token) // BLOCK, (place + token) % BLOCK) for token in range(BLOCK)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(0, 3), st.integers(0, 60), st.integers(0, 60))
 def test_parts_of_a_run(tokens: int, skip: int, start: int, end: int) -> None:
     pages = np.arange(-(-(skip + tokens) // BLOCK))
@@ -250,5 +250,5 @@ class Churn(RuleBasedStateMachine):
         assert len(self.index) == sum(map(len, self.held.values()))
 
 
-Churn.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+Churn.TestCase.settings = settings(max_examples=25, stateful_step_count=25)
 TestChurn = Churn.TestCase

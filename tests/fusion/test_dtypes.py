@@ -68,7 +68,7 @@ def error_of(own, read, tokens, aggregate):
 
 
 @extremes
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(
     dtype=st.sampled_from(PACKED_DTYPES),
     seed=st.integers(0, 2**16),

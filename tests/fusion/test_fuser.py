@@ -181,7 +181,7 @@ policies = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(
     policies,
     streams,
@@ -200,7 +200,7 @@ def test_every_served_block_is_within_the_bound_of_its_own_bucket(policy, stream
     assert server.pool.num_used == 0 and len(server.fuser.index) == 0
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(streams, st.integers(0, 2**16), st.sampled_from(["signature", "both"]), st.integers(1, 4))
 def test_exact_copies_share_one_page_per_bucket_across_calls(stream, seed, candidates, count):
     policy = FusionPolicy(max_relative_error=0.0, candidates=candidates, max_candidates=count)

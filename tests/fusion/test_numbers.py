@@ -13,7 +13,7 @@ from tests.fusion.strategies import DIRECTION, KEYS_ONLY, RESIDENT, Texture, ass
 BOUND_ROUNDING = 1e-6
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(cases(), st.sampled_from([torch.nan, torch.inf, -torch.inf]), st.data())
 def test_blocks_that_are_no_numbers_count_as_absent(case, poison, data):
     entries = case.entries()

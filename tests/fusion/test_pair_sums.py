@@ -76,7 +76,7 @@ def truth(plain, own, other):
     return torch.stack(sides, 2).transpose(0, 1)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(cache=caches())
 def test_the_reference_is_the_definition(cache):
     plain, pages, own, other = cache
@@ -87,7 +87,7 @@ def test_the_reference_is_the_definition(cache):
 
 
 @needs_compiler
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(cache=caches(), threads=st.sampled_from([1, 2, 3]))
 def test_the_kernel_is_the_reference(cache, threads):
     _, pages, own, other = cache
@@ -114,7 +114,7 @@ def test_every_number_of_a_type_is_read_right(dtype):
     torch.testing.assert_close(norms, page.float().square(), rtol=0, atol=0, equal_nan=True)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(cache=caches(), aggregate=st.sampled_from(["rms", "max"]), by_kernel=st.booleans())
 def test_errors_are_those_of_a_plain_cache(cache, aggregate, by_kernel):
     plain, pages, own, other = cache
@@ -125,7 +125,7 @@ def test_errors_are_those_of_a_plain_cache(cache, aggregate, by_kernel):
         torch.testing.assert_close(mine[finite], theirs[finite], rtol=1e-4, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(cache=caches())
 def test_own_norms_bring_a_page_nearer_or_are_left_out(cache):
     plain, pages, own, other = cache
@@ -149,7 +149,7 @@ def test_own_norms_bring_a_page_nearer_or_are_left_out(cache):
     torch.testing.assert_close(norms[..., 2][kept], norms[..., 1][kept], rtol=1e-4, atol=0)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(cache=caches())
 def test_cosines_are_means_over_layers_as_far_as_float32_can_tell(cache):
     plain, pages, own, other = cache

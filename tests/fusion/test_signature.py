@@ -128,7 +128,7 @@ def test_zero_blocks_have_the_zero_signature(compute):
 token_blocks = st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_size=1, max_size=12)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(token_blocks)
 def test_hashes_are_equal_exactly_when_the_tokens_are(blocks):
     hashes = token_hashes(torch.tensor(blocks).flatten(), 2).tolist()
@@ -149,7 +149,7 @@ def test_many_random_and_neighbouring_blocks_do_not_collide(block_size):
     assert len(hashes.unique()) == len(tokens)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, VOCABULARY), min_size=4, max_size=4, unique=True), st.permutations(range(4)))
 def test_the_order_of_tokens_counts(tokens, order):
     original = torch.tensor(tokens)

@@ -18,7 +18,7 @@ def signatures(count, seed=0):
 events = st.lists(st.tuples(st.sampled_from("aar"), st.integers(0, 40), st.integers(1, 7)), max_size=120)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(events, st.integers(0, 100))
 def test_near_is_a_search_through_everything(events, seed):
     known, index = {}, SignatureIndex(SIZE)

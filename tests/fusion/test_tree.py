@@ -71,13 +71,13 @@ def check_promise(case):
         assert all(plan.page.unique(return_counts=True)[1].gt(1).all() for plan in plans)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(cases())
 def test_the_promise(case):
     check_promise(case)
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(cases(), st.sampled_from(["key_error", "value_error", "token_error"]), st.sampled_from([0.999, 1.001]))
 def test_a_bound_between_errors_parts_the_members(case, which, factor):
     case.policy = dataclasses.replace(case.policy, **{**UNBOUNDED, "key_threshold": case.policy.key_threshold or 0.3})
@@ -91,7 +91,7 @@ def test_a_bound_between_errors_parts_the_members(case, which, factor):
     check_promise(case)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(cases(policies("resident")))
 def test_residents_serve_their_page_as_it_stands_and_never_move(case):
     before = case.read()
@@ -113,7 +113,7 @@ def test_residents_serve_their_page_as_it_stands_and_never_move(case):
                     assert found >= threshold - COSINE_ROUNDING
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(cases(policies("direction").map(lambda p: dataclasses.replace(p, **UNBOUNDED))))
 def test_directions_are_the_normalised_mean_of_unit_vectors_times_own_norms(case):
     before = case.read()
@@ -137,14 +137,14 @@ def test_directions_are_the_normalised_mean_of_unit_vectors_times_own_norms(case
                         assert np.linalg.norm(read) == pytest.approx(np.linalg.norm(block), rel=1e-5 + eps)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(cases())
 def test_plans_depend_on_nothing_but_the_blocks(case):
     for one, other in zip(case.plans(), case.plans(), strict=True):
         assert_same_plan(one, other)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases(policies(scope="batch")))
 def test_a_block_alone_at_its_position_is_left_alone(case):
     (plan,) = case.plans()
@@ -152,7 +152,7 @@ def test_a_block_alone_at_its_position_is_left_alone(case):
     assert all(count > 1 for count in others)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases(policies("resident").map(lambda p: FusionPolicy(max_relative_error=0.0, scope=p.scope))), textures())
 def test_bound_zero_merges_exact_copies_and_nothing_else(case, texture):
     texture = dataclasses.replace(texture, noise=0.0, spread=0.0)

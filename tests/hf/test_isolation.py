@@ -173,7 +173,7 @@ def test_a_neighbour_changes_nothing(policy: str) -> None:
     alone = logits(served, [])
     assert served.pool.stats()["blocks_fused"] > 0
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=12)
     @given(neighbours)
     def compare(beside: list[tuple[int, int, Any, bool]]) -> None:
         found = logits(afresh(served), beside)

@@ -8,7 +8,7 @@ from jointkv.errors import InvalidPolicy
 from jointkv.policy import PER_LAYER, THRESHOLDS, FusionPolicy, LayerGroups
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     layers=st.integers(1, 12),
     groups=st.integers(2, 12) | st.just(PER_LAYER),

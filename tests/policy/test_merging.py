@@ -82,7 +82,7 @@ def gram(blocks):
     return torch.tensor(unit @ unit.T, dtype=torch.float32)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 2**20),
     count=st.integers(1, 13),
@@ -109,7 +109,7 @@ def test_directions_group_as_the_recursion_does(seed, count, layers, size, key_t
     assert leader[1].tolist() == tree.leaders()
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 2**20),
     requests=st.integers(2, 11),
@@ -168,7 +168,7 @@ def naive_resident(allowed, score, valid, start, size):
     return served_by
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 2**20),
     positions=st.integers(1, 3),

@@ -148,7 +148,7 @@ def policies(draw: st.DrawFn) -> FusionPolicy:
     return FusionPolicy(**fields)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(policies())
 def test_json_brings_a_policy_back(policy):
     text = policy.to_json()

@@ -43,7 +43,7 @@ def all_hold(drift: AttentionDrift) -> bool:
     return all(getattr(drift, name).holds() for name in NAMES)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 100_000),
     tokens=st.integers(1, 40),
@@ -65,7 +65,7 @@ def test_bounds_are_never_violated(seed: int, tokens: int, size: int, error: flo
         assert (bound.tightness <= 1 + 1e-6).all() or (bound.actual <= 1e-7).any()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 100_000), tokens=st.integers(1, 30), width=st.floats(0, 60))
 def test_row_bounds_hold_for_any_shift(seed: int, tokens: int, width: float) -> None:
     generator = torch.Generator().manual_seed(seed)

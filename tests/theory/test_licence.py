@@ -158,7 +158,7 @@ def test_its_profile_may_come_from_another_licence():
     assert licence.granted and licence.limit == earned.limit
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 10_000),
     kind=st.sampled_from(sorted(DRAWS)),
@@ -198,7 +198,7 @@ def test_shares_of_another_shape_are_refused():
         follow(np.zeros(5), Licence())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     shares=st.lists(st.sampled_from([0.0, 0.0, 0.0, 0.05, 0.5, 1.0]), max_size=120),
     more=st.lists(st.sampled_from([0.0, 0.1, 1.0]), max_size=20),

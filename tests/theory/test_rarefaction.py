@@ -11,7 +11,7 @@ from jointkv.theory.rate import expected_distinct, predict_poisson
 from tests.theory.populations import POPULATIONS, matching, true_ratio
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), requests=st.integers(1, 80), q=st.floats(0, 1))
 def test_arrivals_equal_a_plain_search(seed: int, requests: int, q: float) -> None:
     rng = np.random.default_rng(seed)

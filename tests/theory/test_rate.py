@@ -74,7 +74,7 @@ def test_poisson_form_fails_where_q_is_not_small() -> None:
     assert float(continuous_distinct(1.0, 100)) == pytest.approx(math.log(101)) and expected_distinct(1.0, 100) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(q=PROBABILITY, other=PROBABILITY, blocks=st.integers(1, 40))
 def test_monotone_and_within_limits(q: float, other: float, blocks: int) -> None:
     low, high = sorted((q, other))

@@ -22,6 +22,7 @@ ENVIRONMENT = {  # unless set outside
     "VLLM_CPU_CI_ENV": "1",  # no warm-up
     "HF_HUB_OFFLINE": "1",
     "PYTHONHASHSEED": "0",  # block hashes then agree between engines
+    "TORCHDYNAMO_DISABLE": "1",  # for processes that tests start
 }
 
 
@@ -31,6 +32,7 @@ def _vllm_environment() -> Iterator[None]:
         yield
         return
     import torch
+    from vllm.model_executor.models import registry
     from vllm.platforms.cpu import CpuPlatform
 
     # vLLM binds no threads of an engine inside the test's own process; two that share a busy core wait for each other.
@@ -46,6 +48,8 @@ def _vllm_environment() -> Iterator[None]:
         # which speculative decoding brings.
         register = functools.cache(CpuPlatform.register_triton_kernel_overrides)
         patch.setattr(CpuPlatform, "register_triton_kernel_overrides", staticmethod(register))
+        # To look at a kind of model for the first time, vLLM starts a process that imports everything anew.
+        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
         yield
 
 

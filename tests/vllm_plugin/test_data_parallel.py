@@ -82,7 +82,6 @@ def test_each_engine_shares_what_is_its_own(calm: Path, tmp_path: Path) -> None:
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-        "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
         [sys.executable, script, calm], env=environment, capture_output=True, text=True, timeout=PATIENCE_S

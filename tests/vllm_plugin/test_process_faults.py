@@ -92,7 +92,7 @@ def started(command: list[str], log: Path, environment: dict[str, str]) -> Itera
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, **environment},
             start_new_session=True,
         )
     try:

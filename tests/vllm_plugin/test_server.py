@@ -27,8 +27,6 @@ pytest.importorskip("vllm")
 
 MODEL = "smollm2"
 STARTS_WITHIN_S = 280.0
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""For servers: on a core that they share, threads spin while they wait for each other."""
 SHARED = """You answer questions of customers of a small bookshop, politely and in one sentence.
 Question: Do you have the new atlas of the Alps? Answer: Yes, it lies on the table beside the door.
 Question: When do you open on Saturday? Answer: We open at nine and close at one.
@@ -90,7 +88,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**ONE_THREAD, **os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
             start_new_session=True,
         )
     try:

@@ -22,7 +22,7 @@ def test_tokens_are_those_of_the_whole(maker: str) -> None:
     assert encoder.by_lines
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(st.sampled_from('ab1. \n\t{"'), max_size=40))
 def test_lines_together_are_the_text(text: str) -> None:
     parts = lines(text)

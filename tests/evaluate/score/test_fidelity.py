@@ -61,7 +61,7 @@ def test_equals_torch(positions: int) -> None:
     assert fidelity.nll_reference == pytest.approx(nll_reference.item())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     requests=st.integers(1, 4),

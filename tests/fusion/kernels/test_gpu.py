@@ -49,7 +49,7 @@ def compare(pages, own, other, rounding):
     return found
 
 
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(cache=caches())
 def test_sums_are_the_reference(cache):
     _, pages, own, other = cache
@@ -96,7 +96,7 @@ def taken(signature, kv, pages):
     return gpu.Kernels().signatures(kv, signature._projections)(kv, pages)
 
 
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(case=contiguous_pages(most_layers=3, most_pages=9, shapes=SMALL))
 def test_signatures_are_the_definition(case):
     kv, pages = case
@@ -105,7 +105,7 @@ def test_signatures_are_the_definition(case):
     torch.testing.assert_close(found, signature.reference(there(kv), pages), rtol=0, atol=2e-6)
 
 
-@settings(deadline=None, max_examples=4)
+@settings(max_examples=4)
 @given(case=packed_pages(shapes=[(3, 5, 3), (2, 65, 64)]))
 def test_signatures_of_pages_in_an_order_of_their_own(case):
     pages, asked = case

@@ -37,7 +37,7 @@ def contiguous_pages(draw, most_layers=9, most_pages=20, shapes=SHAPES):
 
 
 @needs_compiler
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(case=contiguous_pages(), threads=st.sampled_from([1, 3]))
 def test_the_kernel_is_the_definition(case, threads):
     kv, pages = case
@@ -63,7 +63,7 @@ def packed_pages(draw, shapes=((4, 5, 3), (16, 64, 64), (3, 40, 80))):
 
 
 @needs_compiler
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(case=packed_pages())
 def test_pages_in_an_order_of_their_own_have_the_signatures_of_their_blocks(case):
     pages, asked = case

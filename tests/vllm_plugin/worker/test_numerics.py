@@ -149,7 +149,6 @@ def test_one_rank_and_two_merge_the_same(calm: Path, tmp_path: Path, record_prop
         environment = {
             **os.environ,
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
-            "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, str(script), str(calm), str(ranks), ",".join(COUNTS)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)

@@ -84,7 +84,6 @@ def found(model: Path, folder: Path, prompts: list[Prompt], parallel: dict[str, 
         **os.environ,
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-        "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(script), str(model), *map(json.dumps, (prompts, parallel, options))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
