@@ -110,7 +110,7 @@ results: setup
 	$(PLOTS) $(RESULTS)/choices/choices.json --output $(RESULTS)/choices --only task_scores
 	$(PLOTS) $(filter-out %/profile%,$(wildcard $(RESULTS)/calibration/*.json)) --output $(RESULTS)/calibration
 	$(PLOTS) $(RESULTS)/paper/paper.json --output $(RESULTS)/paper
-	$(PLOTS) $(wildcard $(RESULTS)/reuse/predictors*.json) $(RESULTS)/reuse/evaluate.json --output $(RESULTS)/reuse
+	$(PLOTS) $(wildcard $(RESULTS)/reuse/predictors*.json) $(RESULTS)/reuse/evaluate.json $(RESULTS)/reuse/moved.json --output $(RESULTS)/reuse
 	$(PLOTS) $(wildcard $(RESULTS)/peers/*.json) --output $(RESULTS)/peers --only kl_against_computed
 	$(PLOTS) $(RESULTS)/side_channel/tiny.json $(RESULTS)/side_channel/influence.json --output $(RESULTS)/side_channel
 	$(PLOTS) $(RESULTS)/frontier/frontier.json --output $(RESULTS)/frontier

@@ -6,12 +6,13 @@ import json
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import pytest
 
 from jointkv.bench.result import Run, ServingResult
-from jointkv.evaluate.compare.result import Demo
+from jointkv.evaluate.compare.result import Demo, Evaluation
 from jointkv.vllm_plugin.settings import PluginSettings
 from tests.docs.doc_pages import ROOT
 
@@ -63,6 +64,24 @@ def test_the_same_with_all_arms() -> None:
         p50, p95 = (middle(result, arm, lambda run, at=at: getattr(run.ttft, at)) for at in ("p50", "p95"))
         row = f"| {title} | {speed[arm]:.1f} ({min(every):.1f}-{max(every):.1f}) | {speed[arm] / speed['stock']:.2f} |"
         assert f"{row} {p50:.1f} | {p95:.1f} | " in page
+
+
+@pytest.mark.parametrize("path", sorted((RESULTS / "peers").glob("*.json")), ids=lambda path: path.stem)
+def test_methods_beside_reuse(path: Path) -> None:
+    """The table of docs/reuse.md has every method at every level that was measured on each traffic."""
+    page = (ROOT / "docs" / "reuse.md").read_text()
+    for row in Evaluation.model_validate_json(path.read_text()).rows:
+        assert row.work is not None and row.kl is not None and row.diverged is not None
+        name = (
+            f"{row.traffic.replace('_', ' ')} | {row.method}{'' if row.method == 'full_reuse' else f' {row.level:g}'}"
+        )
+        shares = f"{row.work.computed_share:.2f} | {row.work.skipped_share:.1%}"
+        answers = f"{round(row.diverged * (row.requests or 0))} of {row.requests}"
+        start, end = f"| {name} | {shares} | ", f" | {answers} |"
+        (line,) = (line for line in page.splitlines() if line.startswith(start) and line.endswith(end))
+        kl, worst = map(float, line.removeprefix(start).removesuffix(end).split(" | "))
+        assert kl == pytest.approx(row.kl, rel=0.05, abs=6e-6)
+        assert worst == pytest.approx(row.kl_worst_request, rel=0.05, abs=6e-6)
 
 
 def test_agents_behind_a_number() -> None:

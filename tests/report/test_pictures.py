@@ -113,6 +113,15 @@ def test_what_was_not_measured_is_a_dash_and_leaves_only_the_table(tmp_path: Pat
     assert sorted(path.name for path in written) == ["kl_against_bytes.md", "task_scores.md"]
 
 
+def test_scores_stand_beside_what_was_computed_where_that_is_known(tmp_path: Path) -> None:
+    result = samples.evaluation()
+    assert {len(cells) for cells in table("task_scores", tmp_path, result)} == {8}
+    work = {"tokens": 100, "exact_tokens": 0, "skipped_tokens": 40, "flops": 3, "flops_unfused": 4}
+    result["tasks"][1]["work"] = {**work, "reused_blocks": 0, "missed_blocks": 0}
+    cells = table("task_scores", tmp_path, result)
+    assert cells[0][8:] == ["-", "-"] and cells[1][8:] == ["75.0%", "40.0%"]
+
+
 def test_calibrations_out_of_reach_are_counted_and_samples_of_unlike_size_kept_apart(tmp_path: Path) -> None:
     one, two = samples.calibrations(), samples.calibrations()
     out = {"traffic": "names", "target": "kl=0.0001", "seed": 9, "unmet": "no bound", "met": False}

@@ -45,6 +45,7 @@ TASK_COLUMNS: dict[str, Cell] = {
     "level": "{row.level:g}",
     "score": "{row.mean:.3f}",
     "difference": lambda row: "-" if row.difference is None else INTERVAL.format(row.difference),
+    "skipped": lambda row: "-" if row.work is None else f"{row.work.skipped_share:.1%}",
     "saved": lambda row: f"{1 - row.share_16bit:.1%}",
     "data": "{row.source}",
 }

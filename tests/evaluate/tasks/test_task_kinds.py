@@ -3,9 +3,12 @@
 import pytest
 
 from jointkv.errors import BadInput
+from jointkv.evaluate.datasets import LONGBENCH_PROMPTS
+from jointkv.evaluate.datasets.long_context import PASSAGES_INSTRUCTION
 from jointkv.evaluate.tasks import get_task
 from jointkv.evaluate.tasks.gsm8k import Gsm8k, final_number
 from jointkv.evaluate.tasks.mmlu import Mmlu
+from jointkv.evaluate.tasks.multi_hop import DATA, PASSAGES, QUESTIONS, WORDS
 from tests.evaluate.tasks.toy_tasks import Characters, Words, example, write_jsonl
 
 
@@ -106,6 +109,43 @@ def test_longbench_scores_by_data_set():
     one = example(references=("a green tree", "b c"))
     assert get_task("longbench_hotpotqa").score("green tree", one) == 1.0
     assert get_task("longbench_qmsum").score("b c", one) == pytest.approx(1.0, abs=1e-6)
+
+
+def write_questions(data_dir, data, count):
+    rows = []
+    for number in range(count):
+        passages = [
+            f"Other {number}\nnothing",
+            f"{data} {number}\nbegins" + " on" * 99,
+            f"Late {data}{number}\nis answer{number}",
+        ]
+        given = "".join(f"Passage {place}:\n{text}\n" for place, text in enumerate(passages, start=1)).strip()
+        prompt = LONGBENCH_PROMPTS[data].format(context=given, input=f"What does {data} {number} say?")
+        rows.append({"prompt": prompt, "answers": [f"answer{number}", "else"]})
+    write_jsonl(data_dir / "longbench" / f"{data}.jsonl", rows)
+
+
+def test_multi_hop_questions_have_their_passages_in_common_in_another_order(data_dir):
+    for data in DATA:
+        write_questions(data_dir, data, 5)
+    task = get_task("multi_hop")
+    asked = task.examples(Words(), 10, seed=1)
+    parts = [one.request.text.split("\n\n") for one in asked]
+    assert all(part[0] == part[-2] == PASSAGES_INSTRUCTION for part in parts)
+    assert all(part[-1].startswith("Question: What does ") and part[-1].endswith("say?\nAnswer:") for part in parts)
+    groups = [parts[:QUESTIONS], parts[QUESTIONS : 2 * QUESTIONS], parts[2 * QUESTIONS :]]
+    assert [len(group) for group in groups] == [4, 4, 2]
+    for group in groups:
+        orders = [tuple(part[1:-2]) for part in group]
+        assert len({frozenset(order) for order in orders}) == 1 and len(set(orders)) > 1
+        assert len(orders[0]) == len(set(orders[0])) == PASSAGES * len(group)
+        assert not any("nothing" in passage or "Passage" in passage for passage in orders[0])
+        assert max(len(passage.split()) for passage in orders[0]) <= WORDS + 1
+    assert len({part[-1] for part in parts}) == 10
+    assert asked[0].stop == ("\n",) and task.score("the else", asked[0]) == 1.0 and task.score("", asked[0]) == 0.0
+    assert [one.request for one in task.examples(Words(), 10, seed=1)] == [one.request for one in asked]
+    with pytest.raises(BadInput, match="has 10 examples, 11 requested"):
+        task.examples(Words(), 11)
 
 
 def test_ruler_counts_the_needles_that_an_answer_has(data_dir):

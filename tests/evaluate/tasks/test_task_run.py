@@ -6,6 +6,7 @@ import pytest
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets import Loaded
+from jointkv.evaluate.holding.work import Work
 from jointkv.evaluate.methods.fused import Fused
 from jointkv.evaluate.methods.unfused import Unfused
 from jointkv.evaluate.score.bootstrap import Interval
@@ -117,6 +118,20 @@ def test_packed_bytes_weigh_more_at_16_bits():
 
     result = run_task(Toy(max_new_tokens=1), HalfPacked("x"), 1.0, tiny_model(), Characters(), count=2, batch_size=1)
     assert result.share_16bit == pytest.approx((10 + 10 / 2) / (result.unfused_nbytes / 2))
+
+
+def test_what_prefills_computed_is_that_of_all_batches():
+    class Skips(Script):
+        def compress(self, batch, level):
+            held = super().compress(batch, level)
+            held.work = Work(10, 0, 4 * self.batches[-1], 6, 10, 0, 0)
+            return held
+
+    task, options = Toy(max_new_tokens=1), {"count": 3, "batch_size": 2}
+    result = run_task(task, Skips("x"), 1.0, tiny_model(), Characters(), **options)
+    assert result.work.skipped_share == 12 / 20 and result.work.computed_share == 0.6
+    assert result.work.missed_share is None
+    assert run_task(task, Script("x"), 1.0, tiny_model(), Characters(), **options).work is None
 
 
 def test_one_batch_is_held_at_a_time():

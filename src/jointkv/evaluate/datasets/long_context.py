@@ -13,9 +13,10 @@ from jointkv.evaluate.datasets.rows import Record, Row
 from jointkv.evaluate.jsonl import Text
 
 _BRIEFLY = "Only give me the answer and do not output any other words."
-_PASSAGES = f"Answer the question based on the given passages. {_BRIEFLY}"
+PASSAGES_INSTRUCTION = f"Answer the question based on the given passages. {_BRIEFLY}"
 _PASSAGE_QUESTION = (
-    f"{_PASSAGES}\n\nThe following are given passages.\n{{context}}\n\n{_PASSAGES}\n\nQuestion: {{input}}\nAnswer:"
+    f"{PASSAGES_INSTRUCTION}\n\nThe following are given passages.\n{{context}}\n\n"
+    f"{PASSAGES_INSTRUCTION}\n\nQuestion: {{input}}\nAnswer:"
 )
 _MEETING_QUERY = (
     "You are given a meeting transcript and a query containing a question or instruction."

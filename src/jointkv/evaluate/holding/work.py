@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -31,10 +31,19 @@ class Work:
     reused_blocks: int
     missed_blocks: int
 
+    def __add__(self, other: Work) -> Work:
+        """The prefill of both batches."""
+        return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
     @property
     def skipped_share(self) -> float:
         """Share of the tokens that were skipped although something before them differs."""
         return self.skipped_tokens / self.tokens
+
+    @property
+    def computed_share(self) -> float:
+        """Floating-point operations over those of computing everything."""
+        return self.flops / self.flops_unfused
 
     @property
     def missed_share(self) -> float | None:

@@ -5,6 +5,7 @@ from jointkv.evaluate.tasks.base import Example, Task
 from jointkv.evaluate.tasks.gsm8k import Gsm8k
 from jointkv.evaluate.tasks.longbench import LONGBENCH
 from jointkv.evaluate.tasks.mmlu import PAPER_SUBJECTS, Mmlu
+from jointkv.evaluate.tasks.multi_hop import MultiHop
 from jointkv.evaluate.tasks.ruler import Ruler
 
 __all__ = ["Example", "Task", "get_task", "task_names"]
@@ -15,6 +16,7 @@ _TASKS: tuple[Task, ...] = (
     Mmlu(),
     *(Mmlu((subject,)) for subject in PAPER_SUBJECTS),
     *LONGBENCH,
+    MultiHop(),
     Ruler(),
 )
 

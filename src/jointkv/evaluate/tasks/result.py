@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from jointkv.evaluate.holding.work import Work
 from jointkv.evaluate.record import Record
 from jointkv.evaluate.score.bootstrap import Interval, interval, paired_difference
 from jointkv.evaluate.score.choices import flipped
@@ -21,6 +22,7 @@ class TaskRow(Record):
         share, share_16bit: of these sums, see `ByteCount`.
         counted: where `nbytes` comes from, see `HeldBatch`.
         seconds: prefill, compression, decoding and scoring.
+        work: what the prefills computed, of a method that does not compute everything.
         difference: of the scores to the unfused model's, paired by request.
         likelihoods: log-probability of each answer to choose from, per example; empty where answers are written.
         margins: by how much the likeliest right answer is ahead of the likeliest wrong one, in nats, per example.
@@ -45,6 +47,7 @@ class TaskRow(Record):
     counted: str
     batch_size: int
     seconds: float
+    work: Work | None = Field(default=None, exclude_if=lambda work: work is None)
     difference: Interval | None = None
     likelihoods: tuple[tuple[float, ...], ...] = ()
     margins: tuple[float, ...] = ()

@@ -14,6 +14,7 @@ from jointkv.errors import BadInput
 from jointkv.evaluate.holding import held as holding
 from jointkv.evaluate.holding.batch import Batch, context_of
 from jointkv.evaluate.holding.held import ByteCount, HeldBatch
+from jointkv.evaluate.holding.work import Work
 from jointkv.evaluate.methods.base import Method
 from jointkv.evaluate.score.choices import margin
 from jointkv.evaluate.tasks.base import Example, Task
@@ -46,6 +47,7 @@ def run_task(
     answers: list[str | int] = []
     likelihoods: list[tuple[float, ...]] = []
     counts: list[ByteCount] = []
+    works: list[Work] = []
     for first in range(0, count, batch_size):
         part = examples[first : first + batch_size]
         held, bytes_held = _hold(part, method, level, model, block_size)
@@ -56,6 +58,7 @@ def run_task(
         else:
             answers += answer(held, part, tokenizer, end_tokens(model, tokenizer))
         counted = held.counted
+        works += [] if held.work is None else [held.work]
         del held  # it need not stand beside the next batch
         counts.append(bytes_held)
     total = sum(counts[1:], counts[0])
@@ -82,6 +85,7 @@ def run_task(
         counted=counted,
         batch_size=batch_size,
         seconds=time.perf_counter() - start,
+        work=sum(works[1:], works[0]) if works else None,
     )
 
 

@@ -60,7 +60,7 @@ TEXT: Columns[MethodRow] = {
     "level": lambda row: f"{row.level:g}",
 }
 NUMBERS: Columns[MethodRow] = {
-    "computed": lambda row: NOT_MEASURED if row.work is None else f"{_computed(row):.1%}",
+    "computed": lambda row: NOT_MEASURED if row.work is None else f"{row.work.computed_share:.1%}",
     "skipped": lambda row: NOT_MEASURED if row.work is None else f"{row.work.skipped_share:.1%}",
     "KL": lambda row: number(row.kl, ".3g"),
     "KL, worst request": lambda row: number(row.kl_worst_request, ".3g"),
@@ -69,13 +69,12 @@ NUMBERS: Columns[MethodRow] = {
 }
 
 
-def _computed(row: MethodRow) -> float:
-    assert row.work is not None
-    return row.work.flops / row.work.flops_unfused
-
-
 def _draw(axes: Axes, rows: Sequence[MethodRow], place: int) -> None:
-    points = sorted((_computed(row), row.kl or 0.0, row.kl_worst_request or row.kl or 0.0) for row in rows)
+    points = sorted(
+        (row.work.computed_share, row.kl or 0.0, row.kl_worst_request or row.kl or 0.0)
+        for row in rows
+        if row.work is not None
+    )
     if not points:
         return
     computed, mean, worst = zip(*points, strict=True)

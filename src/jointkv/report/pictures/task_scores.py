@@ -54,9 +54,10 @@ class TaskScores(Picture[Evaluation]):
     def table(self, results: Sequence[Evaluation]) -> str:
         rows = self.rows(results)
         chosen = [row for row in rows if row.margins]
+        numbers = {**NUMBERS, **(OF_PREFILL if any(row.work is not None for row in rows) else {})}
         return (
             f"Model {results[0].model}, {results[0].dtype}. Difference to the unfused model, paired by request, "
-            "with its interval.\n\n" + table(TEXT, NUMBERS, rows) + (f"\n{CHOICES}\n\n" if chosen else "")
+            "with its interval.\n\n" + table(TEXT, numbers, rows) + (f"\n{CHOICES}\n\n" if chosen else "")
         ) + (table({name: TEXT[name] for name in ("task", "method", "level")}, OF_CHOICES, chosen) if chosen else "")
 
     def conditions(self, result: Evaluation) -> Mapping[str, object]:
@@ -78,6 +79,10 @@ NUMBERS: Columns[TaskRow] = {
     "examples": lambda score: str(len(score.scores)) if score.scores else NOT_MEASURED,
     "mean": lambda score: f"{score.mean:.3f}",
     "difference": lambda score: interval_cell(score.difference, "+.3f"),
+}
+OF_PREFILL: Columns[TaskRow] = {
+    "computed": lambda score: NOT_MEASURED if score.work is None else f"{score.work.computed_share:.1%}",
+    "skipped": lambda score: NOT_MEASURED if score.work is None else f"{score.work.skipped_share:.1%}",
 }
 OF_CHOICES: Columns[TaskRow] = {
     "margin": lambda score: f"{fmean(score.margins):+.3f}",
