@@ -94,9 +94,9 @@ def test_whole_pages_between_the_ends_of_a_run_are_read_whole():
 
 def test_without_text_elsewhere_slots_are_read_as_they_stand():
     tables = torch.tensor([[3, 1], [4, 2]])
-    pages, first, count, shift = in_ranges(tables, 16, {})
-    assert torch.equal(pages, tables)
-    assert not first.any() and not shift.any() and (count == 16).all()
+    ranges = in_ranges(tables, 16, {})
+    assert torch.equal(ranges.pages, tables)
+    assert not ranges.first.any() and not ranges.shift.any() and (ranges.count == 16).all()
 
 
 def test_a_slot_beyond_the_table_is_refused():

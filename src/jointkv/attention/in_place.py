@@ -7,19 +7,20 @@ instead of the keys, so that nothing need be written.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jointkv.attention.work import within
+from jointkv.attention.work import Ints, within
 from jointkv.core.moved import Fills
 from jointkv.core.plan import BlockRef
 from jointkv.errors import LayoutError
 
 
-class Ranges(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Ranges:
     """What sequences read, in order: tokens of pages, int64 `[rows, entries]` each, as `group_pages` takes them.
 
     Rows with fewer entries end with page 0, which no length reaches.
@@ -32,7 +33,8 @@ class Ranges(NamedTuple):
 
     def references(self, row: int, length: int) -> Iterator[BlockRef]:
         """Of one sequence of `length` tokens."""
-        for page, first, count, shift in zip(*(part[row].tolist() for part in self), strict=True):
+        columns = (part[row].tolist() for part in (self.pages, self.first, self.count, self.shift))
+        for page, first, count, shift in zip(*columns, strict=True):
             if length <= 0:
                 return
             yield BlockRef(page, shift=shift, first=first, count=min(count, length))
@@ -51,24 +53,22 @@ def in_ranges(tables: Tensor, block_size: int, moved: Mapping[int, Fills]) -> Ra
     """
     rows, slots = tables.shape
     still = np.ones((rows, slots), bool)
-    parts = []
-    for row, fills in moved.items():
+    parts: list[list[Ints]] = []
+    for number, fills in moved.items():
         if len(fills) and fills.slots.max() >= slots:
             raise LayoutError(f"slot {fills.slots.max()} of {slots} reads text at another position")
-        still[row, fills.slots] = False
-        two = fills.offset > 0  # the rest lies in a second page
-        begins, rest = np.full(len(fills), row), np.full(int(two.sum()), row)
-        parts.append((begins, 2 * fills.slots, fills.first, fills.offset, block_size - fills.offset, fills.shift))
-        second = fills.where(two)
-        parts.append((rest, 2 * second.slots + 1, second.second, np.zeros_like(rest), second.offset, second.shift))
+        still[number, fills.slots] = False
+        rest = fills.where(fills.offset > 0)  # lies in a second page
+        all_of, second = np.full(len(fills), number), np.full(len(rest), number)
+        held = block_size - fills.offset
+        parts.append([all_of, 2 * fills.slots, fills.first, fills.offset, held, fills.shift])
+        parts.append([second, 2 * rest.slots + 1, rest.second, np.zeros_like(second), rest.offset, rest.shift])
     row, slot = still.nonzero()
     none = np.zeros_like(row)
-    parts.append((row, 2 * slot, tables.numpy(force=True)[row, slot], none, none + block_size, none))
-    row, place, page, first, count, shift = (
-        np.concatenate(column).astype(np.int64) for column in zip(*parts, strict=True)
-    )
-    order = np.lexsort((place, row))
-    row, page, first, count, shift = (column[order] for column in (row, page, first, count, shift))
+    parts.append([row, 2 * slot, tables.numpy(force=True)[row, slot], none, none + block_size, none])
+    columns = [np.concatenate(column).astype(np.int64) for column in zip(*parts, strict=True)]
+    order = np.lexsort((columns[1], columns[0]))
+    row, _, page, first, count, shift = (column[order] for column in columns)
     goes_on = np.zeros(len(row), bool)  # the second part of a block and the first of the next are one piece of a page
     goes_on[1:] = (row[1:] == row[:-1]) & (page[1:] == page[:-1]) & (shift[1:] == shift[:-1])
     goes_on[1:] &= first[1:] == first[:-1] + count[:-1]
@@ -76,7 +76,9 @@ def in_ranges(tables: Tensor, block_size: int, moved: Mapping[int, Fills]) -> Ra
     count = np.add.reduceat(count, starts)
     row, page, first, shift = (column[starts] for column in (row, page, first, shift))
     entries = np.bincount(row, minlength=rows)
-    found = [np.full((rows, int(entries.max())), value) for value in (0, 0, block_size, 0)]
-    for table, column in zip(found, (page, first, count, shift), strict=True):
+    found = []
+    for column, unused in ((page, 0), (first, 0), (count, block_size), (shift, 0)):
+        table = np.full((rows, int(entries.max())), unused, np.int64)
         table[row, within(entries)] = column
-    return Ranges(*map(torch.from_numpy, found))
+        found.append(torch.from_numpy(table))
+    return Ranges(*found)
