@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 3e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 FREQUENCIES = 100.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
 
 
-def turn(query: Tensor, positions: int) -> Tensor:
+def turn(query: Tensor, positions: Tensor) -> Tensor:
     """Partial rotary embedding of any head size."""
     return rotary_turn(query, positions, FREQUENCIES)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 Style = Literal["neox", "gptj"]
 
 
-def rotary_turn(query: Tensor, positions: int, frequencies: Tensor, style: Style = "neox") -> Tensor:
-    """Turn `query [..., d]` by `positions`, as rotary position embedding does (Su et al., arXiv 2104.09864).
+def rotary_turn(query: Tensor, positions: Tensor, frequencies: Tensor, style: Style = "neox") -> Tensor:
+    """Turn `query [n, heads, d]` by `positions [n]`, as rotary position embedding does (Su et al., arXiv 2104.09864).
 
     Args:
         frequencies: angle per position of each pair of coordinates, `[rotary d / 2]` (`inv_freq` of the model);
@@ -19,7 +19,7 @@ def rotary_turn(query: Tensor, positions: int, frequencies: Tensor, style: Style
         style: `"neox"` pairs coordinate `i` with `i + rotary d / 2`; `"gptj"` pairs neighbours.
     """
     half = frequencies.shape[0]
-    angle = positions * frequencies.to(torch.promote_types(query.dtype, torch.float32))
+    angle = positions[:, None, None] * frequencies.to(torch.promote_types(query.dtype, torch.float32))
     cos, sin = angle.cos().to(query.dtype), angle.sin().to(query.dtype)
     rotary, rest = query[..., : 2 * half], query[..., 2 * half :]
     if style == "neox":

@@ -130,11 +130,12 @@ def frequencies_of(half):
 def test_turning_is_complex_multiplication(style, half, rest, positions, seed):
     vectors = np.random.default_rng(seed).standard_normal((3, 2, 2 * half + rest))
     frequencies = frequencies_of(half)
-    found = rotary_turn(torch.tensor(vectors), positions, torch.tensor(frequencies), style)
+    places = torch.full((3,), positions)
+    found = rotary_turn(torch.tensor(vectors), places, torch.tensor(frequencies), style)
     np.testing.assert_allclose(found.numpy(), complex_turn(vectors, positions, frequencies, style), atol=1e-9)
-    back = rotary_turn(found, -positions, torch.tensor(frequencies), style)
+    back = rotary_turn(found, -places, torch.tensor(frequencies), style)
     np.testing.assert_allclose(back.numpy(), vectors, atol=1e-9)
-    low = rotary_turn(torch.tensor(vectors).bfloat16(), positions, torch.tensor(frequencies), style)
+    low = rotary_turn(torch.tensor(vectors).bfloat16(), places, torch.tensor(frequencies), style)
     assert low.dtype == torch.bfloat16
 
 

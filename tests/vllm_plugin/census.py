@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from jointkv.fusion.signature import token_hashes
 from jointkv.fusion.token_index import places
+from jointkv.vllm_plugin.engine.pages import NULL_PAGE
 from tests.vllm_plugin.engines import Engine
 
 Party = tuple[str | None, str | None, bool]
@@ -25,14 +26,17 @@ class Census:
         merges, generated: table entries replaced, or to be found instead, and those of them past the prompt.
         met: per merge the request that reads a page from then on and the one that has written it.
         checks: steps whose worker tables were compared with the scheduler's.
+        in_place: blocks that requests were seen to read where their text stands, step by step.
     """
 
     def __init__(self, engine: Engine, patch: Any) -> None:
         self.engine = engine
-        self.merges = self.generated = self.checks = 0
+        self.merges = self.generated = self.checks = self.in_place = 0
         self.met: list[tuple[str, str]] = []
         self._written_by: dict[int, Party] = {}
         self._writer: dict[int, str] = {}
+        self._text: dict[int, tuple[list[int], int]] = {}
+        """Tokens of full pages, and the position of the first."""
         tables = engine.side.tables
         replace, execute, hand_out = tables.replace, engine.runner.execute_model, engine.pool.get_new_blocks
         adopt, fill = engine.side.sharing.adopt, engine.side.candidates.residents.add_filled
@@ -43,11 +47,14 @@ class Census:
 
         def adopted(tracked: Any, group: int, first: int, pages: Sequence[int]) -> None:
             for page in pages:
-                self._before_replacing(tracked.request.request_id, first, page)
+                if page != NULL_PAGE:
+                    self._before_replacing(tracked.request.request_id, first, page)
             adopt(tracked, group, first, pages)
 
         def filled(tracked: Any, text: Any, slots: Any, numbers: Any, pages: Any) -> None:
             self._before_filling(tracked.request.request_id, text.fills_of(numbers), pages.tolist())
+            for slot, page in zip(slots.tolist(), pages.tolist(), strict=True):
+                self._text[page] = self._block(tracked.request.request_id, slot)
             fill(tracked, text, slots, numbers, pages)
 
         def compared(scheduler_output: Any, *more: Any, **options: Any) -> Any:
@@ -59,6 +66,7 @@ class Census:
             blocks = hand_out(*more, **options)
             for block in blocks:
                 self._writer.pop(block.block_id, None)
+                self._text.pop(block.block_id, None)
             return blocks
 
         directions = engine.side.fusion.directions
@@ -91,8 +99,10 @@ class Census:
         for request_id, groups in self._tables().items():
             party = self._party(request_id)
             for pages in groups:
-                entries.update(pages)
+                entries.update(page for page in pages if page != NULL_PAGE)
                 for slot, page in enumerate(pages):
+                    if page == NULL_PAGE:
+                        continue
                     for (isolation, _), place in engine.side.candidates.residents.index._buckets.get(page, ()):
                         if len(isolation) == 3:  # that of a chunk names its request
                             moved = place != self._place(request_id, slot) and engine.side.settings.scope == "batch"
@@ -101,14 +111,48 @@ class Census:
                     readers.setdefault(page, set()).add((*party[:2], False))
                     self._written_by[page] = party
                     self._writer.setdefault(page, request_id)
+        for page, party in self._read_in_place():
+            readers.setdefault(page, {(*self._written_by[page][:2], False)}).add(party)
+            assert engine.pool.blocks[page].ref_cnt, "a page is read in place and may be handed out"
         assert all(len(parties) == 1 for parties in readers.values())
         held = engine.side.tables.held
         assert not entries.keys() & held, "a page is read before what is written to it is verified"
         entries.update(held)
+        entries.update(engine.side.tables.lent)
         for block in engine.pool.blocks:
             assert block.is_null or block.ref_cnt == entries[block.block_id]
         assert engine.pages_in_use == len(entries)
         engine.side.check_integrity()
+
+    def _read_in_place(self) -> Iterator[tuple[int, Party]]:
+        """Pages that are read in place, and by whom: for the same tokens, with the right shift."""
+        reads = get_kv_transfer_group().worker.in_place
+        for request_id, groups in self._tables().items():
+            slots = [slot for slot, page in enumerate(groups[0]) if page == NULL_PAGE]
+            if not slots:
+                continue
+            fills = reads._of[request_id]
+            assert fills.slots.tolist() == slots
+            self.in_place += len(slots)
+            for slot, first, second, offset, shift in zip(
+                *(part.tolist() for part in (fills.slots, fills.first, fills.second, fills.offset, fills.shift)),
+                strict=True,
+            ):
+                beginning, position = self._text[first]
+                rest, after = self._text[second] if offset else ([], position + self._size)
+                tokens, place = self._block(request_id, slot)
+                assert tokens == beginning[offset:] + rest[:offset] and after == position + self._size
+                assert shift == place - position - offset
+                for page in {first, second}:
+                    yield page, (*self._party(request_id)[:2], False)
+
+    @property
+    def _size(self) -> int:
+        return int(self.engine.vllm_scheduler.block_size)
+
+    def _block(self, request_id: str, slot: int) -> tuple[list[int], int]:
+        tokens = self.engine.vllm_scheduler.requests[request_id].all_token_ids
+        return list(tokens[slot * self._size : (slot + 1) * self._size]), slot * self._size
 
     def _tables(self) -> dict[str, list[list[int]]]:
         """Per request the pages of its table in every group."""
@@ -164,5 +208,10 @@ class Census:
             for group, pages in enumerate(tables[request_id]):
                 assert all(known == pages for known in worker.read(request_id, group, len(pages)))
                 # Who ends in this step is in no table after it.
-                self._written_by.update(dict.fromkeys(pages, self._party(request_id)))
+                own = {page: slot for slot, page in enumerate(pages) if page != NULL_PAGE}
+                self._written_by.update(dict.fromkeys(own, self._party(request_id)))
+                full = self.engine.vllm_scheduler.requests[request_id].num_computed_tokens // self._size
+                for page, slot in own.items():
+                    if slot < full:
+                        self._text.setdefault(page, self._block(request_id, slot))
         self.checks += bool(scheduler_output.num_scheduled_tokens)

@@ -49,6 +49,7 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2
 EQUAL = [text(90, number // 2) for number in range(6)]
 ALIKE = near_prefix(6, shared=160, head=32)
 MOVED = [text(32 + 5 * number, number) + text(160, 99) + text(20, 10 + number) for number in range(3)]
+MOVED_COUNTERS = ("moved_tokens_skipped", "pages_filled", "blocks_in_place")
 PREFIX, BODY = text(64, 50), text(160, 51)
 WRITTEN = {"directions": "written", "candidates": "signature", "similarity": "key", "key_threshold": 0.8}
 NORMS = {"max_relative_error": 0.5, "max_token_error": None, "own_norms": True}
@@ -98,7 +99,7 @@ def behind_a_prefix(served: Engine) -> Found:
 def behind_other_lengths(served: Engine) -> Found:
     """The first is there when the others come, whose heads are longer."""
     tokens = [*served.generate(MOVED[:1], OUT), *served.generate(MOVED[1:], OUT)]
-    return {"tokens": tokens, "moved": served.statistics["moved_tokens_skipped"]}
+    return {"tokens": tokens, **{name: served.statistics[name] for name in MOVED_COUNTERS}}
 
 
 def together(served: Engine) -> Found:
@@ -156,6 +157,7 @@ CASES = {
     "crowd, two groups": Case(crowd, {**EXACT, "layer_groups": 2}, 2 * TIGHT, UNCACHED),
     "reuse": Case(one_after_the_other, PROBED),
     "moved": Case(behind_other_lengths, {**PROBED, "moved": True}),
+    "in place": Case(behind_other_lengths, {**PROBED, "moved": True, "attention": "shared"}),
     "norms": Case(together, NORMS, options=UNCACHED),
     "directions": Case(together, {**NORMS, **WRITTEN}, options={"max_num_batched_tokens": 1024}),
     "crowd, drafts": Case(crowd, EXACT, TIGHT, {**UNCACHED, "speculative_config": DRAFTS}),

@@ -260,6 +260,7 @@ def test_the_dashboard_shows_what_happened(prometheus: Prometheus) -> None:
         "direction",
         "moved",
         "pages_filled",
+        "blocks_in_place",
         "store",
     )
     for expression in dashboard_expressions():

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.v1.request import RequestStatus
 
 from tests.hazards import FIRST, FIRST_AHEAD, runs
@@ -18,6 +19,7 @@ from tests.vllm_plugin.engines import LOSSY, Engine, engine, text
 
 BLOCK = 32
 PROBED = {**LOSSY, "reuse": "probed", "reuse_audit_rate": 1e-9}
+IN_PLACE = {"moved": True, "attention": "shared"}
 EVENTS = 400
 
 pytestmark = pytest.mark.usefixtures("bold")
@@ -98,8 +100,20 @@ class Traffic:
             marks=[*runs("text that moved", FIRST_AHEAD), pytest.mark.slow],
         ),
         pytest.param({"moved": True}, {}, marks=[*runs("text that moved", FIRST), pytest.mark.slow]),
+        pytest.param({**IN_PLACE, "reuse_audit_rate": 0.1}, {}, marks=runs("text read in place", FIRST)),
+        pytest.param(
+            IN_PLACE, {"async_scheduling": True}, marks=[*runs("text read in place", FIRST_AHEAD), pytest.mark.slow]
+        ),
     ],
-    ids=["chunks", "licensed, priorities", "asynchronous, few seats", "moved, asynchronous", "moved"],
+    ids=[
+        "chunks",
+        "licensed, priorities",
+        "asynchronous, few seats",
+        "moved, asynchronous",
+        "moved",
+        "in place",
+        "in place, asynchronous",
+    ],
 )
 def test_random_requests(
     fusion: dict[str, Any],
@@ -127,5 +141,8 @@ def test_random_requests(
         keys = {key[:-4] for key in served.pool.cached_block_hash_to_block._cache}
         assert not keys & traffic.private and not served.pool.cached_block_hashes_by_block
         assert served.preempted > 0
+        if fusion.items() >= IN_PLACE.items():
+            (reading,) = get_kv_transfer_group().worker.readings.values()
+            assert found["blocks_in_place"] > 0 and found["pages_filled"] == 0 and reading.fault is None
         for name in ("prompt_tokens_skipped", "reuse_helpers", "reuse_audits"):
             record_property(name, found[name])

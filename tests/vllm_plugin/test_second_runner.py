@@ -49,8 +49,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return play(
         tmp_path_factory.mktemp("second"),
         *together,
+        "moved",
         "moved, asynchronous",
-        *both("crowd", "reuse", "norms", "directions"),
+        *both("in place", "crowd", "reuse", "norms", "directions"),
     )
 
 
@@ -91,9 +92,18 @@ def test_resident_text_is_not_computed(found: Any) -> None:
 
 
 @HAZARD
-@pytest.mark.runs("text that moved", *SECOND_AHEAD)
+@everywhere("text that moved")
 def test_text_behind_headers_of_other_lengths_is_not_computed(found: Any) -> None:
-    assert found["moved, asynchronous"]["moved"] > 0
+    for name in both("moved"):
+        assert found[name]["moved_tokens_skipped"] == 32 * found[name]["pages_filled"] > 0
+
+
+@HAZARD
+@everywhere("text read in place")
+def test_text_behind_headers_of_other_lengths_is_read_where_it_is(found: Any) -> None:
+    for name in both("in place"):
+        assert found[name]["moved_tokens_skipped"] == 32 * found[name]["blocks_in_place"] > 0
+        assert found[name]["pages_filled"] == 0 and found[name]["tokens"] == found["moved"]["tokens"]
 
 
 @HAZARD

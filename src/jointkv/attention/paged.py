@@ -51,7 +51,7 @@ def paged_attention(
         k_scale, v_scale: factors on the K and V that each sequence reads, `[rows, slots]` like the block tables, all
             positive and finite; None for 1. A table on a GPU is waited for when it is first seen or has changed.
         scale: factor on the logits; `d ** -0.5` when None.
-        turn: `turn(query, -shift)`; needed when a shift is not 0.
+        turn: see `Turn`; needed when a shift is not 0.
         kernel: the one for the pages' device when None.
 
     Returns:

@@ -48,7 +48,7 @@ def paged_attention(
         keys, values: one layer's pages, `[pages, t, h, d]` and `[pages, t, h, dv]`; query heads are a multiple of `h`.
         tables: per sequence its block references.
         scale: factor on the logits; `d ** -0.5` when None.
-        turn: `turn(query, -shift)`; needed when a shift is not 0.
+        turn: see `Turn`; needed when a shift is not 0.
 
     Returns:
         Output `[sum(query_lengths), query heads, dv]` in the query's dtype, and the log-sum-exp of the scaled logits,
@@ -80,7 +80,7 @@ def _one_sequence(
         key = (keys[ref.page, tokens].to(compute) * ref.k_scale).repeat_interleave(groups, 1)
         if ref.shift and turn is None:
             raise LayoutError("a block reference has a position shift and no rotary embedding was given")
-        turned = turn(query, -ref.shift) if ref.shift and turn is not None else query
+        turned = turn(query, torch.full((len(query),), -ref.shift)) if ref.shift and turn is not None else query
         logits.append(torch.einsum("qhd,thd->hqt", turned, key) * scale)
         read.append((values[ref.page, tokens].to(compute) * ref.v_scale).repeat_interleave(groups, 1))
     scores, value = torch.cat(logits, -1), torch.cat(read)

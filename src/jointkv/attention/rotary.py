@@ -6,7 +6,7 @@ the model scales them with (RoFormer, arXiv 2104.09864; linear, YaRN and Llama 3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,21 +75,27 @@ class Turning:
 
     Args:
         rotary: of each layer.
+        device: of the keys.
     """
 
-    def __init__(self, rotary: Sequence[Rotary], shift: Tensor) -> None:
-        self._rotary = rotary
+    def __init__(self, rotary: Sequence[Rotary], shift: Tensor, device: torch.device | None = None) -> None:
+        self._rotary, self._shift = rotary, shift
         made: dict[bytes, Angles] = {}
         self._angles = []
         for layer in rotary:
             known = layer.frequencies.numpy().tobytes()
             if known not in made:
-                made[known] = layer.angles(shift)
+                cos, sin = layer.angles(shift)
+                made[known] = cos.to(device), sin.to(device)
             self._angles.append(made[known])
 
     def __call__(self, layer: int, keys: Tensor) -> Tensor:
         """`keys [n, ..., h, d]` of `layer`, in their dtype; the same tensor where it turns nothing."""
         return self._rotary[layer].turn_by(keys, self._angles[layer])
+
+    def of(self, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """`Rotary.turn` of `layer`, whose angles are there already for the same tensor of shifts."""
+        return lambda keys, shift: self(layer, keys) if shift is self._shift else self._rotary[layer].turn(keys, shift)
 
 
 def that_turns(before: Tensor, after: Tensor, shift: Tensor, candidates: Sequence[Rotary]) -> Rotary | None:

@@ -18,8 +18,8 @@ from jointkv.errors import IntegrityError, LayoutError
 
 Ints = npt.NDArray[np.integer]
 
-Turn = Callable[[Tensor, int], Tensor]
-"""Turns queries `[n, heads, d]` by a number of positions, as the model's rotary embedding would."""
+Turn = Callable[[Tensor, Tensor], Tensor]
+"""Turns queries `[n, heads, d]`, each by so many positions, int64 `[n]`, as the model's rotary embedding would."""
 
 SEEN_BY_ALL = -(2**30)
 """Offset of a page that lies before every query of its sequence."""
@@ -156,6 +156,13 @@ class WorkList:
         return NativeWork(*(array.ctypes.data for array in arrays), len(self.items.page_from), self.num_queries)
 
     @cached_property
+    def turning(self) -> tuple[Tensor, Tensor]:
+        """Which of the `n` queries are turned, and by how many positions: int64 `[m]` each, on the host."""
+        which = np.concatenate([rows for _, rows in self.turned])
+        back = np.repeat([-shift for shift, _ in self.turned], [len(rows) for _, rows in self.turned])
+        return torch.from_numpy(which), torch.from_numpy(back)
+
+    @cached_property
     def copies(self) -> dict[torch.device, Any]:
         """What kernels keep of the list on other devices."""
         return {}
@@ -184,13 +191,12 @@ class WorkList:
         """
         if not self.turned or turn is None:
             return rows
-        found = [rows]
-        for shift, which in self.turned:
-            asked = rows[torch.from_numpy(which).to(rows.device)]
-            found.append(turn(asked, -shift).float())
-            if found[-1].shape != asked.shape:
-                raise LayoutError(f"turning queries {list(asked.shape)} gave {list(found[-1].shape)}")
-        return torch.cat(found)
+        which, back = self.turning
+        asked = rows[which.to(rows.device)]
+        turned = turn(asked, back).float()
+        if turned.shape != asked.shape:
+            raise LayoutError(f"turning queries {list(asked.shape)} gave {list(turned.shape)}")
+        return torch.cat((rows, turned))
 
     def references(self) -> Iterator[tuple[int, int, BlockRef]]:
         """Row, slot and what it reads, without scales, in any order."""

@@ -57,6 +57,18 @@ class PageFill(NamedTuple):
     fills: Fills
 
 
+class ReadInPlace(NamedTuple):
+    """Slots of a request that hold no page, because their text is read where it is resident: at another position.
+
+    Attributes:
+        request_id: whose, from the step on in which it starts.
+        fills: what each reads instead, `[n]`.
+    """
+
+    request_id: str
+    fills: Fills
+
+
 class DirectionWrite(NamedTuple):
     """A page to write with the direction that blocks share.
 
@@ -110,6 +122,7 @@ class Inquiry(KVConnectorMetadata):
         sign_group, sign: per page whose signature is asked for the layer group and the page, int64 `[m]`.
         tables: block ids per request and fused group as the scheduler knows them, only while integrity is checked.
         fills: pages to write before the step, in this order: a later one may write what an earlier one reads.
+        in_place: what requests that start in the step read at other positions, for as long as they hold their tables.
         directions: pages to write before the step, and before `fills`.
         gathered: groups and pages of blocks to compare all with all after the step.
         found: tokens that requests found in the prefix cache which start or come back and are told of more: what
@@ -131,6 +144,7 @@ class Inquiry(KVConnectorMetadata):
     sign: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     tables: dict[str, dict[int, list[int]]] | None = None
     fills: list[PageFill] = field(default_factory=list)
+    in_place: list[ReadInPlace] = field(default_factory=list)
     directions: list[DirectionWrite] = field(default_factory=list)
     gathered: list[tuple[int, list[int]]] = field(default_factory=list)
     found: dict[str, int] = field(default_factory=dict)
@@ -187,6 +201,7 @@ class Verdict(KVConnectorWorkerMetadata):
         seconds: spent on comparing and signing.
         sign_seconds: those of them spent on signing.
         apply_seconds: spent on replacing table entries and writing pages of text that moved since the last verdict.
+        in_place: whether requests may start that read text in place.
         fault: why the worker gave up, if it did; then there is no answer.
         broken: whether the fault is a broken invariant.
         ranks: workers whose answers are joined in this one.
@@ -203,6 +218,7 @@ class Verdict(KVConnectorWorkerMetadata):
     seconds: float = 0.0
     sign_seconds: float = 0.0
     apply_seconds: float = 0.0
+    in_place: bool = False
     fault: str | None = None
     broken: bool = False
     ranks: int = 1
@@ -270,6 +286,7 @@ class Verdict(KVConnectorWorkerMetadata):
             max(self.seconds, other.seconds),
             max(self.sign_seconds, other.sign_seconds),
             max(self.apply_seconds, other.apply_seconds),
+            self.in_place and other.in_place,
             ranks=self.ranks + other.ranks,
         )
 

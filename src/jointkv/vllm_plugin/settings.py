@@ -72,7 +72,7 @@ class PluginSettings(BaseModel):
         reuse_confidence: of the limit on that share, at all times together, in (0, 1).
         reuse_audit_rate: share of requests that could reuse and are computed and compared all the same, in (0, 1].
         moved: text is also reused that is resident at another position, in pages of the request's own, written with
-            its keys turned; under a licence of its own. Needs `reuse`.
+            its keys turned, or with `attention` `"shared"` where it is; under a licence of its own. Needs `reuse`.
         profile: what `jointkv calibrate` wrote, for this model and block size. Options given beside it win; a bound
             given beside it is the limit up to which the profile's bound is adapted, which else is the profile's own.
         store: a folder of pages that outlives the engine and is shared by engines: what is computed exactly is written
@@ -182,6 +182,11 @@ class PluginSettings(BaseModel):
     def moves(self) -> bool:
         """Whether text may be reused that is resident at another position."""
         return self.moved and self.reuses
+
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether such text is read where it is, rather than in pages that are written with it."""
+        return self.moves and self.attention == "shared"
 
     @property
     def only_equal(self) -> bool:

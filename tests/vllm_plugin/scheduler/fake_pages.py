@@ -226,7 +226,9 @@ class Comparer:
 
 
 class Reading:
-    """In the place of `SharedReading`: nothing is read in another way."""
+    """In the place of `SharedReading`: the runner knows how blocks are read."""
+
+    fault = in_place = None
 
     def __init__(self, block_size: int) -> None:
         self.block_size, self.counts = block_size, Counter[str]()

@@ -22,6 +22,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from jointkv.vllm_plugin.engine.others import ours
+from jointkv.vllm_plugin.engine.pages import NULL_PAGE
 from jointkv.vllm_plugin.messages import Verdict
 from jointkv.vllm_plugin.worker.mixin import RemappingWorker
 from tests.vllm_plugin.scheduler.fake_pages import LAYERS, Model, Pages
@@ -141,6 +142,7 @@ class Runner:
         """Write the next `count` tokens of a request; the sampled token, if its last known one is among them."""
         first, tokens, tables = self._computed(name), self._known(name), self._tables(name)
         past = [self.pages.read(table, first) for table in tables]
+        self._read_in_place(name, tables[0][: -(-first // self.pages.size)], past[0])
         self.model.extend(past, tokens[first : first + count])
         by = name, self.watcher.salt(name), self.model.version
         for place in range(first, first + count):
@@ -153,6 +155,15 @@ class Runner:
         token = self.model.sample(past)
         self._sampled(name, token)
         return [token]
+
+    def _read_in_place(self, name: str, table: Sequence[int], past: list[int]) -> None:
+        """What a request reads where it has no page."""
+        reads, size = ours(get_kv_transfer_group()).worker.in_place, self.pages.size
+        fills = None if reads is None else reads._of.get(name)
+        slots = [slot for slot, page in enumerate(table) if page == NULL_PAGE]
+        assert slots == ([] if fills is None else fills.slots.tolist()), f"nobody knows what {name} reads"
+        for slot, tokens in zip(slots, () if fills is None else self.pages.moved(fills), strict=True):
+            past[slot * size : (slot + 1) * size] = [number for _, number, _ in tokens]
 
     def _computed(self, name: str) -> int:
         """Tokens of a request that are computed before the step."""

@@ -43,6 +43,7 @@ WRITTEN = {"directions": "written", "own_norms": True, "max_relative_error": 0.2
 ROOM = {"pages": 60, "tokens": 48}
 """For blocks to become full together, and for pages that are held beside those of running requests."""
 
+IN_PLACE = {"moved": True, "attention": "shared"}
 EARNED_SOON = {"reuse": "licensed", "reuse_miss_rate": 0.9, "reuse_confidence": 0.3, "reuse_audit_rate": 0.2}
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -116,6 +117,27 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "reuse, moved text": ({"reuse": "probed", "reuse_audit_rate": 0.1, "moved": True}, {}),
     "reuse, moved text, asynchronous": (
         {**EARNED_SOON, "moved": True},
+        {"second_runner": True, "async_scheduling": True, "apart": True},
+    ),
+    "reuse, in place": ({"reuse": "probed", "reuse_audit_rate": 0.1, **IN_PLACE}, {}),
+    "reuse, in place, priorities": (
+        {"reuse": "probed", "reuse_audit_rate": 0.1, **IN_PLACE},
+        {"scheduling_policy": "priority"},
+    ),
+    "reuse, in place, two stages": (
+        {"reuse": "probed", "reuse_audit_rate": 0.1, **IN_PLACE},
+        {"pipeline_parallel_size": 2},
+    ),
+    "reuse, in place, second runner": (
+        {"reuse": "probed", "reuse_audit_rate": 0.1, **IN_PLACE},
+        {"second_runner": True},
+    ),
+    "reuse, in place, asynchronous": (
+        {"reuse": "probed", "reuse_audit_rate": 0.1, **IN_PLACE},
+        {"async_scheduling": True},
+    ),
+    "reuse, in place, second runner, asynchronous": (
+        {**EARNED_SOON, **IN_PLACE},
         {"second_runner": True, "async_scheduling": True, "apart": True},
     ),
     "reuse, signatures": ({"reuse": "probed", "reuse_audit_rate": 0.2, "candidates": "both"}, {}),

@@ -16,6 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 from jointkv.fusion.signature import token_hashes
 from jointkv.fusion.token_index import places
 from jointkv.vllm_plugin.engine.others import ours
+from jointkv.vllm_plugin.engine.pages import NULL_PAGE
 from jointkv.vllm_plugin.engine.steps import started
 from tests.vllm_plugin.scheduler.directions_oracle import Directions
 from tests.vllm_plugin.scheduler.fake_pages import Block, Model, own_norm, within_bounds
@@ -161,6 +162,10 @@ class Oracle:
         exact = tuple(account.exact[group][slot * self.size : (slot + 1) * self.size])
         return block == exact or account.may_read(group, slot, block, self.policy)
 
+    def reads_in_place(self, account: Account, slot: int) -> Block | None:
+        """What a request reads at a slot without a page; None if nothing."""
+        return None
+
     @property
     def clients(self) -> list[Account]:
         """Requests of clients, in the order of arrival."""
@@ -223,7 +228,7 @@ class Oracle:
     def check_drained(self) -> None:
         """After the last request: nothing is held, nobody was lost, nothing private is left behind."""
         self.check()
-        assert not self.scheduler.requests and not self.side.tables.held
+        assert not self.scheduler.requests and not self.side.tables.held and not self.side.tables.lent
         assert all(account.ended for account in self.accounts.values()), "a request was lost"
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
         assert not self.side.requests.active and not self.side.requests.left_alone
@@ -294,6 +299,7 @@ class Oracle:
         held = self.side.tables.held
         assert not entries.keys() & held, "a page is read before what is written to it is verified"
         entries.update(held)
+        entries.update(self.side.tables.lent)
         free = [block.block_id for block in self.pool.free_block_queue.get_all_free_blocks()]
         assert len(free) == len(set(free)) == self.pool.get_num_free_blocks(), "the free queue is broken"
         assert not entries.keys() & set(free), "a page is free and referenced"
@@ -312,6 +318,9 @@ class Oracle:
             for slot, mine in enumerate(own):
                 page = blocks[slot].block_id
                 assert account.merged.get((number, slot), page) == page, "a request has left the page that it shares"
+                if page == NULL_PAGE:
+                    assert self.reads_in_place(account, slot) == tuple(mine), "what is read in place has changed"
+                    continue
                 assert self.pages.salts[page] == request.cache_salt, "salts share a page"
                 found = self.pages.numbers[page][: len(mine)]
                 if found == mine:
@@ -346,7 +355,7 @@ class Oracle:
                     assert self.pages.block(page) == promised[group], "an exact hash is answered by something else"
                 elif owner is not None:
                     assert self.may_read(owner, group, slot, page), "a private hash is wrong"
-                    assert self.pages.salts[page] == owner.request.cache_salt
+                    assert page == NULL_PAGE or self.pages.salts[page] == owner.request.cache_salt
                     table = self.groups[group].req_to_blocks.get(owner.request.request_id, ())
                     right = not table or (group, slot) not in owner.merged or table[slot].block_id == page
                     assert right, "a page that was given away answers for a private hash"

@@ -5,6 +5,12 @@ from __future__ import annotations
 from copy import copy
 from typing import Any
 
+import numpy as np
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+from jointkv.vllm_plugin.engine.others import ours
+from jointkv.vllm_plugin.engine.pages import NULL_PAGE
+from tests.vllm_plugin.scheduler.fake_pages import Block
 from tests.vllm_plugin.scheduler.oracle import Account, Oracle
 
 GROUP = 0
@@ -63,12 +69,25 @@ class ReuseOracle(Oracle):
     def may_read(self, account: Account, group: int, slot: int, page: int) -> bool:
         name = account.request.request_id
         owner = self.owners.get(name, name)
+        if page == NULL_PAGE:  # until it starts, others may take what it would read
+            intake = self.side.reuse.intakes.get(owner)
+            return (intake is not None and slot in intake.in_place) or self.reads_in_place(account, slot) is not None
         if any(super(ReuseOracle, self).may_read(self.accounts[one], group, slot, page) for one in {name, owner}):
             return True
         self._check_text(account, slot, page)
         writer = self.pages.writers[page]
         ours = owner in (writer, self.owners.get(writer or ""))
         return ours or self._adopted.get(owner, {}).get(slot) == (page, self.pages.generation[page])
+
+    def reads_in_place(self, account: Account, slot: int) -> Block | None:
+        fills = ours(get_kv_transfer_group()).worker.in_place._of.get(account.request.request_id)
+        if fills is None or slot not in fills.slots:
+            return None
+        (tokens,) = self.pages.moved(fills.where(fills.slots == slot))
+        self._check_tokens(account, slot, tokens)
+        assert all(self.pool.blocks[page].ref_cnt for page, _, _ in tokens), "what is read in place is not kept"
+        assert not {page for page, _, _ in tokens} & self.side.reuse.fills.unconfirmed.keys(), "it is not written yet"
+        return tuple(number for _, number, _ in tokens)
 
     def check(self) -> None:
         super().check()
@@ -112,7 +131,11 @@ class ReuseOracle(Oracle):
         fills = self.side.reuse.fills
         unwritten = {page for fill in fills._planned for page in fill.pages.tolist()}
         for slot, page in enumerate(pages, first):
-            if page not in unwritten:
+            if page == NULL_PAGE:
+                intake = self.side.reuse.intakes[request.request_id]
+                (tokens,) = self.pages.moved(intake.text.fills(np.array([intake.in_place[slot]])))
+                self._check_tokens(account, slot, tokens)
+            elif page not in unwritten:
                 self._check_text(account, slot, page)
             adopted[slot] = page, self.pages.generation[page] + (page in unwritten)
             self.totals["filled"] += page in fills._content_of
@@ -125,6 +148,16 @@ class ReuseOracle(Oracle):
         assert self.pages.text[page] == text, f"{account.request.request_id} is led to other text at {slot}"
         assert self.pages.salts[page] == account.request.cache_salt, "salts share a page"
         assert self.pages.versions[page] == self.model.version, "a page of old weights is reused"
+
+    def _check_tokens(self, account: Account, slot: int, tokens: Any) -> None:
+        """The same of `tokens` of several pages, which are read as if they stood at `slot`."""
+        text = [
+            (place, account.request.all_token_ids[place]) for place in range(slot * self.size, (slot + 1) * self.size)
+        ]
+        assert [at for _, _, at in tokens] == text, f"{account.request.request_id} reads other text in place at {slot}"
+        for page, _, _ in tokens:
+            assert self.pages.salts[page] == account.request.cache_salt, "salts share a page"
+            assert self.pages.versions[page] == self.model.version, "a page of old weights is reused"
 
     def _check_content(self) -> None:
         """What is found at other positions holds what the index says, for whom it says."""
@@ -147,8 +180,14 @@ class ReuseOracle(Oracle):
                 assert page not in self.side.reuse.fills.unconfirmed, (
                     "a page is read of which nobody says it is written"
                 )
-                self._check_text(account, slot, page)
-                account.ever[GROUP][slot].add(self.pages.block(page))
+                if page == NULL_PAGE:
+                    block = self.reads_in_place(account, slot)
+                    assert block is not None
+                    account.ever[GROUP][slot].add(block)
+                    self.totals["in place"] += 1
+                else:
+                    self._check_text(account, slot, page)
+                    account.ever[GROUP][slot].add(self.pages.block(page))
                 account.merged[GROUP, slot] = page
                 self.totals["reused"] += 1
             else:

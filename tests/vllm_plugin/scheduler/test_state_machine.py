@@ -123,6 +123,7 @@ WHATS = {
     "candidates": "blocks of other text",
     "directions": "written directions",
     "own_norms": "own norms",
+    "attention": "text read in place",
 }
 """What some options show, beside fusion or reuse."""
 
@@ -147,7 +148,8 @@ def test_random_events(variant: str, config: Any, record_property: Any) -> None:
     expected |= {"merges of other text"} if "candidates" in fusion else set()
     expected |= {"directions"} if "directions" in fusion else set()
     expected |= {"loaded"} if "beside" in options else set()
-    expected |= {"filled"} if "moved" in fusion else set()
+    if "moved" in fusion:
+        expected |= {"in place" if fusion.get("attention") == "shared" else "filled"}
     seeds = itertools.count(FIRST_SEED)
     enough = COMBINATION_STEPS / SHARES[combination(variant)]
     while totals["steps"] < enough or not all(totals[name] for name in expected):

@@ -130,18 +130,24 @@ def test_two_ranks_merge(calm: Path, tmp_path: Path, parallel: str, options: dic
 @TWO_CORES
 @pytest.mark.slow
 @pytest.mark.timeout(PATIENCE_S + 60)
-@pytest.mark.runs("text that moved", *FIRST)
-def test_pages_are_written_on_both_ranks(calm: Path, tmp_path: Path) -> None:
-    """Heads of other lengths before the same text: each rank turns the keys of its own heads."""
+@pytest.mark.parametrize(
+    ("attention", "counter"),
+    [
+        pytest.param("engine", "pages_filled", marks=pytest.mark.runs("text that moved", *FIRST)),
+        pytest.param("shared", "blocks_in_place", marks=pytest.mark.runs("text read in place", *FIRST)),
+    ],
+)
+def test_text_that_moved_is_read_on_both_ranks(calm: Path, tmp_path: Path, attention: str, counter: str) -> None:
+    """Heads of other lengths before the same text: each rank turns keys, or queries, of its own heads."""
     prompts = [text(16 + head, head) + text(320, 99) + text(20, 50 + head) for head in range(4)]
     with engine(calm) as stock:
         expected = stock.generate(prompts, OUT)
-    options = {**PROBED, **LOSSY, "moved": True}
+    options = {**PROBED, **LOSSY, "moved": True, "attention": attention}
     said = found(calm, tmp_path, prompts, {"tensor_parallel_size": 2}, options)
     counted = said["statistics"]
-    assert counted["pages_filled"] >= 3 * 7 and counted["moved_tokens_skipped"] == 32 * counted["pages_filled"]
+    assert counted[counter] >= 3 * 7 and counted["moved_tokens_skipped"] == 32 * counted[counter]
     same = [ours[0] == theirs[0] for ours, theirs in zip(said["tokens"], expected, strict=True)]
-    assert said["tokens"][0] == expected[0] and sum(same) >= 3, "what was written is not what a prefill writes"
+    assert said["tokens"][0] == expected[0] and sum(same) >= 3, "what was read is not what a prefill writes"
 
 
 @TWO_CORES

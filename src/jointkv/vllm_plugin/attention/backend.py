@@ -8,30 +8,29 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from jointkv.attention import reference
+from jointkv.attention.in_place import Ranges, in_ranges
 from jointkv.attention.layouts import LayerPages
+from jointkv.attention.rotary import Turning
 from jointkv.attention.switch import Switch
-from jointkv.attention.work import WorkList
-from jointkv.core.plan import BlockRef
+from jointkv.attention.work import Turn, WorkList
 from jointkv.vllm_plugin.attention.reading import SharedReading
 
 
 @dataclass
 class JointMetadata:
-    """Mixed into vLLM's: the work of the step where shared-page attention does it, and factors where blocks have them.
-
-    Attributes:
-        factors: `[2, layers, rows, slots]`, on the pages' device.
-    """
+    """Mixed into vLLM's: see `Reads`."""
 
     work: WorkList | None = None
     factors: Tensor | None = None
+    ranges: Ranges | None = None
+    turning: Turning | None = None
 
 
 class JointBuilder:
@@ -49,7 +48,7 @@ class JointBuilder:
         """See vLLM's `AttentionMetadataBuilder`.
 
         Raises:
-            IntegrityError: nobody knows which blocks of the step have factors, or factors are lost.
+            IntegrityError: see `SharedReading.step`.
         """
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
         layers = self.vllm_config.compilation_config.static_forward_context
@@ -59,9 +58,8 @@ class JointBuilder:
         if stock.causal is not True or common_attn_metadata.causal is not True:
             reading.pass_over("the step is not causal")
             return stock
-        work, factors = reading.step(common_attn_metadata)
         known = {field.name: getattr(stock, field.name) for field in fields(stock)}
-        return self.metadata(**known, work=work, factors=factors)
+        return self.metadata(**known, **reading.step(common_attn_metadata)._asdict())
 
 
 class JointAttention(ABC):
@@ -111,9 +109,10 @@ class JointAttention(ABC):
         work: WorkList,
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
+        turn: Turn | None = None,
     ) -> Tensor:
         """The kernel's output `[n, heads, d]` for `query [n, heads, d]`. Raises what the kernel raises."""
-        return self.kernel(query, pages, work, k_scale=k_scale, v_scale=v_scale, scale=self.scale)[0]
+        return self.kernel(query, pages, work, k_scale=k_scale, v_scale=v_scale, scale=self.scale, turn=turn)[0]
 
     def forward(
         self,
@@ -140,12 +139,14 @@ class JointAttention(ABC):
         """Attention of `query [n, heads, d]`; None where the engine is to do it."""
         if metadata.work is not None and self.reading.fault is None:
             try:
-                return self.attend(query, self.pages, metadata.work, *self._of_layer(metadata.factors))
+                turn = None if metadata.turning is None else metadata.turning.of(self.place)
+                k_scale, v_scale = self._of_layer(metadata.factors)
+                return self.attend(query, self.pages, metadata.work, k_scale, v_scale, turn)
             except Exception as error:
                 self.reading.switch_off(error)
-        return (
-            None if metadata.factors is None else self._by_definition(query, metadata, metadata.factors[:, self.place])
-        )
+        if metadata.factors is None and metadata.ranges is None:
+            return None
+        return self._by_definition(query, metadata)
 
     def _of_layer(self, factors: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """This layer's, on K and on V: the same objects while `factors` is, so that a kernel checks them once."""
@@ -155,23 +156,29 @@ class JointAttention(ABC):
             self._scales = (factors, *factors[:, self.place])
         return self._scales[1:]
 
-    def _by_definition(self, query: Tensor, metadata: Any, factors: Tensor) -> Tensor:
-        """Slow, and with nothing that may have failed: without its factors a block would be read as a wrong one.
+    def _by_definition(self, query: Tensor, metadata: Any) -> Tensor:
+        """Slow, and with nothing that may have failed: as it stands a page would be read as a wrong one.
 
-        Takes tables and lengths from vLLM's own metadata `[rows, ...]`, which it waits for.
+        Takes lengths, and tables where every slot reads its page, from vLLM's own metadata `[rows, ...]`, which it
+        waits for.
         """
         size, tables = self.reading.block_size, []
-        used = -(-metadata.max_seq_len // size)
-        lengths, blocks = metadata.seq_lens.cpu(), metadata.block_table[:, :used].cpu()
-        there = torch.arange(used) * size < lengths[:, None]
-        pages, local = blocks.masked_fill(~there, 0).long().unique(return_inverse=True)
+        lengths, ranges = metadata.seq_lens.cpu(), metadata.ranges
+        if ranges is None:
+            used = -(-metadata.max_seq_len // size)
+            blocks = metadata.block_table[:, :used].cpu()
+            there = torch.arange(used) * size < lengths[:, None]
+            ranges = in_ranges(blocks.masked_fill(~there, 0), size, {})
+        pages, local = ranges.pages.unique(return_inverse=True)
+        ranges = replace(ranges, pages=local)
         for row, length in enumerate(lengths.tolist()):
-            k_scale, v_scale = factors[:, row].tolist()
-            tables.append(
-                [
-                    BlockRef(int(local[row, slot]), k_scale[slot], v_scale[slot], count=min(size, length - slot * size))
-                    for slot in range(-(-length // size))
-                ]
-            )
+            refs = list(ranges.references(row, length))
+            if metadata.factors is not None:
+                k_scale, v_scale = metadata.factors[:, self.place, row].tolist()
+                refs = [replace(ref, k_scale=k_scale[i], v_scale=v_scale[i]) for i, ref in enumerate(refs)]
+            tables.append(refs)
         asked = metadata.query_start_loc.diff().tolist()
-        return reference.paged_attention(query, asked, *self.pages.read(pages), tables, scale=self.scale)[0]
+        rotary = None if self.reading.in_place is None else self.reading.in_place.rotary[self.place].turn
+        return reference.paged_attention(query, asked, *self.pages.read(pages), tables, scale=self.scale, turn=rotary)[
+            0
+        ]

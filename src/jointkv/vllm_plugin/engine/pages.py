@@ -23,8 +23,11 @@ FLOAT8_FORMATS = {
 }
 """`kv_cache_dtype`s of one byte a number with one scale a layer, which cancels in relative errors."""
 
+NULL_PAGE = 0
+"""vLLM's null block, which holds nothing: in a table, a slot that reads what no page of its own holds."""
+
 PROBED_PAGE = 1
-"""Page 0 is vLLM's null block. At the start no page is in use."""
+"""At the start no page is in use."""
 
 
 def packed_pages(layers: Sequence[Any], num_blocks: int, block_size: int) -> PackedPages:

@@ -55,10 +55,10 @@ class JointScheduler(Scheduler):
         ended = super().finish_requests(request_ids, finished_status)
         return [request for request in ended if request.request_id not in self._side.helpers]
 
-    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+    def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
         """Empty the prefix cache, which vLLM does while no page is in use: the plugin keeps none back."""
-        self._side.let_go()
-        return super().reset_prefix_cache(*args, **kwargs)
+        self._side.let_go(reset_running_requests)
+        return super().reset_prefix_cache(reset_running_requests, *args, **kwargs)
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
         """What goes to the clients: nothing of helpers."""

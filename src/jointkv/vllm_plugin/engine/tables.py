@@ -18,6 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from jointkv.errors import IntegrityError
 from jointkv.vllm_plugin.engine.events import PrivateEvents
+from jointkv.vllm_plugin.engine.pages import NULL_PAGE
 
 
 class BlockTables:
@@ -28,6 +29,7 @@ class BlockTables:
 
     Attributes:
         held: pages that are written for requests which do not read them yet.
+        lent: pages that are kept for requests which read them at no slot of their own, by how often.
         kept: pages of requests that have left, each with the step that may still write them. vLLM frees them after it,
             where other connectors load pages and steps overlap.
     """
@@ -39,6 +41,7 @@ class BlockTables:
         self.prefix_caching = manager.enable_caching
         self.events = PrivateEvents(self.pool)
         self.held: set[int] = set()
+        self.lent: Counter[int] = Counter()
         self.kept: Iterable[tuple[int, Iterable[KVCacheBlock]]] = ()
 
     def block(self, request_id: str, group: int, slot: int) -> KVCacheBlock | None:
@@ -113,6 +116,11 @@ class BlockTables:
         self._forget(key)
         self.pool._insert_block_hash(key, self.pool.blocks[page], num_tokens=tokens)
 
+    def lead_nowhere(self, request: Request, slot: int) -> None:
+        """The private hash that `request` has for `slot` leads to no page."""
+        tokens = (slot + 1) * self.groups[0].block_size
+        self._forget(make_block_hash_with_group_id(request.block_hashes[tokens // self.pool.hash_block_size - 1], 0))
+
     @contextmanager
     def taken(self, count: int, keep: Iterable[int]) -> Iterator[list[int]]:
         """Take `count` free pages, none of `keep`, for as long as nobody knows what they hold; none if there are fewer.
@@ -146,6 +154,37 @@ class BlockTables:
         self.held.remove(page)
         self.pool.free_blocks([self.pool.blocks[page]])
 
+    def lend(self, pages: Sequence[int]) -> None:
+        """Keep `pages`, free or held by others, until they are taken back as often."""
+        self.pool.touch([self.pool.blocks[page] for page in pages])
+        self.lent.update(pages)
+
+    def take_back(self, pages: Sequence[int]) -> None:
+        """`pages` that were lent are free where nobody else holds them, and the last of them is handed out first."""
+        self.lent -= Counter(pages)
+        self.pool.free_blocks([self.pool.blocks[page] for page in reversed(pages)])
+
+    def is_held(self, page: int) -> bool:
+        """Whether somebody holds `page`."""
+        return bool(self.pool.blocks[page].ref_cnt)
+
+    @property
+    def leads_to_none(self) -> bool:
+        """Whether some request would find the null page."""
+        return self.pool.null_block.block_hash is not None
+
+    def without_page(self, request: Request, tokens: int) -> list[int]:
+        """Slots among the first `tokens` of `request` at which it would find the null page now."""
+        found = self.found_pages(request)[: tokens // self.groups[0].block_size]
+        return [slot for slot, page in enumerate(found) if page == NULL_PAGE]
+
+    def all_without_page(self) -> Iterator[tuple[str, list[int]]]:
+        """Requests that hold the null page, and at which slots."""
+        for request_id, blocks in self.groups[0].req_to_blocks.items():
+            slots = [slot for slot, block in enumerate(blocks) if block.is_null]
+            if slots:
+                yield request_id, slots
+
     def renew(self, pages: Sequence[int]) -> None:
         """Hand `pages` out last, as if they had just been found, and the first of them last of all."""
         blocks = [self.pool.blocks[page] for page in reversed(pages)]
@@ -164,8 +203,13 @@ class BlockTables:
 
     def needed(self, request: Request, pages: Iterable[int]) -> int:
         """Free pages that it takes to start `request`, which will find `pages`."""
-        held = sum(self.pool.blocks[page].ref_cnt > 0 for page in pages)
+        held = sum(page == NULL_PAGE or self.is_held(page) for page in pages)
         return -(-request.num_tokens // self.groups[0].block_size) - held
+
+    def always_fits(self, request: Request, more: int) -> bool:
+        """Whether `request`, if it were alone, could end with so many pages `more` than its tokens take."""
+        longest = request.num_prompt_tokens + request.max_tokens
+        return -(-longest // self.groups[0].block_size) + more < self.pool.num_gpu_blocks
 
     def evict(self, pages: set[int]) -> None:
         """No hash leads to `pages` any more."""
@@ -231,6 +275,7 @@ class BlockTables:
         )
         entries.update(block.block_id for _, blocks in self.kept for block in blocks)
         entries.update(self.held)
+        entries.update(self.lent)
         for block in self.pool.blocks:
             if not block.is_null and block.ref_cnt != entries[block.block_id]:
                 raise IntegrityError(

@@ -17,8 +17,10 @@ import numpy as np
 from jointkv.core.moved_text import unwritten
 from jointkv.core.reuse import COMPUTED, Integers, stretches
 from jointkv.errors import IntegrityError
+from jointkv.vllm_plugin.engine.pages import NULL_PAGE
 from jointkv.vllm_plugin.messages import PageFill
 from jointkv.vllm_plugin.metrics import Statistics
+from jointkv.vllm_plugin.scheduler.in_place import InPlace
 from jointkv.vllm_plugin.scheduler.intakes import Intake
 from jointkv.vllm_plugin.scheduler.look_up import GROUP
 from jointkv.vllm_plugin.scheduler.questions import Answer, Question
@@ -29,8 +31,20 @@ Content = tuple[int, int, int]
 """Of a filled page: the request that has computed it, the slot where it is read, and by how much it has moved."""
 
 
+class Room:
+    """Free pages besides those that requests which have begun will take.
+
+    Attributes:
+        pages: how many.
+        sources: pages counted among theirs that others read in place as well.
+    """
+
+    def __init__(self, pages: int) -> None:
+        self.pages, self.sources = pages, set[int]()
+
+
 class Fills:
-    """Has pages written.
+    """Has pages written, or read where they are.
 
     Args:
         sharing: carries out.
@@ -38,6 +52,7 @@ class Fills:
         statistics: counts.
 
     Attributes:
+        in_place: who reads text where it is, and may.
         sent: pages that the workers write before the step.
         unconfirmed: pages of which the workers have not said yet that they are written, and when they were told to, by
             a number; 0 for those that are still to be sent.
@@ -46,6 +61,7 @@ class Fills:
     def __init__(self, sharing: Sharing, residents: Residents, statistics: Statistics) -> None:
         self._sharing, self._tables, self._residents = sharing, sharing.tables, residents
         self._statistics = statistics
+        self.in_place = InPlace(self._tables)
         self.unconfirmed: dict[int, int] = {}
         self._planned: list[PageFill] = []
         self.sent: list[int] = []
@@ -57,6 +73,7 @@ class Fills:
     def place(self, intake: Intake, others: Iterable[Intake]) -> None:
         """Have the pages written that the plan of `intake` reads and that are not yet, and lead the request to them.
 
+        Where workers can read text in place nothing is written, and nothing taken from the pool.
         Those that are written for a request with the same shift are read by this one as well. What has lost its sources
         is computed. Where the pool has too few free pages for the request nothing is done, and it is `short`; where it
         has too few besides those for others that are about to start, it waits for them.
@@ -67,6 +84,11 @@ class Fills:
         self._lead_to_equal(intake)
         slots, intake.short = self._still_to_write(intake), False
         if not len(slots):
+            return
+        if self.in_place.takes(intake):
+            intake.read_in_place(slots)
+            self._lead(intake, slots)
+            self._tables.renew(sorted(intake.sources_in_place()))
             return
         own, free = self._found(intake), self._tables.free
         needed = self._tables.needed(intake.tracked.request, own)
@@ -81,25 +103,47 @@ class Fills:
         elif not promised:
             self._replace(intake, slots, np.full(len(slots), COMPUTED))
 
-    def needed(self, intake: Intake) -> int:
-        """Free pages that it takes to start `intake`, if all that is undecided is reused where it stands."""
-        return self._tables.needed(intake.tracked.request, {*self._found(intake), *intake.text.standing.tolist()})
+    def needed(self, intake: Intake, room: Room | None = None) -> int:
+        """Free pages that it takes to start `intake`, if all that is undecided is reused where it stands.
 
-    def room(self, intakes: Iterable[Intake]) -> int:
-        """Free pages besides those that `intakes` which have begun will take."""
-        return self._tables.free - sum(self.needed(intake) for intake in intakes if intake.begun)
+        Args:
+            room: whose sources are counted already.
+        """
+        needed = self._tables.needed(intake.tracked.request, {*self._found(intake), *intake.text.standing.tolist()})
+        in_place, sources = self._in_place(intake)
+        return needed - in_place + len(sources - (set() if room is None else room.sources))
+
+    def room(self, intakes: Iterable[Intake]) -> Room:
+        """What is left besides those that `intakes` which have begun will take."""
+        room = Room(self._tables.free)
+        for intake in intakes:
+            if intake.begun:
+                self.take_room(intake, room)
+        return room
+
+    def take_room(self, intake: Intake, room: Room) -> None:
+        """`intake` will take its part of `room`."""
+        room.pages -= self.needed(intake, room)
+        room.sources |= self._in_place(intake)[1]
 
     def lost(self, intake: Intake) -> bool:
         """Whether sources are gone that the plan of `intake` needs still; others may have become resident."""
         pages = intake.plan.pages[unwritten(intake.plan.pages)]
+        pages = np.concatenate((pages, np.array(list(intake.in_place.values()), np.int64)))
         return bool(len(pages)) and not intake.text.can_be_written(pages).all()
+
+    def kept(self, intake: Intake) -> list[int]:
+        """Pages that `intake` will find or read in place: handed out last, and the first of them last of all."""
+        found = [page for page in self._tables.found_pages(intake.tracked.request) if page != NULL_PAGE]
+        return found + sorted(intake.sources_in_place() - set(found))
 
     def awaits(self, intake: Intake) -> bool:
         """Whether pages that `intake` is to read are still to be written."""
         pages = intake.plan.pages
-        return bool(unwritten(pages).any()) or any(
-            page in self.unconfirmed for page in pages[sorted(intake.filled)].tolist()
-        )
+        if unwritten(pages).any():
+            return True
+        read = {*pages[sorted(intake.filled)].tolist(), *intake.sources_in_place()}
+        return not read.isdisjoint(self.unconfirmed)
 
     def take(self) -> list[PageFill]:
         """What the workers must write before the step, once."""
@@ -115,8 +159,8 @@ class Fills:
             yield Question((), partial(self._confirm, self.sent, self._number))
 
     def start_anew(self) -> None:
-        """Nobody finds a page any more that may not be written, and what is written serves nobody else."""
-        self._tables.evict(set(self.unconfirmed))
+        """Nobody finds a page any more that may not be written, or none; what is written serves nobody else."""
+        self._tables.evict({NULL_PAGE, *self.unconfirmed})
         self.unconfirmed = {}
         self._planned, self.sent = [], []
         self._page_of, self._content_of, self._source_of = {}, {}, {}
@@ -125,6 +169,7 @@ class Fills:
         """Raises IntegrityError when a page is known for two contents."""
         if self._content_of != {page: content for content, page in self._page_of.items()}:
             raise IntegrityError("a page is filled with two texts")
+        self.in_place.check_integrity()
 
     def _confirm(self, pages: list[int], number: int, _: Answer) -> None:
         for page in pages:
@@ -156,7 +201,21 @@ class Fills:
         """Pages that `intake` would find, or that its plan leads it to."""
         pages = intake.plan.pages
         planned = pages[~unwritten(pages) & (pages != COMPUTED)]
-        return {*self._tables.found_pages(intake.tracked.request), *planned.tolist()}
+        return {*self._tables.found_pages(intake.tracked.request), *planned.tolist()} - {NULL_PAGE}
+
+    def _in_place(self, intake: Intake) -> tuple[int, set[int]]:
+        """How many slots `intake` reads in place, if all that is undecided is, and which pages for it are free."""
+        if not self.in_place.takes(intake):
+            return 0, set()
+        elsewhere, pages = intake.text.elsewhere, intake.plan.pages
+        planned = pages[elsewhere.slot]
+        open_still = (planned == COMPUTED) & (elsewhere.slot >= intake.covered) & (intake.entry is not None)
+        found = elsewhere.where(unwritten(planned) | (planned == NULL_PAGE) | open_still)
+        if not len(found):
+            return 0, set()
+        fills = intake.text.fills(found.page)
+        sources = {*fills.first.tolist(), *fills.second.tolist()}
+        return len(found), {page for page in sources if not self._tables.is_held(page)}
 
     def _write(self, intake: Intake, slots: Integers, keep: set[int]) -> bool:
         """Take pages for `slots [n]`, sources and `keep` excepted, and have them written; whether there were any."""
@@ -183,11 +242,16 @@ class Fills:
         found = intake.plan.pages.copy()
         found[slots] = pages
         intake.plan = replace(intake.plan, pages=found)
-        led = np.zeros(len(found), bool)
-        led[slots[pages != COMPUTED]] = True
+        self._lead(intake, slots[pages != COMPUTED])
+        self._tables.renew(pages[pages != COMPUTED].tolist())
+
+    def _lead(self, intake: Intake, slots: Integers) -> None:
+        """Let the request find at `slots [n]` what its plan says."""
+        pages = intake.plan.pages
+        led = np.zeros(len(pages), bool)
+        led[slots] = True
         for stretch in stretches(led):
-            self._sharing.adopt(intake.tracked, GROUP, stretch.start, found[stretch.start : stretch.stop].tolist())
-            self._tables.renew(found[stretch.start : stretch.stop].tolist())
+            self._sharing.adopt(intake.tracked, GROUP, stretch.start, pages[stretch.start : stretch.stop].tolist())
             intake.filled.update(stretch)
 
     def _contents(self, intake: Intake, slots: Integers) -> list[Content]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 from vllm.v1.request import Request
 
-from jointkv.core.reuse import Integers, ReusePlan, Run, Runs
+from jointkv.core.reuse import COMPUTED, Integers, ReusePlan, Run, Runs
 from jointkv.policy.reuse import Search
+from jointkv.vllm_plugin.engine.pages import NULL_PAGE
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 from jointkv.vllm_plugin.scheduler.resident_text import ResidentText
 
@@ -67,7 +68,8 @@ class Intake:
         asked: whether its entry block is being compared.
         helped: tokens that helpers have computed.
         begun: whether its turn has come.
-        filled: slots that read pages which were written for it, or for others like it.
+        filled: slots that read text from another position.
+        in_place: those of them that read it where it is, and what, by a number of `text`.
         needs_pages: free ones, to start, as was counted when pages were written for it; 0 before.
         short: whether the pool has too few free pages for what is to be written.
     """
@@ -87,6 +89,7 @@ class Intake:
     helped: int = 0
     begun: bool = False
     filled: set[int] = field(default_factory=set)
+    in_place: dict[int, int] = field(default_factory=dict)
     needs_pages: int = 0
     short: bool = False
 
@@ -94,6 +97,27 @@ class Intake:
     def needs(self) -> int:
         """Blocks that the request is to find when it starts."""
         return max((stretch.stop for stretch in self.plan.reused), default=0)
+
+    def read_in_place(self, slots: Integers) -> None:
+        """Let `slots [n]`, whose text stands elsewhere, read it there: in the plan they have no page."""
+        self.in_place.update(zip(slots.tolist(), self.plan.pages[slots].tolist(), strict=True))
+        self._let_read(slots, NULL_PAGE)
+
+    def compute_in_place(self) -> None:
+        """Let what was to be read in place be computed."""
+        self._let_read(np.array(list(self.in_place), np.int64), COMPUTED)
+        self.filled -= self.in_place.keys()
+        self.in_place = {}
+
+    def sources_in_place(self) -> set[int]:
+        """Pages that hold what is to be read in place."""
+        fills = self.text.fills(np.array(list(self.in_place.values()), np.int64)) if self.in_place else None
+        return set() if fills is None else {*fills.first.tolist(), *fills.second.tolist()}
+
+    def _let_read(self, slots: Integers, page: int) -> None:
+        pages = self.plan.pages.copy()
+        pages[slots] = page
+        self.plan = replace(self.plan, pages=pages)
 
     @property
     def gap_ends(self) -> list[int]:

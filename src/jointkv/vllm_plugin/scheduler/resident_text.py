@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 from numpy.typing import NDArray
 
 from jointkv.core.evidence import Echoes, Known
 from jointkv.core.moved import Fills
 from jointkv.core.moved_text import UNWRITTEN, MovedText, unwritten
-from jointkv.core.reuse import Integers, Run
+from jointkv.core.reuse import Found, Integers, Run
 from jointkv.vllm_plugin.messages import Pair
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 from jointkv.vllm_plugin.scheduler.residents import Residents
@@ -76,6 +78,13 @@ class ResidentText:
         still = self.found.where(~unwritten(self.found.page))
         pages: Integers = still.page[np.unique(still.slot, return_index=True)[1]]
         return pages
+
+    @cached_property
+    def elsewhere(self) -> Found:
+        """What stands at other positions alone, one of each slot at most."""
+        moved = unwritten(self.found.page)
+        found = self.found.where(moved & ~np.isin(self.found.slot, self.found.slot[~moved]))
+        return found.where(np.unique(found.slot, return_index=True)[1])
 
     def can_be_written(self, pages: Integers) -> NDArray[np.bool_]:
         """Which of `pages [n]`, which are not written yet, have their sources still: bool `[n]`."""

@@ -123,9 +123,9 @@ class Reuse:
                 continue
             intake = self._known(name) or self._take_in(request)
             if intake is not None and not intake.begun:
-                needed = self.fills.needed(intake)
-                intake = self._begin(intake) if reach > 0 and needed <= room else intake
-                room -= needed
+                fits = self.fills.needed(intake, room) <= room.pages
+                self.fills.take_room(intake, room)
+                intake = self._begin(intake) if reach > 0 and fits else intake
             # Who is not looked at may start all the same, and computes everything: better too many than too few.
             if intake is None:
                 if name not in self.helpers and name not in self.followers.held:
@@ -137,6 +137,7 @@ class Reuse:
             budget -= intake.plan.computed(covered, intake.covered) * intake.tracked.block_size
             free -= len(sent[name]) + (intake.begun and not intake.asked and not intake.helpers)
         self._keep(sent)
+        self.fills.in_place.look(self.intakes.values())
         if behind is None and budget > 0 and free > 0:
             behind = next(line, None)
         if any(sent.values()):
@@ -155,6 +156,12 @@ class Reuse:
             return True
         block_size = intake.tracked.block_size
         return bool(intake.helpers) and computed < intake.needs * block_size
+
+    def may_start(self, request: Request, computed: int) -> bool:
+        """Whether a request that is not to wait may start with what it would find; see `InPlace.may_start`."""
+        helper = self.helpers.get(request.request_id)
+        intake = self.intakes.get(request.request_id if helper is None else helper.owner)
+        return self.fills.in_place.may_start(request, computed, intake)
 
     def begin(self, output: SchedulerOutput) -> Iterator[Helped]:
         """Note who starts in the step that `output` describes. Must come before anything asks about its blocks.
@@ -242,6 +249,7 @@ class Reuse:
         """The request computes what it has not found."""
         intake = self.intakes.pop(request_id, None)
         if intake is not None:
+            self.fills.in_place.withdraw(intake)
             intake.tracked.planned = intake.tracked.request.num_preemptions
         self.sent.let_go(request_id)
 
@@ -294,7 +302,7 @@ class Reuse:
         for name in reversed(list(names)):
             intake = self.intakes.get(name)
             if intake is not None and intake.begun:
-                self.sharing.tables.renew(self.sharing.tables.found_pages(intake.tracked.request))
+                self.sharing.tables.renew(self.fills.kept(intake))
 
     def _begin(self, intake: Intake) -> Intake | None:
         """The turn of `intake` has come; what is resident by now counts, not what was when it was looked up."""
@@ -372,4 +380,5 @@ class Reuse:
         self._started.append((tracked, tracked.request.num_preemptions, late))
         self.statistics.add("prompt_tokens_skipped", len(adopted) * tracked.block_size)
         self.statistics.add("moved_tokens_skipped", len(intake.filled.intersection(adopted)) * tracked.block_size)
+        self.statistics.add("blocks_in_place", len(intake.in_place.keys() & set(adopted)))
         self.statistics.add("reuse_gaps", len(plan.gaps))

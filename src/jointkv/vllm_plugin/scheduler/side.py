@@ -192,7 +192,7 @@ class SchedulerSide:
 
     def matched(self, request: Request, computed: int) -> int | None:
         """Tokens behind the `computed` ones that can be loaded for `request`; None where it is to wait."""
-        if self.holds(request, computed):
+        if self.holds(request, computed) or (self.tables.leads_to_none and not self._may_start(request, computed)):
             return None
         return 0 if self.stored is None else self.stored.matched(request, computed)
 
@@ -207,6 +207,11 @@ class SchedulerSide:
             tracked = self.requests.find(request.request_id)
             return tracked is not None and self.sharing.part(tracked, computed)
         return self.reuse.holds(request.request_id, computed)
+
+    @fail_safe
+    def _may_start(self, request: Request, computed: int) -> bool:
+        """None, which keeps it waiting, after an error: it may have found no page, and nobody finds none after that."""
+        return self.reuse.may_start(request, computed)
 
     @fail_safe
     def allocate(self, request: Request, pages: Sequence[Sequence[int]], loaded: int = 0) -> None:
@@ -250,6 +255,7 @@ class SchedulerSide:
         """
         self._step += 1
         inquiry = Inquiry(self._step, self.sharing.take_remaps(), fills=self.reuse.fills.take())
+        inquiry.in_place = self.reuse.fills.in_place.start(output)
         inquiry.found = self._arrivals.take_loaded(output)
         self._write_directions(inquiry)
         self._ask(inquiry, output)
@@ -261,6 +267,7 @@ class SchedulerSide:
     @fail_safe
     def settle(self, verdict: Verdict) -> None:
         """Carry out the workers' verdict."""
+        self.reuse.fills.in_place.possible = verdict.in_place
         if verdict.fault is not None:
             raise (IntegrityError if verdict.broken else RuntimeError)(f"a worker gave up: {verdict.fault}")
         if verdict.ranks != self._ranks:
@@ -285,6 +292,7 @@ class SchedulerSide:
     @fail_safe
     def dismiss(self, request_id: str) -> None:
         """Forget a request that has finished or was aborted. Its pages stay resident until they are reused."""
+        self.reuse.fills.in_place.end(request_id)
         if request_id in self.requests.active:
             self.left_alone.count_ended(self.requests.active[request_id])
         self._arrivals.dismiss(request_id)
@@ -300,8 +308,14 @@ class SchedulerSide:
             self.fusion.directions.dismiss(request_id)
 
     @fail_safe
-    def let_go(self) -> None:
-        """Give back pages that are held for directions; they are planned anew for blocks that come together again."""
+    def let_go(self, preempted: bool) -> None:
+        """Give back pages that are held for directions; they are planned anew for blocks that come together again.
+
+        Args:
+            preempted: all requests that run are about to be; then those that they read in place as well.
+        """
+        if preempted:
+            self.reuse.fills.in_place.let_go()
         if self.fusion.directions is not None:
             self.fusion.directions.start_anew()
 

@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from jointkv.errors import IntegrityError, LayoutError
 from jointkv.fusion.packed_directions import write_direction
 from jointkv.store.folder import Store
+from jointkv.vllm_plugin.attention.in_place import InPlace
 from jointkv.vllm_plugin.attention.install import share_reading
 from jointkv.vllm_plugin.attention.norms import OwnNorms
 from jointkv.vllm_plugin.attention.reading import SharedReading
@@ -49,6 +50,7 @@ class WorkerSide:
         readings: what the layers of each group share that read shared pages once, by group.
         norms: of blocks that keep their own.
         filler: writes pages of text that moved, where the settings ask for it.
+        in_place: text that is read where it is instead, where attention can.
         stored: writes pages to a store and fills them from it, where the settings ask for it.
 
     Raises:
@@ -72,6 +74,7 @@ class WorkerSide:
         self.readings: dict[int, SharedReading] = {}
         self.norms: OwnNorms | None = None
         self.filler: PageFiller | None = None
+        self.in_place: InPlace | None = None
         self.stored: StoredPages | None = None
         self._fault: Exception | None = None
         self._begun: Comparison | Verdict | None = None
@@ -106,7 +109,11 @@ class WorkerSide:
             (group,) = (kv_cache_config.kv_cache_groups[number] for number in groups)
             named = {name: layers[name] for name in group.layer_names}
             order = _number_order(layers, kv_cache_config, groups[0])
-            self.filler = PageFiller(pages[groups[0]], order, rotary_of(tables.runner, named))
+            rotary = rotary_of(tables.runner, named)
+            self.filler = PageFiller(pages[groups[0]], order, rotary)
+            if settings.reads_in_place and self.readings:
+                (reading,) = self.readings.values()
+                self.in_place = reading.in_place = InPlace(rotary, reading.block_size)
         self.comparer = PageComparer(settings.across_layers, pages, self.norms, signer, self.filler)
 
     def apply(self, inquiry: Inquiry) -> None:
@@ -144,12 +151,15 @@ class WorkerSide:
             self._fault = error
 
     def follow(self, output: SchedulerOutput) -> None:
-        """Take note of the rows of the step and forget the norms of blocks that are gone, before it is prepared."""
+        """Take note of the rows of the step and of how they read, and forget what is gone, before it is prepared."""
         if self.readings:
             self.tables.begin(output)
+        inquiry = Inquiry.among(output.kv_connector_metadata)
         if self.norms is not None:
             block_sizes = {number: reading.block_size for number, reading in self.readings.items()}
-            self.norms.follow(output, block_sizes, Inquiry.among(output.kv_connector_metadata).found)
+            self.norms.follow(output, block_sizes, inquiry.found)
+        if self.in_place is not None:
+            self.in_place.follow(output, inquiry.in_place)
 
     def answer(self, inquiry: Inquiry) -> Verdict | None:
         """Measure what the scheduler asked for, after the step has been computed.
@@ -163,6 +173,7 @@ class WorkerSide:
         verdict = self._finish(begun) if isinstance(begun, Comparison) else begun
         if verdict is not None:
             verdict.apply_seconds, self._apply_seconds = self._apply_seconds, 0.0
+            verdict.in_place = self.in_place is not None and all(each.fault is None for each in self.readings.values())
         return verdict
 
     def exchange(self, inquiry: Inquiry) -> None:

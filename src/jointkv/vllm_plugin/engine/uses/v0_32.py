@@ -17,7 +17,7 @@ TABLES = (
         f"{CORE}.block_pool:BlockPool",
         "blocks num_gpu_blocks hash_block_size free_block_queue cached_block_hash_to_block "
         "cached_block_hashes_by_block touch(_) free_blocks(_) get_new_blocks(_) get_num_free_blocks() "
-        "evict_blocks(_) _insert_block_hash(_,_,num_tokens) get_usage()",
+        "evict_blocks(_) _insert_block_hash(_,_,num_tokens) get_usage() null_block",
     ),
     Use(f"{CORE}.block_pool:BlockPool", "enable_kv_cache_events kv_event_queue"),
     Use(f"{CORE}.kv_cache_utils", "maybe_convert_block_hash(_)"),
@@ -41,7 +41,7 @@ REQUESTS = (
         "vllm.v1.request:Request",
         "request_id status num_preemptions num_computed_tokens num_tokens num_prompt_tokens all_token_ids "
         "block_hashes cache_salt lora_request mm_features sampling_params prompt_embeds prompt_token_ids resumable "
-        "update_block_hashes()",
+        "max_tokens update_block_hashes()",
     ),
     Use(
         "vllm.v1.request:RequestStatus",
