@@ -201,13 +201,14 @@ def test_display_draws_panels_on_a_terminal() -> None:
     assert "│ H " in last and "│ IJ " in last and "2: second second" in last and "…" in last
 
 
-CAPITALS = ("What is the capital of France?", "What is the capital of Italy?", "--max-new-tokens", "12")
+CAPITALS = ("What is the capital of Japan?", "What is the capital of Russia?", "--max-new-tokens", "12")
+"""The model holds no other token nearly as likely, whatever processor rounds: of Italy it does not."""
 
 
 @pytest.mark.real_model
 def test_real_model_answers_two_prompts() -> None:
     result = run_json("generate", *CAPITALS, "--max-relative-error", "0.05")
-    assert "Paris" in result["answers"][0] and "Rome" in result["answers"][1]
+    assert "Tokyo" in result["answers"][0] and "Moscow" in result["answers"][1]
     # The two share the block of the system prompt and nothing else.
     assert result["stats"]["references"] - result["stats"]["pages_used"] == 1
 
@@ -215,4 +216,4 @@ def test_real_model_answers_two_prompts() -> None:
 @pytest.mark.real_model
 def test_safe_policy_keeps_questions_apart_that_differ_in_one_word() -> None:
     answers = run_json("generate", *CAPITALS)["answers"]
-    assert "Paris" in answers[0] and "Rome" in answers[1]
+    assert "Tokyo" in answers[0] and "Moscow" in answers[1]

@@ -159,10 +159,9 @@ def test_every_shape_of_result_makes_a_page_and_pictures(result: ServingResult, 
     text = page(tmp_path, one=result)
     assert "near-prefix" in text and "nan" not in Elements(text).text.lower().split()
     written = make_pictures(save(tmp_path, one=result), tmp_path / "plots")
-    expected = {"serving.png", "serving.md", "serving_arms.png", "serving_arms.md"} | (
-        {"serving_ratios.png", "serving_ratios.md"} if verdicts(result) else set()
-    )
-    assert {path.name for path in written} == expected
+    names = ["serving", "serving_arms", *(["serving_ratios"] if verdicts(result) else [])]
+    names += ["serving_table"] if len(result.arms) > 1 else []  # which is nothing but comparisons
+    assert {path.name for path in written} == {f"{name}{suffix}" for name in names for suffix in (".png", ".md")}
 
 
 def test_tables_for_the_readme_equal_the_results(tmp_path: Path) -> None:
