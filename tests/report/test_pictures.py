@@ -49,13 +49,17 @@ def test_every_committed_result_is_drawn(path: Path, tmp_path: Path) -> None:
             assert file.read_bytes().startswith(b"\x89PNG\r\n") and file.stat().st_size > 10_000
 
 
-FOLDERS = ["evaluate", "choices", "calibration", "paper", "side_channel", "reuse", "frontier", "peers", "codec"]
+FOLDERS = [
+    *("evaluate", "choices", "calibration", "paper", "side_channel", "reuse", "frontier", "peers", "codec"),
+    "table",
+]
+ONLY = {"peers": "kl_against_computed", "table": "serving_table"}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_committed_tables_are_those_of_the_committed_results(folder: str) -> None:
     results = [read_result(path, FORMATS) for path in COMMITTED if path.parent.name == folder]
-    for picture in [PICTURE["kl_against_computed"]] if folder == "peers" else PICTURES:
+    for picture in [PICTURE[ONLY[folder]]] if folder in ONLY else PICTURES:
         chosen = [result for result in results if isinstance(result, picture.reads) and picture.rows([result])]
         if chosen:
             assert picture.table(chosen) == (RESULTS / folder / f"{picture.name}.md").read_text(encoding="utf-8")
