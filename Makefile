@@ -19,8 +19,8 @@ ENGINE_TESTS := tests/vllm_plugin tests/benchmarks tests/bench/test_real_engine.
 
 .PHONY: setup setup-vllm setup-eval demo test test-slow test-vllm test-eval soak fuzz matrix nightly results lint bench docs clean
 
-# Errors are shown; warnings about how pip is set up on this machine are not. To compile all modules takes longer than to
-# install them, and most are never imported.
+# Errors are shown; warnings about how pip is set up on this machine are not. Installing compiles nothing (--no-compile): to
+# compile all modules takes longer than to compile those that are imported.
 PIP_OPTIONS := -qq --disable-pip-version-check
 
 setup: $(VENV)/.ready
