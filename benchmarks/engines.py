@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from jointkv.bench.environment import engine_environment
@@ -60,6 +61,23 @@ def tell(found: Any) -> None:
 def scheduler_of(engine: Any) -> Any:
     """The scheduler of an engine in this process."""
     return engine.engine_core.engine_core.scheduler
+
+
+def write_calm_model(folder: Path, context: float, **config: Any) -> str:
+    """A random Llama of `config`; what was read before changes K and V of a token as little as `context` is."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight.normal_(std=1.0 if "embed" in name else weight.shape[1] ** -0.5)
+            if "o_proj" in name:
+                weight.mul_(context)
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 def corpus(tokenizer: Any) -> tuple[int, ...]:

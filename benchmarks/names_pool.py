@@ -12,7 +12,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from engines import BLOCK_SIZE, MODEL, in_a_process_of_its_own, prepare_environment, scheduler_of, tell
+from engines import (
+    BLOCK_SIZE,
+    MODEL,
+    in_a_process_of_its_own,
+    prepare_environment,
+    scheduler_of,
+    tell,
+    write_calm_model,
+)
 from timing import write
 
 REQUESTS, MAX_MODEL_LEN = 24, 2048
@@ -25,24 +33,13 @@ ARMS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def write_model(folder: Path, words: int) -> None:
-    """A random Llama in which what was read before changes K and V next to nothing."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=words, max_position_embeddings=MAX_MODEL_LEN, dtype="float32", **sizes, **heads)
-    )
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.normal_(std=1.0 if "embed" in name else weight.shape[1] ** -0.5)
-            if "o_proj" in name:
-                weight.mul_(0.005)
-    model.save_pretrained(folder)
+TINY = {
+    **{"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": MAX_MODEL_LEN},
+    "dtype": "float32",
+}
+CONTEXT = 0.005
+"""What was read before changes K and V next to nothing."""
 
 
 def serve(folder: Path, arm: str, blocks: int, out: int) -> dict[str, Any]:
@@ -57,12 +54,12 @@ def serve(folder: Path, arm: str, blocks: int, out: int) -> dict[str, Any]:
     from jointkv.vllm_plugin.engine.others import ours
 
     tokenizer = AutoTokenizer.from_pretrained(str(fetch_model(MODEL)))
-    write_model(folder, len(tokenizer))
+    model = write_calm_model(folder, CONTEXT, vocab_size=len(tokenizer), **TINY)
     fusion = ARMS[arm]
     attached = {} if fusion is None else engine_args(min_pool_usage=0.0, **fusion)
     common = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": REQUESTS * 2, "max_num_batched_tokens": MAX_MODEL_LEN}
     memory = {"block_size": BLOCK_SIZE, "num_gpu_blocks_override": blocks, "enforce_eager": True}
-    options = {"model": str(folder), "dtype": "float32", "skip_tokenizer_init": True, **common, **memory, **attached}
+    options = {"model": model, "dtype": "float32", "skip_tokenizer_init": True, **common, **memory, **attached}
     engine = LLMEngine.from_engine_args(EngineArgs(**options))
     scheduler = scheduler_of(engine)
     pool, sampling = (

@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engines import corpus, prepare_environment
+from engines import corpus, prepare_environment, write_calm_model
 from jointkv.errors import BadInput
 from jointkv.system.files import replace_text
 from jointkv.system.machine import allowed_cores, machine, versions
@@ -86,27 +86,11 @@ def prepare_model(name: str, work: Path) -> str:
     from jointkv.hf.models import KNOWN_MODELS, fetch_model
 
     if name == TINY:
-        return write_calm_model(work / TINY)
+        from jointkv.vllm_plugin.doctor.trial import TINY_MODEL
+
+        # As in a trained one, another first line changes K and V of what follows a little.
+        return write_calm_model(work / TINY, 0.15, **TINY_MODEL)
     return str(fetch_model(name)) if name in KNOWN_MODELS else name
-
-
-def write_calm_model(folder: Path) -> str:
-    """A random Llama in which, as in a trained one, another first line changes K and V of what follows a little."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from jointkv.vllm_plugin.doctor.trial import TINY_MODEL
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**TINY_MODEL))
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.normal_(std=1.0 if "embed" in name else weight.shape[1] ** -0.5)
-            if "o_proj" in name:
-                weight.mul_(0.15)
-    model.save_pretrained(folder)
-    return str(folder)
 
 
 def run_arm(model: str, arm: str, sizes: Sizes, rounds: int, salted: Sequence[bool], seed: int) -> dict[str, Any]:
