@@ -56,6 +56,18 @@ def test_a_page_before_the_queries_is_read_once(case):
     assert len(work.pages.page) == len(settled) + open_slots
 
 
+@settings(max_examples=200)
+@given(case=batches(most_rows=8, most_slots=12))
+def test_queries_are_turned_once_for_each_shift_at_which_they_read(case):
+    batch, _ = case
+    work = batch.group()
+    read_at = {(ref.shift, row) for row, refs in enumerate(batch.references()) for ref in refs if ref.shift}
+    asked = batch.query_lengths.tolist()
+    queries = [range(sum(asked[:row]), sum(asked[: row + 1])) for row in range(len(asked))]
+    expected = [(shift, query) for shift, row in sorted(read_at) for query in queries[row]]
+    assert list(zip(work.turned_by.tolist(), work.turned.tolist(), strict=True)) == expected
+
+
 def test_a_shared_prefix_is_one_segment():
     tables = torch.arange(4)[:, None] * 100 + torch.arange(10)
     tables[:, :8] = torch.arange(8) + 1000

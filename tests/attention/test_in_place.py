@@ -136,7 +136,7 @@ def test_attention_is_as_if_the_text_had_been_copied_and_its_keys_turned(data, p
     parts = {"first": ranges.first, "count": ranges.count, "shift": ranges.shift}
     work = group_pages(ranges.pages, lengths, size, query_lengths=asked, heads_per_kv_head=2, **parts)
     work.check_integrity()
-    turning = Turning([rotary], work.turning[1]) if work.turned else None
+    turning = Turning([rotary], work.turning[1]) if len(work.turned) else None
     found = paged_attention(
         query,
         LayerPages.of_pool(keys, values),

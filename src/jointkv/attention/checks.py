@@ -42,7 +42,7 @@ def check(asked: Attention) -> None:
             f"the tables name {work.num_pages} pages of {work.block_size} tokens, "
             f"there are {pages.num_pages} of {pages.block_size}"
         )
-    if work.turned and asked.turn is None:
+    if len(work.turned) and asked.turn is None:
         raise LayoutError("a block reference has a position shift and no rotary embedding was given")
     if pages.device.type == "cpu":  # elsewhere a kernel does it, once for each table, because looking at one waits
         for table in asked.scales or ():

@@ -107,7 +107,7 @@ def _check(query: Tensor, pages: LayerPages, interpreted: bool) -> None:
 
 def _rows(query: Tensor, work: WorkList, turn: Turn | None) -> tuple[Tensor, Tensor | None]:
     """Queries and turned ones, and what rounding took from them: rounding a query once more would cost precision."""
-    if not work.turned:
+    if not len(work.turned):
         return query.contiguous(), None
     exact = work.with_turned(query.float(), turn)
     rounded = exact.to(query.dtype)
@@ -138,7 +138,7 @@ class _Lists:
         self.rows = max(16, 2 ** math.ceil(math.log2(most)))
         self.most_repeats = int((work.queries.column_to - work.queries.column_from).max())
         self.causal = bool((work.query_lengths > 1).any())
-        self.whole = not work.turned and len(work.merge.partial) == work.num_queries
+        self.whole = not len(work.turned) and len(work.merge.partial) == work.num_queries
         self.device, self.tokens = device, int(work.lengths.sum())
         self.items, self.pages, self.queries, self.merge = (
             _moved(part, device) for part in (items, work.pages, work.queries, work.merge)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -58,7 +59,7 @@ def group_pages(
     if heads_per_kv_head < 1:
         raise LayoutError(f"{heads_per_kv_head} query heads per KV head")
     table = _Table.read(tables, lengths, block_size, query_lengths, first, count, shift)
-    readers = _Readers.of(table, shift)
+    readers = _Readers.of(table)
     segments = _Segments.of(table, readers, block_size, share)
     queries, asked = _queries(table, readers, segments)
     items, parts = _items(segments, asked, heads_per_kv_head, threads or torch.get_num_threads())
@@ -78,6 +79,7 @@ def group_pages(
         entries=_packed(segments.entries),
         merge=_packed(_merge(table, readers, queries, asked, parts)),
         turned=readers.turned,
+        turned_by=readers.turned_by,
         last_page=last_page,
         room=table.room,
     )
@@ -94,6 +96,7 @@ class _Table(NamedTuple):
     page: Ints
     first: Ints
     held: Ints
+    shift: Ints
     position: Ints
     last_slot: Ints
     room: Ints
@@ -127,45 +130,50 @@ class _Table(NamedTuple):
         room = end[np.arange(len(tokens)), last_slot]
         if (room < tokens).any():
             raise LayoutError("a sequence is longer than its block table")
-        page, position, start, held = (part[row, slot] for part in (_ints(tables), end - held, start, held))
+        by = np.zeros(tables.shape, np.int64) if shift is None else _ints(shift)
+        page, position, start, held, by = (part[used] for part in (_ints(tables), end - held, start, held, by))
         if (start < 0).any() or (held < 1).any() or (start + held > block_size).any():
             raise LayoutError(f"a range of tokens is empty or outside a page of {block_size}")
         if (page < 0).any():
             raise LayoutError("a page number is negative")
         held = np.minimum(held, tokens[row] - position)
         shape = (tables.shape[0], tables.shape[1])
-        return cls(shape, tokens, asked, row, slot, page, start, held, position, last_slot, room)
+        return cls(shape, tokens, asked, row, slot, page, start, held, by, position, last_slot, room)
 
 
 class _Readers(NamedTuple):
-    """Who reads: a sequence, or a sequence turned by a shift.
+    """Who reads: a sequence, or a sequence turned by a shift, in the order of shifts.
 
-    `reader` and `shift` are by entry of the table, `sequence` and `query_row`, its first query, by reader.
+    `reader` is by entry of the table, `sequence` and `query_row`, its first query, by reader; `turned` and `turned_by`
+    are those of `WorkList`.
     """
 
     reader: Ints
-    shift: Ints
     sequence: Ints
     query_row: Ints
-    turned: list[tuple[int, Ints]]
+    turned: Ints
+    turned_by: Ints
 
     @classmethod
-    def of(cls, table: _Table, shift: Tensor | None) -> _Readers:
+    def of(cls, table: _Table) -> _Readers:
         starts = table.query_lengths.cumsum() - table.query_lengths
-        if shift is None:
-            return cls(table.row, np.zeros_like(table.row), np.arange(len(starts)), starts, [])
-        by = _ints(shift)[table.row, table.slot]
-        kinds, reader = np.unique(np.stack((by, table.row), 1), axis=0, return_inverse=True)
-        sequence, query_row = kinds[:, 1], starts[kinds[:, 1]]
-        turned, total = [], int(table.query_lengths.sum())
-        for value in np.unique(kinds[kinds[:, 0] != 0, 0]):
-            who = (kinds[:, 0] == value).nonzero()[0]
-            sizes = table.query_lengths[sequence[who]]
-            rows = np.repeat(query_row[who], sizes) + within(sizes)
-            query_row[who] = total + sizes.cumsum() - sizes
-            turned.append((int(value), rows))
-            total += len(rows)
-        return cls(reader.reshape(-1), by, sequence, query_row, turned)
+        if not table.shift.any():
+            nobody = np.zeros(0, np.int64)
+            return cls(table.row, np.arange(len(starts)), starts, nobody, nobody)
+        # A row has few runs of equal shift. They lie in the order of rows, in which a stable sort by shift leaves them.
+        runs = _starts(table.shift, table.row)
+        order = table.shift[runs].argsort(kind="stable")
+        runs_in_order = runs[order]
+        kinds = _starts(table.shift[runs_in_order], table.row[runs_in_order])
+        number = np.empty_like(order)
+        number[order] = np.repeat(np.arange(len(kinds)), np.diff(kinds, append=len(order)))
+        reader = np.repeat(number, np.diff(runs, append=len(table.row)))
+        shift, sequence = table.shift[runs_in_order[kinds]], table.row[runs_in_order[kinds]]
+        query_row, moved = starts[sequence], shift != 0
+        sizes = table.query_lengths[sequence[moved]]
+        turned = np.repeat(query_row[moved], sizes) + within(sizes)
+        query_row[moved] = table.query_lengths.sum() + sizes.cumsum() - sizes
+        return cls(reader, sequence, query_row, turned, np.repeat(shift[moved], sizes))
 
 
 class _Segments(NamedTuple):
@@ -189,7 +197,7 @@ class _Segments(NamedTuple):
         key = (table.page * (block_size + 1) + table.first) * (block_size + 1) + table.held
         one_by_one = int(key.max()) + 1 + np.arange(len(key))
         key = np.where(alone, one_by_one, key) if share else one_by_one
-        order = np.lexsort((readers.reader, key))
+        order = np.lexsort((readers.reader, key)) if len(readers.turned) else key.argsort(kind="stable")
         starts = _starts(key[order])
         sizes = np.diff(starts, append=len(order))
         kind = _equal_runs(readers.reader[order], starts, sizes)
@@ -209,7 +217,7 @@ class _Segments(NamedTuple):
             entries=Entries(
                 number=(table.row * table.shape[1] + table.slot)[entry],
                 page=np.repeat(np.arange(len(sizes)), sizes),
-                shift=readers.shift[entry],
+                shift=table.shift[entry],
             ),
             num_pages=np.diff(first_page, append=len(sizes)),
             columns=columns,
@@ -222,13 +230,19 @@ class _Segments(NamedTuple):
 
 
 def _equal_runs(values: Ints, starts: Ints, sizes: Ints) -> Ints:
-    """A number for each run of `values`, the same for runs that are equal; by sums of random numbers, then verified."""
+    """A number for each run of `values`, the same for runs that are equal; by sums of random numbers, then verified.
+
+    Mostly a run is as its neighbour, so that few sums need be sorted.
+    """
     for seed in range(100):
         random = np.random.default_rng(seed).integers(2**63, size=int(values.max()) + 1, dtype=np.uint64)
-        _, example, kind = np.unique(np.add.reduceat(random[values], starts), return_index=True, return_inverse=True)
-        like = example[kind.reshape(-1)]
+        sums = np.add.reduceat(random[values], starts)
+        unlike = _starts(sums)
+        _, example, kind = np.unique(sums[unlike], return_index=True, return_inverse=True)
+        kind = np.repeat(kind.reshape(-1), np.diff(unlike, append=len(sums)))
+        like = unlike[example][kind]
         if (sizes == sizes[like]).all() and (values == values[np.repeat(starts[like], sizes) + within(sizes)]).all():
-            return kind.reshape(-1)
+            return kind
     raise IntegrityError("sums of random numbers keep colliding")
 
 
@@ -271,7 +285,7 @@ def _items(segments: _Segments, asked: Ints, heads_per_kv_head: int, threads: in
 def _merge(table: _Table, readers: _Readers, queries: Queries, asked: Ints, parts: Ints) -> Merge:
     """Which partial outputs make each query: they lie by segment, part and query."""
     total = int(table.query_lengths.sum())
-    original = np.concatenate([np.arange(total), *(rows for _, rows in readers.turned)])
+    original = np.append(np.arange(total), readers.turned)
     sizes, query_from = np.repeat(asked, parts), np.repeat(asked.cumsum() - asked, parts)
     made = original[queries.row[np.repeat(query_from, sizes) + within(sizes)]]
     return Merge(np.append(0, np.bincount(made, minlength=total).cumsum()), made.argsort(kind="stable"))
@@ -287,6 +301,8 @@ def _ints(numbers: Tensor) -> Ints:
     return numbers.numpy(force=True).astype(np.int64)
 
 
-def _starts(values: Ints) -> Ints:
-    """Where a new value begins."""
-    return np.append(True, values[1:] != values[:-1]).nonzero()[0]
+def _starts(*columns: Ints) -> Ints:
+    """Where a new value begins in any of them."""
+    new = np.ones(len(columns[0]), bool)
+    new[1:] = reduce(np.logical_or, (column[1:] != column[:-1] for column in columns))
+    return new.nonzero()[0]

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jointkv.attention.work import Ints, within
 from jointkv.core.moved import Fills
 from jointkv.core.plan import BlockRef
 from jointkv.errors import LayoutError
@@ -52,33 +51,32 @@ def in_ranges(tables: Tensor, block_size: int, moved: Mapping[int, Fills]) -> Ra
         LayoutError: a slot beyond the table.
     """
     rows, slots = tables.shape
-    still = np.ones((rows, slots), bool)
-    parts: list[list[Ints]] = []
-    for number, fills in moved.items():
-        if len(fills) and fills.slots.max() >= slots:
-            raise LayoutError(f"slot {fills.slots.max()} of {slots} reads text at another position")
-        still[number, fills.slots] = False
-        rest = fills.where(fills.offset > 0)  # lies in a second page
-        all_of, second = np.full(len(fills), number), np.full(len(rest), number)
-        held = block_size - fills.offset
-        parts.append([all_of, 2 * fills.slots, fills.first, fills.offset, held, fills.shift])
-        parts.append([second, 2 * rest.slots + 1, rest.second, np.zeros_like(second), rest.offset, rest.shift])
-    row, slot = still.nonzero()
-    none = np.zeros_like(row)
-    parts.append([row, 2 * slot, tables.numpy(force=True)[row, slot], none, none + block_size, none])
-    columns = [np.concatenate(column).astype(np.int64) for column in zip(*parts, strict=True)]
-    order = np.lexsort((columns[1], columns[0]))
-    row, _, page, first, count, shift = (column[order] for column in columns)
+    fills = Fills.join(list(moved.values()))
+    if len(fills) and fills.slots.max() >= slots:
+        raise LayoutError(f"slot {fills.slots.max()} of {slots} reads text at another position")
+    where = np.repeat(np.array(list(moved), np.int64) * slots, [len(part) for part in moved.values()]) + fills.slots
+    split = fills.offset > 0  # lies in a second page
+    rest, pieces = fills.where(split), np.ones(rows * slots, np.int64)
+    pieces[where[split]] = 2
+    at = pieces.cumsum() - pieces
+    begin, behind = at[where], at[where[split]] + 1
+    page = np.repeat(tables.numpy(force=True).reshape(-1), pieces).astype(np.int64)
+    first, shift = np.zeros((2, len(page)), np.int64)
+    count = np.full(len(page), block_size)
+    page[begin], first[begin], shift[begin] = fills.first, fills.offset, fills.shift
+    count[begin] = block_size - fills.offset
+    page[behind], count[behind], shift[behind] = rest.second, rest.offset, rest.shift
+    row = np.repeat(np.arange(rows), pieces.reshape(rows, slots).sum(1))
     goes_on = np.zeros(len(row), bool)  # the second part of a block and the first of the next are one piece of a page
     goes_on[1:] = (row[1:] == row[:-1]) & (page[1:] == page[:-1]) & (shift[1:] == shift[:-1])
     goes_on[1:] &= first[1:] == first[:-1] + count[:-1]
     (starts,) = np.nonzero(~goes_on)
     count = np.add.reduceat(count, starts)
-    row, page, first, shift = (column[starts] for column in (row, page, first, shift))
-    entries = np.bincount(row, minlength=rows)
+    entries = np.bincount(row[starts], minlength=rows)
+    used = np.arange(int(entries.max())) < entries[:, None]
     found = []
-    for column, unused in ((page, 0), (first, 0), (count, block_size), (shift, 0)):
-        table = np.full((rows, int(entries.max())), unused, np.int64)
-        table[row, within(entries)] = column
+    for column, unused in ((page[starts], 0), (first[starts], 0), (count, block_size), (shift[starts], 0)):
+        table = np.full(used.shape, unused, np.int64)
+        table[used] = column
         found.append(torch.from_numpy(table))
     return Ranges(*found)

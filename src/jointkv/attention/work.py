@@ -112,7 +112,7 @@ class WorkList:
     """Everything that attention over some block tables has to do.
 
     It holds while the tables stand; `grow` follows sequences that decode into their last block. All arrays but the
-    lengths are int32.
+    lengths and those of turned queries are int32.
 
     Attributes:
         shape: rows and slots of the block tables.
@@ -120,8 +120,9 @@ class WorkList:
         heads_per_kv_head: query heads that share a KV head; items are cut for so many.
         lengths: tokens of each sequence, `[rows]`.
         query_lengths: queries of each sequence, its last tokens, `[rows]`; `n` in all.
-        turned: for each distinct shift that is not 0, the shift and which of the `n` queries are turned back by it. The
-            turned ones follow the others in this order.
+        turned: which of the `n` queries are turned back, once for each shift but 0 at which they read. The turned ones
+            follow the others in this order: that of shifts.
+        turned_by: the shift of each.
         last_page: index into `pages` of each sequence's last block, `[rows]`.
         room: tokens that each sequence may have before its table must change, `[rows]`.
     """
@@ -136,7 +137,8 @@ class WorkList:
     queries: Queries
     entries: Entries
     merge: Merge
-    turned: list[tuple[int, Ints]]
+    turned: Ints
+    turned_by: Ints
     last_page: Ints
     room: Ints
 
@@ -158,9 +160,7 @@ class WorkList:
     @cached_property
     def turning(self) -> tuple[Tensor, Tensor]:
         """Which of the `n` queries are turned, and by how many positions: int64 `[m]` each, on the host."""
-        which = np.concatenate([rows for _, rows in self.turned])
-        back = np.repeat([-shift for shift, _ in self.turned], [len(rows) for _, rows in self.turned])
-        return torch.from_numpy(which), torch.from_numpy(back)
+        return torch.from_numpy(self.turned), torch.from_numpy(-self.turned_by)
 
     @cached_property
     def copies(self) -> dict[torch.device, Any]:
@@ -189,7 +189,7 @@ class WorkList:
         Raises:
             LayoutError: `turn` changes the shape.
         """
-        if not self.turned or turn is None:
+        if not len(self.turned) or turn is None:
             return rows
         which, back = self.turning
         asked = rows[which.to(rows.device)]
@@ -207,13 +207,13 @@ class WorkList:
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless every token is read once for each query that sees it, and merged."""
         items, pages, queries = self.items, self.pages, self.queries
-        read = np.zeros(self.num_queries + sum(len(rows) for _, rows in self.turned), np.int64)
+        read = np.zeros(self.num_queries + len(self.turned), np.int64)
         for i in range(len(items.page_from)):
             asked, run = slice(items.query_from[i], items.query_to[i]), slice(items.page_from[i], items.page_to[i])
             seen = queries.seen[asked, None] + 1 - pages.offset[None, run]
             tokens = np.clip(seen, 0, pages.held[None, run]).sum(1)
             np.add.at(read, queries.row[asked], tokens * (queries.column_to - queries.column_from)[asked])
-        original = np.concatenate([np.arange(self.num_queries), *(rows for _, rows in self.turned)])
+        original = np.append(np.arange(self.num_queries), self.turned)
         found = np.bincount(original, read, self.num_queries)
         first = np.repeat(self.lengths - self.query_lengths, self.query_lengths)
         if (found != first + within(self.query_lengths) + 1).any():

@@ -159,7 +159,7 @@ class SharedReading:
 
     def _turning(self, work: WorkList) -> Turning | None:
         """Angles for the queries of `work` that are turned; the same while it stands."""
-        if not work.turned:
+        if not len(work.turned):
             return None
         if self._turned is None or self._turned[0] is not work:
             assert self.in_place is not None
