@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 pytest.importorskip("vllm")
 
-from jointkv.vllm_plugin.scheduler import helpers, reuse
+from jointkv.vllm_plugin.scheduler import entry_blocks, helpers, reuse
 from jointkv.vllm_plugin.scheduler.recovery import Recovery
 from tests.vllm_plugin.engines import LOSSY, Engine, engine, near_prefix
 from tests.vllm_plugin.faulty import WAIT, Clock, raising
@@ -21,7 +22,7 @@ HOOKS = (
     "reuse.prepare",
     "reuse.holds",
     "reuse.begin",
-    "reuse.questions",
+    "reuse.entry_blocks.questions",
     "reuse.dismiss",
     "reuse.ended",
     "reuse.stray",
@@ -29,8 +30,8 @@ HOOKS = (
     "reuse.followers.new_step",
     "reuse.followers.follows",
     "reuse.look_up.intake",
-    "reuse._advance",
-    "reuse._hear",
+    "reuse.entry_blocks._advance",
+    "reuse.entry_blocks._hear",
     "reuse._start",
     "sharing.adopt",
     "sharing.started",
@@ -123,10 +124,17 @@ def test_in_a_hook(hook: str, reusing: Engine, monkeypatch: pytest.MonkeyPatch) 
 
 
 @ERROR
-@pytest.mark.parametrize("name", ["helper_of", "send_ahead", "in_line", "seats", "Question"])
-def test_when_helpers_are_made(name: str, reusing: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (helpers, "helper_of"),
+        *((reuse, name) for name in ("send_ahead", "in_line", "seats")),
+        (entry_blocks, "Question"),
+    ],
+)
+def test_when_helpers_are_made(module: ModuleType, name: str, reusing: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     ward = Ward(reusing)
-    monkeypatch.setattr(helpers if name == "helper_of" else reuse, name, raising)
+    monkeypatch.setattr(module, name, raising)
     ward.serve()
     monkeypatch.undo()
     ward.assert_comes_back()

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from jointkv.vllm_plugin.metrics import LEFT_ALONE
-from jointkv.vllm_plugin.scheduler.intakes import Helper
+from jointkv.vllm_plugin.scheduler.intake import Helper
 from jointkv.vllm_plugin.scheduler.left_alone import logger
 from jointkv.vllm_plugin.scheduler.side import SchedulerSide
 from jointkv.vllm_plugin.settings import PluginSettings

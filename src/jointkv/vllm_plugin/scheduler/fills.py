@@ -21,7 +21,7 @@ from jointkv.vllm_plugin.engine.pages import NULL_PAGE
 from jointkv.vllm_plugin.messages import PageFill
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.in_place import InPlace
-from jointkv.vllm_plugin.scheduler.intakes import Intake
+from jointkv.vllm_plugin.scheduler.intake import Intake
 from jointkv.vllm_plugin.scheduler.look_up import GROUP
 from jointkv.vllm_plugin.scheduler.questions import Answer, Question
 from jointkv.vllm_plugin.scheduler.residents import Residents

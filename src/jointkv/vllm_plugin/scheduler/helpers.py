@@ -8,7 +8,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from jointkv.vllm_plugin.engine.line import helper_of
 from jointkv.vllm_plugin.engine.opt_out import OPT_OUT
-from jointkv.vllm_plugin.scheduler.intakes import Helper, Intake
+from jointkv.vllm_plugin.scheduler.intake import Helper, Intake
 
 
 class Helpers:

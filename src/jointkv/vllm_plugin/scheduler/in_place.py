@@ -23,7 +23,7 @@ from jointkv.vllm_plugin.engine.pages import NULL_PAGE
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import ReadInPlace
-from jointkv.vllm_plugin.scheduler.intakes import Intake
+from jointkv.vllm_plugin.scheduler.intake import Intake
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from vllm.v1.request import Request
 
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.scheduler.helpers import Helpers
-from jointkv.vllm_plugin.scheduler.intakes import Helper
+from jointkv.vllm_plugin.scheduler.intake import Helper
 from jointkv.vllm_plugin.scheduler.look_up import LookUp
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 from jointkv.vllm_plugin.scheduler.stored import StoredText

@@ -13,7 +13,7 @@ from jointkv.core.reuse import Integers
 from jointkv.policy.reuse import ReuseRule, Search
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.followers import Followers
-from jointkv.vllm_plugin.scheduler.intakes import Intake
+from jointkv.vllm_plugin.scheduler.intake import Intake
 from jointkv.vllm_plugin.scheduler.licences import Licences, PageClass
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 from jointkv.vllm_plugin.scheduler.resident_text import ResidentText

@@ -11,29 +11,25 @@ from __future__ import annotations
 import time
 from collections import ChainMap
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any
 
-import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from jointkv.core.moved_text import unwritten
-from jointkv.core.reuse import Run, stretches
 from jointkv.policy.reuse import ReuseRule
 from jointkv.vllm_plugin.engine.line import in_line, seats, send_ahead
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.metrics import Statistics
-from jointkv.vllm_plugin.scheduler.evidence import Audit
+from jointkv.vllm_plugin.scheduler.entry_blocks import EntryBlocks
 from jointkv.vllm_plugin.scheduler.fills import Fills
 from jointkv.vllm_plugin.scheduler.followers import Followers
 from jointkv.vllm_plugin.scheduler.helpers import Helpers
-from jointkv.vllm_plugin.scheduler.intakes import Helped, Helper, Intake
+from jointkv.vllm_plugin.scheduler.intake import Helped, Helper, Intake
+from jointkv.vllm_plugin.scheduler.intakes import Intakes
 from jointkv.vllm_plugin.scheduler.licences import Licences
 from jointkv.vllm_plugin.scheduler.loaders import Loaders
 from jointkv.vllm_plugin.scheduler.look_up import GROUP, LookUp
-from jointkv.vllm_plugin.scheduler.questions import Answer, Question
 from jointkv.vllm_plugin.scheduler.requests import Requests, TrackedRequest
 from jointkv.vllm_plugin.scheduler.residents import Residents
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
@@ -63,6 +59,7 @@ class Reuse:
         followers: requests that wait for text that another one is computing.
         look_up: says what each could reuse.
         fills: has pages written with text from other positions.
+        entry_blocks: decide where too little is known.
         loaders: have prefixes loaded before that.
     """
 
@@ -77,13 +74,13 @@ class Reuse:
         statistics: Statistics,
         stored: StoredText | None = None,
     ) -> None:
-        self.rule, self.residents, self.requests, self.sharing = rule, residents, requests, sharing
-        self.statistics = statistics
-        self.intakes: dict[str, Intake] = {}
+        self.requests, self.sharing, self.statistics = requests, sharing, statistics
         self.sent = Helpers()
         self.followers = Followers(requests)
         self.look_up = LookUp(settings, rule, residents, self.followers, sharing, licences)
         self.fills = Fills(sharing, residents, statistics)
+        self.intakes = Intakes(self.sent, self.fills.in_place, sharing)
+        self.entry_blocks = EntryBlocks(rule, self.look_up, sharing, self.intakes, self.sent, statistics)
         self.loaders = Loaders(stored, self.look_up, sharing.tables, self.sent, rule.least)
         self._started: list[tuple[TrackedRequest, int, list[int]]] = []
 
@@ -189,29 +186,6 @@ class Reuse:
                 tracked.late = slots
         self._started = []
 
-    def questions(self, output: SchedulerOutput) -> Iterator[Question]:
-        """Entry blocks that the step that `output` describes completes, and their sources' pages."""
-        for name, helper in self.helpers.items():
-            scheduled, intake = output.num_scheduled_tokens.get(name), self.intakes.get(helper.owner)
-            if scheduled is None or intake is None or intake.entry is None or helper.end != intake.entry + 1:
-                continue
-            if intake.asked:
-                continue  # it was preempted before the answer came, and computes the block again
-            if helper.request.num_computed_tokens + scheduled < helper.request.num_prompt_tokens:
-                continue
-            held = self.sharing.tables.block(name, GROUP, intake.entry)
-            assert held is not None
-            intake.sources = [run for run in intake.sources if intake.text.holds(run)[0]]
-            if intake.sources:
-                intake.asked = True
-                pairs = [intake.text.pair(GROUP, held.block_id, int(run.pages[0])) for run in intake.sources]
-                yield Question(pairs, partial(self._hear, intake, list(intake.sources)))
-            elif intake.plan.skipped:
-                intake.search.refused(intake.entry)
-                self._advance(intake)
-            else:
-                self._look_up_anew(intake)
-
     def ended(self, name: str) -> None:
         """A helper has ended, if it is one."""
         helper = self.helpers.get(name)
@@ -223,11 +197,11 @@ class Reuse:
             return
         intake.helpers.discard(name)
         if intake.entry is not None and helper.end == intake.entry + 1 and not intake.asked:
-            self._let_go(helper.owner)  # it was stopped before its entry block could be compared
+            self.intakes.let_go(helper.owner)  # it was stopped before its entry block could be compared
 
     def dismiss(self, request_id: str) -> None:
         """A request has ended."""
-        self._let_go(request_id)
+        self.intakes.let_go(request_id)
         self.loaders.let_go(request_id)
 
     def stray(self) -> list[str]:
@@ -243,15 +217,7 @@ class Reuse:
         for request_id, intake in list(self.intakes.items()):
             if intake.plan.skipped and request_id in self.requests.active:
                 self.sharing.forget(intake.tracked)
-            self._let_go(request_id)
-
-    def _let_go(self, request_id: str) -> None:
-        """The request computes what it has not found."""
-        intake = self.intakes.pop(request_id, None)
-        if intake is not None:
-            self.fills.in_place.withdraw(intake)
-            intake.tracked.planned = intake.tracked.request.num_preemptions
-        self.sent.let_go(request_id)
+            self.intakes.let_go(request_id)
 
     def _loaders_ahead(self, request: Request) -> list[Request] | None:
         """See `Loaders.ahead_of`."""
@@ -263,14 +229,8 @@ class Reuse:
         intake = self.intakes.get(name)
         waits = intake is not None and not (intake.asked or intake.helpers)
         if intake is not None and waits and (self.fills.lost(intake) or self._lost(intake)):
-            self._look_up_anew(intake)
+            self.intakes.look_up_anew(intake)
         return self.intakes.get(name)
-
-    def _look_up_anew(self, intake: Intake) -> None:
-        """At its next turn; what helpers have computed is found then as any other exact prefix."""
-        del self.intakes[intake.tracked.request.request_id]
-        intake.tracked.helped = intake.helped
-        self.sharing.let_go(intake.tracked)
 
     def _lost(self, intake: Intake) -> bool:
         """Whether others took pages that `intake` was to find while it waited for the room that there is by now."""
@@ -288,8 +248,7 @@ class Reuse:
         intake = self.look_up.intake(tracked)
         if intake is not None:
             self.intakes[name], intake.helped = intake, tracked.helped
-            self._adopt(intake, intake.plan.reused)
-            self._advance(intake)
+            self.entry_blocks.begin(intake)
         if name not in self.intakes and name not in self.followers.held:
             self.followers.add_donor(tracked)
         return self.intakes.get(name)
@@ -307,7 +266,7 @@ class Reuse:
     def _begin(self, intake: Intake) -> Intake | None:
         """The turn of `intake` has come; what is resident by now counts, not what was when it was looked up."""
         if not intake.text.is_whole:
-            self._look_up_anew(intake)
+            self.intakes.look_up_anew(intake)
             found = self._take_in(intake.tracked.request)
         else:
             found = intake
@@ -325,49 +284,6 @@ class Reuse:
         made = [helper.request for helper in self.sent.make(intake, self.sharing.tables.pool.hash_block_size)]
         self.statistics.add("reuse_helpers", len(made))
         return made
-
-    def _advance(self, intake: Intake) -> None:
-        """Turn to the next run; if there is none and nothing is reused, let the request go."""
-        least = self.rule.least + 1
-        intake.entry = intake.runs.next_entry(intake.search.at, intake.end, least)
-        if intake.entry is not None:
-            intake.sources = intake.runs.through(intake.entry, intake.end, least, self.rule.sources)
-        elif not intake.plan.skipped and intake.text.is_whole:
-            intake.tracked.audit = Audit()
-            self._let_go(intake.tracked.request.request_id)
-        elif not intake.plan.skipped:
-            self._look_up_anew(intake)
-
-    def _hear(self, intake: Intake, sources: list[Run], answer: Answer) -> None:
-        """The entry block has been compared with those of `sources`: adopt what may be."""
-        if self.intakes.get(intake.tracked.request.request_id) is not intake:
-            return
-        assert intake.asked and intake.entry is not None
-        intake.asked = False
-        held = np.array([intake.text.holds(run)[0] for run in sources], bool)
-        pages = np.array([run.pages[0] for run in sources])[held]
-        intake.text.testify(np.full(len(pages), intake.entry), pages, answer.ratio[held])
-        nearest = self.rule.serving(sources, answer.ratio)
-        self._follow(intake, intake.entry, sources[nearest].behind, float(answer.ratio[nearest]))
-        self._advance(intake)
-
-    def _follow(self, intake: Intake, entry: int, run: Run, ratio: float) -> None:
-        """Adopt what may be read of `run`, whose entry block is that far."""
-        known = intake.text.known(np.arange(run.first, run.end), run.pages)
-        permitted = self.look_up.permitted(intake.text, run.pages) & intake.text.holds(run)
-        before = intake.plan
-        intake.plan = self.rule.behind(before, run, known, ratio, permitted)
-        intake.search.heard(entry, before, intake.plan)
-        self._adopt(intake, stretches(intake.plan.pages != before.pages))
-
-    def _adopt(self, intake: Intake, new: Iterable[range]) -> None:
-        """Lead the request to the pages of its plan; those that are not written yet are when its turn has come."""
-        for stretch in new:
-            pages = intake.plan.pages[stretch.start : stretch.stop]
-            for part in stretches(~unwritten(pages)):
-                first = stretch.start + part.start
-                self.sharing.adopt(intake.tracked, GROUP, first, pages[part.start : part.stop].tolist())
-            self.statistics.add("reuse_runs")
 
     def _start(self, intake: Intake, computed: int) -> None:
         """The request starts and has found `computed` tokens."""

@@ -31,7 +31,7 @@ from jointkv.vllm_plugin.scheduler.candidates import Candidates
 from jointkv.vllm_plugin.scheduler.directions import Directions
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.fusion import Fusion
-from jointkv.vllm_plugin.scheduler.intakes import Helped, Helper
+from jointkv.vllm_plugin.scheduler.intake import Helped, Helper
 from jointkv.vllm_plugin.scheduler.left_alone import LeftAlone
 from jointkv.vllm_plugin.scheduler.licences import Licences, audits_of_profile, first_licences
 from jointkv.vllm_plugin.scheduler.page_readers import PageReaders
@@ -383,7 +383,11 @@ class SchedulerSide:
         self.fusion.conclude(self.requests.among(output.num_scheduled_tokens))
         self.candidates.note_written(self.reuse.fills.sent, inquiry.step)
         self.candidates.forget_written(output, inquiry.step)
-        questions = [*self.reuse.fills.questions(), *self.reuse.questions(output), *self.fusion.questions(output)]
+        questions = [
+            *self.reuse.fills.questions(),
+            *self.reuse.entry_blocks.questions(output),
+            *self.fusion.questions(output),
+        ]
         self.questions.ask(inquiry, questions, self.fusion.signing(), self.fusion.gatherings())
 
     def _end_strays(self, scheduler: Scheduler) -> None:
