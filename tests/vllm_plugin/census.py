@@ -70,16 +70,15 @@ class Census:
             return blocks
 
         directions = engine.side.fusion.directions
-        if directions is not None:
-            take = directions.take
+        take = directions.take
 
-            def taken(step: int) -> Any:
-                writes = take(step)
-                for write in writes:
-                    self._before_writing(write.page, write.members)
-                return writes
+        def taken(step: int) -> Any:
+            writes = take(step)
+            for write in writes:
+                self._before_writing(write.page, write.members)
+            return writes
 
-            patch.setattr(directions, "take", taken)
+        patch.setattr(directions, "take", taken)
         patch.setattr(tables, "replace", watched)
         patch.setattr(engine.side.sharing, "adopt", adopted)
         patch.setattr(engine.side.candidates.residents, "add_filled", filled)

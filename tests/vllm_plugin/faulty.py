@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from jointkv.vllm_plugin.scheduler import side
+from jointkv.vllm_plugin.scheduler import fail_safe
 from jointkv.vllm_plugin.scheduler.recovery import Recovery
 from tests.vllm_plugin.census import Census
 from tests.vllm_plugin.engines import LOSSY, Engine, Prompt, engine, near_prefix
@@ -147,18 +147,18 @@ def patient(
     """See `Patient`."""
     fused, census, expected = ward
     found = Patient(fused, census, expected, monkeypatch)
-    handler, level = logging.Handler(logging.INFO), side.logger.level
+    handler, level = logging.Handler(logging.INFO), fail_safe.logger.level
     handler.emit = lambda record: found.log.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
-    side.logger.addHandler(handler)
-    side.logger.setLevel(logging.INFO)
+    fail_safe.logger.addHandler(handler)
+    fail_safe.logger.setLevel(logging.INFO)
     finished = len(fused.outputs)
     try:
         found.begin()
         yield found
         record_property("requests", len(fused.outputs) - finished)
     finally:
-        side.logger.removeHandler(handler)
-        side.logger.setLevel(level)
+        fail_safe.logger.removeHandler(handler)
+        fail_safe.logger.setLevel(level)
         monkeypatch.undo()
         for name in list(fused.vllm_scheduler.requests):
             fused.llm.llm_engine.engine_core.abort_requests([name])

@@ -29,7 +29,10 @@ class Fusion:
         audits: learn from the answers.
         statistics: counts.
         signs: whether blocks that keep their pages are signed.
-        directions: writes what blocks share that keep their pages; None where that is not asked for.
+        writes_directions: whether pages are written with what blocks share that keep theirs.
+
+    Attributes:
+        directions: writes them.
     """
 
     def __init__(
@@ -40,9 +43,10 @@ class Fusion:
         audits: Audits,
         statistics: Statistics,
         signs: bool = False,
-        directions: Directions | None = None,
+        writes_directions: bool = False,
     ) -> None:
-        self._searching, self.directions = Searching() if signs else None, directions
+        self._searching, self._writes_directions = Searching() if signs else None, writes_directions
+        self.directions = Directions(candidates, bounds, sharing, statistics)
         self.candidates, self.bounds, self.sharing = candidates, bounds, sharing
         self.audits, self.statistics = audits, statistics
         self._again: list[Member] = []
@@ -54,8 +58,7 @@ class Fusion:
         for member in members:
             if member.audit is not None:
                 member.audit.outstanding += len(member.candidates) + len(member.moved)
-        if self.directions is not None:
-            yield from self.directions.questions()
+        yield from self.directions.questions()
         if members:
             yield Question([pair for member in members for pair in member.pairs], partial(self._hear, members))
 
@@ -69,7 +72,7 @@ class Fusion:
 
     def gatherings(self) -> list[Gathering]:
         """What the workers shall compare all with all after that step."""
-        return [] if self.directions is None else self.directions.gatherings()
+        return self.directions.gatherings()
 
     def conclude(self, tracked: Iterable[TrackedRequest]) -> None:
         """Audits may be complete although nothing was compared in the end."""
@@ -80,8 +83,7 @@ class Fusion:
     def start_anew(self) -> None:
         """Forget what was to be asked."""
         self._again, self._unsigned = [], []
-        if self.directions is not None:
-            self.directions.start_anew()
+        self.directions.start_anew()
 
     def _to_compare(self, output: SchedulerOutput) -> Iterator[Member]:
         """Members with candidates: those that get others than before, then new ones. The rest become resident."""
@@ -192,7 +194,7 @@ class Fusion:
         self.candidates.make_resident(member)
         if self._is_to_be_signed(member):
             self._unsigned.append(member)
-        elif self.directions is not None and member.fuses:
+        elif self._writes_directions and member.fuses:
             self.directions.collect(member)
         elif member.of_prompt and member.fuses:
             self.bounds.kept(member.group)

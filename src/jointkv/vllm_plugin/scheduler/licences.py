@@ -92,16 +92,13 @@ class Licences:
     Args:
         new: makes the first one of a class.
         statistics: counts audits and moves.
-
-    Attributes:
-        changed: whether any has, since it was set to False.
     """
 
     def __init__(self, new: Callable[[PageClass], Licence], statistics: Statistics) -> None:
         self._new, self._statistics = new, statistics
         self._licences: dict[PageClass, Licence] = {}
         self._numbers: dict[Hashable, int] = {}
-        self.changed = True
+        self._changed = True
 
     def granted(self, page_class: PageClass) -> bool:
         """Whether pages of that class may be read now."""
@@ -113,7 +110,7 @@ class Licences:
         self._statistics.add("reuse_audited_blocks", audited)
         self._statistics.add("reuse_missed_blocks", missed)
         licence = self._of(page_class)
-        self.changed = True
+        self._changed = True
         if licence.observe(missed / audited) is not None:
             self._statistics.add("licences_granted" if licence.granted else "licences_lost")
             logger.info("jointkv: pages of class %s: %s", self._label(page_class) or "unnumbered", licence.describe())
@@ -127,6 +124,11 @@ class Licences:
             "classes": {label: (licence.state, licence.limit) for label, licence in shown if label is not None},
         }
 
+    def news(self, allowed: float) -> LicenceGauges | None:
+        """`gauges`, if any licence has changed since this was asked last."""
+        changed, self._changed = self._changed, False
+        return self.gauges(allowed) if changed else None
+
     def check_integrity(self) -> None:
         """Raises IntegrityError when a licence is not what its audits allow."""
         for licence in self._licences.values():
@@ -137,7 +139,7 @@ class Licences:
         if licence is None:
             if len(self._licences) == MOST_CLASSES:
                 self._forget(next(iter(self._licences)))
-            licence, self.changed = self._new(page_class), True
+            licence, self._changed = self._new(page_class), True
             self._number(page_class.isolation)
         self._licences[page_class] = licence
         return licence

@@ -1,14 +1,12 @@
 """The scheduler's side of the plugin: it owns the truth, asks the workers, decides, and reports.
 
-Any error inside switches fusion off, see `Recovery`, and leaves serving as it is.
+Any error inside switches fusion off, see `FailSafe`, and leaves serving as it is.
 """
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -23,20 +21,19 @@ from jointkv.vllm_plugin.engine.opt_out import left_alone
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.engine.tables import BlockTables
 from jointkv.vllm_plugin.messages import Inquiry, Verdict, patience
-from jointkv.vllm_plugin.metrics import JointStats, LicenceGauges, Statistics
+from jointkv.vllm_plugin.metrics import JointStats
 from jointkv.vllm_plugin.scheduler.arrivals import Arrivals
 from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.bounds import Bounds
 from jointkv.vllm_plugin.scheduler.candidates import Candidates
-from jointkv.vllm_plugin.scheduler.directions import Directions
 from jointkv.vllm_plugin.scheduler.evidence import Audit
+from jointkv.vllm_plugin.scheduler.fail_safe import FailSafe, fail_safe
 from jointkv.vllm_plugin.scheduler.fusion import Fusion
 from jointkv.vllm_plugin.scheduler.intake import Helped, Helper
 from jointkv.vllm_plugin.scheduler.left_alone import LeftAlone
 from jointkv.vllm_plugin.scheduler.licences import Licences, audits_of_profile, first_licences
 from jointkv.vllm_plugin.scheduler.page_readers import PageReaders
 from jointkv.vllm_plugin.scheduler.questions import Questions
-from jointkv.vllm_plugin.scheduler.recovery import Recovery
 from jointkv.vllm_plugin.scheduler.requests import Requests
 from jointkv.vllm_plugin.scheduler.reuse import Reuse
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
@@ -51,27 +48,8 @@ UNBOUNDED = (
     "may hold words of other requests"
 )
 
-R = TypeVar("R")
 
-
-def fail_safe(hook: Callable[..., R]) -> Callable[..., R | None]:
-    """An error inside `hook` switches fusion off; the engine goes on."""
-
-    @functools.wraps(hook)
-    def guarded(self: SchedulerSide, *args: Any, **kwargs: Any) -> R | None:
-        start = time.perf_counter()
-        try:
-            return hook(self, *args, **kwargs)
-        except Exception as error:
-            self._switch_off(f"{hook.__name__}: {type(error).__name__}: {error}", isinstance(error, IntegrityError))
-            return None
-        finally:
-            self.statistics.add("schedule_seconds", time.perf_counter() - start)
-
-    return guarded
-
-
-class SchedulerSide:
+class SchedulerSide(FailSafe):
     """What the connector's hooks at the scheduler do.
 
     Args:
@@ -83,7 +61,6 @@ class SchedulerSide:
         stored_model: what a store knows the engine's pages by, where there is a store.
 
     Attributes:
-        enabled: whether anything is fused now.
         beside_others: whether other connectors load pages, and may overwrite what a request found in the prefix cache.
     """
 
@@ -96,10 +73,7 @@ class SchedulerSide:
         batches: int = 1,
         stored_model: str | None = None,
     ) -> None:
-        self.settings = settings
-        self.enabled = settings.enabled
-        self.recovery = Recovery(settings.retry_after, settings.max_faults)
-        self.statistics = Statistics()
+        super().__init__(settings)
         self.tables = BlockTables(manager)
         self.readers = PageReaders(self.tables)
         block_size = self.tables.groups[groups[0]].block_size
@@ -120,11 +94,14 @@ class SchedulerSide:
             settings, rule, residents, self.requests, self.sharing, self.licences, self.statistics, self.stored
         )
         audits = Audits(rule, residents, self.licences)
-        directions = None
-        if settings.writes_directions:
-            directions = Directions(self.candidates, self.bounds, self.sharing, self.statistics)
         self.fusion = Fusion(
-            self.candidates, self.bounds, self.sharing, audits, self.statistics, settings.signs, directions
+            self.candidates,
+            self.bounds,
+            self.sharing,
+            audits,
+            self.statistics,
+            settings.signs,
+            settings.writes_directions,
         )
         self.questions = Questions(self.bounds, self.statistics, patience(batches), settings.signature_size)
         self.beside_others = False
@@ -145,15 +122,6 @@ class SchedulerSide:
         if settings.unbounded:
             logger.warning(UNBOUNDED, settings.unbounded_by)
 
-    @property
-    def state(self) -> str:
-        """One of `metrics.STATES`."""
-        if self.recovery.off:
-            return "disabled" if self.recovery.for_good else "recovering"
-        if not self.settings.enabled:
-            return "off"
-        return "active" if self.statistics.totals()["blocks_considered"] else "inert"
-
     def totals(self) -> dict[str, Any]:
         """What was counted since the start, with `state` and `licences`."""
         licences = self.licences.gauges(self.settings.reuse_miss_rate)
@@ -164,9 +132,7 @@ class SchedulerSide:
         """Take note of a new request."""
         if self.stored is not None:
             self.stored.admit(request)
-        if self.recovery.resume():
-            self.enabled = self.settings.enabled
-            logger.info("jointkv is on again, for requests that arrive from now on")
+        self.resume()
         if not self.enabled:
             return
         tracked = self.requests.admit(request)
@@ -304,8 +270,7 @@ class SchedulerSide:
         if tracked is not None:
             self.sharing.forget(tracked)
             self.fusion.conclude([tracked])
-        if self.fusion.directions is not None:
-            self.fusion.directions.dismiss(request_id)
+        self.fusion.directions.dismiss(request_id)
 
     @fail_safe
     def let_go(self, preempted: bool) -> None:
@@ -316,14 +281,18 @@ class SchedulerSide:
         """
         if preempted:
             self.reuse.fills.in_place.let_go()
-        if self.fusion.directions is not None:
-            self.fusion.directions.start_anew()
+        self.fusion.directions.start_anew()
 
     @fail_safe
     def reset(self) -> None:
         """Forget all resident pages, because their content is no longer what the model would compute."""
         if self.stored is not None:
             self.stored.reset()
+        self._start_anew()
+
+    def let_everybody_go(self) -> None:
+        """See `FailSafe`. What is shared stays shared; remaps already committed are still sent."""
+        self.requests.leave_alone()
         self._start_anew()
 
     @fail_safe
@@ -333,14 +302,8 @@ class SchedulerSide:
         shared = self.readers.after_step()
         if shared is None and not self.statistics.has_news(self.state):
             return None
-        return self.statistics.take(self.state, shared, self._licence_gauges())
-
-    def _licence_gauges(self) -> LicenceGauges | None:
-        """None where nothing has changed since the last report."""
-        if not self.settings.reuses or not self.licences.changed:
-            return None
-        self.licences.changed = False
-        return self.licences.gauges(self.settings.reuse_miss_rate)
+        licences = self.licences.news(self.settings.reuse_miss_rate) if self.settings.reuses else None
+        return self.statistics.take(self.state, shared, licences)
 
     def close(self) -> None:
         """The engine ends."""
@@ -354,8 +317,7 @@ class SchedulerSide:
         self.licences.check_integrity()
         self.reuse.fills.check_integrity()
         self.bounds.check_integrity()
-        if self.fusion.directions is not None:
-            self.fusion.directions.check_integrity()
+        self.fusion.directions.check_integrity()
         for request_id, tracked in self.requests.active.items():
             if tracked.epoch == tracked.request.num_preemptions:
                 for group, slot in tracked.served:
@@ -364,7 +326,7 @@ class SchedulerSide:
 
     @fail_safe
     def _write_directions(self, inquiry: Inquiry) -> None:
-        if self.enabled and self.fusion.directions is not None:
+        if self.enabled:
             inquiry.directions = self.fusion.directions.take(inquiry.step)
 
     @fail_safe
@@ -408,16 +370,3 @@ class SchedulerSide:
         self.fusion.start_anew()
         for tracked in self.requests.active.values():
             tracked.audit = None
-
-    def _switch_off(self, fault: str, for_good: bool) -> None:
-        """Fuse nothing for now. Logged and counted, unless it was off already; requests go on.
-
-        What is shared stays shared; remaps already committed are still sent.
-        """
-        self.enabled = False
-        self.requests.leave_alone()
-        self._start_anew()
-        if self.recovery.fault(fault, for_good):
-            self.statistics.add("faults")
-            logger.error("jointkv has switched itself off %s, requests go on unfused: %s", self.recovery.outlook, fault)
-        logger.debug("where it happened", exc_info=True)
