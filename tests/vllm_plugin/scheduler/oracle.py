@@ -4,61 +4,22 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from copy import copy
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 from vllm.v1.request import Request, RequestStatus
 
-from jointkv.fusion.signature import token_hashes
-from jointkv.fusion.token_index import places
 from jointkv.vllm_plugin.engine.others import ours
 from jointkv.vllm_plugin.engine.pages import NULL_PAGE
 from jointkv.vllm_plugin.engine.steps import started
+from tests.vllm_plugin.scheduler.account import Account
 from tests.vllm_plugin.scheduler.directions_oracle import Directions
 from tests.vllm_plugin.scheduler.fake_pages import Block, Model, own_norm, within_bounds
 from tests.vllm_plugin.scheduler.fake_worker import Runner
+from tests.vllm_plugin.scheduler.index_oracle import Index
 
 ABORTED = "abort"
-
-
-@dataclass
-class Account:
-    """What one request has computed, and what it would have computed without fusion.
-
-    Attributes:
-        request: vLLM's own.
-        twin: keeps the hashes of its text, whatever the request looks up itself.
-        exact: per layer group the numbers of its text, token by token.
-        own: per layer group and slot what it computed itself or found.
-        ever: all that full blocks of `own` have been: a preempted request may find any of it again.
-        merged: the page that (group, slot) reads from another, or that others read with it.
-        factors: with what factor it is to be read, where that is not 1.
-        ever_merged: (group, slot) that did so at any time.
-        delivered: tokens sent to the client.
-        ended: why, as vLLM says; None while it lives.
-    """
-
-    request: Request
-    twin: Request
-    exact: list[list[int]]
-    own: list[list[list[int]]]
-    ever: list[defaultdict[int, set[Block]]]
-    merged: dict[tuple[int, int], int] = field(default_factory=dict)
-    factors: dict[tuple[int, int], float] = field(default_factory=dict)
-    ever_merged: set[tuple[int, int]] = field(default_factory=set)
-    delivered: list[int] = field(default_factory=list)
-    ended: str | None = None
-
-    def may_read(self, group: int, slot: int, block: Block, policy: Any) -> bool:
-        """Whether `block` is what the request itself once had at `slot`, or, after a merge, near it."""
-        ever = self.ever[group][slot]
-        if block in ever:
-            return True
-        return (group, slot) in self.ever_merged and any(within_bounds(own, block, policy) for own in ever)
 
 
 class Oracle:
@@ -80,7 +41,6 @@ class Oracle:
         self.expected_faults: set[str] = set()
         self.aborting: set[str] = set()
         self._promises: dict[bytes, tuple[Block, ...]] = {}
-        self._indexed: dict[int, tuple[Any, int]] = {}
         self._starting: set[str] = set()
 
     def attach(self, core: Any, runner: Runner) -> None:
@@ -103,7 +63,7 @@ class Oracle:
             assert not own.ref_cnt, "a page that was given away is held"
 
         self.side.tables.replace = watched
-        self.directions = Directions(self)
+        self.directions, self.index = Directions(self), Index(self)
 
     # What happens.
 
@@ -219,7 +179,7 @@ class Oracle:
         for account in live:
             self._check_tables(account)
         self._check_prefix_cache(live)
-        self._check_index()
+        self.index.check()
         self.directions.check()
         cause = self.connector.scheduler.recovery.cause
         assert cause is None or any(text in cause for text in self.expected_faults), cause
@@ -363,30 +323,3 @@ class Oracle:
                     raise AssertionError("a hash that nobody can look up was left behind")
         known = sum(block.block_hash is not None for block in self.pool.blocks) + sum(map(len, more.values()))
         assert known == listed, "a page has a hash that is not in the cache"
-
-    def _check_index(self) -> None:
-        """No page in the index was handed out again, and every one holds what its bucket says."""
-        residents = self.side.candidates.residents
-        index = residents.index._buckets
-        for page, places_of_page in residents.signatures._of_page.items():
-            start = self.pages.text[page][0][0] // self.size
-            for owner, _, position in places_of_page:
-                by_position = len(owner) == 3  # an isolation key
-                slot = start if by_position else start % (self.settings.chunk_tokens // self.size)
-                assert position == slot, "a signature is at another position"
-                assert not by_position or owner[0] == self.pages.salts[page], "a signature is at another salt"
-        for page, buckets in index.items():
-            seen = self._indexed.get(page)
-            if seen is not None and seen[0] is buckets:
-                assert self.pages.generation[page] == seen[1], "the index holds a page that was handed out again"
-                continue
-            self._indexed[page] = buckets, self.pages.generation[page]
-            start = self.pages.text[page][0][0] // self.size
-            text = token_hashes(torch.tensor([token for _, token in self.pages.text[page]]), self.size).numpy()
-            for (owner, _), place in buckets:
-                by_position = len(owner) == 3  # an isolation key
-                slot = start if by_position else start % (self.settings.chunk_tokens // self.size)
-                assert [place] == places(text, np.array([slot])), "the index knows a page by another text or position"
-                if by_position:
-                    assert owner[0] == self.pages.salts[page], "the index knows a page by another salt"
-        self._indexed = {page: self._indexed[page] for page in index}

@@ -10,8 +10,9 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from jointkv.vllm_plugin.engine.others import ours
 from jointkv.vllm_plugin.engine.pages import NULL_PAGE
+from tests.vllm_plugin.scheduler.account import Account
 from tests.vllm_plugin.scheduler.fake_pages import Block
-from tests.vllm_plugin.scheduler.oracle import Account, Oracle
+from tests.vllm_plugin.scheduler.oracle import Oracle
 
 GROUP = 0
 

@@ -38,15 +38,8 @@ from tests.vllm_plugin.scheduler.fake_pages import (
     write_direction,
 )
 from tests.vllm_plugin.scheduler.fake_second_runner import write, write_all
-from tests.vllm_plugin.scheduler.machine import (
-    BLOCK,
-    SHARES,
-    TEXTS,
-    VARIANTS,
-    SchedulerMachine,
-    combination,
-    configuration,
-)
+from tests.vllm_plugin.scheduler.machine import TEXTS, SchedulerMachine
+from tests.vllm_plugin.scheduler.variants import BLOCK, SHARES, VARIANTS, combination, configuration
 
 EVENTS = 120
 """In the life of one engine core; some steps each."""
