@@ -94,7 +94,7 @@ def test_a_run_that_reuses_after_its_warm_up(server: Server, monkeypatch: pytest
     assert run.warmup is not None and run.warmup.requests == 1 and run.warmup.reuse is not None
     assert (run.warmup.reuse.audits, run.warmup.reuse.audits_until_licence) == (1, 1)
     assert run.reuse is not None and (run.reuse.audits, run.reuse.audits_until_licence) == (2, None)
-    assert run.skipped_share == pytest.approx(2 / 6) and run.plugin_seconds == 3 * 2 + 2
+    assert run.reuse.skipped_tokens == 2 and run.plugin_seconds == 3 * 2 + 2
     assert run.timeline.prompt_tokens_skipped is not None
     assert (run.timeline.prompt_tokens_skipped[0], run.timeline.prompt_tokens_skipped[-1]) == (0, 2)
     assert Run.model_validate_json(run.model_dump_json()) == run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jointkv.bench.reuse import COUNTERS, HELD, PLAN_SECONDS, SKIPPED, reuse_of, total
+from tests.bench.plans import run
 
 AUDITS, GRANTED = COUNTERS["audits"], COUNTERS["licences_granted"]
 
@@ -29,6 +30,14 @@ def test_counts_are_of_this_time_and_licences_of_its_end() -> None:
     assert (found.skipped_tokens, found.audits, found.plan_seconds) == (800, 4, 0.25)
     assert (found.licences_granted, found.licences_lost, found.licences) == (0, 1, 1)
     assert found.audits_until_licence is None and found.miss_rate == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize(("computed", "share"), [(None, 0.9), (1, 0.9), (8, 0.6), (25, 0.0)])
+def test_what_preempted_requests_skip_again_was_not_saved_twice(computed: int | None, share: float) -> None:
+    reuse = reuse_of([page(), page(skipped_tokens=18)])
+    found = run(prompt_tokens=20, prompt_tokens_computed=computed, reuse=reuse)
+    assert found.skipped_share == pytest.approx(share)
+    assert run(prompt_tokens_computed=computed).skipped_share is None
 
 
 def test_a_licence_that_is_earned_meanwhile() -> None:

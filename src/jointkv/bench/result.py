@@ -187,8 +187,15 @@ class Run(Record):
 
     @property
     def skipped_share(self) -> float | None:
-        """Part of the prompt tokens that compute reuse skipped; None where nothing counts that."""
-        return None if self.reuse is None else self.reuse.skipped_tokens / self.prompt_tokens
+        """Part of the prompt tokens that compute reuse skipped; None where nothing counts that.
+
+        Not more than was not computed: prompts of preempted requests are skipped, and in part computed, once more.
+        """
+        if self.reuse is None:
+            return None
+        skipped = self.reuse.skipped_tokens / self.prompt_tokens
+        computed = self.prompt_tokens_computed
+        return skipped if computed is None else max(0.0, min(skipped, 1 - computed / self.prompt_tokens))
 
 
 class Fidelity(Record):

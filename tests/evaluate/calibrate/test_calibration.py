@@ -1,6 +1,7 @@
 """Calibration: predictions that come true, targets that are met or refused, results in between that are used again."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,6 +134,32 @@ def test_text_at_other_positions_is_audited_apart(model):
     assert found.blocks == 0 < found.moved.blocks and 0 < found.moved.audits <= 12 and found.moved.moved is None
     assert found.moved.skipped > found.skipped == 0 and found.moved.near == found.near
     assert without.moved is None
+
+
+def test_where_earlier_heads_have_all_lengths_text_that_moved_is_audited_all_the_same(model):
+    """Most text then stands at the same position in one of many requests; it is the others that are asked about."""
+    rng = random.Random(0)
+
+    def words(count):
+        return tuple(rng.randrange(2, VOCABULARY) for _ in range(count))
+
+    text = words(12 * BLOCK)
+    heads = [rng.sample(range(1, 4), 3) for _ in range(8)]
+    made = [Request(words(length) + text, words(4), "") for three in heads for length in three]
+    found = calibrated(model, "relative_error=0.9", made, token_limit=9.0, moved=True).reuse
+    assert found.audits >= 8 and found.moved.audits >= 6
+
+
+def test_a_bold_entry_rule_must_hold_where_text_moved_too():
+    class Moved(Said):
+        def _rows(self, requests, rule, moved=False):
+            rows = super()._rows(requests, rule)
+            return [replace(row, missed_blocks=100 * (rule.near == 1)) for row in rows] if moved else rows
+
+    audit = Moved({1.0: (500, 0), 0.75: (500, 0)})
+    assert audit.near([]) == 1.0
+    audit._moved = True
+    assert audit.near([]) == 0.75
 
 
 def test_a_pool_goes_by_the_profile(model):

@@ -23,6 +23,9 @@ from jointkv.theory.confidence import UpperLimit
 RESIDENT = 32
 """Requests whose pages are kept for those that follow, the latest ones."""
 
+RESIDENT_MOVED = 1
+"""The same where text that moved is audited: of many one has it at the same position, and it is read there instead."""
+
 CONFIDENCE = 0.95
 """Of the limit that is shown; a licence reads the audits at its own."""
 
@@ -53,9 +56,11 @@ class Audit:
         Every block is taken as if nothing were known of its page, as when many requests follow the first of its kind.
         """
         for near in NEAR:
-            rows = self._rows(requests, ReuseRule(near=near, witnesses=sys.maxsize), self._moved)
-            blocks, missed = sum(row.audited_blocks for row in rows), sum(row.missed_blocks for row in rows)
-            if blocks and missed <= TOLERATED * blocks:
+            rule = ReuseRule(near=near, witnesses=sys.maxsize)
+            walks = [self._rows(requests, rule, moved) for moved in ((False, True) if self._moved else (False,))]
+            blocks = [sum(row.audited_blocks for row in rows) for rows in walks]
+            missed = [sum(row.missed_blocks for row in rows) for rows in walks]
+            if any(blocks) and all(of <= TOLERATED * all_of for of, all_of in zip(missed, blocks, strict=True)):
                 return near
         return ReuseRule.near
 
@@ -90,10 +95,11 @@ class Audit:
     def _rows(self, requests: Sequence[Request], rule: ReuseRule, moved: bool = False) -> list[RowPrefill]:
         options = ReuseOptions(mode="probed", audit_rate=1.0, rule=rule, seed=0, moved=moved)
         pool = JointPool(self._model, self._policy, block_size=self._block_size, reuse=options)
-        kept: deque[JointCache] = deque(maxlen=RESIDENT)
+        kept: deque[JointCache] = deque(maxlen=RESIDENT_MOVED if moved else RESIDENT)
         rows = list[RowPrefill]()
         for number, request in enumerate(requests, start=1):
-            kept.append(JointCache(pool))
-            rows += kept[-1].prefill(self._model, torch.tensor([request.prompt])).rows
+            cache = JointCache(pool)
+            rows += cache.prefill(self._model, torch.tensor([request.prompt])).rows
+            kept.append(cache)
             self._progress.part(number / len(requests))
         return rows
