@@ -108,7 +108,7 @@ results: setup
 	$(PLOTS) $(wildcard $(RESULTS)/table/*.json) --output $(RESULTS)/table --only serving_table
 	$(PLOTS) $(RESULTS)/serving/paper_random.json --output $(RESULTS)/serving --only serving_quality
 	$(PLOTS) $(wildcard $(RESULTS)/evaluate/*.json) --output $(RESULTS)/evaluate
-	$(PLOTS) $(RESULTS)/choices/choices.json --output $(RESULTS)/choices --only task_scores
+	$(PLOTS) $(wildcard $(RESULTS)/choices/*.json) --output $(RESULTS)/choices --only task_scores
 	$(PLOTS) $(filter-out %/profile%,$(wildcard $(RESULTS)/calibration/*.json)) --output $(RESULTS)/calibration
 	$(PLOTS) $(RESULTS)/paper/paper.json --output $(RESULTS)/paper
 	$(PLOTS) $(wildcard $(RESULTS)/reuse/predictors*.json) $(RESULTS)/reuse/evaluate.json $(RESULTS)/reuse/moved.json --output $(RESULTS)/reuse

@@ -7,12 +7,13 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import pytest
 
 from jointkv.bench.result import Run, ServingResult
 from jointkv.evaluate.compare.result import Demo, Evaluation
+from jointkv.report.pictures.task_scores import interval_cell
 from jointkv.vllm_plugin.settings import PluginSettings
 from tests.docs.doc_pages import ROOT
 
@@ -82,6 +83,27 @@ def test_methods_beside_reuse(path: Path) -> None:
         kl, worst = map(float, line.removeprefix(start).removesuffix(end).split(" | "))
         assert kl == pytest.approx(row.kl, rel=0.05, abs=6e-6)
         assert worst == pytest.approx(row.kl_worst_request, rel=0.05, abs=6e-6)
+
+
+def test_questions_on_passages_in_another_order() -> None:
+    """The table of docs/reuse.md has every method that was measured."""
+    page, measured = ((ROOT / "docs" / name).read_text() for name in ("reuse.md", "measured.md"))
+    unfused, *others = Evaluation.model_validate_json((RESULTS / "choices" / "multi_hop.json").read_text()).tasks
+    for row in (unfused, *others):
+        name = row.method if row.method in ("unfused", "full_reuse") else f"{row.method} {row.level:g}"
+        shares = "- | -" if row.work is None else f"{row.work.computed_share:.2f} | {row.work.skipped_share:.1%}"
+        scores = f"{row.mean:.3f} | {interval_cell(row.difference, '+.3f')}"
+        margins = f"{fmean(row.margins):+.3f} | {interval_cell(row.margin_difference, '+.3f')}"
+        orders = interval_cell(row.flipped_orders, ".0%")
+        assert f"| {name} | {shares} | {scores} | {margins} | {orders} |" in page
+    assert f"{len(unfused.scores)} questions of 2WikiMQA and HotpotQA" in " ".join(page.split())
+    right = sum(margin > 0 for margin in unfused.margins)
+    assert f"the likeliest for {right} of {len(unfused.scores)}" in " ".join(page.split())
+    ours = [row for row in others if row.method in ("fused", "reuse", "reuse_moved")]
+    assert len(ours) == 3 and all(row.scores == unfused.scores for row in ours)
+    moved = max(abs(a - b) for row in ours for a, b in zip(row.margins, unfused.margins, strict=True))
+    assert f"moves by up to {moved:.2f}" in " ".join(page.split())
+    assert f"(mean {unfused.mean:.3f}), and margins move by up to {moved:.2f} nats" in " ".join(measured.split())
 
 
 def test_agents_behind_a_number() -> None:

@@ -5,11 +5,15 @@ import pytest
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets import LONGBENCH_PROMPTS
 from jointkv.evaluate.datasets.long_context import PASSAGES_INSTRUCTION
+from jointkv.evaluate.methods.unfused import Unfused
 from jointkv.evaluate.tasks import get_task
 from jointkv.evaluate.tasks.gsm8k import Gsm8k, final_number
+from jointkv.evaluate.tasks.longbench import LONGBENCH
 from jointkv.evaluate.tasks.mmlu import Mmlu
-from jointkv.evaluate.tasks.multi_hop import DATA, PASSAGES, QUESTIONS, WORDS
-from tests.evaluate.tasks.toy_tasks import Characters, Words, example, write_jsonl
+from jointkv.evaluate.tasks.multi_hop import CHOICES, DATA, PASSAGES, QUESTIONS, WORDS
+from jointkv.evaluate.tasks.run import run_task
+from jointkv.hf.models import load_model
+from tests.evaluate.tasks.toy_tasks import Characters, Chat, Words, example, write_jsonl
 
 
 @pytest.mark.parametrize(
@@ -75,7 +79,7 @@ def test_mmlu_asks_every_subject_after_five_of_its_solved_questions(data_dir):
     assert text.startswith("The following are multiple choice questions (with answers) about first topic.\n\ndev ques")
     assert "\nA. w1\nB. x\nC. y\nD. z\nAnswer: B\n\n" in text and text.count("Answer: ") == 5
     assert "dev question 4" in text and "dev question 5" not in text and "test question" in text
-    assert text.endswith("\nD. z\nAnswer:") and asked[0].choices == (0, 1, 2, 3)
+    assert text.endswith("\nD. z\nAnswer:") and asked[0].choices == ((0,), (1,), (2,), (3,))
     right = "ABCD".index(asked[0].references[0])
     scores = [Mmlu().score(choice, asked[0]) for choice in range(4)]
     assert scores == [float(choice == right) for choice in range(4)]
@@ -102,6 +106,15 @@ def test_longbench_cuts_prompts_in_the_middle_and_takes_the_best_reference(data_
     (one,) = task.examples(Characters(), 1, max_tokens=84)
     assert one.request.text == "h" * 10 + "t" * 10 and one.max_new_tokens == 64
     assert task.score("y\nx", one) == 1.0 and task.score("x = 2", one) == 0.8
+
+
+def test_longbench_asks_questions_in_a_chat_and_sends_code_as_it_is(data_dir):
+    bare = {"longbench_lcc", "longbench_repobench_p"}
+    for task in LONGBENCH:
+        row = {"prompt": "ab" * 9, "answers": ["x"]}
+        write_jsonl(data_dir / "longbench" / f"{task.name.removeprefix('longbench_').replace('_p', '-p')}.jsonl", [row])
+        (one,) = task.examples(Chat(), 1)
+        assert one.request.text == ("ab" * 9 if task.name in bare else f"<{'ab' * 9}>")
 
 
 def test_longbench_scores_by_data_set():
@@ -142,7 +155,13 @@ def test_multi_hop_questions_have_their_passages_in_common_in_another_order(data
         assert not any("nothing" in passage or "Passage" in passage for passage in orders[0])
         assert max(len(passage.split()) for passage in orders[0]) <= WORDS + 1
     assert len({part[-1] for part in parts}) == 10
-    assert asked[0].stop == ("\n",) and task.score("the else", asked[0]) == 1.0 and task.score("", asked[0]) == 0.0
+    assert task.score("the else", asked[0]) == 1.0 and task.score("", asked[0]) == 0.0
+    for one in asked:
+        assert one.choices[0] == (Words().token(one.references[0]),) and len(set(one.choices)) == CHOICES
+        assert not {(Words().token(each),) for each in one.references}.intersection(one.choices[1:])
+        assert [task.score(choice, one) for choice in range(CHOICES)] == [1.0, 0.0, 0.0, 0.0]
+    of_group = {one.choices[0] for one in asked[:QUESTIONS]}
+    assert all(set(one.choices) == of_group for one in asked[:QUESTIONS]) or len(of_group) < QUESTIONS
     assert [one.request for one in task.examples(Words(), 10, seed=1)] == [one.request for one in asked]
     with pytest.raises(BadInput, match="has 10 examples, 11 requested"):
         task.examples(Words(), 11)
@@ -156,3 +175,12 @@ def test_ruler_counts_the_needles_that_an_answer_has(data_dir):
     assert [task.score(text, one) for text in ("it is ab-1 and cd-2.", " AB-1", "ab-2")] == [1.0, 0.5, 0.0]
     with pytest.raises(BadInput, match="7 tokens and 128 new ones are more than the 100"):
         task.examples(Characters(), 1, max_tokens=100)
+
+
+@pytest.mark.real_model
+def test_the_real_model_answers_questions_on_passages(data_dir):
+    for data in DATA:
+        write_questions(data_dir, data, 2)
+    model, tokenizer = load_model("smollm2", dtype="float32")
+    found = run_task(get_task("multi_hop"), Unfused(), 1.0, model, tokenizer, count=2, batch_size=2)
+    assert all(answer.strip() for answer in found.answers) and max(found.scores) > 0 and len(found.margins) == 2

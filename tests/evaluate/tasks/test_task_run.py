@@ -3,6 +3,7 @@
 import weakref
 
 import pytest
+import torch
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets import Loaded
@@ -11,12 +12,12 @@ from jointkv.evaluate.methods.fused import Fused
 from jointkv.evaluate.methods.unfused import Unfused
 from jointkv.evaluate.score.bootstrap import Interval
 from jointkv.evaluate.tasks import get_task, gsm8k, task_names
-from jointkv.evaluate.tasks.base import Task, cut_prompt, draw, whole_prompt
+from jointkv.evaluate.tasks.base import Task, answer_tokens, cut_prompt, draw, whole_prompt
 from jointkv.evaluate.tasks.result import TaskRow
 from jointkv.evaluate.tasks.run import answer, run_task
 from jointkv.hf.models import load_model
 from jointkv.policy import FusionPolicy
-from tests.evaluate.tasks.toy_tasks import LOADED, Characters, Script, Words, example, tiny_model
+from tests.evaluate.tasks.toy_tasks import LOADED, VOCABULARY, Characters, Chat, Script, Words, example, tiny_model
 
 ENDS = frozenset({ord("|")})
 
@@ -34,7 +35,7 @@ class Toy(Task):
         return [example(**self.fields) for _ in range(count)]
 
     def score(self, given, example):
-        return float(given == 1 if example.choices else "x" in given)
+        return float(given == 1 if isinstance(given, int) else "x" in given)
 
 
 def answers(script, *examples):
@@ -66,17 +67,43 @@ def test_a_stop_text_ends_decoding_and_the_earliest_in_one_token_counts():
     assert answer(held, asked, LongToken(), ENDS) == ["a"] and len(script.fed) == 1
 
 
-def test_a_choice_is_the_largest_logit_among_the_choices_only():
+def chosen(script, *choices):
+    task = Toy(choices=tuple(tuple(map(ord, choice)) for choice in choices))
+    rows = len(script.texts)
+    return run_task(task, script, 1.0, tiny_model(), Characters(), count=rows, batch_size=rows)
+
+
+def test_a_choice_is_the_likeliest_among_the_choices_only():
     script = Script("d", "b")
-    choices = tuple(map(ord, "abd"))
-    assert answers(script, example(choices=choices), example(choices=choices)) == [2, 1]
+    assert chosen(script, "a", "b", "d").answers == (2, 1)
     assert len(script.fed) == 1
-    assert answers(Script("z"), example(choices=choices)) == [0]
+    assert chosen(Script("z"), "a", "b").answers == (0,)
 
 
-def test_a_batch_of_both_kinds_is_refused():
-    with pytest.raises(BadInput, match="not both"):
-        answers(Script("d", "b"), example(choices=(1, 2)), example(max_new_tokens=3))
+def test_a_long_choice_is_as_likely_as_its_tokens_are_on_average():
+    script = Script("bc|", "bd|")
+    found = chosen(script, "a", "bc", "bdd").likelihoods
+    (likely, other), total = torch.tensor([1.0, 0.0]), torch.tensor([1.0, *(0.0,) * (VOCABULARY - 1)]).logsumexp(0)
+    means = [(other, likely, (likely + 2 * other) / 3), (other, (likely + other) / 2, (2 * likely + other) / 3)]
+    assert found == tuple(pytest.approx([float(mean - total) for mean in row]) for row in means)
+    # The prompt's last token, then what each of the longer choices begins with.
+    assert script.fed == [[ord(token)] * 2 for token in "bbbd"]
+
+
+def test_choices_leave_what_is_written_as_it_is():
+    task = Toy(choices=((ord("a"),), tuple(map(ord, "xyz"))), max_new_tokens=3)
+    found = run_task(task, Script("xx|", "ab|"), 1.0, tiny_model(), Characters(), count=2, batch_size=2)
+    assert found.answers == ("xx", "ab") and found.scores == (1.0, 0.0) and found.margins[0] > 0 > found.margins[1]
+
+
+@pytest.mark.parametrize("kinds", [({"choices": ((1,), (2,))}, {}), ({"choices": ((1,),)}, {"max_new_tokens": 3})])
+def test_a_batch_of_both_kinds_is_refused(kinds):
+    class Mixed(Toy):
+        def examples(self, tokenizer, count, seed=0, *, max_tokens=None):
+            return [example(**fields) for fields in kinds]
+
+    with pytest.raises(BadInput, match="all be written or none"):
+        run_task(Mixed(), Script("d", "b"), 1.0, tiny_model(), Characters(), count=2, batch_size=2)
 
 
 def test_a_result_has_scores_by_request_and_bytes_of_all_batches():
@@ -94,7 +121,7 @@ def test_a_result_has_scores_by_request_and_bytes_of_all_batches():
 
 def test_choices_are_compared_by_margins_and_orders():
     """Of `abd` the second is right: unfused it leads by one, then the first one does in every second example."""
-    task = Toy(choices=tuple(map(ord, "abd")))
+    task = Toy(choices=tuple((ord(letter),) for letter in "abd"))
     right, mixed = (
         run_task(task, Script(*texts), 1.0, tiny_model(), Characters(), count=4, batch_size=2)
         for texts in (("b", "b"), ("b", "a"))
@@ -214,6 +241,26 @@ def test_a_long_prompt_is_refused_or_loses_its_middle():
     assert cut_prompt(Toy(), Characters(), "abcdefghij", 5, None).text == "abcdefghij"
     with pytest.raises(BadInput, match="no room for a prompt"):
         cut_prompt(Toy(), Characters(), "abcdef", 9, 10)
+
+
+def test_a_chat_prompt_is_a_users_message_and_its_middle_is_cut():
+    asked = whole_prompt(Toy(), Chat(), "abcdef", 4, 13, chat=True)
+    assert asked.text == "<abcdef>" and asked.prompt == tuple(map(ord, "<abcdef>"))
+    with pytest.raises(BadInput, match="8 tokens and 6 new ones"):
+        whole_prompt(Toy(), Chat(), "abcdef", 6, 13, chat=True)
+    assert cut_prompt(Toy(), Chat(), "abcdef", 4, 10, chat=True).text == "<abef>"
+    for tokenizer, chat in ((Chat(), False), (Characters(), True)):
+        assert cut_prompt(Toy(), tokenizer, "abcdef", 4, 10, chat=chat).text == "abcdef"
+
+
+def test_an_answer_after_a_prompt():
+    asked = whole_prompt(Toy(), Chat(), "ab", 0, None, chat=True)
+    assert answer_tokens(Chat(), asked, "cd") == tuple(map(ord, "cd"))
+    bare = whole_prompt(Toy(), Words(), "ab", 0, None)
+    assert answer_tokens(Words(), bare, " cd") == (Words().token("cd"),)
+    for joined in ("cd", "", " "):
+        with pytest.raises(BadInput, match="no tokens of their own"):
+            answer_tokens(Words(), bare, joined)
 
 
 def test_tasks_are_found_by_name():

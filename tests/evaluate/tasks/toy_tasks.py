@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import zlib
 
@@ -24,12 +25,24 @@ class Characters:
 
     bos_token_id = None
     eos_token_id = ord("|")
+    chat_template = None
 
     def __call__(self, text, *, add_special_tokens=True):
         return {"input_ids": [min(ord(letter), VOCABULARY - 1) for letter in text]}
 
     def decode(self, token_ids, *, skip_special_tokens=False, clean_up_tokenization_spaces=None):
         return "".join(map(chr, token_ids)).replace("|", "" if skip_special_tokens else "|")
+
+
+class Chat(Characters):
+    """A user's message stands between angle brackets."""
+
+    chat_template = "<{message}>"
+
+    def apply_chat_template(self, messages, **options):
+        (message,) = messages
+        assert message["role"] == "user" and options["add_generation_prompt"] and not options["tokenize"]
+        return self.chat_template.format(message=message["content"])
 
 
 class Words(Characters):
@@ -72,16 +85,18 @@ class _Scripted(HeldBatch):
         self._script, self._rows, self._step = script, rows, 0
 
     def feed(self, tokens):
-        assert tokens.shape == (self._rows, 1)
-        self._script.fed.append(tokens[:, 0].tolist())
-        logits = torch.zeros(self._rows, 1, VOCABULARY)
-        for row, text in enumerate(self._script.texts[: self._rows]):
-            logits[row, 0, ord((text + "|" * 99)[self._step])] = 1.0
-        self._step += 1
+        rows, width = tokens.shape
+        assert rows == self._rows
+        self._script.fed += tokens.T.tolist()
+        logits = torch.zeros(rows, width, VOCABULARY)
+        for row, text in enumerate(self._script.texts[:rows]):
+            for place in range(width):
+                logits[row, place, ord((text + "|" * 99)[self._step + place])] = 1.0
+        self._step += width
         return logits
 
     def fork(self):
-        raise NotImplementedError
+        return copy.copy(self)
 
 
 def example(prompt="ab", **fields):

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.datasets import Loaded, Row
+from jointkv.evaluate.request_files import UserRequest, chat_text
+from jointkv.evaluate.request_sources import Place
 from jointkv.evaluate.traffic.base import Request, Tokenizer, encode
 
 RowType = TypeVar("RowType", bound=Row)
@@ -17,13 +19,13 @@ RowType = TypeVar("RowType", bound=Row)
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with its right answers; either the model writes an answer, or it chooses one.
+    """One prompt with its right answers; the model writes an answer, or chooses one, or both.
 
     Attributes:
         request: the prompt; its continuation is empty.
         references: right answers, any of which counts.
-        choices: token ids to choose from by their logits after the prompt; empty for a written answer.
-        max_new_tokens: longest written answer, in tokens.
+        choices: answers, as token ids after the prompt, of which the likeliest is chosen; may be empty.
+        max_new_tokens: longest written answer, in tokens; 0 where the score is that of the choice.
         stop: texts before which a written answer ends.
         loaded_from: the data set as it was loaded, which names its source.
     """
@@ -31,7 +33,7 @@ class Example:
     request: Request
     references: tuple[str, ...]
     loaded_from: Loaded
-    choices: tuple[int, ...] = ()
+    choices: tuple[tuple[int, ...], ...] = ()
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
 
@@ -73,28 +75,56 @@ def draw(task: Task, rows: Sequence[RowType], count: int, seed: int) -> list[Row
     return order[:count]
 
 
-def whole_prompt(task: Task, tokenizer: Tokenizer, text: str, new_tokens: int, max_tokens: int | None) -> Request:
-    """The request of `text`; raises `BadInput` when it and its answer are more than `max_tokens`."""
-    prompt = encode(tokenizer, text)
-    if max_tokens is not None and len(prompt) + new_tokens > max_tokens:
+def whole_prompt(
+    task: Task, tokenizer: Tokenizer, text: str, new_tokens: int, max_tokens: int | None, *, chat: bool = False
+) -> Request:
+    """The request of `text`; raises `BadInput` when it and its answer are more than `max_tokens`.
+
+    With `chat` it is a user's message in the tokenizer's chat template, where there is one. A model that was tuned to
+    chat ends its turn at once behind a bare question, and its answer is empty. Worked examples and code go bare.
+    """
+    request = _request(tokenizer, text, chat)
+    if max_tokens is not None and len(request.prompt) + new_tokens > max_tokens:
         raise BadInput(
-            f"task {task.name!r}: a prompt of {len(prompt)} tokens and {new_tokens} new ones are more than the "
+            f"task {task.name!r}: a prompt of {len(request.prompt)} tokens and {new_tokens} new ones are more than the "
             f"{max_tokens} that the model can attend to"
         )
-    return Request(prompt, (), text)
+    return request
 
 
-def cut_prompt(task: Task, tokenizer: Tokenizer, text: str, new_tokens: int, max_tokens: int | None) -> Request:
+def cut_prompt(
+    task: Task, tokenizer: Tokenizer, text: str, new_tokens: int, max_tokens: int | None, *, chat: bool = False
+) -> Request:
     """As `whole_prompt`, but a prompt that is too long loses its middle (LongBench, `pred.py`)."""
-    prompt = encode(tokenizer, text)
-    room = len(prompt) if max_tokens is None else max_tokens - new_tokens
+    request = _request(tokenizer, text, chat)
+    room = len(request.prompt) if max_tokens is None else max_tokens - new_tokens
     if room < 2:
         raise BadInput(f"task {task.name!r}: {new_tokens} new tokens leave no room for a prompt in {max_tokens}")
-    if len(prompt) <= room:
-        return Request(prompt, (), text)
+    if len(request.prompt) <= room:
+        return request
     half = room // 2
-    halves = (prompt[:half], prompt[-half:])
+    halves = (request.prompt[:half], request.prompt[-half:])
     decoded = (
         tokenizer.decode(list(part), skip_special_tokens=True, clean_up_tokenization_spaces=False) for part in halves
     )
     return Request(halves[0] + halves[1], (), "".join(decoded))
+
+
+def _request(tokenizer: Tokenizer, text: str, chat: bool) -> Request:
+    if not (chat and tokenizer.chat_template):
+        return Request(encode(tokenizer, text), (), text)
+    # Its special tokens are the template's own: none is put before them.
+    text = chat_text(tokenizer, UserRequest(Place("", "prompt", 0), text))
+    return Request(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]), (), text)
+
+
+def answer_tokens(tokenizer: Tokenizer, request: Request, answer: str) -> tuple[int, ...]:
+    """What `answer` is behind the prompt, whose text must be whole.
+
+    Raises `BadInput` where the tokenizer joins the two, or finds nothing in the answer.
+    """
+    texts = (request.text, request.text + answer)
+    prompt, whole = (tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+        raise BadInput(f"the tokenizer makes no tokens of their own of {answer!r} after the prompt")
+    return whole[len(prompt) :]

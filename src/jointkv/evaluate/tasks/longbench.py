@@ -1,7 +1,7 @@
 """LongBench: long documents and code files with a question, scored as its authors do.
 
-Source: Bai et al., arXiv 2308.14508; answer lengths, cutting in the middle and scores of `THUDM/LongBench`. Prompts are
-sent as they are, without a chat template.
+Source: Bai et al., arXiv 2308.14508; answer lengths, cutting in the middle and scores of `THUDM/LongBench`. As there,
+questions are put in the chat template of a model that has one, and code is sent as it is.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class LongBench(Task):
         metric: what `compare` computes.
         compare: score of an answer against one reference; the best of all references counts.
         max_new_tokens: longest answer.
+        chat: whether the prompt is a user's message.
     """
 
     def __init__(
@@ -30,11 +31,13 @@ class LongBench(Task):
         metric: str,
         compare: Callable[[str, str], float],
         max_new_tokens: int,
+        *,
+        chat: bool,
     ) -> None:
         self.name = f"longbench_{data.replace('-', '_')}"
         self.description = f"LongBench {data}, prompts cut in the middle to the model's context"
         self.metric = metric
-        self._data, self._compare, self._max_new_tokens = data, compare, max_new_tokens
+        self._data, self._compare, self._max_new_tokens, self._chat = data, compare, max_new_tokens, chat
 
     def examples(
         self, tokenizer: Tokenizer, count: int, seed: int = 0, *, max_tokens: int | None = None
@@ -43,7 +46,7 @@ class LongBench(Task):
         new_tokens = self._max_new_tokens
         return [
             Example(
-                cut_prompt(self, tokenizer, row.text, new_tokens, max_tokens),
+                cut_prompt(self, tokenizer, row.text, new_tokens, max_tokens, chat=self._chat),
                 row.answers,
                 loaded,
                 max_new_tokens=new_tokens,
@@ -56,9 +59,9 @@ class LongBench(Task):
 
 
 LONGBENCH = (
-    LongBench("qmsum", "ROUGE-L", rouge_l, 512),
-    LongBench("lcc", "edit similarity", edit_similarity, 64),
-    LongBench("repobench-p", "edit similarity", edit_similarity, 64),
-    LongBench("hotpotqa", "token F1", token_f1, 32),
-    LongBench("2wikimqa", "token F1", token_f1, 32),
+    LongBench("qmsum", "ROUGE-L", rouge_l, 512, chat=True),
+    LongBench("lcc", "edit similarity", edit_similarity, 64, chat=False),
+    LongBench("repobench-p", "edit similarity", edit_similarity, 64, chat=False),
+    LongBench("hotpotqa", "token F1", token_f1, 32, chat=True),
+    LongBench("2wikimqa", "token F1", token_f1, 32, chat=True),
 )

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from jointkv.errors import BadInput
 from jointkv.evaluate import datasets
-from jointkv.evaluate.tasks.base import Example, Task, draw, whole_prompt
-from jointkv.evaluate.traffic.base import Request, Tokenizer, encode
+from jointkv.evaluate.tasks.base import Example, Task, answer_tokens, draw, whole_prompt
+from jointkv.evaluate.traffic.base import Request, Tokenizer
 
 PAPER_SUBJECTS = ("conceptual_physics", "electrical_engineering", "formal_logic")
 LETTERS = "ABCD"
@@ -61,12 +61,10 @@ class Mmlu(Task):
         return float(LETTERS[answer] in example.references)
 
 
-def letter_tokens(tokenizer: Tokenizer, request: Request) -> tuple[int, ...]:
+def letter_tokens(tokenizer: Tokenizer, request: Request) -> tuple[tuple[int, ...], ...]:
     """The token that each letter is after the prompt. Raises `BadInput` when one is no single token."""
-    tokens = []
-    for letter in LETTERS:
-        whole = encode(tokenizer, f"{request.text} {letter}")
-        if whole[:-1] != request.prompt:
+    found = tuple(answer_tokens(tokenizer, request, f" {letter}") for letter in LETTERS)
+    for letter, tokens in zip(LETTERS, found, strict=True):
+        if len(tokens) != 1:
             raise BadInput(f"the tokenizer makes no single token of {' ' + letter!r} after the prompt")
-        tokens.append(whole[-1])
-    return tuple(tokens)
+    return found

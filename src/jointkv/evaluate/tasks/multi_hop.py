@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from jointkv.evaluate.datasets import LongBench, Row
 from jointkv.evaluate.datasets.long_context import PASSAGES_INSTRUCTION
-from jointkv.evaluate.tasks.base import Example, Task, draw, whole_prompt
+from jointkv.evaluate.tasks.base import Example, Task, answer_tokens, draw, whole_prompt
 from jointkv.evaluate.tasks.metrics import normalized_words, token_f1
-from jointkv.evaluate.traffic.base import Tokenizer
+from jointkv.evaluate.traffic.base import Request, Tokenizer
 
 DATA = ("2wikimqa", "hotpotqa")
 QUESTIONS = 4
@@ -27,8 +27,10 @@ PASSAGES = 2
 WORDS = 60
 """Of a passage, at most: the opening of an article, which says what it is about."""
 
+CHOICES = 4
+"""Answers whose likelihoods are compared: the right one, and those of other questions, first of the same passages."""
+
 MAX_NEW_TOKENS = 32
-STOP = ("\n",)
 
 _PASSAGE = re.compile(r"(?:^|\n)Passage \d+:\n")
 
@@ -37,7 +39,8 @@ class MultiHop(Task):
     """Questions in groups of `QUESTIONS`; a batch should hold whole groups.
 
     The prompt of each has all passages of its group. The first of a group finds nothing in earlier prompts but the
-    instruction; the others find all passages, at other positions.
+    instruction; the others find all passages, at other positions. What is written is scored; beside it stands how
+    likely the right answer is among those of other questions, which tells something of a model that writes none.
     """
 
     name = "multi_hop"
@@ -55,12 +58,16 @@ class MultiHop(Task):
             passages = list(dict.fromkeys(passage for row in group for passage in chosen_passages(row)))
             for row in group:
                 text = _prompt(rng.sample(passages, len(passages)), question_of(row))
-                request = whole_prompt(self, tokenizer, text, MAX_NEW_TOKENS, max_tokens)
-                made.append(Example(request, row.answers, loaded_from[row], (), MAX_NEW_TOKENS, STOP))
+                request = whole_prompt(self, tokenizer, text, MAX_NEW_TOKENS, max_tokens, chat=True)
+                choices = _choices(row, [*group, *loaded_from])
+                tokens = tuple(_tokens(tokenizer, request, choice) for choice in choices)
+                made.append(Example(request, row.answers, loaded_from[row], tokens, MAX_NEW_TOKENS))
         return made
 
     def score(self, answer: str | int, example: Example) -> float:
-        return max(token_f1(str(answer), reference) for reference in example.references)
+        if isinstance(answer, int):
+            return float(answer == 0)  # the right one is the first of the choices
+        return max(token_f1(answer, reference) for reference in example.references)
 
 
 def question_of(row: Row) -> str:
@@ -90,3 +97,14 @@ def chosen_passages(row: Row) -> list[str]:
 def _prompt(passages: Sequence[str], question: str) -> str:
     given = "\n\n".join(passages)
     return f"{PASSAGES_INSTRUCTION}\n\n{given}\n\n{PASSAGES_INSTRUCTION}\n\nQuestion: {question}\nAnswer:"
+
+
+def _choices(row: Row, others: Sequence[Row]) -> list[str]:
+    """An answer of `row`, and the first of `others` that no answer of `row` shares a word with."""
+    wrong = dict.fromkeys(other.answers[0] for other in others)
+    apart = [each for each in wrong if not any(token_f1(each, answer) for answer in row.answers)]
+    return [row.answers[0], *apart[: CHOICES - 1]]
+
+
+def _tokens(tokenizer: Tokenizer, request: Request, answer: str) -> tuple[int, ...]:
+    return answer_tokens(tokenizer, request, answer if request.text[-1].isspace() else f" {answer}")

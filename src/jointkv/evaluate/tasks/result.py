@@ -24,7 +24,7 @@ class TaskRow(Record):
         seconds: prefill, compression, decoding and scoring.
         work: what the prefills computed, of a method that does not compute everything.
         difference: of the scores to the unfused model's, paired by request.
-        likelihoods: log-probability of each answer to choose from, per example; empty where answers are written.
+        likelihoods: log-probability per token of each answer to choose from, per example; empty where there are none.
         margins: by how much the likeliest right answer is ahead of the likeliest wrong one, in nats, per example.
         margin_difference: to the unfused model's, paired by request.
         flipped_orders: share of examples whose answers stand in another order than the unfused model has them in.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 import torch
@@ -51,12 +51,12 @@ def run_task(
     for first in range(0, count, batch_size):
         part = examples[first : first + batch_size]
         held, bytes_held = _hold(part, method, level, model, block_size)
-        if all(example.choices for example in part):
-            found = choice_likelihoods(held, part)
-            likelihoods += found
-            answers += map(_best, found)
-        else:
+        chosen = choice_likelihoods(held, part) if _all_or_none(bool(example.choices) for example in part) else []
+        likelihoods += chosen
+        if _all_or_none(example.max_new_tokens > 0 for example in part):
             answers += answer(held, part, tokenizer, end_tokens(model, tokenizer))
+        else:
+            answers += map(_best, chosen)
         counted = held.counted
         works += [] if held.work is None else [held.work]
         del held  # it need not stand beside the next batch
@@ -107,17 +107,12 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
 @torch.inference_mode()
 def answer(
     held: HeldBatch, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]
-) -> list[str | int]:
-    """What the model answers after the held prompts: text, or the index of the choice with the largest logit.
+) -> list[str]:
+    """What the model writes after the held prompts.
 
     Decoding is greedy, for the whole batch at once, until every row has ended: by one of `ends`, at a stop text (which
     is cut off), or at its `max_new_tokens`. A row that has ended is fed on with its last token.
     """
-    choosing = [bool(example.choices) for example in examples]
-    if all(choosing):
-        return list(map(_best, choice_likelihoods(held, examples)))
-    if any(choosing):
-        raise BadInput("a batch must hold either choices or written answers, not both")
     logits = _next_logits(held, examples)
     rows = [_Written(example, tokenizer, ends) for example in examples]
     while True:
@@ -131,9 +126,34 @@ def answer(
 
 @torch.inference_mode()
 def choice_likelihoods(held: HeldBatch, examples: Sequence[Example]) -> list[tuple[float, ...]]:
-    """Of each example, which must have some, the log-probability of every choice after the held prompt, in nats."""
-    logits = _next_logits(held, examples).float().log_softmax(-1)
-    return [tuple(row[list(example.choices)].tolist()) for row, example in zip(logits, examples, strict=True)]
+    """Of each example, which must have some, the log-probability of every choice after the held prompt.
+
+    In nats per token, so that a long answer is not the less likely one by its length. `held` stays as it is.
+    """
+    held = held.fork()
+    first = _next_logits(held, examples).float().log_softmax(-1)
+    found = [row[[tokens[0] for tokens in each.choices]].tolist() for row, each in zip(first, examples, strict=True)]
+    for place in range(max(len(example.choices) for example in examples)):
+        column = [example.choices[place] if place < len(example.choices) else (0,) for example in examples]
+        width = max(map(len, column)) - 1
+        if not width:
+            continue
+        # Padding on the right is read by nothing that is scored.
+        fed = torch.tensor([[*tokens[:-1], *(0,) * (width + 1 - len(tokens))] for tokens in column])
+        rest = held.fork().feed(fed).float().log_softmax(-1)
+        for row, tokens in enumerate(column):
+            if len(tokens) > 1:
+                sums = rest[row, range(len(tokens) - 1), tokens[1:]].sum().item()
+                found[row][place] = (found[row][place] + sums) / len(tokens)
+    return [tuple(row) for row in found]
+
+
+def _all_or_none(flags: Iterable[bool]) -> bool:
+    """Whether all are set. Raises `BadInput` when some are."""
+    kinds = set(flags)
+    if len(kinds) > 1:
+        raise BadInput("of the examples of a batch all must have choices or none, and all be written or none")
+    return kinds == {True}
 
 
 def _next_logits(held: HeldBatch, examples: Sequence[Example]) -> Tensor:

@@ -18,6 +18,9 @@ class Tokenizer(Protocol):
     def bos_token_id(self) -> int | None: ...
 
     @property
+    def chat_template(self) -> Any: ...
+
+    @property
     def vocab_size(self) -> int: ...
 
     @property

@@ -65,8 +65,8 @@ class TaskScores(Picture[Evaluation]):
 
 
 CHOICES = (
-    "Answers to choose from, by their log-probabilities: the margin of the right one over the best wrong one in nats, "
-    "and how many stand in another order than the unfused model has them in."
+    "Answers to choose from, by their log-probabilities per token: the margin of the right one over the best wrong one "
+    "in nats, and how many stand in another order than the unfused model has them in."
 )
 TEXT: Columns[TaskRow] = {
     "task": lambda score: score.task,
