@@ -11,6 +11,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from jointkv.core.moved_text import unwritten
 from jointkv.core.reuse import Run, stretches
 from jointkv.policy.reuse import ReuseRule
+from jointkv.policy.worth import Worth
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.helpers import Helpers
@@ -44,10 +45,13 @@ class EntryBlocks:
     ) -> None:
         self._rule, self._look_up, self._sharing = rule, look_up, sharing
         self._intakes, self._sent, self._statistics = intakes, sent, statistics
+        self._worth = Worth()
 
     def begin(self, intake: Intake) -> None:
-        """Adopt what is known well enough as it is, and turn to the first run of which it is not."""
+        """Adopt what is known well enough as it is, and turn to the first run of which it is not, if that pays."""
         self._adopt(intake, intake.plan.reused)
+        if not self._worth.pays(intake.tracked.isolation):
+            intake.search.at = intake.end
         self._advance(intake)
 
     def questions(self, output: SchedulerOutput) -> Iterator[Question]:
@@ -105,7 +109,9 @@ class EntryBlocks:
         before = intake.plan
         intake.plan = self._rule.behind(before, run, known, ratio, permitted)
         intake.search.heard(entry, before, intake.plan)
-        self._adopt(intake, stretches(intake.plan.pages != before.pages))
+        new = intake.plan.pages != before.pages
+        self._worth.compared(intake.tracked.isolation, int(new.sum()) * intake.tracked.block_size)
+        self._adopt(intake, stretches(new))
 
     def _adopt(self, intake: Intake, new: Iterable[range]) -> None:
         """Lead the request to the pages of its plan; those that are not written yet are when its turn has come."""
