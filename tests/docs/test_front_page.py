@@ -180,6 +180,25 @@ def test_what_accuracy_hides() -> None:
     assert f"from {100 * unfused['mean']:.0f} to {paper['mean']:.0%}" in text
 
 
+def test_every_traffic_in_short() -> None:
+    page = (ROOT / "docs" / "measured.md").read_text()
+    results = [ServingResult.load(path) for path in sorted((RESULTS / "table").glob("*.json"))]
+    for result in results:
+        moved = "moved" in [arm.name for arm in result.arms]
+        reuse = "moved" if moved else "probed"
+        shares = [
+            (reuse, lambda run: run.output_tokens_per_s),
+            (reuse, lambda run: run.ttft.p95),
+            (reuse, lambda run: run.prompt_tokens_computed),
+            ("fused", lambda run: run.output_tokens_per_s),
+        ]
+        assert result.loads[0].kind == "closed"
+        cells = [f"{middle(result, arm, number) / middle(result, 'stock', number):.2f}" for arm, number in shares]
+        title = result.traffic.replace("_", " ") + ", moved" * moved
+        assert f"| {title} | {' | '.join(cells)} |" in page
+    assert len(results) == page.split("fusion: tokens/s |")[1].split("\n\n")[0].count("\n| ") - 1
+
+
 def test_what_scaling_costs() -> None:
     found = json.loads((RESULTS / "bench" / "scaling.json").read_text())
     text = (ROOT / "docs" / "performance.md").read_text()
