@@ -77,6 +77,10 @@ class EntryBlocks:
             else:
                 self._intakes.look_up_anew(intake)
 
+    def start_anew(self) -> None:
+        """What comparisons have brought so far says nothing of what will be resident."""
+        self._worth = Worth()
+
     def _advance(self, intake: Intake) -> None:
         """Turn to the next run; if there is none and nothing is reused, let the request go."""
         least = self._rule.least + 1

@@ -212,6 +212,7 @@ class Reuse:
         """Let everybody go. Who takes part still finds nothing of what it has adopted."""
         self.followers.start_anew()
         self.fills.start_anew()
+        self.entry_blocks.start_anew()
         for request_id in list(self.loaders.waiting):
             self.loaders.let_go(request_id)
         for request_id, intake in list(self.intakes.items()):
