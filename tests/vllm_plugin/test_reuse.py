@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from jointkv.policy.worth import ENOUGH, RARELY
 from jointkv.vllm_plugin.scheduler.reuse import WAVES
 from tests.hazards import FIRST
 from tests.vllm_plugin.engines import LOSSY, Engine, Prompt, engine, near_prefix, text, write_model
@@ -155,6 +156,22 @@ def test_pages_with_witnesses_need_no_entry_block(served: Served) -> None:
     assert served.new("prompt_tokens_skipped") == 12 * BLOCK and served.computed == BLOCK + len(TAIL)
     assert served.engine.steps - steps == 1  # the helper's header and the end of the prompt in one
     assert (served.new("reuse_gaps"), served.new("reuse_helpers")) == (1, 1)
+
+
+def test_comparisons_that_save_nothing_are_made_for_one_request_in_eight(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here every entry block is too far, and several of each request are compared before that is known."""
+    reuse = served.engine.side.reuse
+    for part in (reuse.entry_blocks, reuse.look_up):
+        monkeypatch.setattr(part, "_rule", replace(part._rule, near=0.0, witnesses=10**6))
+    asked = []
+    for prompt in near_prefix(ENOUGH + 2 * RARELY):
+        served.count_anew()
+        served.engine.generate([prompt], 1)
+        asked.append(served.new("reuse_helpers") > 0)
+        assert served.new("prompt_tokens_skipped") == 0
+    assert asked[1] and sum(asked[ENOUGH:]) == 2
 
 
 def test_of_many_that_come_at_once_the_first_need_not_wait_for_the_last(
