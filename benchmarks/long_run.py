@@ -10,6 +10,7 @@ the end no page may be in use.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -17,8 +18,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +44,9 @@ MIX = {"near_prefix": 0.4, "agent_turns_nonce": 0.3, "unrelated": 0.3}
 
 BLOCK_SIZE, MAX_RUNNING = 32, 16
 POLL_SECONDS, DRAIN_SECONDS = 2.0, 60.0
+
+BATCH = 100
+"""Requests of a traffic that are drawn at a time; the smallest has 156."""
 
 
 def main() -> None:
@@ -160,11 +165,15 @@ class LongServer:
 
         tokenizer = load_tokenizer(self.given.model)
         limits = Limits(4096, self.pool_blocks, BLOCK_SIZE)
-        kinds = [
-            iter(from_traffic(name, tokenizer, count, self.given.output_tokens, self.given.seed, limits).requests)
-            for name in MIX
-        ]
-        draw = random.Random(self.given.seed)
+
+        def endless(name: str) -> Iterator[ServingRequest]:
+            """A traffic has so many different requests, and then others by another seed."""
+            for batch in itertools.count():
+                seed = self.given.seed + batch
+                for one in from_traffic(name, tokenizer, BATCH, self.given.output_tokens, seed, limits).requests:
+                    yield one if one.session is None else replace(one, session=f"{batch}-{one.session}")
+
+        kinds, draw = [endless(name) for name in MIX], random.Random(self.given.seed)
         return [next(draw.choices(kinds, tuple(MIX.values()))[0]) for _ in range(count)]
 
 
