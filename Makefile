@@ -105,6 +105,7 @@ results: setup
 	$(PLOTS) $(RESULTS)/serving/near_prefix.json $(RESULTS)/serving/small_pool.json --output $(RESULTS)/serving \
 	  --only serving --only serving_ratios
 	$(PLOTS) $(RESULTS)/serving/one_first.json --output $(RESULTS)/serving --only serving_arms
+	$(PLOTS) $(RESULTS)/serving/long_run_reuse.json --output $(RESULTS)/serving --only long_run
 	$(PLOTS) $(wildcard $(RESULTS)/table/*.json) --output $(RESULTS)/table --only serving_table
 	$(PLOTS) $(RESULTS)/serving/paper_random.json --output $(RESULTS)/serving --only serving_quality
 	$(PLOTS) $(wildcard $(RESULTS)/evaluate/*.json) --output $(RESULTS)/evaluate
