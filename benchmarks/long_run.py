@@ -46,7 +46,7 @@ BLOCK_SIZE, MAX_RUNNING = 32, 16
 POLL_SECONDS, DRAIN_SECONDS = 2.0, 60.0
 
 BATCH = 100
-"""Requests of a traffic that are drawn at a time; the smallest has 156."""
+"""Requests of a traffic that are drawn at a time; the smallest has 156, of which some come again."""
 
 
 def main() -> None:

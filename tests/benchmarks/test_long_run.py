@@ -22,6 +22,6 @@ def test_more_requests_are_drawn_than_a_traffic_has(tmp_path: Path) -> None:
     requests = [*made.first, *made.parts[0], *made.parts[1]]
     assert [len(made.first), *map(len, made.parts)] == [BATCH, 4 * BATCH, 4 * BATCH]
     prompts = Counter(request.prompt for request in requests)
-    assert len(prompts) > 0.9 * len(requests) and len(MIX) == 3
+    assert len(prompts) > 0.8 * len(requests) and len(MIX) == 3
     turns = [request.session for request in requests if request.session is not None]
     assert len(set(turns)) > BATCH / 10 and max(Counter(turns).values()) < 20
