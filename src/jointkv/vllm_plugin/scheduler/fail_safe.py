@@ -40,6 +40,9 @@ def fail_safe(hook: Callable[..., R]) -> Callable[..., R | None]:
 class FailSafe(ABC):
     """What goes off after an error in one of its `fail_safe` hooks, and on again after a while.
 
+    Args:
+        settings: whether it is on at all, and how often and how soon it comes back.
+
     Attributes:
         enabled: whether anything is fused now.
         recovery: when it is on again.
