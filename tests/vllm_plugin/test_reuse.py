@@ -161,12 +161,17 @@ def test_pages_with_witnesses_need_no_entry_block(served: Served) -> None:
 def test_comparisons_that_save_nothing_are_made_for_one_request_in_eight(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here every entry block is too far, and several of each request are compared before that is known."""
+    """Here every entry block is too far, and several of each request are compared before that is known.
+
+    Requests that have none to compare take nobody's turn.
+    """
     reuse = served.engine.side.reuse
     for part in (reuse.entry_blocks, reuse.look_up):
         monkeypatch.setattr(part, "_rule", replace(part._rule, near=0.0, witnesses=10**6))
     asked = []
-    for prompt in near_prefix(ENOUGH + 2 * RARELY):
+    for number, prompt in enumerate(near_prefix(ENOUGH + 2 * RARELY)):
+        nothing_to_compare = text(2 * BLOCK, 900 + number) + prompt[2 * BLOCK : 4 * BLOCK] + TAIL
+        served.engine.generate([nothing_to_compare], 1)
         served.count_anew()
         served.engine.generate([prompt], 1)
         asked.append(served.new("reuse_helpers") > 0)

@@ -19,6 +19,7 @@ from jointkv.hf.residents import Residents
 from jointkv.policy import FusionPolicy
 from jointkv.policy.profile import ReuseEvidence
 from jointkv.policy.reuse import ReuseRule
+from jointkv.system.recent import Recent
 from jointkv.system.values import check_whole, is_number
 from jointkv.theory.licence import Licence
 
@@ -133,7 +134,7 @@ class Reuse:
         self.options, self._audits, self.rotary = options, audits, rotary
         self.rule = options.rule or (ReuseRule() if audits is None else audits.rule)
         self.residents = Residents(block_size, moved=rotary is not None)
-        self.licences: dict[TextClass, Licence] = {}
+        self.licences = Recent[TextClass, Licence](self._first, MOST_LICENCES)
         self.counters: Counter[str] = Counter()
         self.seconds_planning = 0.0
         self._random = random.Random(options.seed)
@@ -164,12 +165,7 @@ class Reuse:
 
     def licence(self, tenant: Hashable, moved: bool = False) -> Licence:
         """That of a class of text."""
-        text = TextClass(tenant, moved)
-        licence = self.licences.pop(text, None) or self._first(text)
-        self.licences[text] = licence
-        if len(self.licences) > MOST_LICENCES:
-            del self.licences[next(iter(self.licences))]
-        return licence
+        return self.licences[TextClass(tenant, moved)]
 
     def _first(self, text: TextClass) -> Licence:
         terms = self.options.miss_rate, self.options.confidence

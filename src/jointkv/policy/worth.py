@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from jointkv.system.recent import Recent
+
 WORTH = 64
 """Tokens that each must save on average. Each takes a step of its own, for which the request waits; traffic that saved
 42 for each had 0.93 of the throughput of computing everything (docs/results/table/edited_document.json)."""
@@ -33,7 +35,7 @@ class Worth:
     """What comparing entry blocks has brought, by isolation key: the requests of one say nothing of another's."""
 
     def __init__(self) -> None:
-        self._accounts: dict[Hashable, _Account] = {}
+        self._accounts = Recent[Hashable, _Account](lambda isolation: _Account(), MOST_KEYS)
 
     def __len__(self) -> int:
         """Isolation keys that are known."""
@@ -41,7 +43,7 @@ class Worth:
 
     def pays(self, isolation: Hashable) -> bool:
         """Whether the next request is to have its entry blocks compared."""
-        account = self._of(isolation)
+        account = self._accounts[isolation]
         if account.compared < ENOUGH or account.saved >= WORTH * account.compared:
             return True
         account.passed_over = (account.passed_over + 1) % RARELY
@@ -49,17 +51,8 @@ class Worth:
 
     def compared(self, isolation: Hashable, saved: int) -> None:
         """An entry block was compared, and `saved` tokens behind it, 0 or more, need not be computed."""
-        account = self._of(isolation)
+        account = self._accounts[isolation]
         account.compared += 1
         account.saved += saved
         if account.compared >= REMEMBERED:
             account.compared, account.saved = account.compared / 2, account.saved / 2
-
-    def _of(self, isolation: Hashable) -> _Account:
-        account = self._accounts.pop(isolation, None)
-        if account is None:
-            if len(self._accounts) == MOST_KEYS:
-                del self._accounts[next(iter(self._accounts))]
-            account = _Account()
-        self._accounts[isolation] = account
-        return account

@@ -79,8 +79,11 @@ def test_the_first_keys_are_shown_and_all_are_counted(licences: Licences) -> Non
     assert shown["states"] == {"earning": SHOWN_KEYS + 3}
 
 
-def test_a_number_is_free_when_nothing_of_its_key_is_kept(licences: Licences, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_is_free_when_nothing_of_its_key_is_kept(
+    statistics: Statistics, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(room, "MOST_CLASSES", 3)
+    licences = Licences(lambda page_class: Licence(LOOSE), statistics)
     for page_class in (
         PageClass("old", True),
         PageClass("old", False),

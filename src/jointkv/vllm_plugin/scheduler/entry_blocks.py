@@ -46,11 +46,13 @@ class EntryBlocks:
         self._rule, self._look_up, self._sharing = rule, look_up, sharing
         self._intakes, self._sent, self._statistics = intakes, sent, statistics
         self._worth = Worth()
+        self._least = rule.least + 1
+        """Blocks of a run whose entry block is compared: it itself and what is skipped behind it."""
 
     def begin(self, intake: Intake) -> None:
         """Adopt what is known well enough as it is, and turn to the first run of which it is not, if that pays."""
         self._adopt(intake, intake.plan.reused)
-        if not self._worth.pays(intake.tracked.isolation):
+        if self._next_entry(intake) is not None and not self._worth.pays(intake.tracked.isolation):
             intake.search.at = intake.end
         self._advance(intake)
 
@@ -83,15 +85,17 @@ class EntryBlocks:
 
     def _advance(self, intake: Intake) -> None:
         """Turn to the next run; if there is none and nothing is reused, let the request go."""
-        least = self._rule.least + 1
-        intake.entry = intake.runs.next_entry(intake.search.at, intake.end, least)
+        intake.entry = self._next_entry(intake)
         if intake.entry is not None:
-            intake.sources = intake.runs.through(intake.entry, intake.end, least, self._rule.sources)
+            intake.sources = intake.runs.through(intake.entry, intake.end, self._least, self._rule.sources)
         elif not intake.plan.skipped and intake.text.is_whole:
             intake.tracked.audit = Audit()
             self._intakes.let_go(intake.tracked.request.request_id)
         elif not intake.plan.skipped:
             self._intakes.look_up_anew(intake)
+
+    def _next_entry(self, intake: Intake) -> int | None:
+        return intake.runs.next_entry(intake.search.at, intake.end, self._least)
 
     def _hear(self, intake: Intake, sources: list[Run], answer: Answer) -> None:
         """The entry block has been compared with those of `sources`: adopt what may be."""

@@ -10,6 +10,7 @@ import numpy as np
 from vllm.logger import init_logger
 
 from jointkv.policy.profile import ReuseEvidence
+from jointkv.system.recent import Recent
 from jointkv.theory.licence import Licence
 from jointkv.vllm_plugin.metrics import LicenceGauges, Statistics
 from jointkv.vllm_plugin.settings import PluginSettings
@@ -96,20 +97,20 @@ class Licences:
 
     def __init__(self, new: Callable[[PageClass], Licence], statistics: Statistics) -> None:
         self._new, self._statistics = new, statistics
-        self._licences: dict[PageClass, Licence] = {}
+        self._licences = Recent[PageClass, Licence](self._first, MOST_CLASSES, self._forget)
         self._numbers: dict[Hashable, int] = {}
         self._changed = True
 
     def granted(self, page_class: PageClass) -> bool:
         """Whether pages of that class may be read now."""
-        return self._of(page_class).granted
+        return self._licences[page_class].granted
 
     def observe(self, page_class: PageClass, missed: int, audited: int) -> None:
         """An audit found `missed` of `audited` blocks beyond the bounds."""
         self._statistics.add("reuse_audits")
         self._statistics.add("reuse_audited_blocks", audited)
         self._statistics.add("reuse_missed_blocks", missed)
-        licence = self._of(page_class)
+        licence = self._licences[page_class]
         self._changed = True
         if licence.observe(missed / audited) is not None:
             self._statistics.add("licences_granted" if licence.granted else "licences_lost")
@@ -134,18 +135,12 @@ class Licences:
         for licence in self._licences.values():
             licence.check_integrity()
 
-    def _of(self, page_class: PageClass) -> Licence:
-        licence = self._licences.pop(page_class, None)
-        if licence is None:
-            if len(self._licences) == MOST_CLASSES:
-                self._forget(next(iter(self._licences)))
-            licence, self._changed = self._new(page_class), True
-            self._number(page_class.isolation)
-        self._licences[page_class] = licence
-        return licence
+    def _first(self, page_class: PageClass) -> Licence:
+        self._changed = True
+        self._number(page_class.isolation)
+        return self._new(page_class)
 
     def _forget(self, page_class: PageClass) -> None:
-        del self._licences[page_class]
         key = page_class.isolation
         if not any(page_class.isolation == key for page_class in self._licences):
             self._numbers.pop(key, None)
