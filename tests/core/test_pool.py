@@ -307,3 +307,32 @@ TestPool.pytestmark = [
         "counts stay right, nobody's content changes, and what is refused changes nothing",
     ),
 ]
+
+
+def test_pages_that_are_read_outlive_who_dropped_them():
+    pool = BlockPool(LAYERS, BLOCK_SIZE, KEY_SHAPE, VALUE_SHAPE, max_pages=3)
+    table = BlockTable(pool, 1)
+    table.extend(torch.tensor([2]))
+    pages = table.held()
+    with pool.holding(pages):
+        del table
+        pool.check_integrity()
+        assert pool.num_used == 2 and not set(pool.allocate(1).tolist()) & set(pages.tolist())
+        with pytest.raises(PoolFull):
+            pool.allocate(1)
+    assert pool.num_used == 1
+
+
+def test_what_was_dropped_is_free_when_it_was_collected():
+    pool = BlockPool(LAYERS, BLOCK_SIZE, KEY_SHAPE, VALUE_SHAPE)
+    table, freed = BlockTable(pool, 1), []
+    pool.on_free(lambda pages: freed.extend(pages.tolist()))
+    table.extend(torch.tensor([2]))
+    pages = table.held().tolist()
+    del table
+    assert not freed, "a destructor runs anywhere, and changes nothing"
+    pool.collect_dropped()
+    assert sorted(freed) == sorted(pages)
+    with pytest.raises(IntegrityError), pool.holding(torch.tensor(pages)):
+        pass
+    pool.check_integrity()

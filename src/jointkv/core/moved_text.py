@@ -44,6 +44,12 @@ class MovedText:
         return len(self.fills)
 
     @property
+    def sources(self) -> Integers:
+        """The resident pages that would be read, each once."""
+        second = self.fills.second[self.fills.offset > 0]
+        return np.unique(np.concatenate((self.fills.first, second)))
+
+    @property
     def found(self) -> Found:
         """As planning wants it: a source for every run, and pages that are not written yet.
 

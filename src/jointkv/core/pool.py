@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -25,6 +27,16 @@ class Holder(Protocol):
 
     def held(self) -> Tensor:
         """The page of every reference, `[n]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """Pages that somebody reads who has no block table."""
+
+    pages: Tensor
+
+    def held(self) -> Tensor:
+        return self.pages
 
 
 class BlockPool:
@@ -91,7 +103,7 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Pages free now, without those that growing would add."""
-        self._collect_dropped()
+        self.collect_dropped()
         return self._free_count
 
     @property
@@ -116,11 +128,37 @@ class BlockPool:
         self._on_free.remove(callback)
 
     def drop(self, pages: Tensor) -> None:
-        """Free `pages`, except where they are negative, at the next call.
+        """Free `pages`, except where they are negative, at the next call that asks what is free.
 
         For destructors, which may run in the middle of another call, or where a compiler has replaced all operations.
         """
         self._dropped.append(pages)
+
+    def collect_dropped(self) -> None:
+        """Free what was dropped.
+
+        Who looks for pages by their content calls it before: what is found then may be dropped later, and handed out
+        again, unless `holding` keeps it.
+        """
+        while self._dropped:
+            pages = self._dropped.popleft()
+            self.free(pages[pages >= 0])
+
+    @contextmanager
+    def holding(self, pages: Tensor) -> Iterator[None]:
+        """Keep the used `pages [n]` as they are meanwhile, whoever drops them.
+
+        Raises:
+            IntegrityError: one of them is free.
+        """
+        held = _Held(pages)
+        self.share(pages)
+        self._holders.add(held)
+        try:
+            yield
+        finally:
+            self._holders.discard(held)
+            self.free(pages)
 
     def missing(self, count: int) -> int:
         """How many of `count` pages the pool could not give, growth included."""
@@ -135,7 +173,7 @@ class BlockPool:
         Raises:
             PoolFull: fewer are left; nothing was taken.
         """
-        self._collect_dropped()
+        self.collect_dropped()
         missing = self.missing(count)
         if missing:
             raise PoolFull(missing, count, self.max_pages or 0)
@@ -190,7 +228,7 @@ class BlockPool:
             IntegrityError: `free + used != total`, a free page is referenced, or a count differs from the number of
                 references held.
         """
-        self._collect_dropped()
+        self.collect_dropped()
         free = self._free[: self._free_count]
         if len(free.unique()) != len(free):
             raise IntegrityError("a page is on the free list twice")
@@ -207,11 +245,6 @@ class BlockPool:
             raise IntegrityError(
                 f"page {page}: {int(self.references[page])} references counted, {int(expected[page])} held"
             )
-
-    def _collect_dropped(self) -> None:
-        while self._dropped:
-            pages = self._dropped.popleft()
-            self.free(pages[pages >= 0])
 
     def _assert_used(self, pages: Tensor) -> None:
         if len(pages) and (self.references[pages] <= 0).any():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -64,11 +65,34 @@ def prefill_row(cache: PagedCache, forward: Forward, tokens: Tensor, tenant: Has
 
 
 def _reusing(cache: PagedCache, steps: RowSteps, tokens: Tensor, tenant: Hashable, reuse: Reuse) -> RowPrefill:
-    size, ids = reuse.residents.block_size, tokens.numpy().astype(np.int64)
-    slots = (len(ids) - 1) // size
+    ids, blocks = tokens.numpy().astype(np.int64), cache.pool.blocks
     start = time.perf_counter()
+    if blocks is not None:
+        blocks.collect_dropped()
     matches = steps.matches = reuse.residents.find(tenant, ids[:-1])
+    slots = (len(ids) - 1) // reuse.residents.block_size
     steps.moved = reuse.moved_text(tenant, ids[:-1], len(matches.exact), slots)
+    reuse.seconds_planning += time.perf_counter() - start
+    # Whoever has the sources may drop them at any time, and computing hands out what is free.
+    with nullcontext() if blocks is None else blocks.holding(torch.from_numpy(steps.sources)):
+        done, true_until = _decided(cache, steps, ids, tenant, reuse)
+        start = time.perf_counter()
+        _compare(matches, true_until, steps, reuse)
+        reuse.seconds_planning += time.perf_counter() - start
+    own = cache.tables[0].pages[0, :true_until].numpy().copy()
+    cache.fuse()
+    _make_resident(cache.batch, own, ids, tenant, reuse)
+    _count(done, reuse)
+    return done
+
+
+def _decided(
+    cache: PagedCache, steps: RowSteps, ids: Integers, tenant: Hashable, reuse: Reuse
+) -> tuple[RowPrefill, int]:
+    """Compute and adopt the prompt; what became of it, and how many of its leading blocks are its own or exact."""
+    start, matches = time.perf_counter(), steps.matches
+    assert matches is not None
+    size, slots = reuse.residents.block_size, (len(ids) - 1) // reuse.residents.block_size
     found = matches.found if steps.moved is None else matches.found.beside(steps.moved.found)
     found = found.where((found.slot >= len(matches.exact)) & (found.slot < slots))
     audited = bool(found.stretches(reuse.rule.least)) and reuse.is_audit(tenant, found)
@@ -81,23 +105,15 @@ def _reusing(cache: PagedCache, steps: RowSteps, tokens: Tensor, tenant: Hashabl
         steps.finish()
     plan = decide(found, len(matches.exact), slots, reuse.rule, ImaginedSteps(steps) if audited else steps)
     steps.finish()
-    start = time.perf_counter()
-    done, true_until = RowPrefill(len(ids), exact=len(matches.exact) * size), slots
+    done = RowPrefill(len(ids), exact=len(matches.exact) * size)
     if audited:
-        done = _audit(done, plan, steps, tenant, reuse)
-    elif plan.skipped:
-        true_until = plan.reused[0].start
-        reused = tuple(np.flatnonzero(plan.pages != COMPUTED).tolist())
-        moved = int(unwritten(plan.pages).sum()) * size
-        done = replace(done, skipped=plan.skipped * size, moved=moved, reused=reused)
-        done = replace(done, runs=len(plan.reused), gaps=len(plan.gaps))
-    _compare(matches, true_until, steps, reuse)
-    reuse.seconds_planning += time.perf_counter() - start
-    own = cache.tables[0].pages[0, :true_until].numpy().copy()
-    cache.fuse()
-    _make_resident(cache.batch, own, ids, tenant, reuse)
-    _count(done, reuse)
-    return done
+        return _audit(done, plan, steps, tenant, reuse), slots
+    if not plan.skipped:
+        return done, slots
+    reused = tuple(np.flatnonzero(plan.pages != COMPUTED).tolist())
+    moved = int(unwritten(plan.pages).sum()) * size
+    done = replace(done, skipped=plan.skipped * size, moved=moved, reused=reused)
+    return replace(done, runs=len(plan.reused), gaps=len(plan.gaps)), plan.reused[0].start
 
 
 def _audit(done: RowPrefill, plan: ReusePlan, steps: RowSteps, tenant: Hashable, reuse: Reuse) -> RowPrefill:

@@ -87,6 +87,14 @@ class RowSteps:
             getattr(known, column)[moved] = getattr(elsewhere, column)
         return known
 
+    @property
+    def sources(self) -> Integers:
+        """Resident pages that may be read, each once."""
+        if self.matches is None:
+            return np.zeros(0, np.int64)
+        moved = [] if self.moved is None else [self.moved.sources]
+        return np.unique(np.concatenate((self.matches.page, self.matches.exact, *moved)))
+
     def _elsewhere(self, text: MovedText) -> MovedBlocks:
         reuse = self._cache.pool.reuse
         assert reuse is not None and reuse.rotary is not None
