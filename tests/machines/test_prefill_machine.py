@@ -7,6 +7,7 @@ within bounds that are nearly 0: what differs is a page that holds something els
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ PROMPTS = st.builds(
     *(st.sampled_from([0, 1, 3, BLOCK, BLOCK + 1, 2 * BLOCK]), st.integers(0, 3), st.integers(0, 1)),
     *(st.sampled_from([0, BLOCK, 5]), st.integers(4 * BLOCK, 10 * BLOCK), st.integers(1, 2 * BLOCK)),
 )
+
+HAZARD = "caches that prompts are read from are dropped at any moment (transformers, reuse)"
 
 tally: Counter[str] = Counter()
 
@@ -69,6 +72,7 @@ class PrefillMachine(RuleBasedStateMachine):
     @rule(prompt=PROMPTS, dropped=st.none() | st.tuples(st.integers(0, 3), st.integers(0, MOST_CACHES - 1)))
     def prefill(self, prompt: Tensor, dropped: tuple[int, int] | None) -> None:
         """`dropped`: before which forward pass another cache goes, and which."""
+        tally["steps"] += 1
         if len(self.caches) == MOST_CACHES:
             self.drop(0)
         calls, compute = 0, Forward.__call__
@@ -100,6 +104,7 @@ class PrefillMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.caches)
     @rule(which=st.integers(0, MOST_CACHES - 1))
     def drop(self, which: int) -> None:
+        tally["steps"] += 1
         if which < len(self.caches):
             del self.caches[which]
 
@@ -114,6 +119,7 @@ class PrefillMachine(RuleBasedStateMachine):
     @rule()
     def count(self) -> None:
         """Not after every step: counting frees what was dropped."""
+        tally["steps"] += 1
         self.pool.check_integrity()
 
     def teardown(self) -> None:
@@ -123,8 +129,12 @@ class PrefillMachine(RuleBasedStateMachine):
             assert not self.pool.blocks or self.pool.blocks.num_used == 0
 
 
-def test_any_sequence_of_prompts(forgetful: PreTrainedModel) -> None:
+@pytest.mark.timeout(0)
+@pytest.mark.hazard("State", HAZARD, "each prompt holds what its own text says; references are those of the caches")
+def test_any_sequence_of_prompts(forgetful: PreTrainedModel, record_property: Callable[[str, object], None]) -> None:
     tally.clear()
     PrefillMachine.model = forgetful
     run_state_machine_as_test(PrefillMachine, settings=machine_settings(STEPS_PER_RUN))
+    for name, count in tally.items():
+        record_property(name, count)
     assert all(tally[name] for name in ("skipped", "moved", "exact", "audited", "dropped meanwhile", "full")), tally
