@@ -210,8 +210,10 @@ def _audits(reuse: ReuseEvidence) -> str:
     found = f"{reuse.missed_blocks} of {reuse.blocks} blocks beyond the bounds in {reuse.audits} audits"
     granted = Licence.from_profile(reuse.evidence).granted
     so = "from the first request on" if granted else "after more audits: at 2% it takes 172 without a miss (--audits)"
+    echoes = "" if reuse.echoes else ", new echoes as well"
     return (
-        f"reuse would skip {reuse.skipped:.0%} of the prompt tokens (entry blocks up to {reuse.near:g} of the bounds); "
+        f"reuse would skip {reuse.skipped:.0%} of the prompt tokens (entry blocks up to {reuse.near:g} of the bounds"
+        f"{echoes}); "
         f"{found}, at most {reuse.limit:.2%}: licensed {so}"
     )
 

@@ -99,7 +99,7 @@ class ReuseEvidence(_Record):
         skipped: share of the tokens of all these requests that would not have been computed.
         limit: upper confidence limit of the share of blocks beyond the bounds.
         evidence: the audits, as `jointkv.theory.confidence.UpperLimit.to_json` says them.
-        near: as in `ReuseRule`, chosen where the thresholds were.
+        near, echoes: as in `ReuseRule`, chosen where the thresholds were.
         moved: the same of blocks whose text stands at another position; None where nobody looked for any.
     """
 
@@ -110,12 +110,13 @@ class ReuseEvidence(_Record):
     limit: float = Field(ge=0, le=1)
     evidence: dict[str, Any]
     near: float = Field(default=ReuseRule.near, ge=0, le=1)
+    echoes: bool = ReuseRule.echoes
     moved: ReuseEvidence | None = Field(default=None, exclude_if=lambda audits: audits is None)
 
     @property
     def rule(self) -> ReuseRule:
         """What counts as evidence, as it did in the audits."""
-        return ReuseRule(near=self.near)
+        return ReuseRule(near=self.near, echoes=self.echoes)
 
 
 class FrontierPoint(_Record):

@@ -85,36 +85,53 @@ def test_reuse_is_audited_on_what_the_bounds_were_not_chosen_on(model):
 
 
 class Said(Audit):
-    """Audits whose outcome is given: blocks and misses by how near entry blocks must be."""
+    """Audits whose outcome is given: blocks and misses by how near entry blocks must be, and more with new echoes."""
 
-    def __init__(self, outcome):
-        self.outcome, self.rules, self._moved = outcome, [], False
+    def __init__(self, outcome, echoing=(0, 0)):
+        self.outcome, self.echoing, self.rules, self._moved = outcome, echoing, [], False
 
     def _rows(self, requests, rule, moved=False):
         self.rules.append(rule)
-        blocks, missed = self.outcome[rule.near]
+        more = (0, 0) if rule.echoes else self.echoing
+        blocks, missed = (one + other for one, other in zip(self.outcome[rule.near], more, strict=True))
         return [RowPrefill(100, audited=True, audited_blocks=blocks, missed_blocks=missed)]
 
 
 @pytest.mark.parametrize(
     ("outcome", "near"),
-    [({1.0: (500, 5)}, 1.0), ({1.0: (500, 6), 0.75: (400, 4)}, 0.75), ({1.0: (500, 6), 0.75: (0, 0)}, ReuseRule.near)],
+    [
+        ({1.0: (500, 5)}, 1.0),
+        ({1.0: (500, 6), 0.75: (400, 4)}, 0.75),
+        ({1.0: (500, 6), 0.75: (0, 0), ReuseRule.near: (9, 9)}, ReuseRule.near),
+    ],
     ids=["boldest", "a bolder one misses too often", "none"],
 )
 def test_entry_blocks_may_be_as_far_as_blocks_behind_them_allow(outcome, near):
     audit = Said(outcome)
-    assert audit.near([]) == near
-    assert len(audit.rules) == len(outcome)
+    assert audit.rule([]) == ReuseRule(near=near)
+    assert [rule.near for rule in audit.rules] == [*outcome, near]
     unwitnessed = Known(np.full(1, 1000), np.zeros(1, np.float32), np.zeros(1, bool))
     assert not any(rule.usable(unwitnessed).any() for rule in audit.rules)
 
 
+@pytest.mark.parametrize(
+    ("echoing", "allowed"),
+    [((100, 1), True), ((10_000, 101), False), ((99, 0), False), ((0, 0), False), ((0, 9), False)],
+    ids=["few are far", "too many", "too few to say", "none", "only misses"],
+)
+def test_new_echoes_are_let_through_where_few_of_those_blocks_themselves_are_far(echoing, allowed):
+    """However many others there are: a mean would hide them."""
+    audit = Said({1.0: (10**6, 0)}, echoing)
+    assert audit.rule([]) == ReuseRule(near=1.0, echoes=not allowed)
+
+
 def test_what_entry_blocks_are_worth_is_asked_of_the_half_that_thresholds_are_chosen_on(model, monkeypatch):
     asked = []
-    monkeypatch.setattr(Audit, "near", lambda self, requests: asked.append(requests) or 0.75)
+    chosen = ReuseRule(near=0.75, echoes=False)
+    monkeypatch.setattr(Audit, "rule", lambda self, requests: asked.append(requests) or chosen)
     calibration = Calibration(model, requests(24), settings("relative_error=0.9", token_limit=9.0))
     profile = calibration.run(model_identity(model), "test", {})
-    assert profile.reuse.near == 0.75 and profile.reuse.rule == ReuseRule(near=0.75)
+    assert profile.reuse.rule == chosen
     assert asked == [[calibration.requests[row] for row in calibration._rows[0]]]
 
 
@@ -132,7 +149,7 @@ def test_text_at_other_positions_is_audited_apart(model):
         calibrated(model, "relative_error=0.9", moved, token_limit=9.0, moved=asked).reuse for asked in (True, False)
     )
     assert found.blocks == 0 < found.moved.blocks and 0 < found.moved.audits <= 12 and found.moved.moved is None
-    assert found.moved.skipped > found.skipped == 0 and found.moved.near == found.near
+    assert found.moved.skipped > found.skipped == 0 and found.moved.rule == found.rule
     assert without.moved is None
 
 
@@ -157,9 +174,9 @@ def test_a_bold_entry_rule_must_hold_where_text_moved_too():
             return [replace(row, missed_blocks=100 * (rule.near == 1)) for row in rows] if moved else rows
 
     audit = Moved({1.0: (500, 0), 0.75: (500, 0)})
-    assert audit.near([]) == 1.0
+    assert audit.rule([]).near == 1.0
     audit._moved = True
-    assert audit.near([]) == 0.75
+    assert audit.rule([]).near == 0.75
 
 
 def test_a_pool_goes_by_the_profile(model):

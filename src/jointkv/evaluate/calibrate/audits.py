@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -33,7 +35,25 @@ NEAR = (1.0, 0.75)
 """Ratios of entry blocks that are tried, the boldest first, before the rule's own."""
 
 TOLERATED = 0.01
-"""Share of blocks beyond the bounds behind entry blocks that near: half of what a licence allows, unless told."""
+"""Share of blocks beyond the bounds by which a bolder rule is taken: half of what a licence allows, unless told."""
+
+ENOUGH = round(1 / TOLERATED)
+"""Blocks with new echoes of which that is asked; fewer would not show it."""
+
+
+class _Walk(NamedTuple):
+    """Blocks that would be reused, and those of them beyond the bounds."""
+
+    blocks: int
+    missed: int
+
+    @property
+    def is_tolerable(self) -> bool:
+        return self.missed <= TOLERATED * self.blocks
+
+    def beyond(self, other: _Walk) -> _Walk:
+        """What this walk has besides `other`."""
+        return _Walk(max(0, self.blocks - other.blocks), max(0, self.missed - other.missed))
 
 
 class Audit:
@@ -50,32 +70,44 @@ class Audit:
         self._model, self._policy, self._block_size, self._progress = model, policy, block_size, progress
         self._moved = moved
 
-    def near(self, requests: Sequence[Request]) -> float:
-        """Up to which ratio an entry block may stand in for witnesses: see `ReuseRule`.
+    def rule(self, requests: Sequence[Request]) -> ReuseRule:
+        """What may count as evidence: how far an entry block may be, and whether blocks with new echoes are read.
 
         Every block is taken as if nothing were known of its page, as when many requests follow the first of its kind.
+        New echoes are let through where few enough of those blocks themselves are beyond the bounds.
         """
+        rule = ReuseRule()
         for near in NEAR:
-            rule = ReuseRule(near=near, witnesses=sys.maxsize)
-            walks = [self._rows(requests, rule, moved) for moved in ((False, True) if self._moved else (False,))]
-            blocks = [sum(row.audited_blocks for row in rows) for rows in walks]
-            missed = [sum(row.missed_blocks for row in rows) for rows in walks]
-            if any(blocks) and all(of <= TOLERATED * all_of for of, all_of in zip(missed, blocks, strict=True)):
-                return near
-        return ReuseRule.near
+            walks = self._walks(requests, ReuseRule(near=near))
+            if any(walk.blocks for walk in walks) and all(walk.is_tolerable for walk in walks):
+                rule = ReuseRule(near=near)
+                break
+        else:
+            walks = self._walks(requests, rule)
+        bolder = replace(rule, echoes=False)
+        echoing = [more.beyond(walk) for more, walk in zip(self._walks(requests, bolder), walks, strict=True)]
+        enough = sum(walk.blocks for walk in echoing) >= ENOUGH
+        return bolder if enough and all(walk.is_tolerable for walk in echoing) else rule
 
-    def evidence(self, requests: Sequence[Request], near: float) -> ReuseEvidence:
+    def evidence(self, requests: Sequence[Request], rule: ReuseRule) -> ReuseEvidence:
         """What reuse would do with `requests`, one after another, and how many blocks would be beyond the bounds."""
-        rule = ReuseRule(near=near)
         rows = self._rows(requests, rule)
-        found = self._said([(row, row.audited_blocks, row.missed_blocks) for row in rows], near)
+        found = self._said([(row, row.audited_blocks, row.missed_blocks) for row in rows], rule)
         if not self._moved:
             return found
         rows = self._rows(requests, rule, moved=True)
-        moved = self._said([(row, row.audited_moved, row.missed_moved) for row in rows], near)
+        moved = self._said([(row, row.audited_moved, row.missed_moved) for row in rows], rule)
         return found.model_copy(update={"moved": moved})
 
-    def _said(self, rows: Sequence[tuple[RowPrefill, int, int]], near: float) -> ReuseEvidence:
+    def _walks(self, requests: Sequence[Request], rule: ReuseRule) -> list[_Walk]:
+        """What of `requests` would be reused where they are, and where wanted at other positions as well."""
+        alone = replace(rule, witnesses=sys.maxsize)
+        walks = [self._rows(requests, alone, moved) for moved in ((False, True) if self._moved else (False,))]
+        return [
+            _Walk(sum(row.audited_blocks for row in rows), sum(row.missed_blocks for row in rows)) for rows in walks
+        ]
+
+    def _said(self, rows: Sequence[tuple[RowPrefill, int, int]], rule: ReuseRule) -> ReuseEvidence:
         """What `rows` say, each with the blocks of one class that it would have reused, and those beyond the bounds."""
         limit = UpperLimit(CONFIDENCE)
         for _, audited, missed in rows:
@@ -89,7 +121,8 @@ class Audit:
             skipped=blocks * self._block_size / sum(row.tokens for row, *_ in rows),
             limit=limit.limit,
             evidence=limit.to_json(),
-            near=near,
+            near=rule.near,
+            echoes=rule.echoes,
         )
 
     def _rows(self, requests: Sequence[Request], rule: ReuseRule, moved: bool = False) -> list[RowPrefill]:

@@ -248,7 +248,7 @@ class Calibration:
         first, second = ([self.requests[row] for row in rows] for rows in self._rows)
         settings = self.settings
         audit = Audit(self.model, settings.policy(chosen), settings.block_size, self.progress, settings.moved)
-        return audit.evidence([*second, *self.audits], audit.near(first))
+        return audit.evidence([*second, *self.audits], audit.rule(first))
 
     def predict(self, setting: Setting, *, equal_text: bool = False) -> Prediction:
         """Ratio expected of the held-out half."""
