@@ -15,6 +15,9 @@ from jointkv.report.markdown import NOT_MEASURED, Columns, number, table
 from jointkv.report.pictures.base import Picture, source
 from jointkv.report.pictures.kl_against_bytes import KLAgainstBytes
 
+NARROWEST = 0.05
+"""Differences on either side of 0 that an axis has at least: of scores that are all equal it would show rounding."""
+
 
 def interval_cell(found: Interval | None, form: str) -> str:
     """A mean with its interval."""
@@ -43,6 +46,10 @@ class TaskScores(Picture[Evaluation]):
                 place = methods.index(f"{score.method} {score.level:g}")
                 axes.hlines(place, difference.low, difference.high, color=colour(0), linewidth=1.4)
                 axes.plot(difference.mean, place, "o", color=colour(0), markersize=5)
+            if all(
+                -NARROWEST < end < NARROWEST for _, difference in chosen for end in (difference.low, difference.high)
+            ):
+                axes.set_xlim(-NARROWEST, NARROWEST)
             axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
             axes.set_yticks(range(len(methods)), methods, fontsize=9)
             axes.set_ylim(-0.6, len(methods) - 0.4)
