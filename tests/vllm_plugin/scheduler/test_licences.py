@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from jointkv.policy.profile import ReuseEvidence
+from jointkv.policy.reuse import ReuseRule
 from jointkv.theory.confidence import UpperLimit
 from jointkv.theory.licence import Licence
 from jointkv.vllm_plugin.metrics import LICENCE_STATES, Statistics
@@ -143,13 +144,14 @@ def test_audits_at_other_positions_grant_the_first_licence_of_moved_text_alone(t
 
 
 @pytest.mark.parametrize(
-    ("options", "near"),
-    [({}, 0.75), ({"reuse": "probed"}, 0.75), ({"reuse": "off"}, None), ({"max_relative_error": 0.1}, None)],
+    ("options", "counts"),
+    [({}, True), ({"reuse": "probed"}, True), ({"reuse": "off"}, False), ({"max_relative_error": 0.1}, False)],
     ids=["licensed", "probed", "off", "other bounds"],
 )
-def test_reuse_goes_by_the_rule_of_the_audits(tmp_path: Path, options: dict[str, Any], near: float | None) -> None:
-    found = audits_of_profile(settings_of(tmp_path, audits(30).model_copy(update={"near": 0.75}), **options))
-    assert (None if found is None else found.rule.near) == near
+def test_reuse_goes_by_the_rule_of_the_audits(tmp_path: Path, options: dict[str, Any], counts: bool) -> None:
+    said = audits(30).model_copy(update={"near": 0.75, "echoes": False})
+    found = audits_of_profile(settings_of(tmp_path, said, **options))
+    assert (None if found is None else found.rule) == (ReuseRule(near=0.75, echoes=False) if counts else None)
 
 
 @pytest.mark.parametrize(
