@@ -11,6 +11,7 @@ from statistics import fmean, median
 
 import pytest
 
+from jointkv.bench.long_run import LongRun
 from jointkv.bench.result import Run, ServingResult
 from jointkv.evaluate.compare.result import Demo, Evaluation
 from jointkv.report.pictures.task_scores import interval_cell
@@ -116,6 +117,22 @@ def test_agents_behind_a_number() -> None:
     assert same.equal == 1.0 and f"all {same.pairs} answers equal" in README
 
 
+def test_a_longer_run() -> None:
+    found = LongRun.model_validate_json((RESULTS / "serving" / "long_run_reuse.json").read_text())
+    last = found.phases[-1]
+    assert f"at {last.share:.0%} of the requests that stock can answer" in README
+    said = f"first tokens came after {last.ttft('all', 50):.2f} s (p50 of {len(last.samples)} mixed requests;"
+    assert said in README
+    measured = (ROOT / "docs" / "measured.md").read_text()
+    for phase in found.phases:
+        times = " | ".join(f"{phase.ttft('first', at):.2f}, {phase.ttft('last', at):.2f}" for at in (50, 95))
+        licences = f"{phase.grown('licences_granted'):.0f}, {phase.grown('licences_lost'):.0f}"
+        assert f"| {phase.share:.0%} | {times} | {phase.grown('tokens_skipped'):,.0f} | {licences} |" in measured
+        assert not phase.failed and not phase.pages_left
+    grown = [f"{phase.grown('rss_mib'):,.0f}" for phase in found.phases]
+    assert f"Memory grew by {grown[0]} MiB" in measured and f"by {' and '.join(grown[1:])}." in measured
+
+
 def test_prompts_without_anything_in_common() -> None:
     result = serving("unrelated_reuse")
     (ratio,) = (each for each in result.comparisons if each.metric == "output_tokens_per_s")
@@ -140,6 +157,7 @@ def test_no_other_number_was_measured() -> None:
     tested = (
         r"\| [^|]+ \| [^|]+ \| [^|]+ \|",
         r"Agents that send.*?\)",
+        r"first tokens came after [\d.]+ s",
         r"it had [\d.]+ of stock's.*?\)",
         r"mean KL is [\d.]+ on",
         r"its worst request [\d.]+",
