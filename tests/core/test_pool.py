@@ -336,3 +336,36 @@ def test_what_was_dropped_is_free_when_it_was_collected():
     with pytest.raises(IntegrityError), pool.holding(torch.tensor(pages)):
         pass
     pool.check_integrity()
+
+
+def test_whoever_follows_a_pool_hears_of_freed_pages_though_another_fails():
+    """They went on being found by their old content, while the pool handed them out again."""
+    pool, heard = BlockPool(LAYERS, BLOCK_SIZE, KEY_SHAPE, VALUE_SHAPE), []
+
+    def broken(pages):
+        raise IntegrityError("broken")
+
+    for callback in (broken, lambda pages: heard.extend(pages.tolist())):
+        pool.on_free(callback)
+    pages = pool.allocate(2)
+    with pytest.raises(IntegrityError, match="broken"):
+        pool.free(pages)
+    assert sorted(heard) == sorted(pages.tolist()) and pool.num_used == 0
+    pool.check_integrity()
+
+
+def test_a_table_that_goes_while_pages_are_counted_is_no_fault():
+    """The garbage collector runs at any moment: here when the first holder is asked."""
+    pool = BlockPool(LAYERS, BLOCK_SIZE, KEY_SHAPE, VALUE_SHAPE)
+    tables = [BlockTable(pool, 1) for _ in range(2)]
+    for number in range(2):
+        tables[number].extend(torch.tensor([1]))
+
+    def held(table):
+        tables[:] = [table]
+        return table.pages[table.pages >= 0]
+
+    with patch.object(BlockTable, "held", held):
+        pool.check_integrity()
+    pool.check_integrity()
+    assert pool.num_used == 1

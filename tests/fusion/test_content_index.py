@@ -252,3 +252,19 @@ class Churn(RuleBasedStateMachine):
 
 Churn.TestCase.settings = settings(max_examples=25, stateful_step_count=25)
 TestChurn = Churn.TestCase
+
+
+def test_text_is_found_whose_former_pages_are_all_gone() -> None:
+    """The places of those that were dropped came first, and nobody looked behind them."""
+    index, text = ContentIndex(BLOCK), strange(40, 1)
+    put(index, strange(4000, 2), 0, source=0)
+    for source in range(1, 1 + room.SOURCES):
+        put(index, text, 2000 + 10 * source, source)
+    assert index.find("key", text, BLOCK)
+    for page in range(2000, 3000):
+        index.remove(page)
+    assert not index.find("key", text, BLOCK)
+    put(index, text, 5000, source=9)
+    (run,) = index.find("key", text, BLOCK)
+    assert run.source == 9 and run.tokens == 40
+    index.check_integrity()

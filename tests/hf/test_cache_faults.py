@@ -1,12 +1,13 @@
 """A full pool, and faults inside the fusion: the caches stay whole and the answers stay right."""
 
+import copy
 import gc
 import logging
 
 import pytest
 import torch
 
-from jointkv.errors import IntegrityError, PoolFull
+from jointkv.errors import IntegrityError, PoolFull, UnsupportedUse
 from jointkv.fusion.fuser import Fuser
 from jointkv.hf.cache import JointCache
 from jointkv.hf.step import Step
@@ -248,3 +249,90 @@ def test_fusion_that_switched_itself_off_lets_go_of_the_pool():
     del cache
     assert pool.stats()["pages_used"] == 0
     pool.check_integrity()
+
+
+@pytest.mark.parametrize("gone", ["copy", "row"])
+def test_a_copy_that_is_gone_takes_no_page_of_a_full_pool(gone):
+    """It was still counted as a reader of the unfilled block, and a page asked for to copy that."""
+    model, pool = joint("llama", "off", max_pages=3)
+    cache = JointCache(pool)
+    ids, _ = prompts(2 * BLOCK + 1)
+    step(model, cache, ids)
+    twin = copy.deepcopy(cache)
+    if gone == "row":
+        twin.batch_repeat_interleave(2)
+    del twin
+    with torch.no_grad():
+        model(input_ids=ids[:, :1], past_key_values=cache)
+    assert cache.length == 2 * BLOCK + 2 and pool.stats()["pages_used"] == 3
+    cache.check_integrity()
+
+
+def interrupted(model, cache, ids):
+    """A forward pass that a KeyboardInterrupt ends in its last layer; torch calls no hook then."""
+    interrupt = model.model.layers[-1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+    interrupt.remove()
+
+
+def saved_and_loaded(cache, folder):
+    cache.save(folder / "cache")
+    return JointCache.load(folder / "cache", cache.pool)
+
+
+def restored(cache, _):
+    again = JointCache(cache.pool)
+    state = cache.state()
+    again.restore(cache.length, state)
+    return again
+
+
+WHOLE = {
+    "crop": lambda cache, _: cache.crop(-1),
+    "crop_to": lambda cache, _: cache.crop(BLOCK + 1),
+    "reorder": lambda cache, _: cache.reorder_cache(torch.tensor([1, 0])),
+    "repeat": lambda cache, _: cache.batch_repeat_interleave(2),
+    "copy": lambda cache, _: copy.deepcopy(cache),
+    "save": saved_and_loaded,
+    "state": restored,
+}
+
+
+@pytest.mark.parametrize("operation", WHOLE)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_after_an_interrupt_a_cache_is_what_it_was_before_the_forward_pass(name, operation, tmp_path):
+    """What layers had not written yet was cropped, copied and saved as if they had."""
+    (model, pool), (ids, _) = joint(name, "off"), prompts(BLOCK + 6, BLOCK + 6)
+    caches = []
+    for interrupts in (False, True):
+        cache = JointCache(pool)
+        step(model, cache, ids[:, : BLOCK + 3])
+        if interrupts:
+            interrupted(model, cache, ids[:, BLOCK + 3 :])
+        caches.append(WHOLE[operation](cache, tmp_path) or cache)
+        caches[-1].check_integrity()
+    assert caches[0].length == caches[1].length == caches[1].get_seq_length()
+    more = prompts(*[3] * caches[0].batch_size, seed=5)[0]
+    assert torch.equal(*(step(model, cache, more) for cache in caches))
+
+
+def test_an_interrupted_prompt_is_prefilled_anew():
+    model, pool = joint("llama", "off")
+    cache, (ids, mask) = JointCache(pool), prompts(9)
+    interrupted(model, cache, ids)
+    assert cache.prefill(model, ids, mask).tokens == 9 and not cache.length
+
+
+@pytest.mark.parametrize("before", [0, 2 * BLOCK])
+def test_tokens_that_an_interrupt_has_cost_are_asked_for_and_not_left_out(before):
+    """`generate` asks the first layer how many tokens are there, and went on behind those."""
+    model, pool = joint("llama", "off")
+    cache, (ids, mask) = JointCache(pool), prompts(4 * BLOCK - 1)
+    if before:
+        step(model, cache, ids[:, :before])
+    interrupted(model, cache, ids[:, before : 3 * BLOCK])
+    with pytest.raises(UnsupportedUse, match=f"holds {before} tokens again"):
+        generate(model, (ids, mask), cache, tokens=3)
+    expected = generate(model, (ids, mask), stock_cache(model), tokens=3)
+    torch.testing.assert_close(generate(model, (ids, mask), cache, tokens=3).logits, expected.logits)

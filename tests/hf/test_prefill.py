@@ -215,6 +215,7 @@ def test_pages_of_a_dropped_cache_are_forgotten_and_those_still_read_stay():
     first, _ = prefill(pool, model, near(SHARED, 0))
     second, _ = prefill(pool, model, near(SHARED, 1))
     del first
+    pool.blocks.collect_dropped()
     pool.check_integrity()
     assert len(pool.reuse.residents) == 9, "7 of the first, which the second reads, and header and entry of the second"
     _, result = prefill(pool, model, near(SHARED, 2))

@@ -227,3 +227,17 @@ def test_damaged_keys_are_bad_input(tmp_path, keys):
     rewrite(tmp_path, lambda _, metadata: metadata.update({KEYS: keys}))
     with pytest.raises(BadInput, match="damaged"):
         JointCache.load(tmp_path / "bad", pool)
+
+
+def test_a_state_stays_what_it_was_while_the_cache_goes_on():
+    """Its scales were the cache's own: those of a block that filled later, where the state holds what was before."""
+    model, pool = joint("llama", FusionPolicy(representative="direction", key_threshold=0.9, value_threshold=0.8))
+    cache = JointCache(pool)
+    ids, _ = duplicates(2, 3 * pool.block_size)
+    step(model, cache, ids[:, :-1])
+    state = cache.state()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    assert any(name.startswith("k_scale") for name in state)
+    step(model, cache, ids[:, -1:])
+    assert cache.tables[0].scaled(torch.tensor([0, 1]), torch.tensor([2, 2])).any()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())

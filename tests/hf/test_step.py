@@ -7,8 +7,9 @@ import torch
 
 from jointkv.errors import PoolFull
 from jointkv.hf.batch import Batch
+from jointkv.hf.cache import JointCache
 from jointkv.hf.step import Step
-from tests.hf.tiny_models import BLOCK, joint
+from tests.hf.tiny_models import BLOCK, build_model, joint, prompts, step, stock_cache
 
 HEADS, SIZE = 2, 8
 
@@ -61,3 +62,27 @@ def test_a_full_pool_leaves_the_step_as_it_was():
     with pytest.raises(PoolFull):
         step.advance(batch, 1)
     assert batch.length == 0 and step.layers == [] and step.fresh
+
+
+def test_a_forward_pass_inside_another_may_make_the_pool_grow(monkeypatch):
+    """What the outer one computed behind it was written to the tensors that had been given up."""
+    monkeypatch.setattr("jointkv.core.pool.FIRST_PAGES", 4)
+    stock = build_model("llama")
+    model, pool = joint("llama")
+    outer, theirs, ids = JointCache(pool), stock_cache(stock), prompts(5 * BLOCK)[0]
+    step(model, outer, ids[:, :6])
+    step(stock, theirs, ids[:, :6])
+    inside = []
+
+    def nested(*_):
+        if not inside:
+            inside.append(JointCache(pool))
+            step(model, inside[0], ids)
+
+    hook = model.model.layers[1].register_forward_pre_hook(nested)
+    for part in (ids[:, 6:7], ids[:, 7:10]):
+        assert torch.equal(step(model, outer, part), step(stock, theirs, part))
+    hook.remove()
+    assert pool.blocks.num_pages > 4
+    for ours, reference in zip(outer.layers, theirs.layers, strict=True):
+        assert torch.equal(ours.keys, reference.keys) and torch.equal(ours.values, reference.values)

@@ -73,6 +73,25 @@ def test_a_request_after_a_change_reads_no_earlier_page(change, candidates, capl
     assert pool.faults == 0
 
 
+class Quantised(torch.Tensor):
+    """A parameter that is told apart by its id alone."""
+
+
+def test_a_parameter_is_another_one_though_it_has_the_id_of_one_that_is_gone():
+    model, pool = joint("llama", ANYTHING)
+    layer = model.model.layers[0].self_attn.k_proj
+    plain = layer.weight.detach().clone()
+    for number in range(100):
+        before = pool.weights
+        layer.weight = None
+        layer.weight = torch.nn.Parameter((plain * (2 + number)).as_subclass(Quantised), requires_grad=False)
+        pool.notice_weights()
+        assert pool.weights is not before
+    before = pool.weights
+    pool.notice_weights()
+    assert pool.weights is before
+
+
 def test_without_a_change_nothing_is_forgotten(caplog):
     caplog.set_level("INFO", logger="jointkv")
     model, pool = joint("llama", ANYTHING)
@@ -146,6 +165,20 @@ def test_a_saved_cache_belongs_to_the_weights_it_began_with(tmp_path):
     cache.save(tmp_path / "cache")
     with pytest.raises(ModelMismatch, match="model"):
         JointCache.load(tmp_path / "cache", pool)
+
+
+def test_a_cache_that_was_cropped_to_nothing_begins_with_the_weights_of_now(tmp_path):
+    """What the new weights computed was saved, and offered to others, as if the old ones had."""
+    model, pool = joint("llama", ANYTHING)
+    before, cache = JointCache(pool), JointCache(pool)
+    for each in (before, cache):
+        step(model, each, *PROMPT)
+    scale(model)
+    cache.crop(-cache.length)
+    step(model, cache, *PROMPT)
+    assert not set(cache.tables[0].held().tolist()) & set(before.tables[0].held().tolist())
+    cache.save(tmp_path / "cache")
+    assert JointCache.load(tmp_path / "cache", pool).length == cache.length
 
 
 def test_a_change_is_noticed_before_a_file_is_read(tmp_path):

@@ -15,6 +15,8 @@ def check_counts(server: Server) -> None:
     """References are table entries, free and used pages add up, and no page is both."""
     pool = server.blocks
     server.pool.check_integrity()
+    pool.collect_dropped()
+    server.pool.check_integrity()
     held = torch.cat([torch.zeros(0, dtype=torch.long), *(t.held() for b in server.holders for t in b.cache.tables)])
     assert torch.equal(pool.references, held.bincount(minlength=pool.num_pages + 1))
     free, used = pool._free[: pool.num_free].tolist(), held.unique().tolist()

@@ -165,7 +165,7 @@ class Server:
             self.tally["pool_full"] += 1
             return False
         if layers is not None:
-            cache.begin_step(None, None)
+            cache.end_step()
             assert self._snapshot(batch, pages=False) == before[1]
             return False
         cache.end_step()
@@ -195,6 +195,7 @@ class Server:
 
     def _forget_written(self, batch: Batch) -> None:
         """Pages that a forward pass writes in place leave the prefix cache, as vLLM's do when they are handed out."""
+        self.blocks.collect_dropped()  # who reads a page as well may be gone
         for row, contexts in enumerate(batch.contexts):
             if len(contexts) % BLOCK:
                 for table in batch.cache.tables:

@@ -97,7 +97,10 @@ def test_a_segment_that_is_written_is_left_alone(store: Store) -> None:
 
 def test_duplicates_and_what_lacks_its_base_are_dropped(store: Store) -> None:
     writer = SegmentWriter(store.segments, store.secret)
-    child, orphan = replace(record(50), base=address(3)), replace(record(51), base=address(99))
+    child, orphan = (
+        replace(record(50), base=address(3), base_mark=record(3).mark),
+        replace(record(51), base=address(99)),
+    )
     writer.append([record(3), record(3), child, orphan])
     writer.close()
     assert verify(store.segments, store.secret).dangling == 1

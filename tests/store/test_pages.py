@@ -10,7 +10,7 @@ import torch
 
 from jointkv.codec import Bound, Pages, Transform
 from jointkv.errors import BadInput, LayoutError, ModelMismatch
-from jointkv.store import PageStore, Store, verify
+from jointkv.store import PageStore, Store, collect, verify
 from jointkv.store.folder import TRANSFORMS
 from tests.codec.pages import ROTARY, TOKENS, fitted, near, random_pages
 
@@ -174,3 +174,49 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
         draw = torch.randn(2, 1, TOKENS, 2, 16)
         with pytest.raises(ModelMismatch):
             of(store, Pages(draw, draw, torch.zeros(1, dtype=torch.long)), transform=TRANSFORM)
+
+
+@pytest.mark.parametrize("bound", [BOUND, Bound(0, 0)], ids=["within a bound", "exact"])
+def test_a_base_that_was_computed_again_is_a_miss(tmp_path: Path, bound: Bound) -> None:
+    """An address is one of text; with other numbers in its page the differences to it gave others than were put."""
+
+    def pages_of(store: Store) -> PageStore:
+        return PageStore(store, "m", PAGES.layout, bound=bound, transform=TRANSFORM)
+
+    sent = PAGES if bound.block == 0 else near(PAGES, 0.1)
+    with Store(tmp_path) as store:
+        pages_of(store).put(TEXT, PAGES)
+    (first,) = store.segments.glob("*.data")
+    with Store(tmp_path) as store:
+        assert pages_of(store).put(OTHER_HEADER, sent).codecs[1:] == ("reference",) * 5
+    for suffix in (".data", ".index"):
+        first.with_suffix(suffix).unlink()
+    again = near(PAGES, 0.1, seed=9)
+    with Store(tmp_path) as store:
+        assert pages_of(store).put(TEXT, again).there == 0
+        store.flush()
+        assert len(pages_of(store).load(TEXT)) == 6
+        assert len(pages_of(store).load(OTHER_HEADER)) == 1
+        assert verify(store.segments, store.secret).dangling == 5
+    assert collect(store.segments, store.secret).dropped == 5
+    with Store(tmp_path) as store:
+        assert verify(store.segments, store.secret).dangling == 0
+        assert pages_of(store).put(OTHER_HEADER, again).there == 1
+        assert len(pages_of(store).load(TEXT)) == len(pages_of(store).load(OTHER_HEADER)) == 6
+
+
+def test_of_two_pages_at_one_address_differences_stand_on_theirs(tmp_path: Path) -> None:
+    """Two processes may compute and write one text at once."""
+    again = near(PAGES, 0.14, seed=9)
+    with Store(tmp_path) as one, Store(tmp_path) as other:
+        for store, pages in ((one, PAGES), (other, again)):
+            of(store, transform=TRANSFORM).put(TEXT, pages)
+            third = [5 if store is one else 6] * TOKENS + TEXT[TOKENS:]
+            assert set(of(store).put(third, near(pages, 0.05)).codecs[1:]) == {"reference"}
+    with Store(tmp_path) as store:
+        for number, pages in ((5, PAGES), (6, again)):
+            found = of(store).load([number] * TOKENS + TEXT[TOKENS:])
+            errors = near(pages, 0.05).take(slice(0, len(found))).errors(found)
+            assert max(errors.key.max(), errors.value.max()) <= BOUND.block
+    collect(store.segments, store.secret)
+    assert verify(store.segments, store.secret).dangling == 0

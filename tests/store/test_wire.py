@@ -103,3 +103,14 @@ def test_what_is_no_store(tmp_path: Path, answer: bytes, error: type[JointKVErro
     with one, Store(tmp_path, secret=SECRET) as store, pytest.raises(error, match=message):
         fetch(one, store, [address(1)])
     other.join()
+
+
+def test_differences_to_another_page_than_the_receivers_do_not_come(tmp_path: Path) -> None:
+    """Both have computed the text that is a base, each in its own way."""
+    with Store(tmp_path / "sender", secret=SECRET) as store:
+        of(store).put(FIRST, PAGES)
+        assert set(of(store).put(SECOND, near(PAGES, 0.05)).codecs[1:]) == {"reference"}
+    with Store(tmp_path / "receiver", secret=SECRET) as store, served(tmp_path / "sender") as connection:
+        of(store).put(FIRST, near(PAGES, 0.14, seed=9))
+        assert fetch(connection, store, of(store).addresses(SECOND)).records == 1
+        assert of(store).prefix(SECOND) == len(of(store).load(SECOND)) == 1

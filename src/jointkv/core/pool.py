@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -193,7 +193,10 @@ class BlockPool:
 
     @bookkeeping
     def free(self, pages: Tensor) -> int:
-        """Drop one reference for every entry of `pages`; returns how many pages became free."""
+        """Drop one reference for every entry of `pages`; returns how many pages became free.
+
+        Raises what a callback of `on_free` raises, when all of them have been called and the pages are free.
+        """
         self._assert_used(pages)
         self.references.index_add_(0, pages, -torch.ones_like(pages))
         if (self.references[pages] < 0).any():
@@ -201,12 +204,11 @@ class BlockPool:
             raise IntegrityError("a page was freed more often than it was referenced")
         released = pages[self.references[pages] == 0].unique()
         if len(released):
-            try:
-                for callback in self._on_free:
-                    callback(released)
-            finally:
-                self._free[self._free_count : self._free_count + len(released)] = released.flip(0)
-                self._free_count += len(released)
+            with ExitStack() as told:
+                # All of them, also where one fails: the others would go on finding what is not there any more.
+                told.callback(self._put_back, released)
+                for callback in reversed(self._on_free):
+                    told.callback(callback, released)
         return len(released)
 
     @bookkeeping
@@ -222,13 +224,14 @@ class BlockPool:
                 layer[target] = content
 
     def check_integrity(self) -> None:
-        """Compare the counts with what the registered holders hold.
+        """Compare the counts with what the registered holders hold, and what was dropped. Changes nothing.
 
         Raises:
             IntegrityError: `free + used != total`, a free page is referenced, or a count differs from the number of
                 references held.
         """
-        self.collect_dropped()
+        holders = list(self._holders)  # from here on none of them is dropped
+        held = [*(holder.held() for holder in holders), *(pages[pages >= 0] for pages in list(self._dropped))]
         free = self._free[: self._free_count]
         if len(free.unique()) != len(free):
             raise IntegrityError("a page is on the free list twice")
@@ -237,14 +240,17 @@ class BlockPool:
         if self.references[free].any() or self.references[NULL_PAGE]:
             raise IntegrityError("a free page, or the null page, is referenced")
         expected = torch.zeros_like(self.references)
-        for holder in self._holders:
-            held = holder.held()
-            expected.index_add_(0, held, torch.ones_like(held))
+        for pages in held:
+            expected.index_add_(0, pages, torch.ones_like(pages))
         if not torch.equal(expected, self.references):
             page = int((expected != self.references).nonzero()[0])
             raise IntegrityError(
                 f"page {page}: {int(self.references[page])} references counted, {int(expected[page])} held"
             )
+
+    def _put_back(self, pages: Tensor) -> None:
+        self._free[self._free_count : self._free_count + len(pages)] = pages.flip(0)
+        self._free_count += len(pages)
 
     def _assert_used(self, pages: Tensor) -> None:
         if len(pages) and (self.references[pages] <= 0).any():

@@ -74,7 +74,8 @@ def _mixed(numbers: Hashes) -> Hashes:
 class WindowTable:
     """Windows by hash: sorted, with a filter before, so that a prompt's many strangers cost one look each.
 
-    Windows are numbers. Dropped ones stay in their places, behind all others with their hash, until they are half.
+    Windows are numbers. Dropped ones stay in their places, behind all others with their hash, until they are half, or
+    new ones come.
     """
 
     def __init__(self) -> None:
@@ -108,8 +109,7 @@ class WindowTable:
             for _, new in self._new:
                 new[new == window] = GONE
         if self._dropped > len(self._hashes) // 2:
-            kept = self._windows != GONE
-            self._hashes, self._windows, self._dropped = self._hashes[kept], self._windows[kept], 0
+            self._clean()
 
     def find(self, hashes: Hashes, most: int) -> tuple[Integers, Integers]:
         """Indices of `hashes [n]` that are there, and windows that have them, at most `most` each, the earliest."""
@@ -128,6 +128,8 @@ class WindowTable:
             return
         hashes, windows = (np.concatenate(parts) for parts in zip(*self._new, strict=True))
         self._new, self._waiting = [], 0
+        if self._dropped:  # new ones would come behind them, where nobody looks
+            self._clean()
         hashes, windows = hashes[windows != GONE], windows[windows != GONE]
         order = np.argsort(hashes, kind="stable")
         # Of equal ones those that came last are last.
@@ -139,3 +141,7 @@ class WindowTable:
             self._bits, self._filter = np.uint64(64 - bits), np.zeros(1 << bits, bool)
             hashes = self._hashes
         self._filter[hashes >> self._bits] = True
+
+    def _clean(self) -> None:
+        kept = self._windows != GONE
+        self._hashes, self._windows, self._dropped = self._hashes[kept], self._windows[kept], 0

@@ -48,7 +48,7 @@ class BlockSignature:
         self._mixed = None
         if size is not None or similarity == "key":
             self._mixed = _mixture(taken, self.size, similarity == "key", generator).to(kv.device)
-        self._kept: tuple[tuple[object, ...], SignatureKernel | None] | None = None
+        self._kept: tuple[tuple[object, ...], list[Tensor | None], SignatureKernel | None] | None = None
 
     def __call__(self, kv: KVPages, pages: Tensor) -> Tensor:
         """Signatures of the blocks `pages [n]`: float32 `[n, size]` on the pages' device.
@@ -90,11 +90,13 @@ class BlockSignature:
             stride = layers[0].stride(0)
             if not all(x[0].is_contiguous() and x.stride(0) == stride and x.device == kv.device for x in layers):
                 return None
-        kind = (kv.dtype, kv.device, *(id(side.order) for side in kv.sides))
+        orders = [side.order for side in kv.sides]
+        kind = (kv.dtype, kv.device, *map(id, orders))
         if self._kept is None or self._kept[0] != kind:
             kernels = kernels_for(kv.device.type)
-            self._kept = (kind, kernels.signatures(kv, self._projections) if kernels else None)
-        return self._kept[1]
+            # With the orders themselves: the id of one that is gone may be another's.
+            self._kept = (kind, orders, kernels.signatures(kv, self._projections) if kernels else None)
+        return self._kept[2]
 
 
 def _mixture(taken: int, size: int, keys_alone: bool, generator: torch.Generator) -> Tensor:

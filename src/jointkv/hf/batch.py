@@ -144,6 +144,7 @@ class Batch:
         """Pages for `new` more tokens, and one of its own for the block that a row goes on in."""
         blocks, size = self.pool.blocks, self.pool.block_size
         assert blocks is not None
+        blocks.collect_dropped()  # before what is shared is counted: who shared it may be gone
         self._filled = True
         tail = self.length - self.padding
         partial = (tail % size > 0).nonzero().squeeze(1)

@@ -67,6 +67,7 @@ class JointCache(PagedCache):
             UnsupportedUse: `model` is not the one whose pages these are.
             PoolFull: the cache stays empty.
         """
+        self._undo_what_broke_off()
         if self.length:
             raise BadInput(f"prefill: the cache holds {self.length} tokens already")
         if not isinstance(model, nn.Module):
@@ -86,6 +87,7 @@ class JointCache(PagedCache):
             tokens_to_remove = operator.index(tokens_to_remove)  # transformers 5.16 gives a tensor
         except TypeError:
             raise BadInput(f"crop: {tokens_to_remove!r} is not a whole number of tokens") from None
+        self._undo_what_broke_off()
         keep = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.length)
         keep = max(0, keep)
         for layer in self.other_layers:
@@ -118,6 +120,7 @@ class JointCache(PagedCache):
 
     @bookkeeping
     def _select(self, rows: Tensor, method: str, argument: Any) -> None:
+        self._undo_what_broke_off()
         rows = self._rows(method, rows)
         for layer in self.other_layers:
             getattr(layer, method)(argument)
@@ -135,6 +138,7 @@ class JointCache(PagedCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> JointCache:
         """A cache that reads the same pages; either one copies a page before it writes to it."""
+        self._undo_what_broke_off()
         twin = JointCache(self.pool, self.isolation_key)
         twin.batch = self.batch.copy()
         twin._set_length(self.length)
@@ -185,6 +189,7 @@ class JointCache(PagedCache):
         Raises:
             BadInput: the cache is empty, it cannot be written, or a key is not text, a whole number, None or a tuple.
         """
+        self._undo_what_broke_off()
         if not self.tables:
             raise BadInput(f"{path}: an empty cache cannot be saved")
         saving.write(path, self._layout(), self.batch.tenants, self.length, self.state())
@@ -214,6 +219,7 @@ class JointCache(PagedCache):
 
     def state(self) -> saving.State:
         """What a cache that is not empty holds."""
+        self._undo_what_broke_off()
         state = self.batch.state()
         for index, layer in self._sliding():
             state[f"sliding.{index}.keys"], state[f"sliding.{index}.values"] = layer.keys, layer.values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import weakref
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,14 +89,26 @@ class Weights:
     Attributes:
         fingerprint: see `model_fingerprint`.
         mark: what tells cheaply that they were changed, see `weights_mark`.
+        named: parameters that `mark` knows by their ids, which others may have when these are gone.
     """
 
     fingerprint: str
     mark: bytes
+    named: tuple[weakref.ref[Tensor], ...]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Weights:
-        return cls(model_fingerprint(model), weights_mark(model))
+        named = tuple(weakref.ref(parameter) for parameter in model.parameters() if not _is_plain(parameter.detach()))
+        return cls(model_fingerprint(model), weights_mark(model), named)
+
+    def are_of(self, model: PreTrainedModel) -> bool:
+        """Whether they are those that `model` has now."""
+        return weights_mark(model) == self.mark and all(parameter() is not None for parameter in self.named)
+
+
+def _is_plain(held: Tensor) -> bool:
+    """One that is cut up or quantised by a class of its own has no place in memory to look at."""
+    return type(held) is Tensor
 
 
 def weights_mark(model: PreTrainedModel) -> bytes:
@@ -108,7 +121,7 @@ def weights_mark(model: PreTrainedModel) -> bytes:
     numbers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for parameter in model.parameters():
         held = parameter.detach()
-        plain = type(held) is Tensor  # one that is cut up or quantised by a class of its own has no place to look at
+        plain = _is_plain(held)
         places += held.data_ptr() if plain else id(parameter), 0 if parameter.is_inference() else parameter._version
         if plain and held.numel() and not held.is_meta:
             middle = sum(size // 2 * stride for size, stride in zip(held.shape, held.stride(), strict=True))

@@ -85,8 +85,14 @@ class PagedCache(Cache):
 
         Raises:
             PoolFull: nothing has changed.
+            UnsupportedUse: the forward pass before this one was interrupted; the cache is as before that.
         """
-        self._undo_what_broke_off()
+        if self._undo_what_broke_off():
+            # The first layers held more than the others, and whoever has asked them leaves out what these lack.
+            raise UnsupportedUse(
+                f"a forward pass was interrupted, and the cache holds {self.length} tokens again, as before it: go on "
+                "behind those, or with a new cache"
+            )
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
             attention_mask = None
         others = [(layer, copy.copy(layer.__dict__)) for layer in self.other_layers]
@@ -106,6 +112,8 @@ class PagedCache(Cache):
                 return layer.pending
             self._advance(layer, key_states, value_states)
         step = self._step
+        if not compiling and self.pool.blocks is not None:
+            step.follow(self.pool.blocks.kv)
         new = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         differentiable = new or (torch.is_grad_enabled() and step.lost is not None)
         with torch.no_grad():
@@ -197,6 +205,9 @@ class PagedCache(Cache):
         """Give the new tokens pages in every group, or raise PoolFull with nothing changed."""
         if not self.tables:
             self._begin(rows)
+        elif not self.length:  # it was cropped to nothing, and begins anew
+            self.pool.notice_weights()
+            self.batch.weights = self.pool.weights
         if rows != len(self.batch):
             raise LayoutError(f"{rows} sequences for a cache of {len(self.batch)}")
         try:
@@ -211,10 +222,13 @@ class PagedCache(Cache):
         if self._step.differentiable and self.batch.differentiable_from is None:
             self.batch.differentiable_from = self._step.start
 
-    def _undo_what_broke_off(self) -> None:
-        """Undo a forward pass that has not come to the last layer."""
-        if any(layer.expecting or layer.pending for layer in self.paged_layers):
+    @bookkeeping
+    def _undo_what_broke_off(self) -> bool:
+        """Undo a forward pass that has not come to the last layer; whether there was one."""
+        broke_off = any(layer.expecting or layer.pending for layer in self.paged_layers)
+        if broke_off:
             self._roll_back()
+        return broke_off
 
     def _roll_back(self) -> None:
         """Make the cache what it was before the forward pass."""

@@ -19,7 +19,7 @@ from jointkv.core.pool import BlockPool
 from jointkv.errors import InvalidPolicy, UnsupportedModel, UnsupportedUse
 from jointkv.fusion.fuser import Fuser
 from jointkv.hf.hooks import attach_hooks, attention_of
-from jointkv.hf.identity import Weights, full_attention_layers, model_identity, weights_mark
+from jointkv.hf.identity import Weights, full_attention_layers, model_identity
 from jointkv.hf.reuse import Reuse, ReuseOptions
 from jointkv.hf.rotary import rotary_of
 from jointkv.hf.states import check_states, widest_dtype
@@ -186,7 +186,7 @@ class JointPool:
     def notice_weights(self) -> None:
         """Call `weights_changed` if they have, see `weights_mark`; every cache does when it begins."""
         model = self._model()
-        if model is not None and weights_mark(model) != self.weights.mark:
+        if model is not None and not self.weights.are_of(model):
             self.weights_changed()
 
     @bookkeeping

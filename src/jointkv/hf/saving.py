@@ -118,7 +118,10 @@ def _hashable(key: Any) -> Hashable:
 
 
 def pack(tables: Sequence[BlockTable]) -> State:
-    """Copy the distinct pages of a cache, and the tables of its layer groups, which number them from 0, with scales."""
+    """Copy the distinct pages of a cache, and the tables of its layer groups, which number them from 0, with scales.
+
+    What the cache holds later changes nothing of it.
+    """
     kv = tables[0].pool.kv
     widths = [table.pages.numel() for table in tables]
     distinct, local = torch.cat([table.pages.flatten() for table in tables]).unique(return_inverse=True)
@@ -128,9 +131,9 @@ def pack(tables: Sequence[BlockTable]) -> State:
     for index in range(kv.num_layers):
         state[f"key.{index}"], state[f"value.{index}"] = kv.keys[index][distinct], kv.values[index][distinct]
     for group, (table, pages) in enumerate(zip(tables, local.split(widths), strict=True)):
-        state[f"table.{group}"], state[f"served.{group}"] = pages.view_as(table.pages), table.served
+        state[f"table.{group}"], state[f"served.{group}"] = pages.view_as(table.pages), table.served.clone()
         if table.k_scale is not None and table.v_scale is not None:
-            state[f"k_scale.{group}"], state[f"v_scale.{group}"] = table.k_scale, table.v_scale
+            state[f"k_scale.{group}"], state[f"v_scale.{group}"] = table.k_scale.clone(), table.v_scale.clone()
     return state
 
 

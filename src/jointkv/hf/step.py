@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,14 @@ class Step:
             self.places.append(places.contiguous() if self.written is None else places[self.written])
             for member, (keys, values) in enumerate(zip(kv.keys, kv.values, strict=True)):
                 self.layers.append(PagedLayer(keys, values, slots, *batch.scales(group, member)))
+
+    def follow(self, kv: PagedKV) -> None:
+        """Write to `kv` from here on: another forward pass inside of this one may have made the pool grow."""
+        if self.layers[0].keys is not kv.keys[0]:
+            pages = list(zip(kv.keys, kv.values, strict=True))
+            for index, layer in enumerate(self.layers):
+                keys, values = pages[index % len(pages)]
+                self.layers[index] = replace(layer, keys=keys, values=values)
 
     def write(
         self, batch: Batch, index: int, key_states: Tensor, value_states: Tensor, dense: bool = False

@@ -56,7 +56,7 @@ class Verified:
         torn: segments, not written by anybody, that end in the middle of a record; what a crash leaves.
         unindexed: whole records that no index leads to.
         misleading: entries of indexes that lead to no record of theirs.
-        dangling: records whose base is not there.
+        dangling: pages that others are differences to and that are not there, or have other numbers there.
     """
 
     segments: int
@@ -100,7 +100,7 @@ def list_segments(folder: Path) -> list[Segment]:
 
 def verify(folder: Path, secret: bytes) -> Verified:
     """Read every byte of the segments in `folder`. Changes nothing. Raises StoreError when they cannot be read."""
-    damaged, torn, bases, addresses = [], [], set(), set()
+    damaged, torn, bases, there = [], [], set(), set()
     counts: Counter[str] = Counter()
     with _system(folder):
         for name in _names(folder):
@@ -123,8 +123,10 @@ def verify(folder: Path, secret: bytes) -> Verified:
                     continue
                 counts["records"] += 1
                 counts["nbytes"] += place.nbytes
-                addresses.add(record.address)
-                bases |= {record.base} - {NO_BASE}
+                if record.base == NO_BASE:
+                    there.add((record.address, record.mark))
+                else:
+                    bases.add((record.base, record.base_mark))
                 if said is None:
                     counts["unindexed"] += not written
                 elif (said["address"].tobytes(), int(said["length"])) != (record.address, place.nbytes):
@@ -139,7 +141,7 @@ def verify(folder: Path, secret: bytes) -> Verified:
         torn,
         counts["unindexed"],
         counts["misleading"],
-        len(bases - addresses),
+        len(bases - there),
     )
 
 
@@ -178,14 +180,19 @@ def _close(folder: Path, name: str, secret: bytes) -> bool:
 def _rewrite(folder: Path, secret: bytes) -> int:
     """Copy what is live out of segments where something is not, and remove those; how many records were dropped."""
     seen: set[bytes] = set()
-    there = {record.address for name in _names(folder) for record in _records(folder, name, secret)}
-    dropped = 0
+    there, dropped = _bases(folder, secret), 0
     for name in _names(folder):
         if _is_written(folder, name):
             continue
         records = _records(folder, name, secret)
-        live = [r for r in records if r.address not in seen and (r.base == NO_BASE or r.base in there)]
-        live = list({record.address: record for record in live}.values())
+        first = {record.address: record for record in reversed(records)}  # the one that is read
+        live = [
+            record
+            for record in records
+            if record is first[record.address]
+            and record.address not in seen
+            and (record.base == NO_BASE or (record.base, record.base_mark) in there)
+        ]
         seen |= {record.address for record in live}
         size = (folder / f"{name}{DATA}").stat().st_size
         if sum(record.nbytes for record in live) == size:
@@ -197,6 +204,19 @@ def _rewrite(folder: Path, secret: bytes) -> int:
         remove(folder, name)
         dropped += len(records) - len(live)
     return dropped
+
+
+def _bases(folder: Path, secret: bytes) -> set[tuple[bytes, bytes]]:
+    """Address and mark of what others may be differences to and `_rewrite` keeps: of doubles it drops all but one."""
+    found, first = set(), set[bytes]()
+    for name in _names(folder):
+        written = _is_written(folder, name)
+        for record in _records(folder, name, secret):
+            if record.base == NO_BASE and (written or record.address not in first):
+                found.add((record.address, record.mark))
+            if not written:
+                first.add(record.address)
+    return found
 
 
 def _records(folder: Path, name: str, secret: bytes) -> list[Record]:

@@ -16,7 +16,7 @@ from jointkv.codec.transform import Transform
 from jointkv.errors import BadInput, LayoutError, ModelMismatch
 from jointkv.store.folder import TRANSFORMS, Store
 from jointkv.store.names import Named, Names
-from jointkv.store.records import NO_BASE, Record
+from jointkv.store.records import NO_BASE, NO_MARK, Record
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,15 @@ class PageStore:
         there = self._store.has([block.address for block in blocks])
         new = [number for number, known in enumerate(there) if not known]
         chosen = pages.take(torch.tensor(new, dtype=torch.long))
-        bases, references, has = self._references([blocks[number] for number in new], chosen)
+        bases, references = self._references([blocks[number] for number in new])
+        has = torch.tensor([base is not None for base in bases], dtype=torch.bool)
         encoded = self._chooser.encode(chosen, references, has)
-        records = [
-            Record(
-                blocks[number].address,
-                blocks[number].text,
-                int(chosen.positions[i]),
-                bases[i] if message[0] in NEEDS_REFERENCE else NO_BASE,
-                message,
-            )
-            for i, (number, message) in enumerate(zip(new, encoded.messages, strict=True))
-        ]
+        records = []
+        for i, (number, message) in enumerate(zip(new, encoded.messages, strict=True)):
+            base = bases[i] if message[0] in NEEDS_REFERENCE else None
+            on = (NO_BASE, NO_MARK) if base is None else (base.address, base.mark)
+            block, position = blocks[number], int(chosen.positions[i])
+            records.append(Record(block.address, block.text, position, on[0], message, on[1]))
         self._store.put(records)
         return Put(len(blocks) - len(new), tuple(encoded.codecs), sum(record.nbytes for record in records))
 
@@ -133,8 +130,7 @@ class PageStore:
         wanted = sorted({record.base for record in records} - {NO_BASE})
         bases = dict(zip(wanted, self._store.get(wanted), strict=True))
         for number, record in enumerate(records):
-            base = bases.get(record.base)
-            if record.base != NO_BASE and (base is None or base.base != NO_BASE):
+            if record.base != NO_BASE and not record.stands_on(bases[record.base]):
                 return None, number
         try:
             references = None
@@ -153,22 +149,21 @@ class PageStore:
         positions = torch.tensor([record.position for record in records], dtype=torch.long)
         return decode([record.payload for record in records], self.layout, positions, Aids(self.transform))
 
-    def _references(self, blocks: Sequence[Named], pages: Pages) -> tuple[list[bytes], Pages | None, torch.Tensor]:
-        """For each block the address of a stored page like it, see `text_of`, that page, and whether there is one."""
+    def _references(self, blocks: Sequence[Named]) -> tuple[list[Record | None], Pages | None]:
+        """For each block the record of a stored page like it, see `text_of`, if there is one, and those pages."""
         same = self._store.with_texts([block.text for block in blocks])
         bases = [NO_BASE if r is None else r.address if r.base == NO_BASE else r.base for r in same]
         wanted = sorted(set(bases) - {NO_BASE})
         records = {r.address: r for r in self._store.get(wanted) if r is not None and r.base == NO_BASE}
-        has = torch.tensor([base in records for base in bases], dtype=torch.bool)
-        if not has.any():
-            return bases, None, has
+        found = [records.get(base) for base in bases]
+        if not records:
+            return found, None
         order = list(records)
         try:
             decoded = self._plain(list(records.values()))
         except (BadInput, ModelMismatch):  # written with another transform
-            return bases, None, torch.zeros_like(has)
-        index = torch.tensor([order.index(base) if base in records else 0 for base in bases])
-        return bases, decoded.take(index), has
+            return [None] * len(found), None
+        return found, decoded.take(torch.tensor([0 if r is None else order.index(r.address) for r in found]))
 
 
 def _shared_transform(store: Store, path: Path, given: Transform | None) -> Transform | None:

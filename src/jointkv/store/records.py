@@ -12,12 +12,14 @@ from jointkv.store.names import ADDRESS_BYTES
 MAGIC = b"JKVR"
 VERSION = 1
 NO_BASE = bytes(ADDRESS_BYTES)
+MARK_BYTES = 3
+NO_MARK = bytes(MARK_BYTES)
 CHECKSUM_BYTES = 16
 LONGEST = 1 << 30
 """Bytes of a payload at the most; a longer one is damage."""
 
-# Magic, version, three bytes left free, length of the payload, position, address, text, address of the base.
-_HEAD = struct.Struct("<4sB3xIq32s16s32s")
+# Magic, version, mark of the base, length of the payload, position, address, text, address of the base.
+_HEAD = struct.Struct(f"<4sB{MARK_BYTES}sIq32s16s32s")
 HEAD_BYTES = _HEAD.size + CHECKSUM_BYTES
 
 
@@ -30,6 +32,7 @@ class Record:
         position: of the page's first token.
         base: address of the page that `payload` is a difference to; `NO_BASE` for none.
         payload: a message of `jointkv.codec`.
+        base_mark: `mark` of the base; `NO_MARK` for none.
     """
 
     address: bytes
@@ -37,11 +40,25 @@ class Record:
     position: int
     base: bytes
     payload: bytes
+    base_mark: bytes = NO_MARK
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
         return HEAD_BYTES + len(self.payload)
+
+    @property
+    def mark(self) -> bytes:
+        """Tells its payload from another one at its address; of two that differ one in 2^24 pairs has the same.
+
+        An address is one of text: whoever computes that text again, after an eviction or in another store, finds other
+        last bits, and may have quantised them in other steps.
+        """
+        return hashlib.blake2b(self.payload, digest_size=MARK_BYTES, person=b"jointkv.mark").digest()
+
+    def stands_on(self, base: Record | None) -> bool:
+        """Whether `base` is the very page that the payload is a difference to."""
+        return base is not None and base.base == NO_BASE and base.mark == self.base_mark
 
 
 @dataclass(frozen=True)
@@ -55,7 +72,8 @@ class Found:
 
 def pack(record: Record, secret: bytes) -> bytes:
     """`record` as bytes."""
-    head = _HEAD.pack(MAGIC, VERSION, len(record.payload), record.position, record.address, record.text, record.base)
+    about = len(record.payload), record.position, record.address, record.text, record.base
+    head = _HEAD.pack(MAGIC, VERSION, record.base_mark, *about)
     return head + _checksum(head, record.payload, secret) + record.payload
 
 
@@ -63,13 +81,13 @@ def unpack(data: bytes | memoryview, secret: bytes) -> Record | None:
     """The record that `data` begins with; None unless it is whole and every bit of it is as it was written."""
     if len(data) < HEAD_BYTES:
         return None
-    magic, version, length, position, address, text, base = _HEAD.unpack_from(data)
+    magic, version, mark, length, position, address, text, base = _HEAD.unpack_from(data)
     if magic != MAGIC or version != VERSION or length > LONGEST or len(data) < HEAD_BYTES + length:
         return None
     payload = bytes(data[HEAD_BYTES : HEAD_BYTES + length])
     if data[_HEAD.size : HEAD_BYTES] != _checksum(bytes(data[: _HEAD.size]), payload, secret):
         return None
-    return Record(address, text, position, base, payload)
+    return Record(address, text, position, base, payload, mark)
 
 
 def scan(data: bytes | memoryview, secret: bytes) -> Iterator[Found]:

@@ -20,7 +20,7 @@ from socket import socket
 from jointkv.errors import BadInput, StoreError
 from jointkv.store.folder import Store
 from jointkv.store.names import ADDRESS_BYTES
-from jointkv.store.records import NO_BASE, pack, scan
+from jointkv.store.records import NO_BASE, Record, pack, scan
 
 MAGIC = b"JKVW"
 VERSION = 1
@@ -68,8 +68,8 @@ def fetch(connection: socket, store: Store, addresses: Sequence[bytes]) -> Fetch
     wire.send(ASK, b"".join(asked))
     data = wire.receive(RECORDS, MOST_BYTES)
     wanted = set(asked)
-    records = [found.record for found in scan(data, store.secret) if found.record is not None]
-    count = store.put(record for record in records if record.address in wanted)
+    records = [r for found in scan(data, store.secret) if (r := found.record) is not None and r.address in wanted]
+    count = store.put(_readable(store, records))
     store.flush()
     return Fetched(count, wire.sent, wire.received)
 
@@ -147,6 +147,14 @@ def _unknown(store: Store, addresses: Sequence[bytes]) -> list[bytes]:
     """Those of `addresses` that are not in `store`, each once."""
     distinct = list(dict.fromkeys(addresses))[:MOST_ADDRESSES]
     return [address for address, known in zip(distinct, store.has(distinct), strict=True) if not known]
+
+
+def _readable(store: Store, records: Sequence[Record]) -> list[Record]:
+    """Those of `records` that are whole with what `store` has: its page at the address of a base may be another one."""
+    bases = {record.address: record for record in records}
+    own = sorted({record.base for record in records} - bases.keys() - {NO_BASE})
+    bases |= {record.address: record for record in store.get(own) if record is not None}
+    return [record for record in records if record.base == NO_BASE or record.stands_on(bases.get(record.base))]
 
 
 def _cut(data: bytes, size: int) -> list[bytes]:

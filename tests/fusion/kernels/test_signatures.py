@@ -1,6 +1,7 @@
 """Signatures read straight from pages are those of the plain definition, in every dtype."""
 
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from jointkv.core.pool import BlockPool
 from jointkv.errors import LayoutError
 from jointkv.fusion.kernels.cpu import RUN
 from jointkv.fusion.signature import BlockSignature
-from tests.core.packings import row_major, shuffled, vnni
+from tests.core.packings import pack, row_major, shuffled, vnni
 
 ROUNDING = 2e-6
 PAGES = 7
@@ -146,3 +147,18 @@ def test_pages_on_two_devices_are_not_given_to_the_kernel():
     keys = [torch.randn(PAGES, 4, 1, 8)]
     signature = BlockSignature(PagedKV(keys, keys))
     assert signature._kernel(PagedKV(keys, [keys[0].to("meta")])) is None
+
+
+def test_an_order_lives_as_long_as_a_kernel_is_known_by_its_id():
+    """When it is gone another one may have its id, and pages would be read in the wrong order."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = ([torch.randn(3, 4, 2, 16, generator=generator)] for _ in range(2))
+    _, packed = pack(keys, values, torch.float32, row_major(4, 32, 32))
+    signature = BlockSignature(packed)
+    signature(packed, torch.arange(3))
+    orders = [weakref.ref(side.order) for side in packed.sides]
+    del packed
+    assert all(order() is not None for order in orders)
+    _, other = pack(keys, values, torch.float32, shuffled(row_major(4, 32, 32), generator))
+    torch.testing.assert_close(signature(other, torch.arange(3)), signature.reference(other, torch.arange(3)))
+    assert all(order() is None for order in orders)
