@@ -228,6 +228,30 @@ def test_an_entry_block_that_was_computed_behind_reused_pages_is_no_witness(mode
     assert witnessed == [first[:BLOCK]]
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["stays", "is lost"])
+def test_who_waits_for_pages_reads_nothing_by_a_licence_that_is_lost_meanwhile(model: Path, lost: bool) -> None:
+    machine = SchedulerMachine(configuration(model, {**PROBED, "reuse": "licensed"}, {"pages": 24}), Counter())
+    side, licence = machine.oracle.side, [True]
+    side.licences.granted = lambda page_class: licence[0]
+    try:
+        machine.submit([700] * BLOCK + TEXTS[0] + [500], out=1)
+        while machine.requests:
+            machine.advance()
+        machine.submit(list(range(300, 357)), out=4)  # one that takes no more pages while others wait
+        while not machine.oracle.clients[-1].delivered:
+            machine.advance()
+        side.candidates.residents.evidence.count[:] = 1  # or entry blocks are computed, and licences asked for again
+        machine.submit([701] * BLOCK + TEXTS[0] + [500], out=1)
+        machine.advance()
+        assert side.reuse.intakes and not machine.totals["reused"]
+        licence[0] = not lost
+        machine.finish()
+    finally:
+        machine.close()
+    # The first block of each is computed, by a helper that takes none of the pages that its request is to read.
+    assert machine.totals["reused"] == (0 if lost else 8) and machine.totals["helpers"] == (0 if lost else 1)
+
+
 @pytest.fixture
 def priorities(model: Path) -> Iterator[SchedulerMachine]:
     config = configuration(model, PROBED, {"scheduling_policy": "priority"})
