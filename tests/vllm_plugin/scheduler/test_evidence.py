@@ -15,12 +15,15 @@ from jointkv.policy.reuse import ReuseRule
 from jointkv.theory.licence import Licence
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.audits import Audits
+from jointkv.vllm_plugin.scheduler.candidates import Member
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.licences import Licences
 from jointkv.vllm_plugin.scheduler.requests import Requests, TrackedRequest
 from jointkv.vllm_plugin.scheduler.resident_text import ResidentText
 from jointkv.vllm_plugin.scheduler.residents import Residents
-from tests.vllm_plugin.scheduling import BLOCK, new_request
+from jointkv.vllm_plugin.scheduler.side import SchedulerSide
+from jointkv.vllm_plugin.settings import PluginSettings
+from tests.vllm_plugin.scheduling import BLOCK, new_manager, new_request
 
 HEAD, OTHER = [7] * BLOCK, [8] * BLOCK
 TEXT = list(range(100, 100 + 4 * BLOCK))
@@ -102,3 +105,16 @@ def test_a_block_behind_the_same_text_is_no_witness(world: World, head: list[int
     text, slots = world.find(world.admit(head)), np.arange(1, 5)
     text.testify(slots, np.array(PAGES), np.zeros(4, np.float32))
     assert world.residents.evidence.count[PAGES].tolist() == [witnesses] * 4
+
+
+def test_a_block_is_not_compared_with_the_page_that_holds_it() -> None:
+    """Another request that hit it as an exact prefix has offered it to all while the block was compared with others."""
+    side = SchedulerSide(PluginSettings(min_pool_usage=0.0), new_manager(), (0,))
+    tracked = side.requests.admit(new_request({}))
+    assert tracked is not None
+    buckets = (((tracked.isolation, 0), 1),)
+    for page in (5, 7):
+        side.candidates.residents.add(tracked, 1, page, buckets)
+    member = Member(tracked, 0, 0, 1, 5, 0, buckets, (), [6])
+    assert side.candidates.try_others(member) and member.candidates == [7]
+    assert not side.candidates.try_others(member)
