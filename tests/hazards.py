@@ -32,7 +32,8 @@ RUNS_HEAD = """# What runs where
 
 Tests that passed, with each of vLLM's model runners and each order of scheduling: in engines with a model, and steps of
 vLLM's scheduler under random events (admissions, preemptions, aborts, hits, resets, lost messages), with a worker that
-has no model, after each of which every table, page, hash and reference was checked.
+has no model. In each it was checked what every request reads, and after most of them every table, page, hash and
+reference.
 """
 
 

@@ -135,7 +135,7 @@ def test_a_page_with_a_bad_witness_is_computed(served: Served) -> None:
     page = served.engine.table(donor)[6]
     served.engine.finish()
     residents = served.engine.side.candidates.residents
-    residents.testify(np.array([page]), np.array([5.0], np.float32), np.zeros(1, np.uint64))
+    residents.evidence.add(np.array([page]), np.array([5.0], np.float32), np.zeros(1, np.uint64))
     served.count_anew()
     served.engine.generate([HEAD + body + TAIL])
     assert served.new("prompt_tokens_skipped") == (11 - 1) * BLOCK
@@ -149,7 +149,7 @@ def test_pages_with_witnesses_need_no_entry_block(served: Served) -> None:
     pages = np.array(served.engine.table(donor)[1:13])
     served.engine.finish()
     residents = served.engine.side.candidates.residents
-    residents.testify(pages, np.full(12, 0.1, np.float32), np.zeros(12, np.uint64))
+    residents.evidence.add(pages, np.full(12, 0.1, np.float32), np.zeros(12, np.uint64))
     served.count_anew()
     steps = served.engine.steps
     served.engine.generate([HEAD + body + TAIL], 1)

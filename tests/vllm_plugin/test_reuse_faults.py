@@ -39,7 +39,7 @@ HOOKS = (
     "tables.lead_to",
     "candidates.residents.find",
     "candidates.residents.known",
-    "candidates.residents.still_holds",
+    "candidates.residents.unchanged",
     "candidates.residents.testify",
     "questions.ask",
     "questions.settle",

@@ -25,6 +25,9 @@ comes next is not to look at all of them."""
 POSITION = np.int64(0x1B873593CC9E2D51)
 """An odd number, so that no two positions of a text get the same place."""
 
+_ODD = np.int64(0x9E3779B97F4A7C15 - 2**64)
+_CONTEXT_ODD = np.int64(0xC2B2AE3D27D4EB4F - 2**64)
+
 
 def places(hashes: NDArray[np.int64], positions: NDArray[np.int64]) -> list[int]:
     """One number for position and text of each of `n` blocks; different ones are equal but for about 2^-64.
@@ -34,6 +37,18 @@ def places(hashes: NDArray[np.int64], positions: NDArray[np.int64]) -> list[int]
         positions: `[n]`.
     """
     found: list[int] = (hashes + positions * POSITION).tolist()
+    return found
+
+
+def contexts(hashes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """One number for all that stands before each of the blocks of a request: different ones are equal but by chance.
+
+    Args:
+        hashes: of their tokens, from the first block on, see `token_hashes`, `[n]`.
+    """
+    mixed = (hashes ^ (np.arange(len(hashes), dtype=np.int64) * _ODD)) * _CONTEXT_ODD
+    mixed = (mixed ^ mixed >> 31) * _ODD
+    found: NDArray[np.int64] = np.cumsum(mixed) - mixed
     return found
 
 

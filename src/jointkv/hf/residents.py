@@ -16,13 +16,12 @@ from jointkv.core.reuse import Found, Integers
 from jointkv.errors import IntegrityError
 from jointkv.fusion.content_index import ContentIndex
 from jointkv.fusion.signature import token_hashes
+from jointkv.fusion.token_index import contexts
 
 MOST_SOURCES = 8
 """Earlier requests considered for one prompt: those that hold most of it."""
 
 NOBODY = -1
-_ODD = 0x9E3779B97F4A7C15 - 2**64
-_CONTEXT_ODD = 0xC2B2AE3D27D4EB4F - 2**64
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Residents:
         if number is None or not blocks:
             none = np.zeros(0, np.int64)
             return Matches(none, none, none, none.astype(bool), none, np.zeros(blocks, np.uint64))
-        rows, hashes, contexts = self._keys(tokens[: blocks * self.block_size])
+        rows, hashes, before = self._keys(tokens[: blocks * self.block_size])
         pages = np.flatnonzero((self._tenant == number) & (self._slot < blocks))
         slot = self._slot[pages]
         equal = self._hash[pages] == hashes[slot]
@@ -98,7 +97,7 @@ class Residents:
         equal = (self._tokens[pages] == rows[slot]).all(1)
         pages, slot = pages[equal], slot[equal]
         source = self._source[pages]
-        same = self._context[pages] == contexts[slot]
+        same = self._context[pages] == before[slot]
         equal_slot, first = np.unique(slot[same], return_index=True)
         unbroken = int((equal_slot == np.arange(len(equal_slot))).sum())
         exact = pages[same][first[:unbroken]]
@@ -125,9 +124,9 @@ class Residents:
             self._tenants[tenant], self._next_tenant = self._next_tenant, self._next_tenant + 1
         number = self._tenants[tenant]
         blocks = len(tokens) // self.block_size
-        rows, hashes, contexts = self._keys(tokens[: blocks * self.block_size])
+        rows, hashes, before = self._keys(tokens[: blocks * self.block_size])
         self._slot[pages], self._source[pages], self._tenant[pages] = slots, source, number
-        self._tokens[pages], self._hash[pages], self._context[pages] = rows[slots], hashes[slots], contexts[slots]
+        self._tokens[pages], self._hash[pages], self._context[pages] = rows[slots], hashes[slots], before[slots]
         for evidence in (self.evidence, self.evidence_moved):
             evidence.start(pages, standing(rows.ravel(), self.block_size)[slots])
         self._held[number] += len(pages)
@@ -182,10 +181,7 @@ class Residents:
     def _keys(self, tokens: Integers) -> tuple[Integers, Integers, Integers]:
         """Tokens, hashes and hashes of all that comes before, of each block."""
         hashes = token_hashes(torch.from_numpy(tokens), self.block_size).numpy()
-        place = np.arange(len(hashes), dtype=np.int64)
-        mixed = (hashes ^ (place * _ODD)) * _CONTEXT_ODD
-        mixed ^= mixed >> 31
-        return tokens.reshape(-1, self.block_size), hashes, np.cumsum(mixed * _ODD) - mixed * _ODD
+        return tokens.reshape(-1, self.block_size), hashes, contexts(hashes)
 
     def _grow(self, pages: int) -> None:
         extra = pages - len(self._slot)

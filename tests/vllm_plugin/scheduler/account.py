@@ -22,6 +22,7 @@ class Account:
         own: per layer group and slot what it computed itself or found.
         ever: all that full blocks of `own` have been: a preempted request may find any of it again.
         merged: the page that (group, slot) reads from another, or that others read with it.
+        generations: of those pages, as they were begun then.
         factors: with what factor it is to be read, where that is not 1.
         ever_merged: (group, slot) that did so at any time.
         delivered: tokens sent to the client.
@@ -34,6 +35,7 @@ class Account:
     own: list[list[list[int]]]
     ever: list[defaultdict[int, set[Block]]]
     merged: dict[tuple[int, int], int] = field(default_factory=dict)
+    generations: dict[tuple[int, int], int] = field(default_factory=dict)
     factors: dict[tuple[int, int], float] = field(default_factory=dict)
     ever_merged: set[tuple[int, int]] = field(default_factory=set)
     delivered: list[int] = field(default_factory=list)

@@ -72,6 +72,7 @@ class Pages:
         versions: of the model that wrote them.
         generation: how often a page was begun.
         before_direction: called with a page and its members before their direction is written to it.
+        compared: called with a page, the pages that hold what it was compared with, and the errors.
     """
 
     def __init__(self, count: int, size: int) -> None:
@@ -83,6 +84,7 @@ class Pages:
         self.versions = [-1] * count
         self.generation = [0] * count
         self.before_direction: Callable[[int, list[int]], None] = lambda page, members: None
+        self.compared: Callable[[int, set[int], tuple[float, ...]], None] = lambda own, others, errors: None
 
     def read(self, table: Sequence[int], count: int) -> list[int]:
         """The first `count` numbers behind `table`."""
@@ -201,12 +203,13 @@ class Comparer:
         for pair, (group, own, other) in enumerate(np.stack((inquiry.group, inquiry.own, inquiry.other), 1).tolist()):
             pages = self.groups[group]
             assert pages.salts[own] == pages.salts[other], "pages of different salts are compared"
-            block = pages.block(other)
+            block, others = pages.block(other), {other}
             if asked.shift[pair]:
                 (tokens,) = pages.moved(asked.where(np.array([pair])))
                 assert pages.text[own] == [text for _, _, text in tokens], "a block is compared with other text"
-                block = tuple(number for _, number, _ in tokens)
+                block, others = tuple(number for _, number, _ in tokens), {page for page, _, _ in tokens}
             found.append((*errors(pages.block(own), block), 1.0, 1.0))
+            pages.compared(own, others, found[-1][:3])
             factors.append(own_norm(pages.block(own), block))
         verdict = Verdict(inquiry.step, *np.array(found, np.float32).reshape(-1, 5).T)
         if self.signer is not None and len(inquiry.sign):

@@ -101,6 +101,7 @@ class Oracle:
             self._start(account, first // self.size, numbers)
         for group, (own, written) in enumerate(zip(account.own, numbers, strict=True)):
             assert sum(map(len, own)) == first, "tokens are computed twice or left out"
+            self._check_read(account, group, written)
             for place in range(first, len(written)):
                 if place % self.size == 0:
                     own.append([])
@@ -178,6 +179,9 @@ class Oracle:
         self._check_pool()
         for account in live:
             self._check_tables(account)
+            tracked = self.side.requests.active.get(account.request.request_id)
+            if tracked is not None and tracked.epoch == account.request.num_preemptions:
+                assert tracked.served <= account.merged.keys(), "a block is said to be served that was computed"
         self._check_prefix_cache(live)
         self.index.check()
         self.directions.check()
@@ -202,7 +206,7 @@ class Oracle:
         old = self.groups[group].req_to_blocks[request.request_id][slot].block_id
         assert self.pool.blocks[old].ref_cnt == 1, "a merge frees no page"
         assert list(self.pages.block(old)) == account.own[group][slot], "the page given away is not its own"
-        account.merged[group, slot] = page
+        account.merged[group, slot], account.generations[group, slot] = page, self.pages.generation[page]
         factor = own_norm(self.pages.block(old), self.pages.block(page))
         account.factors.pop((group, slot), None)
         if self.settings.own_norms and factor != 1:
@@ -235,6 +239,7 @@ class Oracle:
             for group, slot in account.merged
             if slot < hits
         }
+        account.generations = {at: self.pages.generation[page] for at, page in account.merged.items()}
         for slot in range(hits):
             exact = account.request.block_hashes[slot] == account.twin.block_hashes[slot]
             for group, read in enumerate(numbers):
@@ -248,6 +253,20 @@ class Oracle:
                     self.totals["private hits"] += 1
                     assert self.may_read(account, group, slot, page), "a private hash was answered wrongly"
                 account.own[group].append(list(block))
+
+    def _check_read(self, account: Account, group: int, numbers: list[int]) -> None:
+        """What a worker has read of a request, by `numbers`, is what the request has computed itself, or has merged."""
+        for slot, mine in enumerate(account.own[group]):
+            if numbers[slot * self.size : slot * self.size + len(mine)] == mine:
+                continue
+            name = account.request.request_id
+            assert (group, slot) in account.merged, f"a worker reads for {name} what it has not computed"
+            self._check_kept(account, group, slot)
+
+    def _check_kept(self, account: Account, group: int, slot: int) -> None:
+        """What a request reads from another's page is what it was when the two were merged."""
+        page = account.merged[group, slot]
+        assert account.generations[group, slot] == self.pages.generation[page], "a page that is read was written"
 
     def _check_pool(self) -> None:
         entries: Counter[int] = Counter()
@@ -286,6 +305,7 @@ class Oracle:
                 if found == mine:
                     continue
                 assert (number, slot) in account.merged, f"{request.request_id} reads what it has not computed"
+                self._check_kept(account, number, slot)
                 assert within_bounds(tuple(mine), tuple(found), self.policy), "a member is beyond its bound"
                 start = self.pages.text[page][0][0]
                 part = tokens[slot * self.size : (slot + 1) * self.size]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from copy import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,12 @@ class ReuseOracle(Oracle):
             adopt(tracked, group, first, pages)
 
         self.side.sharing.adopt = watched
+        self._measured: defaultdict[tuple[int, int], set[np.float32]] = defaultdict(set)
+        """Error over bound of all that a page, as it was begun, was compared with."""
+        self.pages.compared = self._note
+        residents = self.side.candidates.residents
+        for evidence in (residents.evidence, residents.evidence_moved):
+            evidence.add = partial(self._before_testifying, evidence.add)
 
     @property
     def clients(self) -> list[Account]:
@@ -110,6 +118,21 @@ class ReuseOracle(Oracle):
         assert sum(counts) == clients and min(counts) >= 0, f"{counts} of {clients} requests"
         cache = stats.prefix_cache_stats
         assert cache.requests >= 0 and 0 <= cache.hits <= cache.queries, cache
+
+    def _note(self, own: int, others: set[int], errors: tuple[float, ...]) -> None:
+        texts = {tuple(token for _, token in self.pages.text[page]) for page in (own, *others)}
+        # Of text at another position that two pages hold the comparer says whose it is.
+        assert len(texts) == 1 or len(others) > 1 or self.settings.finds_other_text, "other text is compared"
+        ratio = np.float32(self.policy.rule(0).ratio([np.float32(error) for error in errors]))
+        for page in others:
+            self._measured[page, self.pages.generation[page]].add(ratio)
+
+    def _before_testifying(self, add: Any, pages: Any, ratios: Any, seen: Any) -> None:
+        """What a page is said to be far from was compared with what it holds now."""
+        for page, ratio in zip(pages.tolist(), ratios, strict=True):
+            assert ratio in self._measured[page, self.pages.generation[page]], f"page {page} was never so far"
+            self.totals["witnesses"] += 1
+        add(pages, ratios, seen)
 
     def _admit_helper(self, request: Any, owner: Account) -> None:
         assert owner.ended is None, "a helper starts for a request that has ended"
@@ -189,7 +212,7 @@ class ReuseOracle(Oracle):
                 else:
                     self._check_text(account, slot, page)
                     account.ever[GROUP][slot].add(self.pages.block(page))
-                account.merged[GROUP, slot] = page
+                account.merged[GROUP, slot], account.generations[GROUP, slot] = page, generation
                 self.totals["reused"] += 1
             else:
                 del adopted[slot]

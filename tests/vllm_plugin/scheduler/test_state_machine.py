@@ -44,6 +44,9 @@ from tests.vllm_plugin.scheduler.variants import BLOCK, SHARES, VARIANTS, combin
 EVENTS = 120
 """In the life of one engine core; some steps each."""
 
+SIZES = (3, 4, 4, 8)
+"""Of a pool, in quarters of what the variant says: a full one hides what a roomy one shows, and the other way round."""
+
 PROBED = {"reuse": "probed", "reuse_audit_rate": 1e-9}
 
 
@@ -91,7 +94,10 @@ def config(variant: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def play(config: Any, totals: Counter[str], rng: random.Random) -> None:
     """The life of one engine core, as `rng` draws it; totals are added up. A failure says how it came about."""
-    machine = SchedulerMachine(config, totals)
+    pages = config.cache_config.num_gpu_blocks_override
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config.cache_config, "num_gpu_blocks_override", pages * rng.choice(SIZES) // 4)
+        machine = SchedulerMachine(config, totals)
     try:
         for _ in range(EVENTS):
             machine.event(rng)
@@ -201,6 +207,49 @@ def test_a_helper_that_is_preempted_before_the_answer_to_its_entry_block_is_not_
         machine.close()
     assert machine.totals["helpers"] > 1 and machine.totals["reused"]
     assert not side.statistics.totals()["faults"]
+
+
+def test_an_entry_block_that_was_computed_behind_reused_pages_is_no_witness(model: Path) -> None:
+    """It is the nearer to its sources, the more of them it has read; only what is computed exactly tells of others."""
+    machine = SchedulerMachine(configuration(model, PROBED, {"pages": 60}), Counter())
+    residents = machine.oracle.side.candidates.residents
+    first, second = list(range(100, 116)), list(range(200, 216))
+    try:
+        for donor in ([700] * BLOCK + first + [500], [701] * (6 * BLOCK) + second + [500]):
+            machine.submit(donor, out=1)
+            while machine.requests:
+                machine.advance()
+        machine.submit([712] * BLOCK + first + [703] * BLOCK + second + [500], out=1)
+        machine.finish()
+    finally:
+        machine.close()
+    assert machine.totals["reused"] == 6, "one of the runs was not reused"
+    witnessed = [residents._tokens[page].tolist() for page in residents.evidence.count.nonzero()[0]]
+    assert witnessed == [first[:BLOCK]]
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["stays", "is lost"])
+def test_who_waits_for_pages_reads_nothing_by_a_licence_that_is_lost_meanwhile(model: Path, lost: bool) -> None:
+    machine = SchedulerMachine(configuration(model, {**PROBED, "reuse": "licensed"}, {"pages": 24}), Counter())
+    side, licence = machine.oracle.side, [True]
+    side.licences.granted = lambda page_class: licence[0]
+    try:
+        machine.submit([700] * BLOCK + TEXTS[0] + [500], out=1)
+        while machine.requests:
+            machine.advance()
+        machine.submit(list(range(300, 357)), out=4)  # one that takes no more pages while others wait
+        while not machine.oracle.clients[-1].delivered:
+            machine.advance()
+        side.candidates.residents.evidence.count[:] = 1  # or entry blocks are computed, and licences asked for again
+        machine.submit([701] * BLOCK + TEXTS[0] + [500], out=1)
+        machine.advance()
+        assert side.reuse.intakes and not machine.totals["reused"]
+        licence[0] = not lost
+        machine.finish()
+    finally:
+        machine.close()
+    # The first block of each is computed, by a helper that takes none of the pages that its request is to read.
+    assert machine.totals["reused"] == (0 if lost else 8) and machine.totals["helpers"] == (0 if lost else 1)
 
 
 @pytest.fixture

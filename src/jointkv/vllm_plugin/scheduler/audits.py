@@ -60,8 +60,8 @@ class Audits:
             source, exact = int(residents.source[page]), bool(residents.exact[page])
             known = residents.evidence.known(one, seen)
         ratio = ratio if ratio == ratio else math.inf
-        evidence = int(known.count[0]), float(known.worst[0]), bool(known.new[0]), int(seen[0])
-        audit.compared.append(Compared(slot, page, source, exact, ratio, *evidence))
+        evidence = int(known.count[0]), float(known.worst[0]), bool(known.new[0])
+        audit.compared.append(Compared(slot, page, source, exact, ratio, *evidence, residents.offers))
 
     def conclude_if_complete(self, tracked: TrackedRequest) -> None:
         """Once the prompt was looked at and all answers are there: records to the licences, ratios to the pages."""
@@ -78,11 +78,12 @@ class Audits:
             there, ratios = audit.text.can_be_written(pages), np.array([one.ratio for one in moved], np.float32)
             audit.text.testify(slots[there], pages[there], ratios[there])
         still = [one for one in audit.compared if not one.moved]
-        held = [one for one in still if self._residents.source[one.page] == one.source]
+        held = [one for one in still if self._residents.unchanged(np.array([one.page]), one.offers)[0]]
         self._residents.testify(
+            tracked,
+            np.array([one.slot for one in held], np.int64),
             np.array([one.page for one in held], np.int64),
             np.array([one.ratio for one in held], np.float32),
-            np.array([one.seen for one in held], np.uint64),
         )
 
 

@@ -149,8 +149,9 @@ class Candidates:
         if member.signature is not None:
             untried = [] if len(tried) >= SEARCHES * count else self._near(member, tried)
         else:
-            found = [] if member.tried else self.residents.index.candidates(member.buckets, count + len(tried))
-            untried = [page for page in found if page not in tried][:count]
+            found = [] if member.tried else self.residents.index.candidates(member.buckets, count + len(tried) + 1)
+            # Who holds the page of `member` as well, as an exact prefix, may have made it resident meanwhile.
+            untried = [page for page in found if page != member.page and page not in tried][:count]
         if untried:
             member.candidates, member.tried = untried, tried
         return bool(untried)

@@ -103,9 +103,10 @@ class EntryBlocks:
             return
         assert intake.asked and intake.entry is not None
         intake.asked = False
-        held = np.array([intake.text.holds(run)[0] for run in sources], bool)
-        pages = np.array([run.pages[0] for run in sources])[held]
-        intake.text.testify(np.full(len(pages), intake.entry), pages, answer.ratio[held])
+        if intake.tracked.is_exact(intake.entry):  # else it says nothing of what the model computes
+            held = np.array([intake.text.holds(run)[0] for run in sources], bool)
+            pages = np.array([run.pages[0] for run in sources])[held]
+            intake.text.testify(np.full(len(pages), intake.entry), pages, answer.ratio[held])
         nearest = self._rule.serving(sources, answer.ratio)
         self._follow(intake, intake.entry, sources[nearest].behind, float(answer.ratio[nearest]))
         self._advance(intake)

@@ -35,7 +35,7 @@ class Compared:
     Attributes:
         ratio: error over bound.
         witnesses, worst, new: what was known of the page before, see `core.evidence`.
-        seen: which of its tokens stand before the block, in the audited request.
+        offers: by which it is seen whether the page holds that still, see `Residents.unchanged`.
     """
 
     slot: int
@@ -46,7 +46,7 @@ class Compared:
     witnesses: int
     worst: float
     new: bool
-    seen: int
+    offers: int
 
     @property
     def moved(self) -> bool:

@@ -133,9 +133,14 @@ class Fills:
         return bool(len(pages)) and not intake.text.can_be_written(pages).all()
 
     def kept(self, intake: Intake) -> list[int]:
-        """Pages that `intake` will find or read in place: handed out last, and the first of them last of all."""
-        found = [page for page in self._tables.found_pages(intake.tracked.request) if page != NULL_PAGE]
-        return found + sorted(intake.sources_in_place() - set(found))
+        """Pages that `intake` will find or read in place: handed out last, and the first of them last of all.
+
+        Behind a gap it finds none yet, and its own helper would take them.
+        """
+        pages = intake.plan.pages
+        planned = pages[~unwritten(pages) & (pages != COMPUTED)].tolist()
+        in_order = (*self._tables.found_pages(intake.tracked.request), *planned, *sorted(intake.sources_in_place()))
+        return [page for page in dict.fromkeys(in_order) if page != NULL_PAGE]
 
     def awaits(self, intake: Intake) -> bool:
         """Whether pages that `intake` is to read are still to be written."""

@@ -12,6 +12,7 @@ from vllm.v1.request import Request
 from jointkv.core.reuse import COMPUTED, Integers, ReusePlan, Run, Runs
 from jointkv.policy.reuse import Search
 from jointkv.vllm_plugin.engine.pages import NULL_PAGE
+from jointkv.vllm_plugin.scheduler.licences import PageClass
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
 from jointkv.vllm_plugin.scheduler.resident_text import ResidentText
 
@@ -61,6 +62,7 @@ class Intake:
         end: the slot behind the last one that may be reused; one token at least is computed.
         plan: what is decided so far.
         search: where the next entry block is looked for.
+        classes: of the pages that it may read, by licences.
         entry: slot of the next run's entry block; None when all is decided.
         sources: of that run.
         helpers: names of those it waits for.
@@ -81,6 +83,7 @@ class Intake:
     end: int
     plan: ReusePlan
     search: Search
+    classes: frozenset[PageClass] = frozenset()
     entry: int | None = None
     sources: list[Run] = field(default_factory=list)
     helpers: set[str] = field(default_factory=set)

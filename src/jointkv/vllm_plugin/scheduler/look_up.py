@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +83,12 @@ class LookUp:
         found, known = found.where(permitted), known.where(permitted)
         plan = self._rule.witnessed(found, known, end)
         runs, slots = self._rule.unwitnessed(found, known, plan), np.unique(found.slot)
-        return Intake(tracked, text, runs, slots, end, plan, Search(start), covered=start)
+        classes = frozenset(self._classes(text, found.page))
+        return Intake(tracked, text, runs, slots, end, plan, Search(start), classes, covered=start)
+
+    def is_permitted(self, intake: Intake) -> bool:
+        """Whether the licences still stand by which `intake` is to read pages."""
+        return all(map(self._granted, intake.classes))
 
     def may_reuse(self, tracked: TrackedRequest) -> bool:
         """Whether `tracked` may reuse anything at all before it starts."""
@@ -100,6 +106,12 @@ class LookUp:
         if moved.any():
             allowed[moved] = self._granted(PageClass(key, exact=False, moved=True))
         return allowed
+
+    def _classes(self, text: ResidentText, pages: Integers) -> Iterator[PageClass]:
+        """Of `pages` of `text`, each once."""
+        kinds = np.unique(np.stack((text.exact(pages), unwritten(pages)), 1), axis=0)
+        for exact, moved in kinds.tolist():
+            yield PageClass(text.tracked.isolation, exact, moved)
 
     def _granted(self, page_class: PageClass) -> bool:
         return self.settings.reuse == "probed" or self._licences.granted(page_class)

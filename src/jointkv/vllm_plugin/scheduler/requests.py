@@ -15,6 +15,7 @@ from vllm.v1.request import Request
 
 from jointkv.core.evidence import Echoes, standing
 from jointkv.fusion.signature import token_hashes
+from jointkv.fusion.token_index import contexts
 from jointkv.vllm_plugin.engine.opt_out import left_alone
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 
@@ -77,6 +78,7 @@ class TrackedRequest:
     planned: int | None = None
     _hashes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
     _standing: Echoes = field(default_factory=lambda: np.zeros(0, np.uint64), repr=False)
+    _contexts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
     _tokens: NDArray[np.int32] | None = field(default=None, repr=False)
 
     def restart(self, kept: int) -> None:
@@ -103,6 +105,17 @@ class TrackedRequest:
             self._tokens = more if self._tokens is None else np.concatenate([self._tokens, more])
         assert self._tokens is not None or first == end
         return np.zeros((0, self.block_size), np.int32) if self._tokens is None else self._tokens[first:end]
+
+    def contexts(self, first: int, end: int) -> NDArray[np.int64]:
+        """One number for all tokens before each of the blocks `first` to `end`: int64 `[end - first]`."""
+        if end > len(self._contexts):
+            blocks = max(end, self.request.num_prompt_tokens // self.block_size)
+            self._contexts = contexts(self.hashes(blocks)[:blocks])
+        return self._contexts[first:end]
+
+    def is_exact(self, slot: int) -> bool:
+        """Whether block `slot` is computed, like all before it, or an exact hit: nothing approximates it."""
+        return self.private_from is None or (slot + 1) * self.block_size <= self.private_from
 
     def standing(self, first: int, end: int) -> Echoes:
         """Which tokens of blocks `first` to `end` stand before their block too, see `core.evidence`."""

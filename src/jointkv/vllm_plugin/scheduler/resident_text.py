@@ -29,12 +29,12 @@ class ResidentText:
     def __init__(
         self, residents: Residents, tracked: TrackedRequest, first: int, end: int, group: int, least: int
     ) -> None:
-        self.tracked, self._residents = tracked, residents
+        self.tracked, self._residents, self._offers = tracked, residents, residents.offers
         self.found = residents.find(tracked, first, end, group)
         self._moved: MovedText | None = residents.find_moved(tracked, first, end, least)
         if self._moved is not None:
             self.found = self.found.beside(self._moved.found)
-            self._places = self._sources(self._moved.fills)
+            self._origins = residents.source[self._moved.fills.first]
 
     def known(self, slots: Integers, pages: Integers) -> Known:
         """What evidence says of `pages [n]` for the blocks `slots [n]`."""
@@ -58,19 +58,12 @@ class ResidentText:
 
     def holds(self, run: Run) -> NDArray[np.bool_]:
         """Which pages of `run` are resident, or can be written, as when they were found: bool `[len(run.pages)]`."""
-        moved = unwritten(run.pages)
-        if moved.any():
-            return self.can_be_written(run.pages)  # a run is one or the other
-        found: NDArray[np.bool_] = self._residents.still_holds(run)
-        return found
+        return self._unchanged(run.pages)
 
     @property
     def is_whole(self) -> bool:
         """Whether everything is resident still that was found."""
-        moved = unwritten(self.found.page)
-        still = self.found.where(~moved)
-        same = (self._residents.places(still.page) == np.stack((still.source, still.slot))).all()
-        return bool(same) and bool(self.can_be_written(self.found.page[moved]).all() if moved.any() else True)
+        return bool(self._unchanged(self.found.page).all())
 
     @property
     def standing(self) -> Integers:
@@ -89,20 +82,21 @@ class ResidentText:
     def can_be_written(self, pages: Integers) -> NDArray[np.bool_]:
         """Which of `pages [n]`, which are not written yet, have their sources still: bool `[n]`."""
         assert self._moved is not None
-        same: NDArray[np.bool_] = (self._sources(self.fills(pages)) == self._places[:, pages - UNWRITTEN]).all(0)
-        return same
+        fills, there = self.fills(pages), self._residents.unchanged
+        return there(fills.first, self._offers) & there(fills.second, self._offers)
 
     def origins(self, pages: Integers) -> Integers:
         """Numbers of the requests whose text `pages [n]`, which are not written yet, will hold: int64 `[n]`."""
-        found: Integers = self._places[0, pages - UNWRITTEN]
+        found: Integers = self._origins[pages - UNWRITTEN]
         return found
 
     def testify(self, slots: Integers, pages: Integers, ratios: NDArray[np.floating]) -> None:
         """The blocks `slots [n]` were computed, and found to be so far from `pages [n]`: error over bound."""
-        moved, seen = unwritten(pages), self._standing(slots)
-        self._residents.testify(pages[~moved], ratios[~moved].astype(np.float32), seen[~moved])
+        moved = unwritten(pages)
+        self._residents.testify(self.tracked, slots[~moved], pages[~moved], ratios[~moved].astype(np.float32))
         if self._moved is not None and moved.any():
-            self._moved.testify(self._residents.evidence_moved, pages[moved], ratios[moved], seen[moved])
+            seen = self._standing(slots[moved])
+            self._moved.testify(self._residents.evidence_moved, pages[moved], ratios[moved], seen)
 
     def fills(self, pages: Integers) -> Fills:
         """By what `pages [n]`, which are not written yet, are written."""
@@ -121,9 +115,13 @@ class ResidentText:
         fill = self.fills(np.array([page]))
         return Pair(group, own, *(int(column[0]) for column in (fill.first, fill.second, fill.offset, fill.shift)))
 
-    def _sources(self, fills: Fills) -> Integers:
-        """Whose text the pages hold that `fills [n]` read, and which blocks of it: int64 `[4, n]`."""
-        return np.concatenate([self._residents.places(pages) for pages in (fills.first, fills.second)])
+    def _unchanged(self, pages: Integers) -> NDArray[np.bool_]:
+        """Which of `pages [n]`, written or not, are what they were when they were found: bool `[n]`."""
+        moved = unwritten(pages)
+        same = self._residents.unchanged(np.where(moved, 0, pages), self._offers)
+        if moved.any():
+            same[moved] = self.can_be_written(pages[moved])
+        return same
 
     def _standing(self, slots: Integers) -> Echoes:
         return self.tracked.standing(0, int(slots.max()) + 1 if len(slots) else 0)[slots]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from jointkv.core.evidence import Echoes, Evidence, Known
+from jointkv.core.evidence import Evidence, Known
 from jointkv.core.moved_text import MovedText
-from jointkv.core.reuse import Found, Integers, Run
+from jointkv.core.reuse import Found, Integers
 from jointkv.errors import IntegrityError
 from jointkv.fusion.content_index import ContentIndex
 from jointkv.fusion.signature_index import SignatureIndex
@@ -41,6 +41,7 @@ class Residents:
         exact: whether everything before its block was computed or an exact hit, bool `[pages]`.
         evidence: what witnesses say of each page.
         evidence_moved: the same, of witnesses at other positions.
+        offers: how often anything was offered so far, see `unchanged`.
     """
 
     def __init__(
@@ -52,9 +53,11 @@ class Residents:
         self.source = np.full(pages, NOBODY, np.int64)
         self.exact = np.zeros(pages, bool)
         self.evidence, self.evidence_moved = Evidence(pages), Evidence(pages)
+        self.offers = 0
         self._content = ContentIndex(block_size) if moved else None
         self._filled = FILLED
-        self._slot = np.zeros(pages, np.int64)
+        self._offered = np.zeros(pages, np.int64)
+        self._slot, self._context = np.zeros(pages, np.int64), np.zeros(pages, np.int64)
         self._tokens = np.zeros((pages, block_size), np.int32)
 
     def __contains__(self, page: int) -> bool:
@@ -65,8 +68,9 @@ class Residents:
         self.index.add(buckets, page)
         if not self._reuses:
             return
-        self.source[page], self._slot[page] = tracked.number, slot
-        self.exact[page] = tracked.private_from is None or (slot + 1) * tracked.block_size <= tracked.private_from
+        self.offers += 1
+        self.source[page], self._slot[page], self._offered[page] = tracked.number, slot, self.offers
+        self.exact[page], self._context[page] = tracked.is_exact(slot), tracked.contexts(slot, slot + 1)[0]
         self.evidence.start(np.array([page]), tracked.standing(slot, slot + 1))
         self._tokens[page] = tracked.tokens(slot, slot + 1)[0]
         if self._content is not None and self.exact[page]:
@@ -88,22 +92,24 @@ class Residents:
         self.evidence_moved.inherit(pages, known, covered)
         self.evidence.start(pages, covered)
         self._filled += 1
+        self.offers += 1
         self.source[pages], self._slot[pages], self.exact[pages] = self._filled, slots, False
+        self._offered[pages] = self.offers
         tokens = tracked.tokens(0, int(slots.max()) + 1)[slots].astype(np.int64)
         self._content.add(tracked.isolation, tokens, slots, pages, self._filled)
 
-    def testify(self, pages: Integers, ratios: NDArray[np.float32], seen: Echoes) -> None:
-        """Blocks with the tokens of the resident `pages [n]` are that far from them: error over bound, `[n]`.
+    def testify(self, tracked: TrackedRequest, slots: Integers, pages: Integers, ratios: NDArray[np.float32]) -> None:
+        """The blocks `slots [n]` of `tracked` are that far from the resident `pages [n]`: error over bound, `[n]`.
 
-        Args:
-            seen: what stood before each where it was computed, `[n]`.
+        Not those that stand behind the same text: that they are near says nothing of other text.
         """
-        # One request may have compared a page twice, and evidence takes a page once at a time.
-        again = np.ones(len(pages), bool)
-        again[np.unique(pages, return_index=True)[1]] = False
-        self.evidence.add(pages[~again], ratios[~again], seen[~again])
-        if again.any():
-            self.testify(pages[again], ratios[again], seen[again])
+        last = int(slots.max()) + 1 if len(slots) else 0
+        other = self._context[pages] != tracked.contexts(0, last)[slots]
+        pages, ratios, seen = pages[other], ratios[other], tracked.standing(0, last)[slots[other]]
+        while len(pages):  # one request may have compared a page twice, and evidence takes a page once at a time
+            first = np.unique(pages, return_index=True)[1]
+            self.evidence.add(pages[first], ratios[first], seen[first])
+            pages, ratios, seen = (np.delete(column, first) for column in (pages, ratios, seen))
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when an index or the evidence is inconsistent."""
@@ -149,9 +155,13 @@ class Residents:
         text = MovedText.of([run for run in found if run.shift or run.source > FILLED], first, end, size)
         return text if len(text) else None
 
-    def places(self, pages: Integers) -> Integers:
-        """What the resident `pages [n]` hold: number of the request, and slot; int64 `[2, n]`."""
-        return np.stack((self.source[pages], self._slot[pages]))
+    def unchanged(self, pages: Integers, offers: int) -> NDArray[np.bool_]:
+        """Which of `pages [n]` are resident and hold what they held when so many `offers` had been made: bool `[n]`.
+
+        Not what the same request has written there again: it may have been computed behind other pages by now.
+        """
+        found: NDArray[np.bool_] = (self.source[pages] != NOBODY) & (self._offered[pages] <= offers)
+        return found
 
     def remove(self, page: int) -> None:
         """`page` is about to be written, or given away."""
@@ -160,14 +170,6 @@ class Residents:
             self._content.remove(page)
         self.signatures.remove(page)
         self.source[page] = NOBODY
-
-    def still_holds(self, run: Run) -> np.ndarray:
-        """Which pages of `run` are resident and hold what they held when it was found: bool `[len(run.pages)]`.
-
-        Or the same text of the same request, which was preempted meanwhile and has computed it again.
-        """
-        in_place: np.ndarray = self._slot[run.pages] == np.arange(run.first, run.end)
-        return in_place & (self.source[run.pages] == run.source)
 
     def clear(self) -> None:
         """Forget every page; an index may be what is broken."""

@@ -226,11 +226,12 @@ class Reuse:
         return None if tracked is None or request.request_id in self.intakes else self.loaders.ahead_of(tracked)
 
     def _known(self, name: str) -> Intake | None:
-        """What was found for a request; nothing where pages are gone, so that it is looked up anew."""
+        """What was found for a request; nothing where pages, or licences, are gone, so that it is looked up anew."""
         intake = self.intakes.get(name)
-        waits = intake is not None and not (intake.asked or intake.helpers)
-        if intake is not None and waits and (self.fills.lost(intake) or self._lost(intake)):
-            self.intakes.look_up_anew(intake)
+        if intake is not None and not (intake.asked or intake.helpers):
+            gone = not self.look_up.is_permitted(intake) or self.fills.lost(intake) or self._lost(intake)
+            if gone:
+                self.intakes.look_up_anew(intake)
         return self.intakes.get(name)
 
     def _lost(self, intake: Intake) -> bool:

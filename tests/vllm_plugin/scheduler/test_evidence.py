@@ -1,0 +1,120 @@
+"""What is known of resident pages, and of text that was found there, is known of what they hold now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+
+from jointkv.core.reuse import Run
+from jointkv.fusion.token_index import places
+from jointkv.policy.reuse import ReuseRule
+from jointkv.theory.licence import Licence
+from jointkv.vllm_plugin.metrics import Statistics
+from jointkv.vllm_plugin.scheduler.audits import Audits
+from jointkv.vllm_plugin.scheduler.candidates import Member
+from jointkv.vllm_plugin.scheduler.evidence import Audit
+from jointkv.vllm_plugin.scheduler.licences import Licences
+from jointkv.vllm_plugin.scheduler.requests import Requests, TrackedRequest
+from jointkv.vllm_plugin.scheduler.resident_text import ResidentText
+from jointkv.vllm_plugin.scheduler.residents import Residents
+from jointkv.vllm_plugin.scheduler.side import SchedulerSide
+from jointkv.vllm_plugin.settings import PluginSettings
+from tests.vllm_plugin.scheduling import BLOCK, new_manager, new_request
+
+HEAD, OTHER = [7] * BLOCK, [8] * BLOCK
+TEXT = list(range(100, 100 + 4 * BLOCK))
+PAGES = [11, 12, 13, 14]
+"""Of the four blocks of `TEXT` behind a head of one block, and so of slots 1 to 4."""
+
+
+class World:
+    """A donor whose blocks of `TEXT` are resident, without an engine."""
+
+    def __init__(self) -> None:
+        self.requests = Requests(BLOCK)
+        self.residents = Residents(32, BLOCK, moved=True)
+        self.donor = self.admit(HEAD)
+        self.offer(PAGES)
+
+    def admit(self, head: Sequence[int]) -> TrackedRequest:
+        name = f"request-{len(self.requests.active)}"
+        tracked = self.requests.admit(new_request({}, name, prompt_token_ids=[*head, *TEXT, 5]))
+        assert tracked is not None
+        return tracked
+
+    def offer(self, pages: Sequence[int]) -> None:
+        for slot, page in enumerate(PAGES, 1):
+            if page in pages:
+                (place,) = places(self.donor.hashes(slot + 1)[slot : slot + 1], np.array([slot]))
+                self.residents.add(self.donor, slot, page, (((self.donor.isolation, 0), place),))
+
+    def compute_again(self, page: int) -> None:
+        """The donor was preempted; it gets `page` for the same block, computed behind a page that it reuses."""
+        self.residents.remove(page)
+        self.donor.private_from = BLOCK
+        self.offer([page])
+
+    def find(self, tracked: TrackedRequest) -> ResidentText:
+        return ResidentText(self.residents, tracked, 0, (tracked.request.num_tokens - 1) // BLOCK, 0, 1)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_what_a_request_has_computed_again_is_not_what_was_found(world: World) -> None:
+    text = world.find(world.admit(OTHER))
+    run = Run(1, world.donor.number, np.array(PAGES))
+    assert text.is_whole and text.found.page.tolist() == PAGES and text.holds(run).all()
+    world.compute_again(PAGES[1])
+    assert not text.is_whole and text.holds(run).tolist() == [True, False, True, True]
+
+
+def test_nothing_is_written_or_read_in_place_from_what_was_computed_again(world: World) -> None:
+    """Of text at other positions only what was computed exactly is read."""
+    text = world.find(world.admit(OTHER[:20]))
+    numbers = text.found.page
+    assert len(numbers) == 3 and text.can_be_written(numbers).all()
+    world.compute_again(PAGES[0])
+    # A block of another alignment comes from two pages.
+    assert not text.is_whole and text.can_be_written(numbers).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["stays", "computed again"])
+def test_an_audit_is_a_witness_of_what_it_has_compared(world: World, again: bool) -> None:
+    licences = Licences(lambda page_class: Licence(0.3), Statistics())
+    audits, audited = Audits(ReuseRule(), world.residents, licences), world.admit(OTHER)
+    audited.audit = Audit()
+    for slot, page in enumerate(PAGES, 1):
+        audits.note(audited, audited.audit, slot, page, 0.5)
+    if again:
+        world.compute_again(PAGES[1])
+    audited.next_slot = 5
+    audits.conclude_if_complete(audited)
+    assert world.residents.evidence.count[PAGES].tolist() == [1, int(not again), 1, 1]
+
+
+@pytest.mark.parametrize("head, witnesses", [(OTHER, 1), (HEAD, 0)], ids=["another text", "the same"])
+def test_a_block_behind_the_same_text_is_no_witness(world: World, head: list[int], witnesses: int) -> None:
+    """It is as near as can be, and says nothing of other text."""
+    text, slots = world.find(world.admit(head)), np.arange(1, 5)
+    text.testify(slots, np.array(PAGES), np.zeros(4, np.float32))
+    assert world.residents.evidence.count[PAGES].tolist() == [witnesses] * 4
+
+
+def test_a_block_is_not_compared_with_the_page_that_holds_it() -> None:
+    """Another request that hit it as an exact prefix has offered it to all while the block was compared with others."""
+    side = SchedulerSide(PluginSettings(min_pool_usage=0.0), new_manager(), (0,))
+    tracked = side.requests.admit(new_request({}))
+    assert tracked is not None
+    buckets = (((tracked.isolation, 0), 1),)
+    for page in (5, 7):
+        side.candidates.residents.add(tracked, 1, page, buckets)
+    member = Member(tracked, 0, 0, 1, 5, 0, buckets, (), [6])
+    assert side.candidates.try_others(member) and member.candidates == [7]
+    assert not side.candidates.try_others(member)
