@@ -5,9 +5,18 @@ from typing import Any
 
 import pytest
 
+from jointkv.errors import BadInput
 from jointkv.evaluate.compare import suite
+from jointkv.evaluate.holding.batch import Batch
 from jointkv.evaluate.traffic import get_traffic
+from jointkv.evaluate.traffic.base import Request
+from jointkv.policy.profile import ReuseEvidence
+from jointkv.policy.reuse import ReuseRule
+from jointkv.theory.confidence import UpperLimit
 from tests.cli.commands import refusal, run, save_tiny
+from tests.core.profiles import make_profile
+from tests.hf.reusing import text
+from tests.hf.tiny_models import BLOCK, build_model
 
 
 def evaluated(tmp_path, *arguments: str) -> dict:
@@ -47,6 +56,25 @@ def test_everything_runs_by_default_except_what_is_not_installed():
     names = {choice.method.name for choice in suite.choices_of([], [], None)}
     assert {"fused", "paper", "exact_prefix", "quantized", "minicache", "semantic", "snapkv", "kvzip"} <= names
     assert all(choice.level is None for choice in suite.choices_of([], [], None))
+
+
+def test_a_profile_is_fusion_and_where_it_was_audited_reuse_by_its_rule():
+    limit = UpperLimit(0.95)
+    limit.observe(0.0)
+    said = {"audits": 1, "blocks": 4, "missed_blocks": 0, "skipped": 0.5, "limit": 1.0, "evidence": limit.to_json()}
+    audits = ReuseEvidence(**said, near=1.0, echoes=False, moved=ReuseEvidence(**said))
+    without, having = (suite.choices_of([], [], make_profile((0.7,), reuse=found)) for found in (None, audits))
+    assert [choice.method.name for choice in without] == ["profile"]
+    fused, reused = having
+    assert (fused.method.name, reused.method.name, reused.level) == ("profile", "profile_reuse", 0.7)
+    with pytest.raises(BadInput, match="that of the profile"):
+        reused.method.check_level(0.2)
+    shared = tuple(text(10 * BLOCK, 1).tolist())
+    prompts = [(*text(head, 2 + head).tolist(), *shared, 3) for head in (4, 7)]
+    held = reused.method.hold(Batch(build_model("llama"), [Request(each, (5, 6), "") for each in prompts], BLOCK), 0.7)
+    pool = held.cache.pool
+    assert pool.reuse.rule == ReuseRule(near=1.0, echoes=False) and pool.reuse.options.moved
+    assert pool.policy.rule(0).max_relative_error == 0.7 and held.work.tokens == sum(map(len, prompts))
 
 
 def test_long_documents_are_fused_inside_one_request():

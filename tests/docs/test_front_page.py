@@ -68,6 +68,23 @@ def test_the_same_with_all_arms() -> None:
         assert f"{row} {p50:.1f} | {p95:.1f} | " in page
 
 
+def test_names_under_a_licence() -> None:
+    page, result = (ROOT / "docs" / "reuse.md").read_text(), serving("names_near")
+    ratios = {(each.upper, each.metric): each.median_ratio for each in result.comparisons if each.lower == "stock"}
+    for arm, title in (("stock", "stock"), ("moved", "`moved=true`, copied"), ("in_place", "`moved=true`, in place")):
+        runs = result.of(arm, result.loads[0].label)
+        speed, p50, p95 = (
+            ", ".join(f"{number(run):.1f}" for run in runs)
+            for number in (lambda run: run.output_tokens_per_s, lambda run: run.ttft.p50, lambda run: run.ttft.p95)
+        )
+        faster, sooner = (ratios.get((arm, metric), 1.0) for metric in ("output_tokens_per_s", "ttft_p95"))
+        computed = f"{middle(result, arm, lambda run: run.prompt_tokens_computed):,.0f}"
+        running = f"{max(run.running_peak for run in runs):.0f}"
+        assert f"| {title} | {speed} | {faster:.2f} | {p50} | {p95} | {sooner:.2f} | {computed} | {running} |" in page
+    parted = max(each.gap for each in result.divergences or [])
+    assert f"where stock held both tokens within\n{parted:.3f} nats" in page
+
+
 @pytest.mark.parametrize("path", sorted((RESULTS / "peers").glob("*.json")), ids=lambda path: path.stem)
 def test_methods_beside_reuse(path: Path) -> None:
     """The table of docs/reuse.md has every method at every level that was measured on each traffic."""

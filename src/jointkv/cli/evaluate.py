@@ -73,7 +73,7 @@ def evaluate(
         None, metavar="NAME[@LEVEL]", help="Method, at one level or as many bytes as fusion; may be repeated."
     ),
     policy: list[str] | None = typer.Option(None, help="Fusion under a preset: safe, paper; may be repeated."),
-    profile: Path | None = typer.Option(None, help="Fusion under what `jointkv calibrate` wrote."),
+    profile: Path | None = typer.Option(None, help="Fusion, and reuse, under what `jointkv calibrate` wrote."),
     task: list[str] | None = typer.Option(None, "--task", "--tasks", help="Task to score; may be repeated."),
     requests: int = typer.Option(12, min=2, help="Requests per traffic."),
     tokens: ScoredTokens = 48,
@@ -108,7 +108,7 @@ def evaluate(
     traffics = [get_traffic(name) for name in traffic or ([] if task else ["near_prefix"])]
     tasks = [get_task(name) for name in task or ()]
     fitted = None if profile is None else Profile.load(profile)
-    choices = choices_of(method or [], policy or [], None if fitted is None else fitted.policy())
+    choices = choices_of(method or [], policy or [], fitted)
     loaded, tokenizer = load(model, dtype)
     if fitted is not None:
         fitted.check(model_identity(loaded), block_size)

@@ -16,12 +16,14 @@ from jointkv.evaluate.holding.batch import Batch
 from jointkv.evaluate.methods import get_method, method_names
 from jointkv.evaluate.methods.base import Method
 from jointkv.evaluate.methods.fused import Fused
+from jointkv.evaluate.methods.reuse import Reuse
 from jointkv.evaluate.progress import Report
 from jointkv.evaluate.tasks import Task
 from jointkv.evaluate.tasks.result import TaskRow
 from jointkv.evaluate.tasks.run import run_task
 from jointkv.evaluate.traffic.base import Request, Traffic
 from jointkv.policy import FusionPolicy
+from jointkv.policy.profile import Profile
 
 REFERENCE_LEVEL = 0.2
 """The bound of the preset `safe`: other methods are asked for as many bytes as fusion takes there."""
@@ -108,13 +110,13 @@ class Suite:
         return rows
 
 
-def choices_of(methods: Sequence[str], policies: Sequence[str], profile: FusionPolicy | None) -> list[Choice]:
+def choices_of(methods: Sequence[str], policies: Sequence[str], profile: Profile | None) -> list[Choice]:
     """What the names on the command line stand for; everything that there is if none is given.
 
     Args:
         methods: `NAME` or `NAME@LEVEL`.
         policies: names of presets.
-        profile: the policy of a profile.
+        profile: fusion under it, and reuse where it has audits of that.
 
     Raises:
         BadInput: unknown name or no number.
@@ -122,8 +124,9 @@ def choices_of(methods: Sequence[str], policies: Sequence[str], profile: FusionP
     """
     chosen = [Choice(method, method.levels[0]) for method in map(_preset, policies)]
     if profile is not None:
-        held = Fused("profile", profile, follows_traffic=False)
-        chosen.append(Choice(held, held.levels[0]))
+        fitted: list[Method] = [Fused("profile", profile.policy(), follows_traffic=False)]
+        fitted += [] if profile.reuse is None else [Reuse(profile)]
+        chosen += [Choice(method, method.levels[0]) for method in fitted]
     chosen += [_method(text) for text in methods]
     return chosen or [Choice(get_method(name)) for name in method_names() if name != "unfused"]
 

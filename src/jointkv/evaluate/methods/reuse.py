@@ -8,6 +8,7 @@ from jointkv.evaluate.holding.batch import Batch
 from jointkv.evaluate.holding.held import HeldBatch
 from jointkv.evaluate.methods.base import Method
 from jointkv.policy import FusionPolicy
+from jointkv.policy.profile import Profile
 from jointkv.theory.calibrate import TOKEN_SLACK
 
 SEED = 0
@@ -18,26 +19,44 @@ class Reuse(Method):
     """Requests are prefilled one after another and reuse those before them, where entry blocks and witnesses allow it.
 
     Without a licence, which takes more audits than a batch has requests.
+
+    Args:
+        profile: whose bounds and rule count, and which says whether text at other positions is read; None for the
+            preset `safe` at a bound given by the level.
     """
 
     name = "reuse"
     description = "prompts read resident pages before they are computed, under the preset `safe`, without a licence"
-    levels = (0.1, 0.2, 0.3)
+    levels: tuple[float, ...] = (0.1, 0.2, 0.3)
     level_means = "max_relative_error"
     allowed = "a finite number from 0"
     shares_across_requests = True
     frees_engine_memory = True
     moved = False
 
+    def __init__(self, profile: Profile | None = None) -> None:
+        self._profile = profile
+        if profile is not None:
+            assert profile.reuse is not None
+            self.name, self.moved = "profile_reuse", profile.reuse.moved is not None
+            self.description = "prompts read resident pages before they are computed, by the rule of a profile"
+            self.levels = (profile.groups[0].max_relative_error,)
+            self.allowed = f"that of the profile, {self.levels[0]:g}"
+
     def allows(self, level: float) -> bool:
-        return 0 <= level < math.inf
+        return 0 <= level < math.inf if self._profile is None else level == self.levels[0]
 
     def compress(self, batch: Batch, level: float) -> HeldBatch:
         from jointkv.evaluate.holding.reused import ReusedBatch, work_of
         from jointkv.hf.reuse import ReuseOptions
 
-        policy = FusionPolicy.preset("safe", max_relative_error=level, max_token_error=TOKEN_SLACK * level)
-        options = ReuseOptions("probed", seed=SEED, moved=self.moved)
+        if self._profile is None:
+            rule = None
+            policy = FusionPolicy.preset("safe", max_relative_error=level, max_token_error=TOKEN_SLACK * level)
+        else:
+            assert self._profile.reuse is not None
+            rule, policy = self._profile.reuse.rule, self._profile.policy()
+        options = ReuseOptions("probed", seed=SEED, moved=self.moved, rule=rule)
         held = ReusedBatch(batch.model, batch.requests, policy, options, batch.block_size)
         held.work = work_of(batch, held)
         return held
