@@ -114,6 +114,7 @@ results: setup
 	$(PLOTS) $(RESULTS)/paper/paper.json --output $(RESULTS)/paper
 	$(PLOTS) $(wildcard $(RESULTS)/reuse/predictors*.json) $(RESULTS)/reuse/evaluate.json $(RESULTS)/reuse/moved.json --output $(RESULTS)/reuse
 	$(PLOTS) $(wildcard $(RESULTS)/peers/*.json) --output $(RESULTS)/peers --only kl_against_computed
+	$(PLOTS) $(RESULTS)/profile/names_profile.json --output $(RESULTS)/profile --only kl_against_computed
 	$(PLOTS) $(RESULTS)/side_channel/tiny.json $(RESULTS)/side_channel/influence.json --output $(RESULTS)/side_channel
 	$(PLOTS) $(RESULTS)/frontier/frontier.json --output $(RESULTS)/frontier
 	$(PLOTS) $(wildcard $(RESULTS)/codec/*.json) --output $(RESULTS)/codec

@@ -71,7 +71,9 @@ def test_a_profile_is_fusion_and_where_it_was_audited_reuse_by_its_rule():
         reused.method.check_level(0.2)
     shared = tuple(text(10 * BLOCK, 1).tolist())
     prompts = [(*text(head, 2 + head).tolist(), *shared, 3) for head in (4, 7)]
-    held = reused.method.hold(Batch(build_model("llama"), [Request(each, (5, 6), "") for each in prompts], BLOCK), 0.7)
+    held: Any = reused.method.hold(
+        Batch(build_model("llama"), [Request(each, (5, 6), "") for each in prompts], BLOCK), 0.7
+    )
     pool = held.cache.pool
     assert pool.reuse.rule == ReuseRule(near=1.0, echoes=False) and pool.reuse.options.moved
     assert pool.policy.rule(0).max_relative_error == 0.7 and held.work.tokens == sum(map(len, prompts))

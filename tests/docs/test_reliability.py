@@ -13,6 +13,7 @@ NAMES = (
     "fuzz_stores",
     "soak",
     "soak_exact",
+    "prefill",
 )
 FILES = [hazards.FOLDER / f"{name}.json" for name in NAMES]
 

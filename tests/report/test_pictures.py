@@ -51,9 +51,9 @@ def test_every_committed_result_is_drawn(path: Path, tmp_path: Path) -> None:
 
 FOLDERS = [
     *("evaluate", "choices", "calibration", "paper", "side_channel", "reuse", "frontier", "peers", "codec"),
-    "table",
+    *("table", "profile"),
 ]
-ONLY = {"peers": "kl_against_computed", "table": "serving_table"}
+ONLY = {"peers": "kl_against_computed", "profile": "kl_against_computed", "table": "serving_table"}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
