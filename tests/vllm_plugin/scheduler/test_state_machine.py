@@ -184,18 +184,25 @@ def test_random_events_made_few(config: Any, record_property: Any) -> None:
     record_property("violations", 0)
 
 
+FIRST, SECOND = list(range(100, 116)), list(range(200, 216))
+
+
+def donate(machine: SchedulerMachine) -> None:
+    """Two requests come and go, of which one has computed `FIRST`, the other, further on, `SECOND`."""
+    for donor in ([700] * BLOCK + FIRST + [500], [701] * (6 * BLOCK) + SECOND + [500]):
+        machine.submit(donor, out=1)
+        while machine.requests:
+            machine.advance()
+
+
 def test_a_helper_that_is_preempted_before_the_answer_to_its_entry_block_is_not_asked_about_twice(model: Path) -> None:
     """The second answer would be taken for that to the entry block of the next run."""
     config = configuration(model, PROBED, {"async_scheduling": True})
     machine = SchedulerMachine(config, Counter())
     side, scheduler = machine.oracle.side, machine.core.scheduler
-    first, second = list(range(100, 116)), list(range(200, 216))
     try:
-        for donor in ([700] * BLOCK + first + [500], [701] * (6 * BLOCK) + second + [500]):
-            machine.submit(donor, out=1)
-            while machine.requests:
-                machine.advance()
-        machine.submit([702] * BLOCK + first + [703] * BLOCK + second + [500], out=1)
+        donate(machine)
+        machine.submit([702] * BLOCK + FIRST + [703] * BLOCK + SECOND + [500], out=1)
         (request,) = machine.requests
         machine.advance()
         assert side.reuse.intakes[request.request_id].asked
@@ -213,19 +220,15 @@ def test_an_entry_block_that_was_computed_behind_reused_pages_is_no_witness(mode
     """It is the nearer to its sources, the more of them it has read; only what is computed exactly tells of others."""
     machine = SchedulerMachine(configuration(model, PROBED, {"pages": 60}), Counter())
     residents = machine.oracle.side.candidates.residents
-    first, second = list(range(100, 116)), list(range(200, 216))
     try:
-        for donor in ([700] * BLOCK + first + [500], [701] * (6 * BLOCK) + second + [500]):
-            machine.submit(donor, out=1)
-            while machine.requests:
-                machine.advance()
-        machine.submit([712] * BLOCK + first + [703] * BLOCK + second + [500], out=1)
+        donate(machine)
+        machine.submit([712] * BLOCK + FIRST + [703] * BLOCK + SECOND + [500], out=1)
         machine.finish()
     finally:
         machine.close()
     assert machine.totals["reused"] == 6, "one of the runs was not reused"
     witnessed = [residents._tokens[page].tolist() for page in residents.evidence.count.nonzero()[0]]
-    assert witnessed == [first[:BLOCK]]
+    assert witnessed == [FIRST[:BLOCK]]
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["stays", "is lost"])

@@ -9,6 +9,7 @@ from jointkv.evaluate.holding.held import HeldBatch
 from jointkv.evaluate.methods.base import Method
 from jointkv.policy import FusionPolicy
 from jointkv.policy.profile import Profile
+from jointkv.policy.reuse import ReuseRule
 from jointkv.theory.calibrate import TOKEN_SLACK
 
 SEED = 0
@@ -21,8 +22,8 @@ class Reuse(Method):
     Without a licence, which takes more audits than a batch has requests.
 
     Args:
-        profile: whose bounds and rule count, and which says whether text at other positions is read; None for the
-            preset `safe` at a bound given by the level.
+        profile: with audits of reuse, whose bounds and rule count, and which says whether text at other positions is
+            read; None for the preset `safe` at a bound given by the level.
     """
 
     name = "reuse"
@@ -35,28 +36,26 @@ class Reuse(Method):
     moved = False
 
     def __init__(self, profile: Profile | None = None) -> None:
-        self._profile = profile
-        if profile is not None:
-            assert profile.reuse is not None
+        self._policy: FusionPolicy | None = None
+        self._rule: ReuseRule | None = None
+        if profile is not None and profile.reuse is not None:
+            self._policy, self._rule = profile.policy(), profile.reuse.rule
             self.name, self.moved = "profile_reuse", profile.reuse.moved is not None
+            self.frees_engine_memory = not self.moved
             self.description = "prompts read resident pages before they are computed, by the rule of a profile"
             self.levels = (profile.groups[0].max_relative_error,)
             self.allowed = f"that of the profile, {self.levels[0]:g}"
 
     def allows(self, level: float) -> bool:
-        return 0 <= level < math.inf if self._profile is None else level == self.levels[0]
+        return 0 <= level < math.inf if self._policy is None else level == self.levels[0]
 
     def compress(self, batch: Batch, level: float) -> HeldBatch:
         from jointkv.evaluate.holding.reused import ReusedBatch, work_of
         from jointkv.hf.reuse import ReuseOptions
 
-        if self._profile is None:
-            rule = None
-            policy = FusionPolicy.preset("safe", max_relative_error=level, max_token_error=TOKEN_SLACK * level)
-        else:
-            assert self._profile.reuse is not None
-            rule, policy = self._profile.reuse.rule, self._profile.policy()
-        options = ReuseOptions("probed", seed=SEED, moved=self.moved, rule=rule)
+        at_level = {"max_relative_error": level, "max_token_error": TOKEN_SLACK * level}
+        policy = self._policy or FusionPolicy.preset("safe", **at_level)
+        options = ReuseOptions("probed", seed=SEED, moved=self.moved, rule=self._rule)
         held = ReusedBatch(batch.model, batch.requests, policy, options, batch.block_size)
         held.work = work_of(batch, held)
         return held
