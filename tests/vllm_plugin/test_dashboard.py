@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -26,8 +24,8 @@ from typing import Any
 import pytest
 import yaml
 
+from jointkv.system.guard import kill
 from jointkv.vllm_plugin.server import Launch
-from tests.vllm_plugin.test_server import living
 
 pytest.importorskip("vllm")
 
@@ -152,8 +150,7 @@ def ended_process(command: list[str], log: Path, ready: str) -> Iterator[None]:
             process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
-        for number in living(process.pid):
-            os.kill(number, signal.SIGKILL)
+        kill(process.pid)
         process.wait()
 
 

@@ -19,7 +19,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from jointkv.bench.guard import living
+from jointkv.system.guard import kill, living
 from tests.vllm_plugin.engines import WATCHED
 from tests.vllm_plugin.test_dashboard import free_port
 
@@ -98,8 +98,7 @@ def started(command: list[str], log: Path, environment: dict[str, str]) -> Itera
     try:
         yield Running(process, log)
     finally:
-        for left in living(process.pid):
-            left.kill()
+        kill(process.pid)
         process.wait()
 
 

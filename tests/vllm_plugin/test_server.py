@@ -21,6 +21,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jointkv.cli import main
+from jointkv.system.guard import kill, living
 from jointkv.vllm_plugin import engine_args, server
 
 pytest.importorskip("vllm")
@@ -96,8 +97,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         started.wait_until_ready()
         yield started
     finally:
-        for number in living(process.pid):
-            os.kill(number, signal.SIGKILL)
+        kill(process.pid)
         process.wait()
 
 
@@ -106,20 +106,6 @@ def client(running: Server) -> Any:
     from openai import OpenAI
 
     return OpenAI(base_url=f"http://127.0.0.1:{running.port}/v1", api_key="none", timeout=120.0, max_retries=0)
-
-
-def living(session: int) -> list[int]:
-    """Processes of a session that still run."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                state, _, _, owner = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-            except OSError:
-                continue
-            if int(owner) == session and state != "Z":
-                found.append(int(folder.name))
-    return found
 
 
 def prompt(number: int) -> str:

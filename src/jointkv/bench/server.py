@@ -17,14 +17,13 @@ from typing import Any, NamedTuple, Self
 
 import psutil
 
-from jointkv.bench import guard
 from jointkv.errors import JointKVError
+from jointkv.system import guard
 from jointkv.vllm_plugin import PluginSettings
 from jointkv.vllm_plugin.server import Device, Launch
 
 HOST = "127.0.0.1"
 GRACE_SECONDS = 10.0
-KILL_SECONDS = 10.0
 RESET_SECONDS = 30.0
 ANSWER_SECONDS = 600.0
 """That one answer may take, of a server that has others to give."""
@@ -148,13 +147,15 @@ class Server:
         process.stdin.close()
         try:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_SECONDS + KILL_SECONDS)
+                process.wait(GRACE_SECONDS + guard.KILL_SECONDS)
         finally:
             # Also after Ctrl-C while waiting: no more patience.
             process.kill()
             process.wait()
             process.stdout.close()
-            self._kill_the_rest()
+            if self._session is not None:  # for a guard that was itself killed
+                guard.kill(self._session)
+            self._session = None
 
     def alive(self) -> bool:
         """Whether the process that was started is still there."""
@@ -206,16 +207,6 @@ class Server:
             Step(round(context + generation), round(prompt + new), milliseconds / 1000)
             for context, prompt, generation, new, milliseconds in found
         ]
-
-    def _kill_the_rest(self) -> None:
-        """For a guard that was itself killed. A killed process takes a moment to end."""
-        deadline = time.monotonic() + KILL_SECONDS
-        while (left := self.processes()) and time.monotonic() < deadline:
-            for process in left:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            time.sleep(POLL_SECONDS)
-        self._session = None
 
     def _require_free_port(self) -> None:
         with socket.socket() as probe:

@@ -6,10 +6,8 @@ row per line, and prints a line of progress before each method.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +27,7 @@ from jointkv.evaluate.jsonl import located, validated
 from jointkv.evaluate.methods import get_method
 from jointkv.evaluate.progress import Report
 from jointkv.evaluate.traffic.base import Request
+from jointkv.system import guard
 
 STDERR_LINES = 3
 SILENCE_SECONDS = 1800.0
@@ -149,8 +148,7 @@ def _follow(command: Sequence[str], errors: IO[str], progress: Report, silence_s
         return None
     finally:
         if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            guard.kill(process.pid)
             process.wait()
 
 

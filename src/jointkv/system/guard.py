@@ -3,8 +3,8 @@
     python -P guard.py GRACE_SECONDS COMMAND [ARGUMENTS]
 
 The first line on stdout is the process id of the command, which leads a session of its own. However the starting
-process ends, SIGKILL included, the pipe on stdin closes; the command then gets SIGTERM and, after the grace time, its
-whole process group SIGKILL. vLLM needs this: its engine may outlive an API server that was killed.
+process ends, SIGKILL included, the pipe on stdin closes; the command then gets SIGTERM and, after the grace time, all
+of its session SIGKILL. vLLM needs this: its engine may outlive an API server that was killed.
 
 Run by path and without the rest of the package, so that it starts at once and takes little memory.
 """
@@ -24,6 +24,8 @@ import psutil
 
 POLL_SECONDS = 0.2
 CHILDREN_SECONDS = 5.0
+KILL_SECONDS = 10.0
+KILL_POLL_SECONDS = 0.02
 
 
 def main() -> int:
@@ -45,8 +47,8 @@ def main() -> int:
         # What the command leaves behind may be about to end too, and to give back shared memory before.
         _wait(min(grace, CHILDREN_SECONDS), lambda: not living(process.pid))
     finally:
-        # The leader was not waited for yet, so the group's number cannot have been given to anyone else.
-        os.killpg(process.pid, signal.SIGKILL)
+        # The leader was not waited for yet, so the session's number cannot have been given to anyone else.
+        kill(process.pid)
         code = process.wait()
     return code if code >= 0 else 128 - code
 
@@ -59,6 +61,19 @@ def living(session: int) -> list[psutil.Process]:
             if os.getsid(pid) == session and (process := psutil.Process(pid)).status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def kill(session: int) -> None:
+    """SIGKILL to every process of the session that `session` leads. Returns when none of them runs any more.
+
+    A killed process takes a moment to end, more on a busy machine; one that hangs in the kernel is left after a while.
+    """
+    deadline = time.monotonic() + KILL_SECONDS
+    while (left := living(session)) and time.monotonic() < deadline:
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(KILL_POLL_SECONDS)
 
 
 def _wait(seconds: float, over: Callable[[], bool]) -> None:
