@@ -33,8 +33,9 @@ MOVING = frozenset(
     }
 )
 """Traffics whose common text stands at another position in every request."""
-LEFT_OUT = frozenset({"random_tokens"})
-"""Prompts that mean nothing, nor do their answers; what shares nothing is there as `unrelated`."""
+LEFT_OUT = frozenset({"random_tokens", "agent_turns_many", "agent_turns_nonce_many"})
+"""Prompts that mean nothing, nor do their answers (what shares nothing is there as `unrelated`), and the same agents
+with more tools."""
 FEWER = {"long_documents": 6}
 """Requests of traffics whose prompts are long."""
 POOL_SHARE = 4

@@ -102,10 +102,17 @@ def test_an_unknown_change_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", [REAL])
-def test_the_tools_are_as_long_as_those_of_agents(name: str) -> None:
+@pytest.mark.parametrize(("traffic", "tools"), [("agent_turns_nonce", 20), ("agent_turns_nonce_many", 40)])
+def test_the_tools_are_as_long_as_those_of_agents(name: str, traffic: str, tools: int) -> None:
     tokenizer = MAKERS[name]()
-    (request,) = get_traffic("agent_turns_nonce").requests(tokenizer, 1)
+    (request,) = get_traffic(traffic).requests(tokenizer, 1)
+    assert request.text.count('\n{"name": ') == tools
     assert 1500 <= len(encode(tokenizer, request.text.split("\nUser:")[0])) <= 4000
+
+
+def test_more_tools_change_nothing_else(tokenizer: Tokenizer, made: dict[str, list[Request]]) -> None:
+    few, many = made["nonce"], AgentTurns("nonce", many=True).requests(tokenizer, 16, continuation_tokens=2)
+    assert [one.course.messages[1:] for one in few] == [one.course.messages[1:] for one in many]
 
 
 def test_rows_hold_what_servers_take(made: dict[str, list[Request]], tokenizer: Tokenizer) -> None:

@@ -74,6 +74,7 @@ def test_registry() -> None:
     assert traffic_names() == (
         *("near_prefix", "names", "shuffled_examples", "tool_dialogues", "tools_reordered"),
         *("agent_turns", "agent_turns_nonce", "agent_turns_clock", "agent_turns_tools", "agent_turns_thoughts"),
+        *("agent_turns_many", "agent_turns_nonce_many"),
         *("edited_document", "museum", "retrieval", "long_documents", "unrelated", "random_tokens"),
     )
     assert [get_traffic(name).name for name in traffic_names()] == list(traffic_names())

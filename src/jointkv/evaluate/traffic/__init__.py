@@ -34,6 +34,7 @@ _TRAFFICS: tuple[Traffic, ...] = (
     ToolDialogues(),
     ToolsReordered(),
     *(AgentTurns(change) for change in AgentTurns.CHANGES),
+    *(AgentTurns(change, many=True) for change in ("nothing", "nonce")),
     EditedDocument(),
     Museum(),
     Retrieval(),

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from jointkv.errors import BadInput
 from jointkv.evaluate.traffic.base import Course, Request, Tokenizer, Traffic, split_request
-from jointkv.evaluate.traffic.tool_dialogues import Dialogue, Turn, load_dialogues, load_tools
+from jointkv.evaluate.traffic.tool_dialogues import Dialogue, Turn, load_dialogues, load_more_tools, load_tools
 
 RULES = (
     "You are an assistant with tools. To use one, answer with nothing but its name and arguments as JSON; its result "
@@ -32,13 +32,14 @@ Answers = tuple[str, ...]
 class AgentTurns(Traffic):
     """Sessions of several turns, interleaved, each turn with the tools and the whole history again.
 
-    Dialogues and tools are the packaged real ones; all 20 tools stand in every system prompt, 1,500 to 4,000 tokens
-    with most tokenizers. The history holds the true answers of the dialogue. Thoughts are made from what they precede.
+    Dialogues and tools are the packaged real ones; all tools stand in every system prompt. The history holds the true
+    answers of the dialogue. Thoughts are made from what they precede.
 
     Args:
         change: `nothing`: prefixes are exact. `nonce`: number and clock of the request in the first line. `clock`: a
             clock amid the tools. `tools`: in another order in every session. `thoughts`: only the last answer in the
             history has the thought that preceded it.
+        many: 40 tools instead of the 20 that the dialogues may call.
     """
 
     CHANGES = MappingProxyType(
@@ -51,12 +52,14 @@ class AgentTurns(Traffic):
         }
     )
 
-    def __init__(self, change: str) -> None:
+    def __init__(self, change: str, many: bool = False) -> None:
         if change not in self.CHANGES:
             raise BadInput(f"change must be one of {', '.join(self.CHANGES)}, got {change!r}")
         self._change = change
-        self.name = "agent_turns" if change == "nothing" else f"agent_turns_{change}"
-        self.description = f"turns of tool dialogues, each with 20 tools and all before it; {self.CHANGES[change]}"
+        self._many = many
+        self.name = "_".join(("agent_turns", *([change] * (change != "nothing")), *(["many"] * many)))
+        tools = "40" if many else "20"
+        self.description = f"turns of tool dialogues, each with {tools} tools and all before it; {self.CHANGES[change]}"
 
     def draw(self, tokenizer: Tokenizer, count: int, continuation_tokens: int, rng: random.Random) -> Iterator[Request]:
         """Each dialogue is a session; about a quarter as many as there are requests are open at a time."""
@@ -80,7 +83,8 @@ class AgentTurns(Traffic):
                 heapq.heappush(line, _Session(*waiting.pop(), self._tools(rng), session.seconds))
 
     def _tools(self, rng: random.Random) -> list[str]:
-        tools = [json.dumps(tool, ensure_ascii=False) for tool in load_tools().values()]
+        described = load_tools() | (load_more_tools() if self._many else {})
+        tools = [json.dumps(tool, ensure_ascii=False) for tool in described.values()]
         return rng.sample(tools, len(tools)) if self._change == "tools" else tools
 
     def _request(

@@ -77,8 +77,13 @@ def load_tools() -> dict[str, Any]:
     return tools
 
 
-def _rows() -> list[Mapping[str, Any]]:
-    return [record.fields for record in read_records(packaged("toolcall_sample.jsonl"))]
+def load_more_tools() -> dict[str, Any]:
+    """Descriptions of tools that no packaged dialogue calls, by name."""
+    return {tool["name"]: tool for tool in _rows("tools_sample.jsonl")}
+
+
+def _rows(file: str = "toolcall_sample.jsonl") -> list[Mapping[str, Any]]:
+    return [record.fields for record in read_records(packaged(file))]
 
 
 def _instructions(assistant: str, tools: Mapping[str, Any]) -> str:
