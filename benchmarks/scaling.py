@@ -32,16 +32,18 @@ SIZES = {
     "running": [10, 100, 1_000, 10_000],
     "waiting": [10, 100, 1_000, 10_000],
     "copies": [10, 100, 1_000, 10_000],
+    "room": [60, 120, 250, 500, 1_000],
 }
 MOST = {"moved": 316_000}
 """Sizes that an arm goes up to: every page that may be read elsewhere has two windows in a table of their own."""
 
-SMALL = {"residents": [2_000, 8_000], "running": [10, 40], "waiting": [100, 400], "copies": [10, 40]}
+SMALL = {"residents": [2_000, 8_000], "running": [10, 40], "waiting": [100, 400], "copies": [10, 40], "room": [60, 120]}
 ARMS_OF = {
     "copies": ["fusion", "reuse"],
     "waiting": ["stock", "reuse"],
     "residents": ["stock", "reuse", "moved"],
     "running": ["stock", "reuse"],
+    "room": ["stock", "reuse", "moved"],
 }
 
 EIGHT_GPUS = {"tokens_per_s": 20_000, "requests_per_s": 20}
@@ -151,7 +153,26 @@ def copies(folder: Path, arm: str, sizes: list[int]) -> Iterator[dict[str, Any]]
         yield {"size": size, **told(engine, ASKED)}
 
 
-PARTS = {"residents": residents, "running": running, "waiting": waiting, "copies": copies}
+def room(folder: Path, arm: str, sizes: list[int]) -> Iterator[dict[str, Any]]:
+    """Steps of eight requests, while ten of so many blocks each, which nobody else has, wait for pages."""
+    from scaling_engine import BLOCK_SIZE, Engine
+
+    running, steps = 8, 4 * BLOCK_SIZE  # each of which fills four more blocks
+    for size in sizes:
+        engine = Engine(folder, arm, running * (HELD + 1) + size - 1, SEATS)
+        for number in range(running):
+            engine.submit(prompt(10**6 + number, number, HELD), 10**4)
+        engine.drain(lambda engine=engine: all(one.num_output_tokens for one in engine.scheduler.requests.values()))
+        for number in range(10):
+            engine.submit(prompt(2 * 10**6 + number, 10**6 + number, size), 1)
+        engine.take()
+        for _ in range(steps):
+            engine.step()
+        assert len(engine.scheduler.waiting) == 10, "one of them has found room"
+        yield {"size": size, **told(engine, steps)}
+
+
+PARTS = {"residents": residents, "running": running, "waiting": waiting, "copies": copies, "room": room}
 
 
 def prompt(header: int, text: int, blocks: int = BLOCKS) -> list[int]:

@@ -24,6 +24,11 @@ def seats(scheduler: Scheduler) -> int:
     return max(scheduler.max_num_running_reqs - len(scheduler.running), 0)
 
 
+def whole_prompts(scheduler: Scheduler) -> bool:
+    """Whether a request starts only where there is room for all of its prompt."""
+    return bool(scheduler.scheduler_reserve_full_isl)
+
+
 def in_line(scheduler: Scheduler) -> Iterator[Request]:
     """Waiting requests of which nothing is computed, in the order of scheduling."""
     for request in scheduler.waiting:

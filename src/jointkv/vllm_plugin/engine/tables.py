@@ -203,7 +203,8 @@ class BlockTables:
 
     def needed(self, request: Request, pages: Iterable[int]) -> int:
         """Free pages that it takes to start `request`, which will find `pages`."""
-        held = sum(page == NULL_PAGE or self.is_held(page) for page in pages)
+        blocks = self.pool.blocks
+        held = sum(1 for page in pages if page == NULL_PAGE or blocks[page].ref_cnt)
         return -(-request.num_tokens // self.groups[0].block_size) - held
 
     def always_fits(self, request: Request, more: int) -> bool:

@@ -121,10 +121,13 @@ class Fills:
                 self.take_room(intake, room)
         return room
 
-    def take_room(self, intake: Intake, room: Room) -> None:
-        """`intake` will take its part of `room`."""
-        room.pages -= self.needed(intake, room)
-        room.sources |= self._in_place(intake)[1]
+    def take_room(self, intake: Intake, room: Room) -> bool:
+        """`intake` will take its part of `room`, also where that is too little: whether it is enough."""
+        if room.pages > 0:
+            room.pages -= self.needed(intake, room)
+            room.sources |= self._in_place(intake)[1]
+            return room.pages >= 0
+        return False
 
     def lost(self, intake: Intake) -> bool:
         """Whether sources are gone that the plan of `intake` needs still; others may have become resident."""

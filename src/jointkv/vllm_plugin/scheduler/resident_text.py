@@ -65,7 +65,7 @@ class ResidentText:
         """Whether everything is resident still that was found."""
         return bool(self._unchanged(self.found.page).all())
 
-    @property
+    @cached_property
     def standing(self) -> Integers:
         """Pages that hold text where it is read, one of each slot at most: int64 `[n]`."""
         still = self.found.where(~unwritten(self.found.page))

@@ -18,7 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from jointkv.policy.reuse import ReuseRule
-from jointkv.vllm_plugin.engine.line import in_line, seats, send_ahead
+from jointkv.vllm_plugin.engine.line import in_line, seats, send_ahead, whole_prompts
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.entry_blocks import EntryBlocks
@@ -35,6 +35,9 @@ from jointkv.vllm_plugin.scheduler.residents import Residents
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
 from jointkv.vllm_plugin.scheduler.stored import StoredText
 from jointkv.vllm_plugin.settings import PluginSettings
+
+LOOKS_AGAIN = 8
+"""Steps after which who finds no room is looked up anew: others may have computed its text, and it takes less then."""
 
 WAVES = 4
 """Requests that reuse begin in waves of so many parts of a step's tokens: of each wave the answers come together."""
@@ -83,6 +86,8 @@ class Reuse:
         self.entry_blocks = EntryBlocks(rule, self.look_up, sharing, self.intakes, self.sent, statistics)
         self.loaders = Loaders(stored, self.look_up, sharing.tables, self.sent, rule.least)
         self._started: list[tuple[TrackedRequest, int, list[int]]] = []
+        self._without_room = "", 0
+        """For whom nothing was found, and no room, and for how many steps it is not looked up anew without room."""
 
     @property
     def helpers(self) -> dict[str, Helper]:
@@ -96,6 +101,8 @@ class Reuse:
         would wait for the last. Those of two steps more wait with what is found for them, so that who follows may pass;
         the rest stays behind. What the store has of a request is loaded before it is looked up.
 
+        Who computes all and finds no room ends the line: vLLM looks at nobody behind it.
+
         Returns:
             The first one that is not to start in it; None where there is none.
         """
@@ -105,12 +112,15 @@ class Reuse:
             return None
         start, budget, free = time.perf_counter(), scheduler.max_num_scheduled_tokens, seats(scheduler)
         reach, sent, line = budget // WAVES, dict[str, list[Request]](), in_line(scheduler)
-        room, behind = self.fills.room(self.intakes.values()), None
+        room, behind, full = self.fills.room(self.intakes.values()), None, False
         while budget > 0 and free > 0 and reach > -2 * scheduler.max_num_scheduled_tokens:
             request = next(line, None)
             if request is None:
                 break
             name = request.request_id
+            full = self._still_waits(name) and not self._fits(request, scheduler)
+            if full:
+                break
             loaders = self._loaders_ahead(request)
             if loaders is not None:
                 sent[name] = loaders
@@ -119,13 +129,15 @@ class Reuse:
                     break
                 continue
             intake = self._known(name) or self._take_in(request)
-            if intake is not None and not intake.begun:
-                fits = self.fills.needed(intake, room) <= room.pages
-                self.fills.take_room(intake, room)
-                intake = self._begin(intake) if reach > 0 and fits else intake
+            if intake is not None and not intake.begun and reach > 0 and self.fills.take_room(intake, room):
+                intake = self._begin(intake)
             # Who is not looked at may start all the same, and computes everything: better too many than too few.
             if intake is None:
                 if name not in self.helpers and name not in self.followers.held:
+                    full = not self._fits(request, scheduler)
+                    if full:
+                        self._without_room = name, LOOKS_AGAIN
+                        break
                     budget -= request.num_tokens - self.sharing.tables.found(request)
                 free -= 1
                 continue
@@ -135,7 +147,7 @@ class Reuse:
             free -= len(sent[name]) + (intake.begun and not intake.asked and not intake.helpers)
         self._keep(sent)
         self.fills.in_place.look(self.intakes.values())
-        if behind is None and budget > 0 and free > 0:
+        if behind is None and not full and budget > 0 and free > 0:
             behind = next(line, None)
         if any(sent.values()):
             send_ahead(scheduler, sent)
@@ -219,6 +231,18 @@ class Reuse:
             if intake.plan.skipped and request_id in self.requests.active:
                 self.sharing.forget(intake.tracked)
             self.intakes.let_go(request_id)
+
+    def _fits(self, request: Request, scheduler: Scheduler) -> bool:
+        """Whether there may be room for `request`, of which nothing but exact prefixes is found, to start."""
+        tables = self.sharing.tables
+        needed = tables.needed(request, tables.found_pages(request)) if whole_prompts(scheduler) else 1
+        return needed <= tables.free
+
+    def _still_waits(self, name: str) -> bool:
+        """Whether nothing was found for a request a few steps ago, and no room."""
+        first, steps = self._without_room
+        self._without_room = first, steps - (first == name)
+        return first == name and steps > 0
 
     def _loaders_ahead(self, request: Request) -> list[Request] | None:
         """See `Loaders.ahead_of`."""
