@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from jointkv.attention.rotary import Rotary
 from jointkv.core.moved_text import MovedText, unwritten
-from jointkv.core.reuse import Found, Integers
+from jointkv.core.reuse import Integers
 from jointkv.errors import InvalidPolicy
 from jointkv.hf.residents import Residents
 from jointkv.policy import FusionPolicy
@@ -147,10 +147,9 @@ class Reuse:
         runs = self.residents.find_moved(tenant, tokens, self.rule.least)
         return MovedText.of([run for run in runs if run.shift], start, end, self.residents.block_size)
 
-    def is_audit(self, tenant: Hashable, found: Found) -> bool:
-        """Whether a prompt with these blocks to reuse is to be computed and compared: chance, or no licence."""
-        chosen = self._random.random() < self.options.audit_rate
-        return chosen or not found.where(self.permitted(tenant, found.page)).stretches(self.rule.least)
+    def draws_audit(self) -> bool:
+        """Whether chance has it that the next prompt with anything to reuse is computed and compared."""
+        return self._random.random() < self.options.audit_rate
 
     def permitted(self, tenant: Hashable, pages: Integers) -> NDArray[np.bool_]:
         """Which of `pages [n]` a licence allows to read, bool `[n]`."""

@@ -17,7 +17,7 @@ from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.candidates import Member
 from jointkv.vllm_plugin.scheduler.evidence import Audit
-from jointkv.vllm_plugin.scheduler.licences import Licences
+from jointkv.vllm_plugin.scheduler.licences import Licences, PageClass
 from jointkv.vllm_plugin.scheduler.requests import Requests, TrackedRequest
 from jointkv.vllm_plugin.scheduler.resident_text import ResidentText
 from jointkv.vllm_plugin.scheduler.residents import Residents
@@ -97,6 +97,30 @@ def test_an_audit_is_a_witness_of_what_it_has_compared(world: World, again: bool
     audited.next_slot = 5
     audits.conclude_if_complete(audited)
     assert world.residents.evidence.count[PAGES].tolist() == [1, int(not again), 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("granted", "chosen", "by_entries", "heard"),
+    [(False, False, True, 1), (True, False, True, 0), (True, True, True, 1), (True, True, False, 0)],
+    ids=["no licence", "passed over", "drawn", "entry blocks do not pay"],
+)
+def test_under_a_licence_only_audits_of_what_would_have_been_read_count(
+    world: World, granted: bool, chosen: bool, by_entries: bool, heard: int
+) -> None:
+    """Of requests that reuse has passed over all are compared, fifty for one that is drawn."""
+    statistics = Statistics()
+    licences = Licences(lambda page_class: Licence(0.3), statistics)
+    audits, audited = Audits(ReuseRule(), world.residents, licences), world.admit(OTHER)
+    if granted:
+        while not licences.granted(PageClass(audited.isolation, exact=True)):
+            licences.observe(PageClass(audited.isolation, exact=True), 0, 3)
+    before = statistics.totals()["reuse_audits"]
+    audited.audit, audited.next_slot = Audit(chosen=chosen, by_entries=by_entries), 5
+    for slot, page in enumerate(PAGES, 1):
+        audits.note(audited, audited.audit, slot, page, 0.5)
+    audits.conclude_if_complete(audited)
+    assert statistics.totals()["reuse_audits"] - before == heard
+    assert world.residents.evidence.count[PAGES].tolist() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("head, witnesses", [(OTHER, 1), (HEAD, 0)], ids=["another text", "the same"])

@@ -93,17 +93,18 @@ class Licences:
     Args:
         new: makes the first one of a class.
         statistics: counts audits and moves.
+        needed: whether pages may be read only where they are granted.
     """
 
-    def __init__(self, new: Callable[[PageClass], Licence], statistics: Statistics) -> None:
-        self._new, self._statistics = new, statistics
+    def __init__(self, new: Callable[[PageClass], Licence], statistics: Statistics, needed: bool = True) -> None:
+        self._new, self._statistics, self._needed = new, statistics, needed
         self._licences = Recent[PageClass, Licence](self._first, MOST_CLASSES, self._forget)
         self._numbers: dict[Hashable, int] = {}
         self._changed = True
 
     def granted(self, page_class: PageClass) -> bool:
         """Whether pages of that class may be read now."""
-        return self._licences[page_class].granted
+        return not self._needed or self._licences[page_class].granted
 
     def observe(self, page_class: PageClass, missed: int, audited: int) -> None:
         """An audit found `missed` of `audited` blocks beyond the bounds."""
