@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from jointkv.policy.profile import ReuseEvidence
 from jointkv.policy.reuse import ReuseRule
 from jointkv.system.recent import Recent
 from jointkv.system.values import check_whole, is_number
-from jointkv.theory.licence import Licence
+from jointkv.theory.licence import FirstLicences, Licence
 
 COUNTERS = (
     *(
@@ -114,7 +114,7 @@ class Reuse:
     """What a pool knows for reuse.
 
     Args:
-        audits: of a profile, which may grant the first licences; see `Licence.from_profile`.
+        audits: of a profile, which may grant the first licences; see `FirstLicences`.
 
     Attributes:
         rotary: how each layer turns its keys, where text that has moved is read.
@@ -131,10 +131,14 @@ class Reuse:
         audits: ReuseEvidence | None = None,
         rotary: Sequence[Rotary] | None = None,
     ) -> None:
-        self.options, self._audits, self.rotary = options, audits, rotary
+        self.options, self.rotary = options, rotary
+        evidence = {} if audits is None else {False: audits.evidence}
+        if audits is not None and audits.moved is not None:
+            evidence[True] = audits.moved.evidence
+        self._first = self._first_by(evidence)
         self.rule = options.rule or (ReuseRule() if audits is None else audits.rule)
         self.residents = Residents(block_size, moved=rotary is not None)
-        self.licences = Recent[TextClass, Licence](self._first, MOST_LICENCES)
+        self.licences = Recent[TextClass, Licence](lambda text: self._first.new(text.moved), MOST_LICENCES)
         self.counters: Counter[str] = Counter()
         self.seconds_planning = 0.0
         self._random = random.Random(options.seed)
@@ -166,23 +170,21 @@ class Reuse:
         """That of a class of text."""
         return self.licences[TextClass(tenant, moved)]
 
-    def _first(self, text: TextClass) -> Licence:
-        terms = self.options.miss_rate, self.options.confidence
-        audits = self._audits.moved if self._audits is not None and text.moved else self._audits
-        return Licence(*terms) if audits is None else Licence.from_profile(audits.evidence, *terms)
+    def _first_by(self, evidence: Mapping[Hashable, Mapping[str, Any]]) -> FirstLicences:
+        return FirstLicences(evidence, self.options.miss_rate, self.options.confidence)
 
     def observe(self, tenant: Hashable, share: float, moved: bool = False) -> None:
         """Take into account that `share` of the blocks that an audited run would have reused is beyond the bounds."""
         licence = self.licence(tenant, moved)
         before = licence.granted
-        licence.observe(share)
+        self._first.observe(moved, licence, share)
         self.counters["licences_granted"] += licence.granted and not before
         self.counters["licences_lost"] += before and not licence.granted
 
     def forget_licences(self) -> None:
         """Begin anew, also where a profile has granted them: other weights move K and V by other amounts."""
         self.licences.clear()
-        self._audits = None
+        self._first = self._first_by({})
 
     def under(self, policy: FusionPolicy) -> None:
         """Ratios are those of the bounds of `policy` from now on; witnesses under other bounds are forgotten."""
@@ -204,5 +206,6 @@ class Reuse:
     def check_integrity(self) -> None:
         """Raises IntegrityError when the residents or a licence are inconsistent."""
         self.residents.check_integrity()
+        self._first.check_integrity()
         for licence in self.licences.values():
             licence.check_integrity()

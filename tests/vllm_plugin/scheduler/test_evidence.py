@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from jointkv.core.reuse import Run
 from jointkv.fusion.token_index import places
 from jointkv.policy.reuse import ReuseRule
-from jointkv.theory.licence import Licence
+from jointkv.theory.licence import FirstLicences
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.audits import Audits
 from jointkv.vllm_plugin.scheduler.candidates import Member
@@ -87,7 +87,7 @@ def test_nothing_is_written_or_read_in_place_from_what_was_computed_again(world:
 
 @pytest.mark.parametrize("again", [False, True], ids=["stays", "computed again"])
 def test_an_audit_is_a_witness_of_what_it_has_compared(world: World, again: bool) -> None:
-    licences = Licences(lambda page_class: Licence(0.3), Statistics())
+    licences = Licences(FirstLicences({}, 0.3, 0.95), Statistics())
     audits, audited = Audits(ReuseRule(), world.residents, licences), world.admit(OTHER)
     audited.audit = Audit()
     for slot, page in enumerate(PAGES, 1):
@@ -109,7 +109,7 @@ def test_under_a_licence_only_audits_of_what_would_have_been_read_count(
 ) -> None:
     """Of requests that reuse has passed over all are compared, fifty for one that is drawn."""
     statistics = Statistics()
-    licences = Licences(lambda page_class: Licence(0.3), statistics)
+    licences = Licences(FirstLicences({}, 0.3, 0.95), statistics)
     audits, audited = Audits(ReuseRule(), world.residents, licences), world.admit(OTHER)
     if granted:
         while not licences.granted(PageClass(audited.isolation, exact=True)):
