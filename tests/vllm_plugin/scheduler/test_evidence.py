@@ -23,7 +23,7 @@ from jointkv.vllm_plugin.scheduler.resident_text import ResidentText
 from jointkv.vllm_plugin.scheduler.residents import Residents
 from jointkv.vllm_plugin.scheduler.side import SchedulerSide
 from jointkv.vllm_plugin.settings import PluginSettings
-from tests.vllm_plugin.scheduling import BLOCK, new_manager, new_request
+from tests.vllm_plugin.scheduling import BLOCK, new_manager, new_request, start, step_of
 
 HEAD, OTHER = [7] * BLOCK, [8] * BLOCK
 TEXT = list(range(100, 100 + 4 * BLOCK))
@@ -129,6 +129,18 @@ def test_a_block_behind_the_same_text_is_no_witness(world: World, head: list[int
     text, slots = world.find(world.admit(head)), np.arange(1, 5)
     text.testify(slots, np.array(PAGES), np.zeros(4, np.float32))
     assert world.residents.evidence.count[PAGES].tolist() == [witnesses] * 4
+
+
+@pytest.mark.parametrize("chosen, looked_at", [(False, 2), (True, 4)], ids=["others", "drawn"])
+def test_an_audit_that_was_drawn_is_of_the_whole_prompt_however_long(chosen: bool, looked_at: int) -> None:
+    """The request may end with this step, and its audit with it."""
+    manager, request = new_manager(), new_request({})
+    side = SchedulerSide(PluginSettings(min_pool_usage=0.0, max_blocks_per_step=2, reuse="licensed"), manager, (0,))
+    tracked = side.requests.admit(request)
+    assert tracked is not None
+    tracked.audit = Audit(chosen=chosen)
+    assert len(list(side.candidates.new_members(step_of([start(manager, request)])))) == looked_at
+    assert tracked.next_slot == looked_at
 
 
 def test_a_block_is_not_compared_with_the_page_that_holds_it() -> None:
