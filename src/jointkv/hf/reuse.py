@@ -47,7 +47,7 @@ class ReuseOptions:
 
     Attributes:
         mode: `"off"`; `"probed"`: where entry block and witnesses allow it; `"licensed"`: where, besides, audits have
-            shown that the share of blocks beyond the bounds is small.
+            shown that of a prompt's blocks on average few enough are beyond the bounds.
         miss_rate: that share at the most, in (0, 1).
         confidence: with which the licence must show it, in (0, 1).
         audit_rate: share of the prompts that are computed and compared, chosen at random, in (0, 1].
@@ -132,7 +132,7 @@ class Reuse:
         rotary: Sequence[Rotary] | None = None,
     ) -> None:
         self.options, self.rotary = options, rotary
-        evidence = {} if audits is None else {False: audits.evidence}
+        evidence: dict[Hashable, Mapping[str, Any]] = {} if audits is None else {False: audits.evidence}
         if audits is not None and audits.moved is not None:
             evidence[True] = audits.moved.evidence
         self._first = self._first_by(evidence)

@@ -99,6 +99,20 @@ def test_an_audit_is_a_witness_of_what_it_has_compared(world: World, again: bool
     assert world.residents.evidence.count[PAGES].tolist() == [1, int(not again), 1, 1]
 
 
+def test_a_page_that_is_compared_again_counts_as_what_it_is_by_then(world: World) -> None:
+    statistics = Statistics()
+    licences = Licences(FirstLicences({}, 0.3, 0.95), statistics, needed=False)
+    audits, audited = Audits(ReuseRule(least=1), world.residents, licences), world.admit(OTHER)
+    audited.audit, audited.next_slot = Audit(chosen=True), 5
+    audits.note(audited, audited.audit, 2, PAGES[1], 0.1)
+    for page in PAGES:
+        world.compute_again(page)
+    for slot, page in enumerate(PAGES, 1):
+        audits.note(audited, audited.audit, slot, page, 0.1)
+    audits.conclude_if_complete(audited)
+    assert statistics.totals()["reuse_audits"] == 1
+
+
 @pytest.mark.parametrize(
     ("granted", "chosen", "by_entries", "heard"),
     [(False, False, True, 1), (True, False, True, 0), (True, True, True, 1), (True, True, False, 0)],

@@ -59,7 +59,8 @@ class Audits:
             known = residents.evidence.known(one, seen)
         ratio = ratio if ratio == ratio else math.inf
         page_class = PageClass(tracked.isolation, exact, moved=page >= UNWRITTEN)
-        audit.licensed.setdefault(page_class, self._licences.granted(page_class))
+        if page_class not in audit.licensed:
+            audit.licensed[page_class] = self._licences.granted(page_class)
         evidence = int(known.count[0]), float(known.worst[0]), bool(known.new[0])
         audit.compared.append(Compared(slot, page, source, page_class, ratio, *evidence, residents.offers))
 
@@ -89,7 +90,7 @@ class Audits:
 def records(audit: Audit, end: int, rule: ReuseRule) -> Iterator[Record]:
     """What would have been reused of blocks before `end`, by the decisions that reuse makes: one of each class."""
     steps = _Imagined(audit.compared)
-    licensed = [each for each, had in audit.licensed.items() if had]
+    licensed = [each for each in steps.classes if audit.licensed[each]]
     walk = steps.found, steps.classes, licensed, audit.chosen, 0, end, rule, steps, audit.by_entries
     for classes, plan in audited(*walk):
         slots = np.flatnonzero(plan.pages != COMPUTED)

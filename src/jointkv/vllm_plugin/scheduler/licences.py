@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from vllm.logger import init_logger
@@ -52,7 +52,7 @@ def first_licences(settings: PluginSettings, audits: ReuseEvidence | None) -> Fi
     profile was asked for that, at other positions.
     """
     held = {name: one for name, one in _held(settings, audits) if one is not None}
-    evidence = {name: one.evidence for name, one in held.items()}
+    evidence: dict[Hashable, dict[str, Any]] = {name: one.evidence for name, one in held.items()}
     first = FirstLicences(evidence, settings.reuse_miss_rate, settings.reuse_confidence)
     for name, one in held.items():
         said = first.together[name].describe()
