@@ -1,8 +1,8 @@
 """The right to reuse pages that were never compared: earned by audits, kept by audits, lost by audits.
 
-An audit computes a run that could have been reused and compares; its share is that of the blocks beyond the bounds. As
-runs are audited by random choice, the mean of an audit's share, given all that came before, is the mean of what a run
-that is reused instead would have got.
+An audit computes a request that could have reused and compares; its share is that of its blocks beyond the bounds, and
+it counts once, however many they are. As requests are audited by random choice, the mean of an audit's share, given all
+that came before, is the mean of what a request that reuses instead would have got.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def error_chance(attempt: int, confidence: float) -> float:
 class Licence:
     """Says whether runs may be reused, audit after audit.
 
-    Granted while the upper confidence limit of the share of blocks beyond the bounds is at most `miss_rate`, and lost
+    Granted while the upper confidence limit of that share is at most `miss_rate` on average over requests, and lost
     when it is above again; the limit may be read at any time, so neither needs a new start. But many good audits would
     hide for long that traffic has become bad: when a `RiseDetector` finds the share above `miss_rate`, the licence is
     lost, and what was seen so far counts no more. Then a new attempt begins, with a smaller chance to be wrong
