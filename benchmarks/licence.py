@@ -1,6 +1,7 @@
 """What a licence to reuse costs and how it fails, by simulation: errors, audits to earn one, losses, delays.
 
-`python benchmarks/licence.py --output out/reuse`; about 10 minutes on one core. Every number is given for three seeds.
+`python benchmarks/licence.py --output out/reuse`; a quarter of an hour on one core. Every number is given for three
+seeds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from jointkv.theory.confidence import Array, UpperLimit, least_audits
-from jointkv.theory.licence import Licence, error_chance
+from jointkv.theory.licence import FirstLicences, Licence, error_chance
 from jointkv.theory.trials import DRAWS, INDEPENDENT, Fates, follow
 from timing import write
 
@@ -22,6 +23,9 @@ SEEDS = (0, 1, 2)
 RATE, CONFIDENCE = 0.02, 0.95
 CALIBRATED = 300
 """Clean audits of a foreign profile."""
+
+BLOCKS, OF_EACH, AUDIT_RATE = 20, 50, 0.02
+"""Blocks that a request reads, requests of each of many keys, and the share of them that is drawn."""
 
 
 def main() -> None:
@@ -47,6 +51,9 @@ def main() -> None:
         "change": by_kind(DRAWS, (2.5, 5.0), lambda draw: change(draw, arguments.licences)),
         "foreign_profile": by_kind(DRAWS, (2.5, 5.0), lambda draw: foreign(draw, arguments.licences)),
         "bad_before": by_kind(DRAWS, (5.0,), lambda draw: bad_before(draw, arguments.licences)),
+        "many_keys": by_kind(DRAWS, (0.25, 5.0), lambda draw: many_keys(draw, arguments.licences)),
+        "binomial_over_blocks": by_kind(DRAWS, (1.0,), lambda draw: binomial_over_blocks(draw, arguments.licences)),
+        "long_requests": of_seeds(lambda seed: long_requests(seed, arguments.licences)),
     }
     write(arguments.output, "licence", {"headline": headline(result), **result})
 
@@ -72,6 +79,11 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
         "change_not_found_in_100": worst("change", 5.0, "not_in_100"),
         "foreign_lost_after_median": worst("foreign_profile", 5.0, "median"),
         "foreign_not_lost_in_100": worst("foreign_profile", 5.0, "not_in_100"),
+        "many_keys_reused": worst("many_keys", 5.0, "reused"),
+        "many_keys_reused_each_alone": worst("many_keys", 5.0, "reused_each_alone"),
+        "binomial_over_blocks": worst("binomial_over_blocks", 1.0, "below"),
+        "long_requests_granted": max(result["long_requests"]["granted"]),
+        "long_requests_missed": max(result["long_requests"]["missed_blocks"]),
     }
 
 
@@ -210,6 +222,36 @@ def foreign(draw: Callable[..., Array], licences: int) -> dict[str, float]:
     for _ in range(CALIBRATED):
         evidence.observe(0.0)
     return delay(follow(draw((licences, 1000)), Licence.from_profile(evidence.to_json(), RATE, CONFIDENCE)).first_loss)
+
+
+def many_keys(draw: Callable[..., Array], keys: int) -> dict[str, float]:
+    """Keys with few requests each, one after another, under that profile: which part of all requests is reused."""
+    shares, drawn = draw((keys, OF_EACH)), np.random.default_rng(keys).random((keys, OF_EACH)) < AUDIT_RATE
+    evidence = {"pages": after_clean(CALIBRATED).to_json()["evidence"]}
+    together, reused = FirstLicences(evidence, RATE, CONFIDENCE), {"together": 0, "alone": 0}
+    for row, audits in zip(shares.tolist(), drawn.tolist(), strict=True):
+        for name, first in (("together", together), ("alone", FirstLicences(evidence, RATE, CONFIDENCE))):
+            licence = first.new("pages")
+            for share, audit in zip(row, audits, strict=True):
+                if licence.granted and not audit:
+                    reused[name] += 1
+                else:
+                    first.observe("pages", licence, share)
+    return {"reused": reused["together"] / shares.size, "reused_each_alone": reused["alone"] / shares.size}
+
+
+def binomial_over_blocks(draw: Callable[..., Array], times: int) -> dict[str, float]:
+    """Traffic at the rate: how often one look of a limit that takes blocks for independent finds no more than that."""
+    missed = draw((10 * times, 172)).sum(1) * BLOCKS
+    limit = stats.beta.ppf(CONFIDENCE, missed + 1, 172 * BLOCKS - missed)
+    return {"below": float((limit <= RATE).mean())}
+
+
+def long_requests(seed: int, licences: int) -> dict[str, float]:
+    """Three in a hundred requests read 200 blocks, half of them beyond the bounds, all others two good ones."""
+    long = np.random.default_rng(seed).random((licences, 1000)) < 0.03
+    granted = follow(np.where(long, 0.5, 0.0), Licence(RATE, CONFIDENCE)).granted[:, -1].mean()
+    return {"granted": granted, "missed_blocks": float(100 * long.sum() / np.where(long, 200, 2).sum())}
 
 
 def bad_before(draw: Callable[..., Array], licences: int) -> dict[str, float]:

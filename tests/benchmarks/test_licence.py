@@ -16,7 +16,8 @@ def test_all_numbers_are_written(tmp_path, monkeypatch):
     licence.main()
     result = json.loads((tmp_path / "licence.json").read_text())
     assert result["headline"]["audits_without_a_miss"] == 172 and result["headline"]["over_the_least"] <= 1.2
-    for part in ("wrongly_granted", "earning", "keeping", "change", "foreign_profile", "bad_before"):
+    kinds = "wrongly_granted", "earning", "keeping", "change", "foreign_profile", "bad_before", "many_keys"
+    for part in (*kinds, "binomial_over_blocks"):
         assert {row["kind"] for row in result[part]} == set(few)
         numbers = [value for row in result[part] for name, value in row.items() if name not in ("kind", "mean")]
         assert all(len(value) == 2 and min(value) >= 0 for value in numbers)

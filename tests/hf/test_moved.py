@@ -174,7 +174,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 def test_witnesses_elsewhere_make_the_entry_block_unnecessary(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pool = moving()
-    monkeypatch.setattr(pool.reuse, "is_audit", lambda *found: True)
+    monkeypatch.setattr(pool.reuse, "draws_audit", lambda: True)
     kept = [read(model, pool, near(SHARED, seed, header=BLOCK + seed))[0] for seed in range(3)]
     monkeypatch.undo()
     _, done = read(model, pool, near(SHARED, 9, header=9))

@@ -8,7 +8,6 @@ import torch
 from jointkv.errors import ModelMismatch
 from jointkv.hf.cache import JointCache
 from jointkv.policy import FusionPolicy
-from jointkv.policy.profile import ReuseEvidence
 from tests.hf.reusing import reusing
 from tests.hf.test_pool import pool_of
 from tests.hf.tiny_models import BLOCK, build_model, duplicates, joint, step
@@ -149,8 +148,7 @@ def test_licences_must_be_earned_again_under_other_weights():
     earned = reuse.licence("tenant")
     while not earned.granted:
         earned.observe(0.0)
-    found = {"audits": 200, "blocks": 200, "missed_blocks": 0, "skipped": 0.5, "limit": 0.02}
-    reuse._audits = ReuseEvidence(**found, evidence=earned.to_json()["evidence"])
+    reuse._first = reuse._first_by({False: earned.to_json()["evidence"]})
     assert reuse.licence("another tenant").granted
     pool.weights_changed()
     assert not reuse.licence("tenant").granted and not reuse.licence("another tenant").granted

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jointkv.core.evidence import Known
 from jointkv.core.moved_text import UNWRITTEN
 from jointkv.core.reuse import COMPUTED, Found, ReusePlan, Run
-from jointkv.policy.reuse import ReuseRule, decide
+from jointkv.policy.reuse import ReuseRule, audited, decide
 
 
 def known(*pages: tuple[int, float, bool]) -> Known:
@@ -146,3 +146,22 @@ def test_after_a_refusal_later_blocks_are_tried_at_doubling_distances() -> None:
     assert steps.log == [("compute", entry + 1) for entry in (0, 1, 3, 7, 15)]
     steps = Scripted({**far, (7, 7): 0.1, (3, 3): float("nan")})
     assert decide(resident, 0, 20, ReuseRule(), steps).reused == [range(8, 20)]
+
+
+def test_an_audit_tells_what_is_read_by_the_licences_that_there_are() -> None:
+    """The nearest source has no licence: what is read comes from another, and the audit must be of that one."""
+    resident = found(*((slot, 10 * source + slot, source) for source in (1, 2) for slot in range(1, 6)))
+    first = resident.source == 1
+    classes = {"first": first, "second": ~first}
+    steps = Scripted({(1, 11): 0.4, (1, 21): 0.2})
+
+    def said(licensed: list[str], drawn: bool) -> list[tuple[list[str], list[int]]]:
+        plans = audited(resident, classes, licensed, drawn, 0, 6, ReuseRule(), steps)
+        return [(of, plan.pages[2:].tolist()) for of, plan in plans]
+
+    one, other = [12, 13, 14, 15], [22, 23, 24, 25]
+    assert said(["first"], drawn=True) == [(["first"], one), (["second"], other)]
+    assert said(["first"], drawn=False) == [(["second"], other)]
+    assert said(["first", "second"], drawn=True) == [(["first", "second"], other)]
+    assert said(["first", "second"], drawn=False) == []
+    assert said([], drawn=False) == [(["first"], one), (["second"], other)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jointkv.errors import BadInput, IntegrityError, InvalidPolicy, LayoutError
 from jointkv.theory.confidence import UpperLimit, least_audits
-from jointkv.theory.licence import Licence, error_chance
+from jointkv.theory.licence import FirstLicences, Licence, error_chance
 from jointkv.theory.trials import DRAWS, INDEPENDENT, STREAK, follow
 
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
@@ -259,3 +259,22 @@ def test_a_licence_without_evidence_is_found():
     licence.state = "granted"
     with pytest.raises(IntegrityError):
         licence.check_integrity()
+
+
+def test_first_licences_are_those_of_the_profile_while_all_keys_together_bear_it_out():
+    first = FirstLicences({"exact": profile()}, 0.02, 0.95)
+    assert first.new("exact").granted and not first.new("other").granted
+    keys = [first.new("exact") for _ in range(30)]
+    for key in keys[:20]:
+        first.observe("exact", key, 0.5)
+    assert not first.together["exact"].granted and not first.new("exact").granted and keys[20].granted
+    while keys[0].granted:
+        first.observe("exact", keys[0], 0.5)
+    heard = first.together["exact"].to_json()
+    for _ in range(100):
+        first.observe("exact", keys[0], 0.5)
+    assert first.together["exact"].to_json() == heard, "what is known of a key says nothing of others"
+    for _ in range(1000):
+        first.observe("exact", first.new("exact"), 0.0)
+    assert first.together["exact"].granted and first.new("exact").granted
+    first.check_integrity()

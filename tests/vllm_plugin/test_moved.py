@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 from torch import Tensor
 
 from jointkv.core.moved import Fills
-from jointkv.theory.licence import Licence
+from jointkv.theory.licence import FirstLicences
 from jointkv.vllm_plugin.scheduler.licences import PageClass
 from jointkv.vllm_plugin.worker.filler import PageFiller
 from tests.hazards import FIRST
@@ -191,8 +191,8 @@ def test_a_fault_while_a_page_is_written(
 def test_a_licence_of_its_own(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Audits of text at other positions say nothing of text that stands where it is read, nor the other way round."""
     side = served.engine.side
-    monkeypatch.setattr(side.reuse.look_up, "settings", side.settings.model_copy(update={"reuse": "licensed"}))
-    monkeypatch.setattr(side.licences, "_new", lambda page_class: Licence(0.9, 0.3))
+    monkeypatch.setattr(side.licences, "_needed", True)
+    monkeypatch.setattr(side.licences, "_first", FirstLicences({}, 0.9, 0.3))
     served.engine.generate(named(32), 2)
     key = next(iter(side.candidates.residents.index._buckets.values()))[0][0][0]
     moved, exact = PageClass(key, exact=False, moved=True), PageClass(key, exact=True)

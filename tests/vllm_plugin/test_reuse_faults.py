@@ -110,8 +110,7 @@ ERROR = pytest.mark.hazard(
 def test_in_a_hook(hook: str, reusing: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     ward = Ward(reusing)
     if hook in WITHOUT_LICENCE:
-        licensed = reusing.side.settings.model_copy(update={"reuse": "licensed"})
-        monkeypatch.setattr(reusing.side.reuse.look_up, "settings", licensed)
+        monkeypatch.setattr(reusing.side.licences, "_needed", True)
     *owners, name = hook.split(".")
     monkeypatch.setattr(reduce(getattr, owners, reusing.side), name, raising)
     ward.serve()

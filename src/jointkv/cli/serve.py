@@ -66,7 +66,7 @@ def serve(
         "block does; auto: licensed, or off where model or other options leave no room for it; off. Default auto.",
     ),
     reuse_miss_rate: float | None = typer.Option(
-        None, help="Share of reused blocks that may be beyond the bounds, above 0 and below 1. Default 0.02."
+        None, help="Share of a request's reused blocks that may be beyond the bounds, on average. Default 0.02."
     ),
     layer_groups: int | None = typer.Option(None, help="Block tables, each for part of the layers. Default 1."),
     profile: Path | None = typer.Option(None, help="What `jointkv calibrate` wrote; options given here win."),

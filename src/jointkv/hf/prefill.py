@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.moved_text import unwritten
-from jointkv.core.reuse import COMPUTED, Integers, ReusePlan
+from jointkv.core.reuse import COMPUTED, Found, Integers
 from jointkv.errors import BadInput, LayoutError, PoolFull
 from jointkv.hf.batch import Batch
 from jointkv.hf.paged_cache import PagedCache
@@ -21,7 +21,7 @@ from jointkv.hf.prefill_result import PrefillResult, RowPrefill
 from jointkv.hf.residents import Matches
 from jointkv.hf.reuse import Reuse
 from jointkv.hf.row_steps import Forward, ImaginedSteps, RowSteps
-from jointkv.policy.reuse import decide
+from jointkv.policy.reuse import audited, decide
 
 
 def prompts_of(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
@@ -95,19 +95,18 @@ def _decided(
     size, slots = reuse.residents.block_size, (len(ids) - 1) // reuse.residents.block_size
     found = matches.found if steps.moved is None else matches.found.beside(steps.moved.found)
     found = found.where((found.slot >= len(matches.exact)) & (found.slot < slots))
-    audited = bool(found.stretches(reuse.rule.least)) and reuse.is_audit(tenant, found)
-    if not audited:
-        found = found.where(reuse.permitted(tenant, found.page))
+    readable = found.where(reuse.permitted(tenant, found.page))
+    resident = bool(found.stretches(reuse.rule.least))
+    drawn = resident and reuse.draws_audit()
     reuse.seconds_planning += time.perf_counter() - start
     if len(matches.exact):
         steps.adopt(0, matches.exact, exact=True)
-    if audited:
-        steps.finish()
-    plan = decide(found, len(matches.exact), slots, reuse.rule, ImaginedSteps(steps) if audited else steps)
-    steps.finish()
     done = RowPrefill(len(ids), exact=len(matches.exact) * size)
-    if audited:
-        return _audit(done, plan, steps, tenant, reuse), slots
+    if drawn or (resident and not readable.stretches(reuse.rule.least)):
+        steps.finish()
+        return _audit(done, found, slots, drawn, steps, tenant, reuse), slots
+    plan = decide(readable, len(matches.exact), slots, reuse.rule, steps)
+    steps.finish()
     if not plan.skipped:
         return done, slots
     reused = tuple(np.flatnonzero(plan.pages != COMPUTED).tolist())
@@ -116,16 +115,30 @@ def _decided(
     return replace(done, runs=len(plan.reused), gaps=len(plan.gaps)), plan.reused[0].start
 
 
-def _audit(done: RowPrefill, plan: ReusePlan, steps: RowSteps, tenant: Hashable, reuse: Reuse) -> RowPrefill:
-    """Compare what would have been reused with what was computed; the licence is told the share beyond the bounds."""
-    slots = np.flatnonzero(plan.pages != COMPUTED)
-    missed, elsewhere = steps.ratios(slots, plan.pages[slots]) > 1, unwritten(plan.pages[slots])
-    for moved in (False, True):
-        of_class = missed[elsewhere == moved]
-        if len(of_class):
-            reuse.observe(tenant, float(of_class.mean()), moved)
-    done = replace(done, audited=True, audited_blocks=len(slots), missed_blocks=int(missed.sum()))
-    return replace(done, audited_moved=int(elsewhere.sum()), missed_moved=int(missed[elsewhere].sum()))
+def _audit(
+    done: RowPrefill, found: Found, slots: int, drawn: bool, steps: RowSteps, tenant: Hashable, reuse: Reuse
+) -> RowPrefill:
+    """Compare what would have been reused with what was computed; licences are told the share beyond the bounds.
+
+    Args:
+        found: what is resident of the blocks before `slots`, whether it may be read or not.
+        drawn: see `policy.reuse.audited`.
+    """
+    elsewhere, first = unwritten(found.page), done.exact // reuse.residents.block_size
+    classes = {False: ~elsewhere, True: elsewhere}
+    licensed = [moved for moved, its in classes.items() if reuse.permitted(tenant, found.page[its]).any()]
+    blocks, missed = {False: 0, True: 0}, {False: 0, True: 0}
+    imagined = ImaginedSteps(steps)
+    for spoken_of, plan in audited(found, classes, licensed, drawn, first, slots, reuse.rule, imagined):
+        read = np.flatnonzero(plan.pages != COMPUTED)
+        beyond, moved_there = steps.ratios(read, plan.pages[read]) > 1, unwritten(plan.pages[read])
+        for moved in spoken_of:
+            its = beyond[moved_there == moved]
+            blocks[moved], missed[moved] = len(its), int(its.sum())
+            if len(its):
+                reuse.observe(tenant, missed[moved] / len(its), moved)
+    done = replace(done, audited=True, audited_blocks=sum(blocks.values()), missed_blocks=sum(missed.values()))
+    return replace(done, audited_moved=blocks[True], missed_moved=missed[True])
 
 
 def _compare(matches: Matches, until: int, steps: RowSteps, reuse: Reuse) -> None:

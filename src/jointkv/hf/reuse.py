@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jointkv.attention.rotary import Rotary
 from jointkv.core.moved_text import MovedText, unwritten
-from jointkv.core.reuse import Found, Integers
+from jointkv.core.reuse import Integers
 from jointkv.errors import InvalidPolicy
 from jointkv.hf.residents import Residents
 from jointkv.policy import FusionPolicy
@@ -21,7 +21,7 @@ from jointkv.policy.profile import ReuseEvidence
 from jointkv.policy.reuse import ReuseRule
 from jointkv.system.recent import Recent
 from jointkv.system.values import check_whole, is_number
-from jointkv.theory.licence import Licence
+from jointkv.theory.licence import FirstLicences, Licence
 
 COUNTERS = (
     *(
@@ -47,7 +47,7 @@ class ReuseOptions:
 
     Attributes:
         mode: `"off"`; `"probed"`: where entry block and witnesses allow it; `"licensed"`: where, besides, audits have
-            shown that the share of blocks beyond the bounds is small.
+            shown that of a prompt's blocks on average few enough are beyond the bounds.
         miss_rate: that share at the most, in (0, 1).
         confidence: with which the licence must show it, in (0, 1).
         audit_rate: share of the prompts that are computed and compared, chosen at random, in (0, 1].
@@ -114,7 +114,7 @@ class Reuse:
     """What a pool knows for reuse.
 
     Args:
-        audits: of a profile, which may grant the first licences; see `Licence.from_profile`.
+        audits: of a profile, which may grant the first licences; see `FirstLicences`.
 
     Attributes:
         rotary: how each layer turns its keys, where text that has moved is read.
@@ -131,10 +131,14 @@ class Reuse:
         audits: ReuseEvidence | None = None,
         rotary: Sequence[Rotary] | None = None,
     ) -> None:
-        self.options, self._audits, self.rotary = options, audits, rotary
+        self.options, self.rotary = options, rotary
+        evidence: dict[Hashable, Mapping[str, Any]] = {} if audits is None else {False: audits.evidence}
+        if audits is not None and audits.moved is not None:
+            evidence[True] = audits.moved.evidence
+        self._first = self._first_by(evidence)
         self.rule = options.rule or (ReuseRule() if audits is None else audits.rule)
         self.residents = Residents(block_size, moved=rotary is not None)
-        self.licences = Recent[TextClass, Licence](self._first, MOST_LICENCES)
+        self.licences = Recent[TextClass, Licence](lambda text: self._first.new(text.moved), MOST_LICENCES)
         self.counters: Counter[str] = Counter()
         self.seconds_planning = 0.0
         self._random = random.Random(options.seed)
@@ -147,10 +151,9 @@ class Reuse:
         runs = self.residents.find_moved(tenant, tokens, self.rule.least)
         return MovedText.of([run for run in runs if run.shift], start, end, self.residents.block_size)
 
-    def is_audit(self, tenant: Hashable, found: Found) -> bool:
-        """Whether a prompt with these blocks to reuse is to be computed and compared: chance, or no licence."""
-        chosen = self._random.random() < self.options.audit_rate
-        return chosen or not found.where(self.permitted(tenant, found.page)).stretches(self.rule.least)
+    def draws_audit(self) -> bool:
+        """Whether chance has it that the next prompt with anything to reuse is computed and compared."""
+        return self._random.random() < self.options.audit_rate
 
     def permitted(self, tenant: Hashable, pages: Integers) -> NDArray[np.bool_]:
         """Which of `pages [n]` a licence allows to read, bool `[n]`."""
@@ -167,23 +170,21 @@ class Reuse:
         """That of a class of text."""
         return self.licences[TextClass(tenant, moved)]
 
-    def _first(self, text: TextClass) -> Licence:
-        terms = self.options.miss_rate, self.options.confidence
-        audits = self._audits.moved if self._audits is not None and text.moved else self._audits
-        return Licence(*terms) if audits is None else Licence.from_profile(audits.evidence, *terms)
+    def _first_by(self, evidence: Mapping[Hashable, Mapping[str, Any]]) -> FirstLicences:
+        return FirstLicences(evidence, self.options.miss_rate, self.options.confidence)
 
     def observe(self, tenant: Hashable, share: float, moved: bool = False) -> None:
         """Take into account that `share` of the blocks that an audited run would have reused is beyond the bounds."""
         licence = self.licence(tenant, moved)
         before = licence.granted
-        licence.observe(share)
+        self._first.observe(moved, licence, share)
         self.counters["licences_granted"] += licence.granted and not before
         self.counters["licences_lost"] += before and not licence.granted
 
     def forget_licences(self) -> None:
         """Begin anew, also where a profile has granted them: other weights move K and V by other amounts."""
         self.licences.clear()
-        self._audits = None
+        self._first = self._first_by({})
 
     def under(self, policy: FusionPolicy) -> None:
         """Ratios are those of the bounds of `policy` from now on; witnesses under other bounds are forgotten."""
@@ -205,5 +206,6 @@ class Reuse:
     def check_integrity(self) -> None:
         """Raises IntegrityError when the residents or a licence are inconsistent."""
         self.residents.check_integrity()
+        self._first.check_integrity()
         for licence in self.licences.values():
             licence.check_integrity()

@@ -97,7 +97,7 @@ class ReuseEvidence(_Record):
         audits: requests that could have reused, and were computed and compared.
         blocks, missed_blocks: that they would have reused, and those of them beyond the bounds.
         skipped: share of the tokens of all these requests that would not have been computed.
-        limit: upper confidence limit of the share of blocks beyond the bounds.
+        limit: upper confidence limit of the share of a request's blocks beyond the bounds, mean over audits.
         evidence: the audits, as `jointkv.theory.confidence.UpperLimit.to_json` says them.
         near, echoes: as in `ReuseRule`, chosen where the thresholds were.
         moved: the same of blocks whose text stands at another position; None where nobody looked for any.

@@ -10,9 +10,9 @@ the run, see `core.evidence`. Measured in docs/reuse.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 from jointkv.core.evidence import Known
 from jointkv.core.moved_text import unwritten
 from jointkv.core.reuse import COMPUTED, Found, Integers, ReusePlan, Run, Runs
+
+Class = TypeVar("Class")
+"""What pages have in common that share a licence."""
 
 
 @dataclass(frozen=True)
@@ -178,15 +181,19 @@ class Computed:
         return
 
 
-def decide(found: Found, start: int, end: int, rule: ReuseRule, steps: Steps) -> ReusePlan:
+def decide(found: Found, start: int, end: int, rule: ReuseRule, steps: Steps, by_entries: bool = True) -> ReusePlan:
     """Walk through a prompt between the slots `start` and `end`, from which every stretch that is reused is adopted.
 
     What witnesses allow needs no comparison. Of what has none, the nearest source of each run serves.
+
+    Args:
+        by_entries: whether entry blocks are compared; else what has no witnesses is computed.
     """
     found = found.where((found.slot >= start) & (found.slot < end))
     known = steps.known(found.slot, found.page)
     plan = rule.witnessed(found, known, end)
-    runs, walk, search = rule.unwitnessed(found, known, plan), _Walk(start, steps), Search(start)
+    runs, walk = rule.unwitnessed(found, known, plan), _Walk(start, steps)
+    search = Search(start if by_entries else end)
     while (entry := runs.next_entry(search.at, end, rule.least + 1)) is not None:
         walk.to(plan, entry)
         steps.compute(entry + 1)
@@ -200,6 +207,41 @@ def decide(found: Found, start: int, end: int, rule: ReuseRule, steps: Steps) ->
         plan = wider
     walk.to(plan, end)
     return plan
+
+
+def audited(
+    found: Found,
+    classes: Mapping[Class, NDArray[np.bool_]],
+    licensed: Collection[Class],
+    drawn: bool,
+    start: int,
+    end: int,
+    rule: ReuseRule,
+    steps: Steps,
+    by_entries: bool = True,
+) -> Iterator[tuple[list[Class], ReusePlan]]:
+    """What a computed prompt would have read, had it not been computed, by the classes that this says something of.
+
+    For classes that have a licence only who was drawn speaks: others are computed because reuse has found nothing for
+    them, and of them there may be fifty for one that is drawn. A class without one is taken as if it had one besides.
+
+    Args:
+        classes: which of `found [n]` are of each, bool `[n]`.
+        licensed: those that have a licence.
+        drawn: whether the prompt could have read what they have, and is computed by chance.
+        by_entries: as in `decide`.
+
+    Yields:
+        Classes, and the plan whose pages of these count.
+    """
+    readable = np.zeros(len(found), bool)
+    for each in licensed:
+        readable |= classes[each]
+    if drawn and licensed:
+        yield list(licensed), decide(found.where(readable), start, end, rule, steps, by_entries)
+    for each, its in classes.items():
+        if each not in licensed and its.any():
+            yield [each], decide(found.where(readable | its), start, end, rule, steps, by_entries)
 
 
 class _Walk:

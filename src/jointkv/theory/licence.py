@@ -1,13 +1,13 @@
 """The right to reuse pages that were never compared: earned by audits, kept by audits, lost by audits.
 
-An audit computes a run that could have been reused and compares; its share is that of the blocks beyond the bounds. As
-runs are audited by random choice, the mean of an audit's share, given all that came before, is the mean of what a run
-that is reused instead would have got.
+An audit computes a request that could have reused and compares; its share is that of its blocks beyond the bounds, and
+it counts once, however many they are. As requests are audited by random choice, the mean of an audit's share, given all
+that came before, is the mean of what a request that reuses instead would have got.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal, get_args
 
 from jointkv.errors import BadInput, IntegrityError
@@ -34,7 +34,7 @@ def error_chance(attempt: int, confidence: float) -> float:
 class Licence:
     """Says whether runs may be reused, audit after audit.
 
-    Granted while the upper confidence limit of the share of blocks beyond the bounds is at most `miss_rate`, and lost
+    Granted while the upper confidence limit of that share is at most `miss_rate` on average over requests, and lost
     when it is above again; the limit may be read at any time, so neither needs a new start. But many good audits would
     hide for long that traffic has become bad: when a `RiseDetector` finds the share above `miss_rate`, the licence is
     lost, and what was seen so far counts no more. Then a new attempt begins, with a smaller chance to be wrong
@@ -192,3 +192,44 @@ class Licence:
             raise IntegrityError(f"attempt {self.attempts} at a confidence of {self.sequence.confidence}")
         if self.detector.rate != self.miss_rate or self.detector.evidence >= self.detector.threshold:
             raise IntegrityError("the detector of a rise has given its alarm, or is set to another rate")
+
+
+class FirstLicences:
+    """Those that the audits of a profile grant to keys of which nothing is known, while the keys' own bear them out.
+
+    A key with few requests has hardly an audit, and would keep to the end what a profile of other traffic has granted.
+    So the audits of all keys that have a licence also count together, as those of one licence that the profile has
+    granted: they are a sample of what is reused by any key. Where that one is lost, keys that come then earn theirs,
+    and their audits count together with the others, until it is granted again.
+
+    Args:
+        evidence: by class of pages, what `Licence.from_profile` takes. Without it every key earns its own.
+        miss_rate, confidence: in (0, 1).
+
+    Attributes:
+        together: that one, by class of pages.
+    """
+
+    def __init__(self, evidence: Mapping[Hashable, Mapping[str, Any]], miss_rate: float, confidence: float) -> None:
+        self._evidence, self._terms = evidence, (miss_rate, confidence)
+        self.together = {of: Licence.from_profile(one, *self._terms) for of, one in evidence.items()}
+
+    def new(self, of: Hashable) -> Licence:
+        """The first licence of a key for pages of the class `of`."""
+        if of in self.together and self.together[of].granted:
+            return Licence.from_profile(self._evidence[of], *self._terms)
+        return Licence(*self._terms)
+
+    def observe(self, of: Hashable, licence: Licence, share: float) -> Change | None:
+        """Tell `licence`, a key's for pages of the class `of`, what an audit has found; see `Licence.observe`."""
+        together = self.together.get(of)
+        if together is not None:
+            unknown = licence.state == "earning" and licence.attempts == 1
+            if licence.granted or (unknown and not together.granted):
+                together.observe(share)
+        return licence.observe(share)
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when one of those together is not what its audits allow."""
+        for licence in self.together.values():
+            licence.check_integrity()

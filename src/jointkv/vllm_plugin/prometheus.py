@@ -82,7 +82,9 @@ class JointPromMetrics(KVConnectorPromMetrics):
             )
         )
         self._allowed = self._gauge_cls(
-            "jointkv_licence_allowed", "Share of reused blocks that may be beyond the bounds.", labelnames=labelnames
+            "jointkv_licence_allowed",
+            "Share of a request's reused blocks that may be beyond the bounds, on average over requests.",
+            labelnames=labelnames,
         )
         self._licences = self._gauge_cls(
             "jointkv_licences", "Licences to reuse by state, of all classes.", labelnames=[*labelnames, "state"]
@@ -94,7 +96,7 @@ class JointPromMetrics(KVConnectorPromMetrics):
         )
         self._licence_limit = self._gauge_cls(
             "jointkv_licence_limit",
-            "Upper confidence limit of the share of reused blocks beyond the bounds, of a class of run.",
+            "Upper confidence limit of the share of a request's reused blocks beyond the bounds, mean over audits.",
             labelnames=[*labelnames, "run_class"],
         )
         self._lost = False

@@ -49,7 +49,8 @@ class PluginSettings(BaseModel):
             group costs the scheduler microseconds per running request and step: a few groups are cheap, 30 are not.
         max_candidates: resident blocks compared with a new block at the most.
         min_pool_usage: blocks are fused only while at least this fraction of the pool is in use, in [0, 1].
-        max_blocks_per_step: blocks compared in one engine step at the most; the rest wait for the next.
+        max_blocks_per_step: blocks compared in one engine step at the most, but for those of requests that were drawn
+            for an audit; the rest wait for the next.
         isolation: `"salt"`: blocks of requests with equal `cache_salt` (or both without) are compared.
             `"strict"`: a request without a salt is left alone.
         attention: what reads the pages. `"engine"`: vLLM's own kernels, which read a page for every request that
@@ -63,13 +64,14 @@ class PluginSettings(BaseModel):
             nearer, so that more blocks are within a bound. It makes `attention` `"shared"`, and where that cannot be
             had, pages are read as they stand.
         reuse: text that is resident is not computed. `"off"`: it is, and fused after. `"licensed"`: only where audits
-            have shown that of reused blocks at most `reuse_miss_rate` are beyond the bounds; until then, and for ever
-            at `reuse_audit_rate`, requests are computed and compared. `"probed"`: without that limit, by the entry
-            blocks of runs and by witnesses alone. `"auto"`: `"licensed"` where options and engine leave room for it,
-            else off, with a line in the log and in `/metrics`; the others are refused there. With `max_relative_error`
-            0 nothing is reused: that two blocks are equal cannot be known before they are computed.
-        reuse_miss_rate: share of reused blocks that may be beyond the bounds, in (0, 1).
-        reuse_confidence: of the limit on that share, at all times together, in (0, 1).
+            have shown that of a request's reused blocks on average at most `reuse_miss_rate` are beyond the bounds;
+            until then, and for ever at `reuse_audit_rate`, requests are computed and compared. `"probed"`: without that
+            limit, by the entry blocks of runs and by witnesses alone. `"auto"`: `"licensed"` where options and engine
+            leave room for it, else off, with a line in the log and in `/metrics`; the others are refused there. With
+            `max_relative_error` 0 nothing is reused: that two blocks are equal is not known before they are computed.
+        reuse_miss_rate: share of a request's reused blocks that may be beyond the bounds, on average over requests, in
+            (0, 1).
+        reuse_confidence: of the limit on that share, at all times together, for each licence, in (0, 1).
         reuse_audit_rate: share of requests that could reuse and are computed and compared all the same, in (0, 1].
         moved: text is also reused that is resident at another position, in pages of the request's own, written with
             its keys turned, or with `attention` `"shared"` where it is; under a licence of its own. Needs `reuse`.

@@ -125,6 +125,26 @@ def test_new_echoes_are_let_through_where_few_of_those_blocks_themselves_are_far
     assert audit.rule([]) == ReuseRule(near=1.0, echoes=not allowed)
 
 
+def test_of_each_request_the_walk_counts_of_which_more_is_beyond_the_bounds():
+    """Where all is computed pages have witnesses; where most is reused they may have none, as when it is served."""
+    walks = {True: [(10, 0), (0, 0), (10, 1), (0, 0)], False: [(8, 2), (5, 0), (9, 0), (0, 0)]}
+
+    class Walks(Said):
+        def _rows(self, requests, rule, moved=False):
+            bad = Known(np.full(1, 3), np.full(1, 2.0, np.float32), np.zeros(1, bool))
+            assert rule.usable(bad, 0.1) == (rule.witnesses > 1)
+            return [
+                RowPrefill(100, audited=True, audited_blocks=blocks, missed_blocks=missed)
+                for blocks, missed in walks[rule.witnesses == 1]
+            ]
+
+    audit = Walks({})
+    audit._block_size = 4
+    found = audit.evidence([Request(tuple(range(100)), (1,), "")] * 4, ReuseRule())
+    assert (found.audits, found.blocks, found.missed_blocks, found.skipped) == (3, 23, 3, 0.23)
+    assert found.evidence["sum"] == pytest.approx(0.25 + 0.1)
+
+
 def test_what_entry_blocks_are_worth_is_asked_of_the_half_that_thresholds_are_chosen_on(model, monkeypatch):
     asked = []
     chosen = ReuseRule(near=0.75, echoes=False)

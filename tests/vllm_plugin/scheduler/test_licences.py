@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 from jointkv.policy.profile import ReuseEvidence
 from jointkv.policy.reuse import ReuseRule
 from jointkv.theory.confidence import UpperLimit
-from jointkv.theory.licence import Licence
+from jointkv.theory.licence import FirstLicences, Licence
 from jointkv.vllm_plugin.metrics import LICENCE_STATES, Statistics
 from jointkv.vllm_plugin.scheduler import licences as room
 from jointkv.vllm_plugin.scheduler.licences import SHOWN_KEYS, Licences, PageClass, audits_of_profile, first_licences
@@ -32,7 +32,7 @@ def statistics() -> Statistics:
 
 @pytest.fixture
 def licences(statistics: Statistics) -> Licences:
-    return Licences(lambda page_class: Licence(LOOSE), statistics)
+    return Licences(FirstLicences({}, LOOSE, 0.95), statistics)
 
 
 def audit(licences: Licences, page_class: PageClass, missed: int = 0, times: int = ENOUGH) -> None:
@@ -84,7 +84,7 @@ def test_a_number_is_free_when_nothing_of_its_key_is_kept(
     statistics: Statistics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "MOST_CLASSES", 3)
-    licences = Licences(lambda page_class: Licence(LOOSE), statistics)
+    licences = Licences(FirstLicences({}, LOOSE, 0.95), statistics)
     for page_class in (
         PageClass("old", True),
         PageClass("old", False),
@@ -112,7 +112,8 @@ def settings_of(tmp_path: Path, found: ReuseEvidence | None, **options: Any) -> 
 
 
 def first_by(settings: PluginSettings) -> Callable[[PageClass], Licence]:
-    return first_licences(settings, audits_of_profile(settings))
+    first = first_licences(settings, audits_of_profile(settings))
+    return lambda page_class: first.new(page_class.words)
 
 
 def audits(count: int) -> ReuseEvidence:
@@ -134,6 +135,24 @@ def test_audits_of_the_profile_grant_the_first_licence_of_exact_pages(tmp_path: 
     assert not first_by(settings_of(tmp_path, audits(172), reuse_miss_rate=0.01))(EXACT).granted
     foreign = first(EXACT)
     assert [foreign.observe(0.5) for _ in range(20)].count("lost") == 1 and not foreign.granted
+
+
+def test_what_the_audits_of_many_keys_refute_is_granted_to_no_further_one(tmp_path: Path) -> None:
+    """Each has one audit, and would keep to its end what a profile of other traffic has granted."""
+    settings = settings_of(tmp_path, audits(172))
+    licences = Licences(first_licences(settings, audits_of_profile(settings)), Statistics())
+
+    def served(keys: range, missed: int) -> int:
+        granted = 0
+        for key in keys:
+            granted += licences.granted(PageClass(key, True))
+            licences.observe(PageClass(key, True), missed, 20)
+        return granted
+
+    assert served(range(50), 0) == 50 and 1 <= served(range(50, 100), 2) < 10
+    assert licences.granted(PageClass(0, True)), "its own audits have not spoken against it"
+    assert served(range(100, 150), 2) == 0 and 0 < served(range(150, 1000), 0) < 850
+    licences.check_integrity()
 
 
 def test_audits_at_other_positions_grant_the_first_licence_of_moved_text_alone(tmp_path: Path) -> None:

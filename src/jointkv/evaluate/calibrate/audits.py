@@ -51,6 +51,18 @@ class _Walk(NamedTuple):
     def is_tolerable(self) -> bool:
         return self.missed <= TOLERATED * self.blocks
 
+    @property
+    def share(self) -> float:
+        return self.missed / self.blocks if self.blocks else 0.0
+
+    @classmethod
+    def still(cls, row: RowPrefill) -> _Walk:
+        return cls(row.audited_blocks - row.audited_moved, row.missed_blocks - row.missed_moved)
+
+    @classmethod
+    def moved(cls, row: RowPrefill) -> _Walk:
+        return cls(row.audited_moved, row.missed_moved)
+
     def beyond(self, other: _Walk) -> _Walk:
         """What this walk has besides `other`."""
         return _Walk(max(0, self.blocks - other.blocks), max(0, self.missed - other.missed))
@@ -91,13 +103,10 @@ class Audit:
 
     def evidence(self, requests: Sequence[Request], rule: ReuseRule) -> ReuseEvidence:
         """What reuse would do with `requests`, one after another, and how many blocks would be beyond the bounds."""
-        rows = self._rows(requests, rule)
-        found = self._said([(row, row.audited_blocks, row.missed_blocks) for row in rows], rule)
+        found = self._said(requests, rule)
         if not self._moved:
             return found
-        rows = self._rows(requests, rule, moved=True)
-        moved = self._said([(row, row.audited_moved, row.missed_moved) for row in rows], rule)
-        return found.model_copy(update={"moved": moved})
+        return found.model_copy(update={"moved": self._said(requests, rule, moved=True)})
 
     def _walks(self, requests: Sequence[Request], rule: ReuseRule) -> list[_Walk]:
         """What of `requests` would be reused where they are, and where wanted at other positions as well."""
@@ -107,18 +116,28 @@ class Audit:
             _Walk(sum(row.audited_blocks for row in rows), sum(row.missed_blocks for row in rows)) for rows in walks
         ]
 
-    def _said(self, rows: Sequence[tuple[RowPrefill, int, int]], rule: ReuseRule) -> ReuseEvidence:
-        """What `rows` say, each with the blocks of one class that it would have reused, and those beyond the bounds."""
+    def _said(self, requests: Sequence[Request], rule: ReuseRule, moved: bool = False) -> ReuseEvidence:
+        """What audits of blocks that stand where they are read say, or of those that moved.
+
+        Here all requests are computed, and pages have a witness for each. Under a licence few are computed, and pages
+        may have none: of each request that walk counts of which the larger share is beyond the bounds.
+        """
+        unwitnessed = replace(rule, witnesses=sys.maxsize, margin=sys.float_info.max)
+        walks = [
+            [_Walk.moved(row) if moved else _Walk.still(row) for row in self._rows(requests, each, moved)]
+            for each in (rule, unwitnessed)
+        ]
+        worse = [max(pair, key=lambda walk: (walk.share, walk.blocks)) for pair in zip(*walks, strict=True)]
         limit = UpperLimit(CONFIDENCE)
-        for _, audited, missed in rows:
-            if audited:
-                limit.observe(missed / audited)
-        blocks = sum(audited for _, audited, _ in rows)
+        for walk in worse:
+            if walk.blocks:
+                limit.observe(walk.share)
+        blocks = sum(walk.blocks for walk in worse)
         return ReuseEvidence(
             audits=limit.count,
             blocks=blocks,
-            missed_blocks=sum(missed for *_, missed in rows),
-            skipped=blocks * self._block_size / sum(row.tokens for row, *_ in rows),
+            missed_blocks=sum(walk.missed for walk in worse),
+            skipped=blocks * self._block_size / sum(len(request.prompt) for request in requests),
             limit=limit.limit,
             evidence=limit.to_json(),
             near=rule.near,

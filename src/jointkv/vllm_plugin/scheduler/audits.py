@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from jointkv.core.evidence import Known
 from jointkv.core.moved_text import UNWRITTEN
 from jointkv.core.reuse import COMPUTED, Found, Integers
-from jointkv.policy.reuse import Computed, ReuseRule, decide
+from jointkv.policy.reuse import Computed, ReuseRule, audited
 from jointkv.vllm_plugin.scheduler.evidence import Audit, Compared
 from jointkv.vllm_plugin.scheduler.licences import Licences, PageClass
 from jointkv.vllm_plugin.scheduler.requests import TrackedRequest
@@ -25,13 +25,11 @@ class Record:
 
     Attributes:
         adopted, missed: blocks that would have been reused, and those of them beyond the bounds.
-        exact, moved: see `PageClass`.
     """
 
+    page_class: PageClass
     adopted: int
     missed: int
-    exact: bool
-    moved: bool = False
 
 
 class Audits:
@@ -60,8 +58,11 @@ class Audits:
             source, exact = int(residents.source[page]), bool(residents.exact[page])
             known = residents.evidence.known(one, seen)
         ratio = ratio if ratio == ratio else math.inf
+        page_class = PageClass(tracked.isolation, exact, moved=page >= UNWRITTEN)
+        if page_class not in audit.licensed:
+            audit.licensed[page_class] = self._licences.granted(page_class)
         evidence = int(known.count[0]), float(known.worst[0]), bool(known.new[0])
-        audit.compared.append(Compared(slot, page, source, exact, ratio, *evidence, residents.offers))
+        audit.compared.append(Compared(slot, page, source, page_class, ratio, *evidence, residents.offers))
 
     def conclude_if_complete(self, tracked: TrackedRequest) -> None:
         """Once the prompt was looked at and all answers are there: records to the licences, ratios to the pages."""
@@ -69,9 +70,8 @@ class Audits:
         if audit is None or audit.outstanding or tracked.next_slot < end:
             return
         tracked.audit = None
-        for record in records(audit.compared, end, self._rule):
-            page_class = PageClass(tracked.isolation, record.exact, record.moved)
-            self._licences.observe(page_class, record.missed, record.adopted)
+        for record in records(audit, end, self._rule):
+            self._licences.observe(record.page_class, record.missed, record.adopted)
         moved = [one for one in audit.compared if one.moved]
         if moved and audit.text is not None:
             slots, pages = np.array([(one.slot, one.page) for one in moved], np.int64).T
@@ -87,16 +87,18 @@ class Audits:
         )
 
 
-def records(compared: list[Compared], end: int, rule: ReuseRule) -> Iterator[Record]:
+def records(audit: Audit, end: int, rule: ReuseRule) -> Iterator[Record]:
     """What would have been reused of blocks before `end`, by the decisions that reuse makes: one of each class."""
-    steps = _Imagined(compared)
-    plan = decide(steps.found, 0, end, rule, steps)
-    reused = np.flatnonzero(plan.pages != COMPUTED)
-    used = [steps.of[slot, page] for slot, page in zip(reused.tolist(), plan.pages[reused].tolist(), strict=True)]
-    for exact, moved in ((True, False), (False, False), (False, True)):
-        ratios = [one.ratio for one in used if (one.exact, one.moved) == (exact, moved)]
-        if ratios:
-            yield Record(len(ratios), sum(ratio > 1 for ratio in ratios), exact, moved)
+    steps = _Imagined(audit.compared)
+    licensed = [each for each in steps.classes if audit.licensed[each]]
+    walk = steps.found, steps.classes, licensed, audit.chosen, 0, end, rule, steps, audit.by_entries
+    for classes, plan in audited(*walk):
+        slots = np.flatnonzero(plan.pages != COMPUTED)
+        used = [steps.of[slot, page] for slot, page in zip(slots.tolist(), plan.pages[slots].tolist(), strict=True)]
+        for each in classes:
+            ratios = [one.ratio for one in used if one.page_class == each]
+            if ratios:
+                yield Record(each, len(ratios), sum(ratio > 1 for ratio in ratios))
 
 
 class _Imagined(Computed):
@@ -106,7 +108,9 @@ class _Imagined(Computed):
         self.of = {(one.slot, one.page): one for one in compared}
         ordered = sorted(self.of.values(), key=lambda one: one.slot)
         slot, page, source = np.array([(one.slot, one.page, one.source) for one in ordered], np.int64).reshape(-1, 3).T
-        self.found = Found(slot, page, source, np.array([one.exact for one in ordered], bool))
+        self.found = Found(slot, page, source, np.array([one.page_class.exact for one in ordered], bool))
+        of_class = [one.page_class for one in ordered]
+        self.classes = {each: np.array([other == each for other in of_class], bool) for each in dict.fromkeys(of_class)}
 
     def ratios(self, slots: Integers, pages: Integers) -> NDArray[np.floating]:
         return np.array([one.ratio for one in self._at(slots, pages)])

@@ -265,7 +265,9 @@ class Candidates:
                 tracked.restart(request.num_computed_tokens // self._block_size)
             # With asynchronous scheduling the last tokens are placeholders: their text is not known yet.
             filled = min(request.num_computed_tokens + scheduled, request.num_tokens) // self._block_size
-            end = max(min(filled, tracked.next_slot + budget), tracked.next_slot)
+            # A request that was drawn for an audit may end with this step: audits of long prompts would be dropped.
+            drawn = tracked.audit is not None and tracked.audit.chosen
+            end = max(filled if drawn else min(filled, tracked.next_slot + budget), tracked.next_slot)
             slots = [*tracked.late, *range(tracked.next_slot, end)]
             tracked.late = []
             if not slots:

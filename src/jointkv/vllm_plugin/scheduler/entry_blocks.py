@@ -45,14 +45,13 @@ class EntryBlocks:
     ) -> None:
         self._rule, self._look_up, self._sharing = rule, look_up, sharing
         self._intakes, self._sent, self._statistics = intakes, sent, statistics
-        self._worth = Worth()
         self._least = rule.least + 1
         """Blocks of a run whose entry block is compared: it itself and what is skipped behind it."""
 
     def begin(self, intake: Intake) -> None:
         """Adopt what is known well enough as it is, and turn to the first run of which it is not, if that pays."""
         self._adopt(intake, intake.plan.reused)
-        if self._next_entry(intake) is not None and not self._worth.pays(intake.tracked.isolation):
+        if self._next_entry(intake) is not None and not self._look_up.worth.pays(intake.tracked.isolation):
             intake.search.at = intake.end
         self._advance(intake)
 
@@ -81,7 +80,7 @@ class EntryBlocks:
 
     def start_anew(self) -> None:
         """What comparisons have brought so far says nothing of what will be resident."""
-        self._worth = Worth()
+        self._look_up.worth = Worth()
 
     def _advance(self, intake: Intake) -> None:
         """Turn to the next run; if there is none and nothing is reused, let the request go."""
@@ -119,7 +118,7 @@ class EntryBlocks:
         intake.plan = self._rule.behind(before, run, known, ratio, permitted)
         intake.search.heard(entry, before, intake.plan)
         new = intake.plan.pages != before.pages
-        self._worth.compared(intake.tracked.isolation, int(new.sum()) * intake.tracked.block_size)
+        self._look_up.worth.compared(intake.tracked.isolation, int(new.sum()) * intake.tracked.block_size)
         self._adopt(intake, stretches(new))
 
     def _adopt(self, intake: Intake, new: Iterable[range]) -> None:

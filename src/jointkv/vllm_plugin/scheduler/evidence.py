@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jointkv.core.evidence import Known
-from jointkv.core.moved_text import UNWRITTEN
 from jointkv.core.reuse import Integers
 from jointkv.vllm_plugin.messages import Pair
+from jointkv.vllm_plugin.scheduler.licences import PageClass
 
 
 class AuditedText(Protocol):
@@ -33,6 +33,7 @@ class Compared:
     """A resident page, held against the exactly computed block that it would have served.
 
     Attributes:
+        page_class: of the page.
         ratio: error over bound.
         witnesses, worst, new: what was known of the page before, see `core.evidence`.
         offers: by which it is seen whether the page holds that still, see `Residents.unchanged`.
@@ -41,7 +42,7 @@ class Compared:
     slot: int
     page: int
     source: int
-    exact: bool
+    page_class: PageClass
     ratio: float
     witnesses: int
     worst: float
@@ -51,7 +52,7 @@ class Compared:
     @property
     def moved(self) -> bool:
         """Whether the text stands at another position there: what was compared was never written to a page."""
-        return self.page >= UNWRITTEN
+        return self.page_class.moved
 
 
 @dataclass
@@ -63,6 +64,8 @@ class Audit:
         text: where these pages were found.
         chosen: by the draw, after a licence; its blocks keep their pages until the prompt is computed, so that all of
             it is exact.
+        by_entries: whether its entry blocks would have been compared, see `Worth`.
+        licensed: by class, whether it had a licence when the first page of it was compared; see `policy.reuse.audited`.
         compared: what has come back.
         outstanding: pairs whose answers are still to come.
     """
@@ -70,5 +73,7 @@ class Audit:
     pages: dict[int, list[int]] = field(default_factory=dict)
     text: AuditedText | None = None
     chosen: bool = False
+    by_entries: bool = True
+    licensed: dict[PageClass, bool] = field(default_factory=dict)
     compared: list[Compared] = field(default_factory=list)
     outstanding: int = 0

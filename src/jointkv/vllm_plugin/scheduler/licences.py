@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import numpy as np
 from vllm.logger import init_logger
 
 from jointkv.policy.profile import ReuseEvidence
 from jointkv.system.recent import Recent
-from jointkv.theory.licence import Licence
+from jointkv.theory.licence import FirstLicences, Licence
 from jointkv.vllm_plugin.metrics import LicenceGauges, Statistics
 from jointkv.vllm_plugin.settings import PluginSettings
 
@@ -45,23 +45,19 @@ class PageClass(NamedTuple):
         return "moved" if self.moved else "exact" if self.exact else "approximate"
 
 
-def first_licences(settings: PluginSettings, audits: ReuseEvidence | None) -> Callable[[PageClass], Licence]:
-    """Makes the first licence of a class: from the profile's `audits`, if there are any and they hold for it.
+def first_licences(settings: PluginSettings, audits: ReuseEvidence | None) -> FirstLicences:
+    """Makes the first licence of a class, by its words: from the profile's `audits`, if there are any for it.
 
     They were made of pages whose contexts were computed, under the profile's bounds: where they are read, and, if the
     profile was asked for that, at other positions.
     """
-    terms = settings.reuse_miss_rate, settings.reuse_confidence
     held = {name: one for name, one in _held(settings, audits) if one is not None}
+    evidence: dict[Hashable, dict[str, Any]] = {name: one.evidence for name, one in held.items()}
+    first = FirstLicences(evidence, settings.reuse_miss_rate, settings.reuse_confidence)
     for name, one in held.items():
-        first = Licence.from_profile(one.evidence, *terms)
-        logger.info("jointkv: by %d audits of the profile, the first %s (%s pages)", one.audits, first.describe(), name)
-
-    def first_of(page_class: PageClass) -> Licence:
-        found = held.get(page_class.words)
-        return Licence(*terms) if found is None else Licence.from_profile(found.evidence, *terms)
-
-    return first_of
+        said = first.together[name].describe()
+        logger.info("jointkv: by %d audits of the profile, the first %s (%s pages)", one.audits, said, name)
+    return first
 
 
 def _held(settings: PluginSettings, audits: ReuseEvidence | None) -> list[tuple[str, ReuseEvidence | None]]:
@@ -91,19 +87,20 @@ class Licences:
     """Licences by class.
 
     Args:
-        new: makes the first one of a class.
+        first: makes the first one of a class.
         statistics: counts audits and moves.
+        needed: whether pages may be read only where they are granted.
     """
 
-    def __init__(self, new: Callable[[PageClass], Licence], statistics: Statistics) -> None:
-        self._new, self._statistics = new, statistics
-        self._licences = Recent[PageClass, Licence](self._first, MOST_CLASSES, self._forget)
+    def __init__(self, first: FirstLicences, statistics: Statistics, needed: bool = True) -> None:
+        self._first, self._statistics, self._needed = first, statistics, needed
+        self._licences = Recent[PageClass, Licence](self._new, MOST_CLASSES, self._forget)
         self._numbers: dict[Hashable, int] = {}
         self._changed = True
 
     def granted(self, page_class: PageClass) -> bool:
         """Whether pages of that class may be read now."""
-        return self._licences[page_class].granted
+        return not self._needed or self._licences[page_class].granted
 
     def observe(self, page_class: PageClass, missed: int, audited: int) -> None:
         """An audit found `missed` of `audited` blocks beyond the bounds."""
@@ -112,7 +109,7 @@ class Licences:
         self._statistics.add("reuse_missed_blocks", missed)
         licence = self._licences[page_class]
         self._changed = True
-        if licence.observe(missed / audited) is not None:
+        if self._first.observe(page_class.words, licence, missed / audited) is not None:
             self._statistics.add("licences_granted" if licence.granted else "licences_lost")
             logger.info("jointkv: pages of class %s: %s", self._label(page_class) or "unnumbered", licence.describe())
 
@@ -132,13 +129,14 @@ class Licences:
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when a licence is not what its audits allow."""
+        self._first.check_integrity()
         for licence in self._licences.values():
             licence.check_integrity()
 
-    def _first(self, page_class: PageClass) -> Licence:
+    def _new(self, page_class: PageClass) -> Licence:
         self._changed = True
         self._number(page_class.isolation)
-        return self._new(page_class)
+        return self._first.new(page_class.words)
 
     def _forget(self, page_class: PageClass) -> None:
         key = page_class.isolation

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from jointkv.core.moved_text import unwritten
 from jointkv.core.reuse import Integers
 from jointkv.policy.reuse import ReuseRule, Search
+from jointkv.policy.worth import Worth
 from jointkv.vllm_plugin.scheduler.evidence import Audit
 from jointkv.vllm_plugin.scheduler.followers import Followers
 from jointkv.vllm_plugin.scheduler.intake import Intake
@@ -39,6 +40,7 @@ class LookUp:
 
     Attributes:
         draw: a number in [0, 1) by which audits fall on requests; nobody can foresee it.
+        worth: whether entry blocks are compared.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class LookUp:
         self.settings, self._rule, self._residents = settings, rule, residents
         self._followers, self._sharing, self._licences = followers, sharing, licences
         self.draw = random.Random(os.urandom(16)).random
+        self.worth = Worth()
 
     def intake(self, tracked: TrackedRequest) -> Intake | None:
         """What `tracked` could reuse; None where it may not, nothing is there, an audit is due, or more is on its way.
@@ -67,17 +70,18 @@ class LookUp:
         text = ResidentText(self._residents, tracked, start, end, GROUP, self._rule.least)
         found = text.found
         resident = int(np.count_nonzero(np.diff(found.slot, prepend=-1)))
-        if self._granted(PageClass(tracked.isolation, exact=True)) and self._followers.follows(tracked, end, resident):
+        licensed = self._licences.granted(PageClass(tracked.isolation, exact=True))
+        if licensed and self._followers.follows(tracked, end, resident):
             return None
         if not found.stretches(self._rule.least):
             return None
         known = text.known(found.slot, found.page)
         permitted = self.permitted(text, found.page)
         if not found.where(permitted).stretches(self._rule.least):
-            tracked.audit = Audit(self._pages(text), text=text)
+            tracked.audit = self._audit(text, chosen=False)
             return None
         if tracked.private_from is None and self.draw() < self.settings.reuse_audit_rate:
-            tracked.audit = Audit(self._pages(text), text=text, chosen=True)
+            tracked.audit = self._audit(text, chosen=True)
             return None
         tracked.audit = None
         found, known = found.where(permitted), known.where(permitted)
@@ -88,7 +92,7 @@ class LookUp:
 
     def is_permitted(self, intake: Intake) -> bool:
         """Whether the licences still stand by which `intake` is to read pages."""
-        return all(map(self._granted, intake.classes))
+        return all(map(self._licences.granted, intake.classes))
 
     def may_reuse(self, tracked: TrackedRequest) -> bool:
         """Whether `tracked` may reuse anything at all before it starts."""
@@ -101,10 +105,10 @@ class LookUp:
     def permitted(self, text: ResidentText, pages: Integers) -> NDArray[np.bool_]:
         """Which of the `pages [n]` of `text` a licence allows to read, by their class: bool `[n]`."""
         moved, key = unwritten(pages), text.tracked.isolation
-        either = [self._granted(PageClass(key, exact)) for exact in (False, True)]
+        either = [self._licences.granted(PageClass(key, exact)) for exact in (False, True)]
         allowed = np.array(either)[text.exact(pages).astype(np.int64)]
         if moved.any():
-            allowed[moved] = self._granted(PageClass(key, exact=False, moved=True))
+            allowed[moved] = self._licences.granted(PageClass(key, exact=False, moved=True))
         return allowed
 
     def _classes(self, text: ResidentText, pages: Integers) -> Iterator[PageClass]:
@@ -113,8 +117,9 @@ class LookUp:
         for exact, moved in kinds.tolist():
             yield PageClass(text.tracked.isolation, exact, moved)
 
-    def _granted(self, page_class: PageClass) -> bool:
-        return self.settings.reuse == "probed" or self._licences.granted(page_class)
+    def _audit(self, text: ResidentText, chosen: bool) -> Audit:
+        """Of what would be read of `text`; where comparing entry blocks does not pay, seldom of what is behind one."""
+        return Audit(self._pages(text), text, chosen, self.worth.pays(text.tracked.isolation))
 
     def _pages(self, text: ResidentText) -> dict[int, list[int]]:
         """By slot, the pages that would be compared or served."""

@@ -84,7 +84,7 @@ class SchedulerSide(FailSafe):
         self.candidates = Candidates(settings, self.tables, groups, self.requests, self.bounds, self.statistics)
         self.sharing = Sharing(self.tables, block_size)
         evidence, residents = audits_of_profile(settings), self.candidates.residents
-        self.licences = Licences(first_licences(settings, evidence), self.statistics)
+        self.licences = Licences(first_licences(settings, evidence), self.statistics, settings.reuse != "probed")
         self.stored: StoredText | None = None
         if settings.store is not None and stored_model is not None:
             store, strict = Store(settings.store), settings.isolation == "strict"
