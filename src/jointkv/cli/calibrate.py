@@ -92,7 +92,9 @@ def calibrate(
         seed=seed,
     )
     if (audits or moved) and (scope == "chunk" or layer_groups > 1):
-        raise BadInput("--audits and --moved are about reuse, which takes one layer group and no scope of chunks alone")
+        raise BadInput(
+            "--audits and --moved are about reuse, which takes scope batch and one layer group; leave them out"
+        )
     kind, rows = _sample(data, traffic, requests + audits, settings)
     loaded, tokenizer = load(model, dtype)
     with progress(STEPS) as steps:
