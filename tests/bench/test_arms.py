@@ -102,8 +102,8 @@ def test_common_flags_may_change_the_model_but_not_what_the_benchmark_sets() -> 
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        (["stok"], "'stok' is no arm to start from; known: stock"),
-        (["mine="], "nothing is no arm to start from"),
+        (["stok"], "no arm to start from: 'stok'; did you mean 'stock'"),
+        (["mine="], "no arm to start from: ''; known: stock"),
         (["stock", "stock"], "twice"),
         (["stock=fused"], "built-in"),
         (["a b=stock"], "expected a name"),

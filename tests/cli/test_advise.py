@@ -68,4 +68,4 @@ def test_a_made_log_is_read_again(tiny: str, tmp_path: Path) -> None:
 def test_traffic_goes_to_stdout_and_unknown_ones_are_refused(tiny: str) -> None:
     code, out, _ = run("traffic", "names", "--model", tiny, "--requests", 2, "--output", "-")
     assert code == 0 and len(out.splitlines()) == 2
-    assert "unknown traffic 'agents'; known: near_prefix" in refusal("traffic", "agents")
+    assert "unknown traffic 'agents'; did you mean 'agent_turns'? Known: near_prefix" in refusal("traffic", "agents")

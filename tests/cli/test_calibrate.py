@@ -123,6 +123,8 @@ def test_a_target_that_cannot_be_met_shows_the_frontier_and_writes_nothing(tiny:
         (["--target", "kl=0.1", "--data", "single.jsonl"], "single.jsonl:1: a prompt of one token"),
         (["--target", "kl=0.1", "--data", "many.jsonl", "--block-size", "512"], "no request fills a block"),
         (["--target", "kl=0.1", "--output", "."], "is a folder"),
+        (["--target", "kl=0.1", "--moved", "--layer-groups", "2"], "one layer group; leave them out"),
+        (["--target", "kl=0.1", "--audits", "3", "--scope", "chunk"], "scope batch"),
         (["--target", "kl=0.1", "--data", "long.jsonl"], "long.jsonl:16: .* the model reads"),
     ],
 )

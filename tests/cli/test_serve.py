@@ -128,6 +128,14 @@ def test_options_of_the_plugin(wheels: set[str], tmp_path: Path, monkeypatch: py
         (["--reuse", "licensed", *NO_BOUND], "without a bound"),
         (["--reuse", "licensed", "--scheduler-cls", "mine.Scheduler"], "leave --scheduler-cls out, or set --reuse off"),
         (["--reuse", "probed", "--no_enable_prefix_caching"], "vLLM's prefix cache; leave --no_enable_prefix_caching"),
+        (["--fuse", "moved=true", "--reuse", "off"], "set reuse=licensed"),
+        (["--fuse", "moved=true", "--layer-groups", "2"], "one block table"),
+        (["--fuse", "moved=true", "--no-enable-prefix-caching"], "vLLM's prefix cache"),
+        (["--reuse", "licensed", "--max-relative-error", "0"], "bound of 0"),
+        (["--fuse", "own_norms=true", "--fuse", "attention=engine"], "leave attention out"),
+        (["--fuse", "store="], "store: an empty path"),
+        (["--fuse", f"store={__file__}"], "is a file, and a store is a folder"),
+        (["--fuse", "foo=1"], "there is no option 'foo'; known: enabled, "),
     ],
 )
 def test_bad_options_are_one_line(arguments: list[str], said: str) -> None:
@@ -163,6 +171,11 @@ def test_options_of_reuse(wheels: set[str]) -> None:
     asked = ["--reuse", "probed", "--reuse-miss-rate", "0.01", "--fuse", "reuse_audit_rate=0.1"]
     assert fusion(plain("own/model", *asked)) == {"reuse": "probed", "reuse_miss_rate": 0.01, "reuse_audit_rate": 0.1}
     assert fusion(plain("own/model", "--reuse-miss-rate", "0.01")) == {"reuse": "licensed", "reuse_miss_rate": 0.01}
+    for also in ([], ["--fuse", "attention=shared"]):
+        moved = fusion(plain("own/model", "--fuse", "moved=true", *also))
+        assert (moved["reuse"], moved["moved"]) == ("licensed", True)
+    assert fusion(plain("own/model", "--fuse", "moved=true", "--off"))["enabled"] is False
+    assert fusion(plain("own/model", "--fuse", "moved=false")) == {"reuse": "auto", "moved": False}
 
 
 def test_a_profile_without_evidence_of_reuse_serves_with_reuse(wheels: set[str], tmp_path: Path) -> None:

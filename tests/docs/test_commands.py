@@ -127,7 +127,7 @@ def check_jointkv(arguments: list[str]) -> None:
     if given.get("target"):
         Target.parse(given["target"])
     for name in ("fuse", "option"):
-        fusion_options(given.get(name) or [], {}, name)
+        fusion_options(given.get(name) or [], {}, name, "auto")
 
 
 def check_make(arguments: list[str]) -> None:
@@ -199,8 +199,7 @@ def test_inline_commands_and_options_exist(page: Path) -> None:
         elif words[0].startswith("--"):
             assert words[0].partition("=")[0] in known, code
             if words[0] in ("--fuse", "--set") and words[1:] != ["KEY=VALUE"]:
-                serves = {} if any(word.startswith("reuse=") for word in words) else {"reuse": "auto"}
-                fusion_options(words[1:], serves, words[0])
+                fusion_options(words[1:], {}, words[0], "auto")
 
 
 def verbs() -> list[Any]:

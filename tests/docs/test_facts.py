@@ -137,6 +137,13 @@ def test_how_many_methods_there_are() -> None:
     assert f"{len(method_names())} methods on one interface" in " ".join((DOCS / "index.md").read_text().split())
 
 
+def test_how_many_methods_have_as_many_bytes_as_fusion() -> None:
+    lines = (DOCS / "results/evaluate/kl_against_bytes.md").read_text().splitlines()
+    methods = {cells[2].strip() for cells in (line.split("|") for line in lines) if len(cells) > 5} - {"method", "---"}
+    assert {"fused", "snapkv"} <= methods and len(methods - {"fused"}) == 13
+    assert "thirteen other methods at equal bytes" in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_what_stored_pages_cost() -> None:
     text = " ".join((DOCS / "store.md").read_text().split())
     alone, streams, speed, fetching = (

@@ -226,7 +226,7 @@ FIRST = GOOD.runs[0]
             samples.with_runs(GOOD, timeline=FIRST.timeline.model_copy(update={"running": [1.0]})),
             "lists of different lengths",
         ),
-        ({"format": "jointkv.evaluate/1"}, '"format" is "jointkv.evaluate/1", expected one of jointkv.bench.serving/1'),
+        ({"format": "jointkv.evaluate/1"}, '"format" is "jointkv.evaluate/1", expected jointkv.bench.serving/1'),
     ],
     ids=("empty", "stranger", "twice", "torn", "other"),
 )

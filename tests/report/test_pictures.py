@@ -71,7 +71,7 @@ def test_one_picture_alone(tmp_path: Path) -> None:
         tmp_path / "serving_arms.png",
         tmp_path / "serving_arms.md",
     ]
-    with pytest.raises(BadInput, match="unknown picture 'arms'; there are kl_against_bytes, "):
+    with pytest.raises(BadInput, match="unknown picture 'arms'; known: kl_against_bytes, "):
         make_pictures([path], tmp_path, ["arms"])
 
 

@@ -37,8 +37,24 @@ def test_an_unknown_option_names_the_nearest(name: str, nearest: str) -> None:
 
 
 def test_an_option_like_no_other() -> None:
-    with pytest.raises(BadInput, match="no option ''"):
-        PluginSettings.parse({"": 1})
+    for name in ("", "foo"):
+        with pytest.raises(BadInput, match=f"no option '{name}'; known: enabled, policy, .*, check_integrity$"):
+            PluginSettings.parse({name: 1})
+
+
+def test_what_cannot_be_had_together(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for options, why in (
+        ({"own_norms": True, "attention": "engine"}, "leave attention out, or set own_norms=false"),
+        ({"store": str(file)}, "is a file, and a store is a folder"),
+        ({"store": ""}, "option store: an empty path"),
+        ({"profile": ""}, "option profile: an empty path"),
+        ({"max_relative_error": "much"}, "option max_relative_error: Input should be a valid number"),
+    ):
+        with pytest.raises(BadInput, match=why):
+            PluginSettings.parse(options)
+    assert PluginSettings.parse({"own_norms": True, "attention": "shared"}).shares_reading
 
 
 @pytest.mark.parametrize(
@@ -271,7 +287,7 @@ def test_what_written_directions_do_not_go_with(options: dict[str, Any], why: st
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (DIRECTIONS, "key_threshold: representative='direction' groups by cosine"),
+        (DIRECTIONS, "key_threshold: directions group blocks"),
         ({**DIRECTIONS, "key_threshold": 0.9}, "value_threshold"),
         ({**DIRECTIONS, "similarity": "key", "key_threshold": 0.9, "scope": "both"}, "scope: 'both'"),
     ],

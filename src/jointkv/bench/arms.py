@@ -10,6 +10,7 @@ from typing import Any
 
 from jointkv.bench.result import Arm
 from jointkv.errors import BadInput
+from jointkv.system.nearest import not_known
 from jointkv.vllm_plugin.settings import PluginSettings, read_value
 
 LARGE_POOL = "large_pool"
@@ -195,9 +196,9 @@ def _arm(text: str, pool: PoolSize, fusion: Mapping[str, Any], common_flags: Seq
 
 
 def _reuse(name: str, base: BuiltIn, fusion: Mapping[str, Any]) -> dict[str, Any]:
-    """The option of that name: the given one only for an arm that reuses. Raises `BadInput` where that is "off"."""
+    """What is about reuse: as given only for an arm that reuses. Raises `BadInput` where that is "off"."""
     if base.reuse == "off":
-        return {"reuse": "off"}
+        return {"reuse": "off", **({"moved": False} if "moved" in fusion else {})}
     chosen = fusion.get("reuse", base.reuse)
     if chosen == "off":
         raise BadInput(f"arm {name!r}: reuse=off is the arm fused")
@@ -211,8 +212,7 @@ def _read(text: str) -> tuple[str, str, list[str], list[str]]:
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise BadInput(f"arm {text!r}: expected a name, or NAME=ARM KEY=VALUE... --FLAG...")
     if not words or words[0] not in BUILT_IN:
-        found = repr(words[0]) if words else "nothing"
-        raise BadInput(f"arm {text!r}: {found} is no arm to start from; known: {', '.join(BUILT_IN)}")
+        raise BadInput(f"arm {text!r}: no arm to start from: {not_known(words[0] if words else '', BUILT_IN)}")
     if separator and name in BUILT_IN:
         raise BadInput(f"arm {text!r}: {name} is the name of a built-in arm")
     first_flag = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))

@@ -9,6 +9,7 @@ import typer
 from jointkv.cli.console import named_errors, require, stages, stdout_console, write_json, wrote
 from jointkv.cli.loading import locate
 from jointkv.cli.options import FORMATS, BlockSize, Json, Model
+from jointkv.system.files import make_folder, replacing
 
 if TYPE_CHECKING:
     from jointkv.evaluate.advise.result import Advice
@@ -29,15 +30,17 @@ def advise(
     output: Path = typer.Option(Path("out/advise"), help="Folder for the picture and the page."),
     json: Json = None,
 ) -> None:
-    """Say, without an engine, what of a log's prompts need not be computed, and what keeps it from being found.
+    """Say what breaks the prefixes of a log, and what could be reused.
 
-    Prompt tokens are counted by what finds them: exact prefix caching, fusion and reuse at the same position, reuse of
-    text that moved. What differs where a prefix ends is named, with the tokens that exact prefix caching would find if
-    it stood elsewhere. Tokens are those of the model's tokenizer and chat template; no weights are loaded.
+    No engine is started. Prompt tokens are counted by what finds them: exact prefix caching, fusion and reuse at the
+    same position, reuse of text that moved. What differs where a prefix ends is named, with the tokens that exact
+    prefix caching would find if it stood elsewhere. Tokens are those of the model's tokenizer and chat template; no
+    weights are loaded.
     """
     from jointkv.evaluate.advise.run import Settings, advise
     from jointkv.hf.models import load_tokenizer
 
+    make_folder(output)
     locate(model)
     settings = Settings(block_size, pool_tokens, requests, skip_bad, chat)
     with stages(f"reading {log}") as show:
@@ -94,7 +97,6 @@ def _draw(found: "Advice", output: Path) -> None:
     from jointkv.report.advice.page import write_page
     from jointkv.report.figure import png, style
     from jointkv.report.pictures.advice import AdvicePicture
-    from jointkv.system.files import replacing
 
     write_page(found, output / "advice.html")
     wrote(output / "advice.html")

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from jointkv.cli.console import Cell, cells, named_errors, print_table, progress, stages, stderr_console, write_json
 from jointkv.cli.fusion_options import fusion_options
-from jointkv.cli.options import FORMATS, SEEDS
+from jointkv.cli.options import FORMATS, SEEDS, Json
 from jointkv.cli.vllm_installed import require_vllm
 
 if TYPE_CHECKING:
@@ -117,13 +117,13 @@ def serve(
     ),
     fresh: bool = typer.Option(False, "--fresh", help="Start anew: remove the runs that are in the output folder."),
     output: Path = typer.Option(Path("out/serving"), help="Folder for serving.json, runs and logs."),
-    json: Path | None = typer.Option(None, help="Write the JSON here as well ('-' for stdout)."),
+    json: Json = None,
 ) -> None:
-    """Serve the same requests by real vLLM servers, with and without fusion, and compare.
+    """Compare real vLLM servers with and without fusion.
 
-    Arms take turns, in another order each round; every arm of a round has a server of its own, the same memory, cores
-    and seeds, and all loads.
-    A benchmark that was interrupted goes on where it stopped when the same command is given again.
+    All serve the same requests. Arms take turns, in another order each round; every arm of a round has a server of its
+    own, the same memory, cores and seeds, and all loads. A benchmark that was interrupted goes on where it stopped when
+    the same command is given again.
     """
     given = dict(locals())  # most of them go on to `Options` under their own names
     with named_errors():
@@ -133,9 +133,8 @@ def serve(
             given |= {name: value for name, value in QUICK.items() if not _was_given(context, name)}
         output = given["output"]
         result = _run(_options(given), output, port, start_timeout, fresh, score)
-        if json is not None:
-            write_json(json, result.model_dump())
-    if str(json) != "-":
+        write_json(json, result.model_dump())
+    if json != "-":
         _print(result)
     file = output / "serving.json"
     _say(f"wrote {file}; the report: jointkv report html {shlex.quote(str(file))}")
@@ -160,7 +159,7 @@ def _options(given: dict[str, Any]) -> Options:
             "arms": tuple(given["arm"] or DEFAULT_ARMS),
             "flags": tuple(split_words(flags, f"--flags {flags!r}")),
             "block_size": given["block_size"] or default_block_size(given["profile"]),
-            "fusion": fusion_options(given["option"] or [], fusion, "--set"),
+            "fusion": fusion_options(given["option"] or [], fusion, "--set", "auto"),
             "dtype": engine_dtype(given["dtype"]),
         }
     )
@@ -255,28 +254,19 @@ def _say(line: str, style: str = "") -> None:
 
 
 def _print(result: ServingResult) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"{result.requests} requests of {result.traffic}, {result.output_tokens} tokens out, {result.dtype}: "
-        f"median ratio of {result.rounds} round(s), and p"
-    )
-    table.add_column("load", no_wrap=True)
-    table.add_column("arms", no_wrap=True)
-    for metric in SHOWN:
-        table.add_column(metric, justify="right", no_wrap=True)
     ratios: dict[tuple[str, str], dict[str, str]] = {}
     for row in result.comparisons:
         cell = f"{row.median_ratio:.2f} ({row.p:.2g})"
         ratios.setdefault((row.load, f"{row.upper}/{row.lower}"), {})[row.metric] = cell
-    for (load, arms), row_cells in ratios.items():
-        table.add_row(load, arms, *(row_cells.get(metric, "-") for metric in SHOWN))
-    console = Console(width=None if Console().is_terminal else 140)
+    title = (
+        f"{result.requests} requests of {result.traffic}, {result.output_tokens} tokens out, {result.dtype}: "
+        f"median ratio of {result.rounds} round(s), and p"
+    )
+    lines = [[*names, *(found.get(metric, "-") for metric in SHOWN)] for names, found in ratios.items()]
+    print_table(title, ("load", "arms", *SHOWN), lines)
     if ratios:
-        console.print(table)
         smallest = max(row.smallest_p for row in result.comparisons)
-        console.print(f"with so many rounds p is {smallest:.2g} at best", highlight=False)
+        typer.echo(f"with so many rounds p is {smallest:.2g} at best")
     _print_answers(result)
 
 

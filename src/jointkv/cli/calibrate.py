@@ -41,24 +41,24 @@ FRONTIER_HEADINGS = ("max_relative_error", "predicted ratio", "measured ratio", 
 def calibrate(
     target: str = typer.Option(..., help="kl=0.005, ratio=2 or relative_error=0.2."),
     data: Data = None,
-    traffic: str = typer.Option("near_prefix", help="Without --data: built-in traffic."),
+    traffic: str = typer.Option("near_prefix", help="Without --data: built-in traffic, such as names or unrelated."),
     model: Model = "smollm2",
     output: Path = typer.Option(Path("profile.json"), help="Where the profile goes."),
     requests: int = typer.Option(64, min=1, help="Requests to use; half of them choose, half check."),
     tokens: int = typer.Option(48, min=1, help="Tokens scored after each prompt."),
-    audits: int = typer.Option(0, min=0, help="Further requests on which reuse is audited, see below."),
+    audits: int = typer.Option(0, min=0, help="Further requests on which reuse is audited, see above."),
     moved: bool = typer.Option(False, "--moved", help="Also audit text at other positions, for --fuse moved=true."),
     scope: str = typer.Option("batch", help="batch: across requests; chunk: inside one."),
     chunk_tokens: ChunkTokens = 512,
     layer_groups: int = typer.Option(1, min=1, max=4096, help="Groups of layers with thresholds of their own."),
     block_size: int = typer.Option(16, min=1, help="Tokens per KV block, as in the engine to be served."),
-    token_limit: float = typer.Option(0.45, min=0.0, help="No token may be off by more; see below."),
+    token_limit: float = typer.Option(0.45, min=0.0, help="No token may be off by more; see above."),
     dtype: Dtype = "float32",
     seed: int = typer.Option(0, help="Splits the requests, and makes the built-in traffic.", **SEEDS),
     work: Path | None = typer.Option(None, help="Folder that keeps results in between. Default OUTPUT.work."),
     json: Json = None,
 ) -> None:
-    """Choose thresholds that meet a target on unseen requests, and predict what they are worth.
+    """Choose thresholds for a target, and check them on other requests.
 
     Half of the requests choose the thresholds, the other half checks them. What follows a prompt is its field `answer`
     (or `completion`, `response`, `output`), continued by what the model itself would say where that is too short.
@@ -91,6 +91,10 @@ def calibrate(
         moved=moved,
         seed=seed,
     )
+    if (audits or moved) and (scope == "chunk" or layer_groups > 1):
+        raise BadInput(
+            "--audits and --moved are about reuse, which takes scope batch and one layer group; leave them out"
+        )
     kind, rows = _sample(data, traffic, requests + audits, settings)
     loaded, tokenizer = load(model, dtype)
     with progress(STEPS) as steps:

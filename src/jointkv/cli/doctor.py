@@ -67,9 +67,10 @@ def doctor(
     timeout: float = typer.Option(600.0, min=1.0, max=LONGEST, metavar="SECONDS", help="Give up after this long."),
     json_file: Json = None,
 ) -> None:
-    """Start vLLM without and with fusion, merge duplicate prompts, compare every token, and report each hook.
+    """Check, hook by hook, that the plugin is live and right here.
 
-    Then once more with reuse, for prompts whose text is resident.
+    A tiny model is served without and with fusion, duplicate prompts are merged and every token is compared; then once
+    more with reuse, for prompts whose text is resident.
 
     Exit code 0: all is well; 1: a check failed; 2: vLLM is missing or the input is bad.
     """

@@ -8,7 +8,7 @@ import typer
 
 from jointkv.cli.console import named_errors, progress, write_json, wrote
 from jointkv.cli.loading import load
-from jointkv.cli.options import BlockSize, Dtype, Model, Seed
+from jointkv.cli.options import BlockSize, Dtype, Json, Model, Seed
 from jointkv.system.files import make_room
 
 BOUNDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
@@ -23,8 +23,12 @@ def curves(
     dtype: Dtype = "float32",
     seed: Seed = 0,
     output: Path = typer.Option(Path("out/evaluate/curves.json"), help="Where the result goes."),
+    json: Json = None,
 ) -> None:
-    """Predict ratio against error bound, over all layers and for each layer alone, and measure it on other requests."""
+    """Predict ratio against error bound, and measure it.
+
+    Half of the requests predict, over all layers and for each layer alone; the others are measured.
+    """
     from jointkv.evaluate.predict.curves import measured_curves
     from jointkv.evaluate.predict.result import Curves
     from jointkv.evaluate.traffic import get_traffic
@@ -46,4 +50,5 @@ def curves(
         curves=found,
     )
     write_json(output, result)
+    write_json(json, result)
     wrote(output)

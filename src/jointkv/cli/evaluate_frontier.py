@@ -40,7 +40,7 @@ def frontier(
     output: Path = typer.Option(Path("out/frontier"), help="Folder for frontier.json."),
     json: Json = None,
 ) -> None:
-    """Can similar text share pages at all? The best ratio within a KL, for equal tokens and for similar blocks.
+    """Find the best ratio within a KL, for equal and similar text.
 
     Tries every combination of error bound, layer groups, block size, and of what serves: a page as it stands, or the
     mean direction of a group with each member's own norms; a series ends where KL passes 0.1.

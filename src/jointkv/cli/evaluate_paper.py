@@ -9,6 +9,7 @@ import typer
 from jointkv.cli.console import Cell, cells, named_errors, print_table, progress, write_json, wrote
 from jointkv.cli.loading import load
 from jointkv.cli.options import SEEDS, BlockSize, Dtype, Json, Model
+from jointkv.system.files import make_folder
 
 SOURCE: dict[str, Cell] = {
     "data": lambda row: f"{row.dataset}*" if row.stand_in else row.dataset,
@@ -86,11 +87,12 @@ def paper(
     output: Path = typer.Option(Path("out/evaluate-paper"), help="Folder for paper.json."),
     json: Json = None,
 ) -> None:
-    """Repeat the paper's tables on this model: ratio and F1 against batch size, chunk scope, layers against theory.
+    """Repeat the paper's tables on this model.
 
-    Batches use the preset `paper` (keys decide, shared directions) at fixed thresholds, and `safe` beside it. Every
-    row names the source of its data, and whether that stands in for another data set. Fusion happens once, when the
-    prompts are complete; ratios are those of the prompts.
+    Ratio and F1 against batch size, chunk scope, and layers against theory. Batches use the preset `paper` (keys
+    decide, shared directions) at fixed thresholds, and `safe` beside it. Every row names the source of its data, and
+    whether that stands in for another data set. Fusion happens once, when the prompts are complete; ratios are those of
+    the prompts.
     """
     from jointkv.evaluate.paper.experiments import PARTS, run_paper, steps
     from jointkv.evaluate.paper.result import PaperResult
@@ -112,6 +114,7 @@ def paper(
         seed=seed,
     )
     parts = tuple(part or PARTS)
+    make_folder(output)
     loaded, tokenizer = load(model, dtype)
     with progress(steps(settings, parts)) as bar:
         rows = run_paper(loaded, tokenizer, settings, parts, bar.start)

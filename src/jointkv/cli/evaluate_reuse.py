@@ -32,12 +32,13 @@ def reuse(
     output: Path = typer.Option(Path("out/evaluate-reuse"), help="Folder for reuse.json."),
     json: Json = None,
 ) -> None:
-    """Which blocks may be reused without computing them? Share of tokens skipped at an audited miss rate.
+    """Find which blocks may be reused without computing them.
 
-    The same texts are prefilled behind headers that differ: ids, names, instructions, and facts about a customer before
-    a list in which such facts recur. Every request's blocks are compared with every other's, and predictors that know
-    the entry block, earlier comparisons or the header's tokens are asked which they would reuse. Limits are chosen on
-    other texts than those they are measured on.
+    Measured is the share of tokens skipped at an audited miss rate. The same texts are prefilled behind headers that
+    differ: ids, names, instructions, and facts about a customer before a list in which such facts recur. Every
+    request's blocks are compared with every other's, and predictors that know the entry block, earlier comparisons or
+    the header's tokens are asked which they would reuse. Limits are chosen on other texts than those they are measured
+    on.
     """
     from jointkv.evaluate.reuse.experiment import run_reuse, steps
     from jointkv.evaluate.reuse.setup import ReuseSettings

@@ -8,13 +8,14 @@ from typing import Any
 from jointkv.errors import BadInput
 
 
-def fusion_options(pairs: Sequence[str], given: Mapping[str, Any], flag: str) -> dict[str, Any]:
+def fusion_options(pairs: Sequence[str], given: Mapping[str, Any], flag: str, reuse: str = "off") -> dict[str, Any]:
     """`given`, where None stands for "not given", and the `KEY=VALUE` of `pairs`, checked by `PluginSettings`.
 
     Values of pairs are JSON, or else text.
 
     Args:
         flag: what the pairs were given with, for messages.
+        reuse: what the command takes where it is not among the options; they are checked beside it.
 
     Raises:
         BadInput: a pair without `=`, an option that is there twice, or one that the plugin refuses.
@@ -30,7 +31,7 @@ def fusion_options(pairs: Sequence[str], given: Mapping[str, Any], flag: str) ->
         if name in options:
             raise BadInput(f"the option {name} is given twice")
         options[name] = read_value(text)
-    PluginSettings.parse(options)
+    PluginSettings.parse({"reuse": reuse, **options})
     return options
 
 

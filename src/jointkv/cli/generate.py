@@ -105,7 +105,7 @@ def generate(
     attention: Attention = typer.Option(Attention.JOINTKV, help="Attention on pages, or on a dense copy."),
     json: Json = None,
 ) -> None:
-    """Answer all prompts in one batch whose KV blocks are jointly encoded, and print the memory held."""
+    """Answer all prompts in one batch, and print the memory held."""
     from jointkv.evaluate.request_files import prompts_of
     from jointkv.hf.pool import JointPool
     from jointkv.hf.reuse import ReuseOptions

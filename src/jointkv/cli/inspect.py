@@ -14,6 +14,7 @@ from jointkv.cli.console import named_errors, require, stages, stdout_console, w
 from jointkv.cli.loading import load, locate
 from jointkv.cli.options import BlockSize, ChunkTokens, Data, Json, Model, Seed
 from jointkv.errors import BadInput
+from jointkv.system.files import make_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +39,7 @@ class InspectScope(StrEnum):
 def inspect(
     model: Model = "smollm2",
     data: Data = None,
-    traffic: str = typer.Option("near_prefix", help="Without --data: near_prefix, names or unrelated."),
+    traffic: str = typer.Option("near_prefix", help="Without --data: built-in traffic, such as names or unrelated."),
     requests: int = typer.Option(16, min=1, help="Requests to prefill, at the most."),
     tokens: int = typer.Option(512, min=1, help="Tokens of each request, at the most."),
     block_size: BlockSize = 16,
@@ -51,9 +52,10 @@ def inspect(
     output: Path = typer.Option(Path("out/inspect"), help="Folder for the heat map similarity.png."),
     json: Json = None,
 ) -> None:
-    """Prefill real requests unfused and compare their KV blocks: cosines, and pairs within an error bound.
+    """Show how alike the KV blocks of real requests are, by layer.
 
-    Within one request, blocks at equal places of different chunks are compared, or, when no request is longer
+    Requests are prefilled unfused, and pairs of their blocks are compared: cosines, and how many are within an error
+    bound. Within one request, blocks at equal places of different chunks are compared, or, when no request is longer
     than a chunk, all its blocks. Also says how many prompt tokens reuse could read instead of computing them, in the
     order of the requests, and how many of those blocks would be beyond the default bounds.
     """
@@ -67,6 +69,8 @@ def inspect(
 
     if chunk_tokens % block_size:
         raise BadInput(f"chunk_tokens: {chunk_tokens} is no multiple of the block size {block_size}")
+    if not text_only:
+        make_folder(output)
     given = [] if data is None else read_requests(data, requests)
     kind = get_traffic(traffic) if data is None else None
     loaded = None

@@ -13,7 +13,8 @@ from jointkv.cli.inspect import inspect
 from jointkv.cli.serve import SETTINGS, serve
 from jointkv.cli.traffic import traffic
 
-app = typer.Typer(name="jointkv", add_completion=False, pretty_exceptions_show_locals=False)
+# Without rich's boxes, which cut what is too long for a narrow terminal and break paragraphs where the source does.
+app = typer.Typer(name="jointkv", add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode=None)
 
 
 @app.callback(invoke_without_command=True)

@@ -6,6 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from jointkv.errors import BadInput
+from jointkv.system.files import make_room
+
 
 class ReuseOption(StrEnum):
     """Whether resident text is read before it is computed: never, with a licence from audits, or by evidence alone."""
@@ -31,7 +34,22 @@ SEEDS: dict[str, Any] = {"min": 0, "max": 2**32 - 1}
 """What every generator of random numbers takes."""
 
 Seed = Annotated[int, typer.Option(help="Seed of the requests.", **SEEDS)]
-Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - means stdout.")]
+
+
+def _room_for(path: str | None) -> str | None:
+    """`path`, before anything takes long that is to be written there. Raises `typer.BadParameter`."""
+    try:
+        if path not in (None, "-"):
+            make_room(Path(path))
+    except BadInput as error:
+        raise typer.BadParameter(str(error)) from None
+    return path
+
+
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - means stdout.", callback=_room_for),
+]
 Reuse = Annotated[
     ReuseOption, typer.Option(help="Read resident text instead of computing it: with a licence from audits, or probed.")
 ]

@@ -13,9 +13,10 @@ def plots(
     only: list[str] | None = typer.Option(None, metavar="PICTURE", help="This picture alone; may be repeated."),
     output: Path = typer.Option(Path("out/plots"), help="Folder for the pictures and tables."),
 ) -> None:
-    """Draw every picture that the results have something for, and write the same numbers as Markdown beside it.
+    """Draw pictures of results, with the same numbers as Markdown.
 
-    Files of one format are joined into one picture. Files of the same names in the folder are replaced.
+    Every picture is drawn that the results have something for. Files of one format are joined into one picture. Files
+    of the same names in the folder are replaced.
     """
     with named_errors():
         require("matplotlib")
@@ -29,10 +30,10 @@ def html(
     results: list[Path] = typer.Argument(..., metavar="RESULT.json...", help="Files that `jointkv bench serve` wrote."),
     output: Path = typer.Option(Path("report.html"), "--output", "-o", help="The page."),
 ) -> None:
-    """Write one page, which needs no network, on results of `jointkv bench serve`: verdict, tables, charts, break-even.
+    """Write one page on results of `jointkv bench serve`.
 
-    Several files, of other traffics, pools or loads, are set side by side; those of another model or machine are kept
-    apart.
+    Verdict, tables, charts and break-even; it needs no network. Several files, of other traffics, pools or loads, are
+    set side by side; those of another model or machine are kept apart.
     """
     with named_errors():
         require("matplotlib")
@@ -47,7 +48,7 @@ def terminal(
     command: str = typer.Option("jointkv demo", help="The command that the picture shows as given."),
     output: Path = typer.Option(Path("demo.svg"), "--output", "-o", help="The picture."),
 ) -> None:
-    """Draw what `jointkv demo` shows in a terminal, from its result, as an SVG that needs no network."""
+    """Draw what `jointkv demo` shows in a terminal, as an SVG."""
     with named_errors():
         require("matplotlib")
         from jointkv.evaluate.compare.result import Demo

@@ -11,13 +11,15 @@ if TYPE_CHECKING:
     from jointkv.vllm_plugin.settings import PluginSettings
 
 DEFAULT = "auto"
-ASKED = "licensed"  # where another option of reuse is given
+ASKED = "licensed"  # where another option is given that is about reuse
 # Written with any prefix that is still unique, and perhaps with underscores.
 FLAGS = {
     "--no-enable-pre": "reuse finds pages by vLLM's prefix cache",
     "--scheduler-c": "reuse has a scheduler class of its own",
 }
 """Flags of vLLM that leave no room for reuse, by how they begin, and why."""
+
+ONLY_EQUAL = "within a bound of 0 are only equal blocks, and which are equal is known when both are computed"
 
 
 def with_reuse(options: Mapping[str, Any], arguments: Sequence[str]) -> tuple[dict[str, Any], str | None]:
@@ -32,14 +34,19 @@ def with_reuse(options: Mapping[str, Any], arguments: Sequence[str]) -> tuple[di
     """
     from jointkv.vllm_plugin.settings import PluginSettings
 
-    asked = any(name.startswith("reuse") for name in options) and options.get("reuse") != DEFAULT
+    settings = PluginSettings.parse({"reuse": DEFAULT, **options})
+    about = settings.moved or any(name.startswith("reuse") for name in options)
+    asked = about and options.get("reuse") != DEFAULT
     wanted = {"reuse": ASKED if asked else DEFAULT, **options}
-    settings = PluginSettings.parse(wanted if asked else dict(options))
-    flag = _obstacle_in(arguments)
+    if asked:
+        PluginSettings.parse(wanted)
     if not settings.enabled or wanted["reuse"] == "off":
-        return dict(options), None
+        return (wanted if asked else dict(options)), None
+    flag = _obstacle_in(arguments)
     if asked and flag is not None:
         raise BadInput(f"{flag}, or set --reuse off")
+    if asked and settings.only_equal:
+        raise BadInput(f"{ONLY_EQUAL}; raise the bound, or set --reuse off")
     reason = None if asked else _reason(settings) or flag
     return (wanted, None) if reason is None else (dict(options), reason)
 
@@ -48,7 +55,7 @@ def _reason(settings: PluginSettings) -> str | None:
     if settings.reuse_obstacle is not None:
         return f"it does not go with {settings.reuse_obstacle}"
     if settings.only_equal:
-        return "within a bound of 0 are only equal blocks, and which are equal is known when both are computed"
+        return ONLY_EQUAL
     return None
 
 

@@ -16,7 +16,7 @@ import typer
 from jointkv.cli.console import named_errors
 from jointkv.cli.fusion_options import bound, fusion_options
 from jointkv.cli.loading import locate
-from jointkv.cli.reuse_default import with_reuse
+from jointkv.cli.reuse_default import DEFAULT, with_reuse
 from jointkv.cli.vllm_installed import require_vllm
 from jointkv.errors import BadInput
 
@@ -80,7 +80,7 @@ def serve(
         False, "--vllm-help", help="Show vLLM's own help; with a word after it, options and groups of that name."
     ),
 ) -> None:
-    """Start vLLM's OpenAI server with fusion on, and with reuse of text that is resident.
+    """Start vLLM's OpenAI server with fusion and reuse on.
 
     MODEL comes first: a known name such as smollm2, a folder, or a hub name.
     What is not listed below goes to `vllm serve` as it is.
@@ -104,7 +104,7 @@ def serve(
         "profile": str(profile.expanduser().absolute()) if profile is not None else None,
         "enabled": False if off else None,
     }
-    options = fusion_options(fuse or [], given, "--fuse")
+    options = fusion_options(fuse or [], given, "--fuse", DEFAULT)
     _check(arguments)
     options, obstacle = with_reuse(options, arguments)
     if obstacle is not None:

@@ -37,7 +37,7 @@ def ls(folder: Folder, secret: Secret = None, json: Json = None) -> None:
 
 @named_errors()
 def stat(folder: Folder, secret: Secret = None, json: Json = None) -> None:
-    """Say how many pages a store has, of which codecs, and how large it is."""
+    """Say how many pages a store has, and how large it is."""
     segments = _segments(folder, secret)
     codecs: Counter[str] = Counter()
     for segment in segments:
@@ -54,7 +54,10 @@ def stat(folder: Folder, secret: Secret = None, json: Json = None) -> None:
 
 @named_errors()
 def verify(folder: Folder, secret: Secret = None, json: Json = None) -> None:
-    """Read every byte of a store and check every page; exit code 2 if something that was written is damaged."""
+    """Read every byte of a store and check every page.
+
+    Exit code 2: something that was written is damaged.
+    """
     from jointkv.store import verify as verified
 
     store = _open(folder, secret)
@@ -77,7 +80,10 @@ def gc(
     secret: Secret = None,
     json: Json = None,
 ) -> None:
-    """Finish what dead writers left, drop what is damaged, double or useless, and make room. Engines may go on."""
+    """Drop what is damaged, double or useless, and make room.
+
+    What dead writers left is finished. Engines may go on meanwhile.
+    """
     from jointkv.store import collect
 
     store = _open(folder, secret)

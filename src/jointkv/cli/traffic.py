@@ -8,6 +8,7 @@ import typer
 from jointkv.cli.console import named_errors, stages, write_result, wrote
 from jointkv.cli.loading import locate
 from jointkv.cli.options import Model, Seed
+from jointkv.system.files import make_room
 
 
 @named_errors()
@@ -19,16 +20,19 @@ def traffic(
     seed: Seed = 0,
     output: Path = typer.Option(Path("out/traffic.jsonl"), help="The file; - means stdout."),
 ) -> None:
-    """Write requests of a built-in traffic as JSONL, in the form of OpenAI's batch API.
+    """Write requests of a built-in traffic as JSONL.
 
-    `jointkv` takes it as a log (`advise`, `bench serve --replay`), `vllm run-batch` as a batch; each body can be sent
-    as it is. Turns of a conversation have a `session_id`, a `timestamp` and a `cache_salt`.
+    Lines have the form of OpenAI's batch API. `jointkv` takes them as a log (`advise`, `bench serve --replay`),
+    `vllm run-batch` as a batch; each body can be sent as it is. Turns of a conversation have a `session_id`, a
+    `timestamp` and a `cache_salt`.
     """
     from jointkv.evaluate.traffic import get_traffic
     from jointkv.evaluate.traffic.writing import as_row
     from jointkv.hf.models import load_tokenizer
 
     kind = get_traffic(name)
+    if str(output) != "-":
+        make_room(output)
     locate(model)
     with stages(f"making {requests} requests of {kind.name}"):
         made = kind.requests(load_tokenizer(model), requests, continuation_tokens=1, seed=seed)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
 from jointkv.errors import BadInput
+from jointkv.system.nearest import not_known
 
 
 class Named(Protocol):
@@ -26,7 +27,7 @@ def find(kind: str, known: Iterable[T], name: str, also: str = "") -> T:
     """
     found = {_plain(each.name): each for each in known}
     if _plain(name) not in found:
-        raise BadInput(f"unknown {kind} {name!r}; known: {', '.join(each.name for each in found.values())}{also}")
+        raise BadInput(f"unknown {kind} {not_known(name, (each.name for each in found.values()), also)}")
     return found[_plain(name)]
 
 

@@ -32,11 +32,13 @@ class Paper(Rule):
     @classmethod
     def check(cls, fields: Mapping[str, Any]) -> None:
         if fields["key_threshold"] is None:
-            raise InvalidPolicy("key_threshold: representative='direction' groups by cosine and needs it")
+            raise InvalidPolicy("key_threshold: directions group blocks by it; set it, such as to 0.9")
         if fields["similarity"] == "key_value" and fields["value_threshold"] is None:
-            raise InvalidPolicy("value_threshold: similarity='key_value' with directions needs it")
+            raise InvalidPolicy("value_threshold: directions need it, or similarity='key'")
         if fields["scope"] == "both":
-            raise InvalidPolicy("scope: 'both' needs representative='resident'; a direction overwrites its page")
+            raise InvalidPolicy(
+                "scope: 'both' does not go with directions, which overwrite pages; set 'batch' or 'chunk'"
+            )
 
     def merge(self, pairs: PairStatistics, alike: Tensor) -> Tensor:
         assert pairs.key_cosine is not None

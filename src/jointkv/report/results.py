@@ -29,7 +29,8 @@ def read_result(path: Path, kinds: Iterable[type[R]]) -> R:
         raise BadInput(f"{path}: not JSON: {error}") from error
     name = named.get("format") if isinstance(named, dict) else None
     if not isinstance(name, str) or name not in formats:
-        raise BadInput(f'{path}: "format" is {json.dumps(name)[:60]}, expected one of {", ".join(formats)}')
+        expected = f"{'one of ' if len(formats) > 1 else ''}{', '.join(formats)}"
+        raise BadInput(f'{path}: "format" is {json.dumps(name)[:60]}, expected {expected}')
     try:
         return formats[name].model_validate_json(text)
     except ValidationError as error:

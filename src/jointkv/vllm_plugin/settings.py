@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from jointkv.errors import BadInput
 from jointkv.policy import FusionPolicy
 from jointkv.policy.paper import Paper
 from jointkv.policy.profile import Profile
+from jointkv.system.nearest import nearest
 
 Bound = float | tuple[float, ...] | None
 PAPER_SEARCH = {"candidates": "signature", "max_candidates": 8}
@@ -139,35 +139,51 @@ class PluginSettings(BaseModel):
         """
         if not isinstance(options, Mapping):
             raise BadInput(f"jointkv: options have names, as in max_relative_error=0.2; got {shown(options)}")
+        for name in ("profile", "store"):
+            if options.get(name) == "":
+                raise BadInput(f"jointkv: option {name}: an empty path; give one, or leave {name} out")
         if options.get("policy") == "paper":
             options = _with_paper(options)
         if options.get("profile") is not None:
             options = _with_profile(options)
         for name in options:
             if name not in cls.model_fields:
-                near = difflib.get_close_matches(name, cls.model_fields, 1, 0.0)[0]
-                raise BadInput(f"jointkv: there is no option {name!r}; did you mean {near!r}?")
+                near = nearest(str(name), cls.model_fields)
+                what = f"known: {', '.join(cls.model_fields)}" if near is None else f"did you mean {near!r}?"
+                raise BadInput(f"jointkv: there is no option {name!r}; {what}")
         try:
             settings = cls(**options)
         except ValidationError as error:
             problem = error.errors()[0]
-            name = ".".join(str(part) for part in problem["loc"])
-            raise BadInput(f"jointkv: option {name}: {problem['msg']}, got {shown(problem['input'])}") from None
-        settings.fusion_policy()
-        if settings.directions == "written" and settings.directions_obstacle is not None:
-            raise BadInput(f"jointkv: directions=written does not go with {settings.directions_obstacle}")
-        if settings.unbounded and not settings.accept_unbounded:
             raise BadInput(
-                f"jointkv: {settings.unbounded_by} has no bound on the error: K and V of one text stand for those of "
-                "another, and answers change; set accept_unbounded=true to have that, or a max_relative_error"
-            )
-        if settings.reuse not in ("off", "auto") and settings.reuse_obstacle is not None:
-            raise BadInput(f"jointkv: reuse={settings.reuse} does not go with {settings.reuse_obstacle}; set reuse=off")
-        if settings.store is None and options.get("store_bytes") is not None:
-            raise BadInput("jointkv: store_bytes limits a store, and there is none; set store to a folder")
-        if settings.moved and settings.reuse == "off":
-            raise BadInput("jointkv: moved=true is about text that is reused, and reuse=off; set reuse=licensed")
+                f"jointkv: option {problem['loc'][0]}: {problem['msg']}, got {shown(problem['input'])}"
+            ) from None
+        settings.fusion_policy()
+        refusal = settings._refusal(options)
+        if refusal is not None:
+            raise BadInput(f"jointkv: {refusal}")
         return settings
+
+    def _refusal(self, given: Mapping[str, Any]) -> str | None:
+        """Why the options that were `given` do not go together, and what to set instead; None if they go."""
+        problems = {
+            f"option store: {self.store} is a file, and a store is a folder": _is_file(self.store),
+            "own_norms=true takes attention that knows them, and attention=engine is vLLM's own; leave attention out, "
+            "or set own_norms=false": self.own_norms and given.get("attention") == "engine",
+            f"directions=written does not go with {self.directions_obstacle}": self.directions == "written"
+            and self.directions_obstacle is not None,
+            f"{self.unbounded_by} has no bound on the error: K and V of one text stand for those of another, and "
+            "answers change; set accept_unbounded=true to have that, or a max_relative_error": self.unbounded
+            and not self.accept_unbounded,
+            f"reuse={self.reuse} does not go with {self.reuse_obstacle}; set reuse=off": self.reuse
+            not in ("off", "auto")
+            and self.reuse_obstacle is not None,
+            "store_bytes limits a store, and there is none; set store to a folder": self.store is None
+            and given.get("store_bytes") is not None,
+            "moved=true is about text that is reused, and reuse=off; set reuse=licensed": self.moved
+            and self.reuse == "off",
+        }
+        return next((problem for problem, present in problems.items() if present), None)
 
     @property
     def reuses(self) -> bool:
@@ -269,6 +285,13 @@ def read_value(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def _is_file(path: Path | None) -> bool:
+    try:
+        return path is not None and path.expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):  # no name of a file at all, or of no user: whoever opens it says so
+        return False
 
 
 def _with_paper(options: dict[str, Any]) -> dict[str, Any]:

@@ -87,7 +87,8 @@ class Resident:
         """The next request of `owner`, with `tokens [n]`: what was there, and from then on it is there too."""
         size = self._size
         blocks, usable = len(tokens) // size, max(0, len(tokens) - 1) // size
-        mark = np.uint64(self._owners.setdefault(owner, len(self._owners))) * _ODD
+        with np.errstate(over="ignore"):  # hashes are numbers of 64 bits; of a single one numpy says so
+            mark = np.uint64(self._owners.setdefault(owner, len(self._owners))) * _ODD
         keys = (self._prefix.beginnings(tokens)[size::size] ^ mark).tolist()
         slots = np.arange(blocks, dtype=np.uint64)
         places = ((self._block(tokens)[::size][:blocks] ^ mark) + slots * _ODD).tolist()

@@ -11,6 +11,7 @@ from jointkv.evaluate.datasets.base import Dataset, Local
 from jointkv.evaluate.datasets.hub import Hub
 from jointkv.evaluate.datasets.rows import Record, Row
 from jointkv.evaluate.jsonl import Text
+from jointkv.system.nearest import not_known
 
 _BRIEFLY = "Only give me the answer and do not output any other words."
 PASSAGES_INSTRUCTION = f"Answer the question based on the given passages. {_BRIEFLY}"
@@ -67,7 +68,7 @@ class LongBench(Dataset):
 
     def __init__(self, task: str) -> None:
         if task not in LONGBENCH_PROMPTS:
-            raise BadInput(f"unknown LongBench task {task!r}; known: {', '.join(LONGBENCH_PROMPTS)}")
+            raise BadInput(f"unknown LongBench task {not_known(task, LONGBENCH_PROMPTS)}")
         self.task = task
         self.name = f"LongBench {task}"
         self.hub = Hub("THUDM/LongBench", archive="data.zip", archive_member=f"data/{task}.jsonl")

@@ -13,6 +13,7 @@ from jointkv.evaluate.paper.layers import run_layers
 from jointkv.evaluate.paper.result import PaperRows
 from jointkv.evaluate.paper.setup import PaperSettings, Setup, policies, sample
 from jointkv.evaluate.progress import Report
+from jointkv.system.nearest import not_known
 
 PARTS = ("batch", "chunk", "layers")
 
@@ -64,4 +65,4 @@ def run_paper(
 def _check_parts(parts: Collection[str]) -> None:
     for part in parts:
         if part not in PARTS:
-            raise BadInput(f"unknown part {part!r}; there are {', '.join(PARTS)}")
+            raise BadInput(f"unknown part {not_known(part, PARTS)}")

@@ -13,6 +13,7 @@ from jointkv.evaluate.holding.batch import context_of
 from jointkv.evaluate.reuse.headers import KINDS, headers
 from jointkv.evaluate.reuse.texts import texts_of
 from jointkv.evaluate.traffic.base import Request, Tokenizer, encode
+from jointkv.system.nearest import not_known
 
 UNIT = 16
 """Tokens of the blocks that are compared; larger blocks are several of them."""
@@ -53,7 +54,7 @@ class ReuseSettings:
         """Raises `BadInput` where a setting makes no sense or does not fit into the model's context."""
         for kind in self.kinds:
             if kind not in KINDS:
-                raise BadInput(f"unknown kind of headers {kind!r}; there are {', '.join(KINDS)}")
+                raise BadInput(f"unknown kind of headers {not_known(kind, KINDS)}")
         least = {"texts": FEWEST_TEXTS, "headers": FEWEST_HEADERS, "draws": 1}
         least |= {"header_tokens": UNIT, "text_tokens": UNIT}
         for name, minimum in least.items():

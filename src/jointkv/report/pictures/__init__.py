@@ -36,6 +36,7 @@ from jointkv.report.pictures.side_channel import SideChannelAUC
 from jointkv.report.pictures.task_scores import TaskScores
 from jointkv.report.results import conflict, read_result
 from jointkv.system.files import replacing
+from jointkv.system.nearest import not_known
 
 PICTURES: tuple[Picture[Any], ...] = (
     KLAgainstBytes(),
@@ -78,7 +79,7 @@ def make_pictures(paths: Sequence[Path], output: Path, only: Collection[str] = (
     names = [picture.name for picture in PICTURES]
     for name in only:
         if name not in names:
-            raise BadInput(f"unknown picture {name!r}; there are {', '.join(names)}")
+            raise BadInput(f"unknown picture {not_known(name, names)}")
     results = [(path, read_result(path, FORMATS)) for path in paths]
     files: dict[str, bytes] = {}
     shown = set()
