@@ -241,7 +241,8 @@ def test_what_scaling_costs() -> None:
         part, arm = name.split(", ")
         rows = [row for row in found["rows"] if (row["part"], row["arm"]) == (part, arm)]
         first, last = min(rows, key=lambda row: row["size"]), max(rows, key=lambda row: row["size"])
-        cells = [f"{each['size']:,} | {1e6 * each['seconds'] / each['requests']:,.0f}" for each in (first, last)]
+        unit, digits = ("tokens", 1) if part == "running" else ("requests", 0)
+        cells = [f"{each['size']:,} | {1e6 * each['seconds'] / each[unit]:,.{digits}f}" for each in (first, last)]
         assert f"| {arm} | {' | '.join(cells)} | {growth:+.2f} |" in text
     stock, reuse, moved = found["headline"]["bytes_per_resident_block"].values()
     assert f"{stock} bytes per resident block in stock vLLM, {reuse} with reuse, {moved:,} where" in text
