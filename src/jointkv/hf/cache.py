@@ -55,8 +55,9 @@ class JointCache(PagedCache):
 
         `model.generate(input_ids=..., attention_mask=..., past_key_values=cache)` then goes on as ever: all but the
         last token of each row are there. Rows are prefilled one after another, and reuse those before them. In a pool
-        without reuse nothing is done, and `generate` computes all. What is computed is so under the autocast that is
-        on, and never with gradients.
+        without reuse, and with a model in training mode, nothing is done, and `generate` computes all. What is computed
+        is so under the autocast that is on, which reads nothing that was computed under another, and never with
+        gradients.
 
         Args:
             input_ids, attention_mask: `[rows, length]`, padded on the left.
@@ -64,7 +65,7 @@ class JointCache(PagedCache):
         Raises:
             BadInput: the cache is not empty, or a row has no token.
             LayoutError: no tensors of token ids, other shapes, or padding elsewhere.
-            UnsupportedUse: `model` is not the one whose pages these are.
+            UnsupportedUse: `model` is not the one whose pages these are, or keeps nothing in its cache.
             PoolFull: the cache stays empty.
         """
         self._undo_what_broke_off()
@@ -90,10 +91,11 @@ class JointCache(PagedCache):
         self._undo_what_broke_off()
         keep = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.length)
         keep = max(0, keep)
+        if keep == self.length:
+            return
         for layer in self.other_layers:
             layer.crop(keep - self.length)
-        if keep < self.length:
-            self._truncate(keep)
+        self._truncate(keep)
 
     def reset(self) -> None:
         """Give every page back and start empty."""
@@ -143,7 +145,9 @@ class JointCache(PagedCache):
         twin.batch = self.batch.copy()
         twin._set_length(self.length)
         for mine, theirs in zip(self.other_layers, twin.other_layers, strict=True):
-            theirs.__dict__.update(copy.deepcopy(mine.__dict__, memo))
+            # Tensors with gradients cannot be copied deeply.
+            for name, value in vars(mine).items():
+                vars(theirs)[name] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value, memo)
         return twin
 
     # What it holds.

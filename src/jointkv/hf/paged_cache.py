@@ -20,6 +20,7 @@ from jointkv.hf.fusing import fuse_filled
 from jointkv.hf.gradients import attach_gradients
 from jointkv.hf.layer import PagedCacheLayer
 from jointkv.hf.pool import JointPool
+from jointkv.hf.states import check_place
 from jointkv.hf.step import Step
 
 
@@ -77,13 +78,18 @@ class PagedCache(Cache):
 
     @bookkeeping
     def begin_step(
-        self, attention_mask: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None = None
+        self,
+        attention_mask: Tensor | None,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> None:
         """Note the padding and the text of the coming forward pass, and make room for its tokens where they are known.
 
         Called by the pool's forward hook. Tokens without room get it from the first layer that writes.
 
         Raises:
+            LayoutError: mask or positions are not those of tokens behind the ones in the cache.
             PoolFull: nothing has changed.
             UnsupportedUse: the forward pass before this one was interrupted; the cache is as before that.
         """
@@ -93,11 +99,13 @@ class PagedCache(Cache):
                 f"a forward pass was interrupted, and the cache holds {self.length} tokens again, as before it: go on "
                 "behind those, or with a new cache"
             )
+        inputs = inputs_embeds if input_ids is None else input_ids
+        if inputs is not None:
+            check_place(self.length, inputs.shape[1], attention_mask, position_ids)
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
             attention_mask = None
         others = [(layer, copy.copy(layer.__dict__)) for layer in self.other_layers]
         self._step = Step(self.length, attention_mask, input_ids, others)
-        inputs = inputs_embeds if input_ids is None else input_ids
         if inputs is not None and self.pool.blocks is not None and len(inputs) == (len(self.batch) or len(inputs)):
             self._make_room(*inputs.shape[:2])
         self.pool.attention.on()

@@ -113,6 +113,7 @@ class JointPool:
         self._counters = Counter(blocks_considered=0, blocks_fused=0, pages_freed=0)
         self.seconds_fusing = 0.0
         self._next_sequence = 0
+        self._said = False
         decoder = attach_hooks(model)
         self.attention = attention_of(decoder)
         self._decoder = weakref.ref(decoder)
@@ -253,6 +254,12 @@ class JointPool:
                 self.blocks.off_free(self.reuse.residents.forget)
             self._counters.update(self.reuse.counters)
         self.reuse_faults, self.reuse = self.reuse_faults + 1, None
+
+    def say_that_it_trains(self, part: str) -> None:
+        """Say once why nothing is reused."""
+        if self.reuse is not None and not self._said:
+            logger.warning("nothing is reused while %s is in training mode, with dropout: call model.eval()", part)
+            self._said = True
 
     def stats(self) -> dict[str, Any]:
         """Pages and bytes at the allocator, and the counters of the search."""

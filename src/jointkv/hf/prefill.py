@@ -177,7 +177,9 @@ def prefill_rows(
     if any(len(prompt) < 1 for prompt in prompts):
         raise BadInput("prefill: a prompt has no token")
     pool = cache.pool
-    if pool.reuse is None or length < 1:
+    if forward.training is not None:
+        pool.say_that_it_trains(forward.training)
+    if pool.reuse is None or forward.training is not None or length < 1:
         return PrefillResult(tuple(RowPrefill(len(prompt)) for prompt in prompts))
     pool.notice_weights()
     pool.reuse.under(pool.policy)
@@ -187,6 +189,6 @@ def prefill_rows(
         row.waits = True
         rows.append(row)
         # Of a single token nothing is prefilled.
-        found.append(prefill_row(row, forward, prompt, tenant) if len(prompt) > 1 else RowPrefill(1))
+        found.append(prefill_row(row, forward, prompt, forward.key(tenant)) if len(prompt) > 1 else RowPrefill(1))
     cache.join(rows, length)
     return PrefillResult(tuple(found))

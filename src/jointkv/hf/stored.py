@@ -15,6 +15,7 @@ from jointkv.codec.registry import decode, encode, get_codec
 from jointkv.codec.transform import Transform
 from jointkv.errors import BadInput, LayoutError, UnsupportedModel
 from jointkv.hf.identity import full_attention_layers
+from jointkv.hf.modes import evaluating
 from jointkv.hf.rotary import rotary_of
 
 SCORED_TOKENS = 24
@@ -30,14 +31,15 @@ WEIGHT_RANGE = 3.0
 def prefill_pages(
     model: PreTrainedModel, tokens: Sequence[int], block_size: int, dtype: torch.dtype | None = None
 ) -> Pages:
-    """Compute a prompt; the pages of its whole blocks, in `dtype` or that of the model.
+    """Compute a prompt in evaluation mode; the pages of its whole blocks, in `dtype` or that of the model.
 
     Raises:
         UnsupportedModel, UnsupportedUse: see `check_layers`.
     """
     check_layers(model)
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor([list(tokens)], device=model.device), past_key_values=cache, logits_to_keep=1)
+    with evaluating(model):
+        model(input_ids=torch.tensor([list(tokens)], device=model.device), past_key_values=cache, logits_to_keep=1)
     return pages_of(cache, block_size, dtype)
 
 
@@ -122,7 +124,8 @@ def step_weights(
 def _log_probabilities(model: PreTrainedModel, pages: Pages, tokens: Sequence[int]) -> Tensor:
     """Of the tokens behind each of the last `SCORED_TOKENS`."""
     inputs = torch.tensor([list(tokens)], device=model.device)
-    logits = model(inputs, past_key_values=cache_of(model, pages), logits_to_keep=SCORED_TOKENS).logits[0]
+    with evaluating(model):
+        logits = model(inputs, past_key_values=cache_of(model, pages), logits_to_keep=SCORED_TOKENS).logits[0]
     return logits.float().log_softmax(-1).cpu()
 
 
