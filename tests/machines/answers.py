@@ -71,7 +71,7 @@ KINDS: Mapping[str, Callable[[], PreTrainedModel]] = MappingProxyType(
         "bfloat16": lambda: forgetful(2, torch.bfloat16),
         **{kind: _scaled(kind) for kind in SCALINGS},
         **{name: _first(name) for name in ("glm, neighbours of a part", "phi, halves of a part")},
-        "learnt positions": lambda: build_model("gpt2", n_layer=1),
+        "learnt positions": _one("gpt2", n_layer=1),
         "latent": _one("deepseek_v3"),
         "sliding": lambda: build_model("gemma3"),
     }

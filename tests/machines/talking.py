@@ -136,8 +136,13 @@ class Talking:
     # Beginning.
 
     def prompt(self) -> Tensor:
-        """A header, a part of a document that others have too, and an end."""
+        """A header, a part of a document that others have too, and an end; or the beginning of a talk, and an end."""
         any_of = self.random.choice
+        if self.talks and any_of([True, False, False]):
+            talk = any_of(self.talks)
+            row = self.random.randrange(len(talk.ids))
+            said = talk.ids[row][talk.mask[row].bool()][: LONGEST // 2]
+            return torch.cat((said[: self.random.randint(0, len(said))], text(any_of([1, 2, BLOCK, 9]), 90)))
         header, end = any_of([0, 0, 1, BLOCK, BLOCK, BLOCK + 1, 2 * BLOCK]), any_of([1, 2, BLOCK, 2 * BLOCK])
         start, length = any_of([0, 0, 0, BLOCK, 5]), any_of([3, 5 * BLOCK, 6 * BLOCK + 1, 8 * BLOCK, 10 * BLOCK])
         return torch.cat(
@@ -271,7 +276,8 @@ class Talking:
 
     def crop(self, talk: Talk) -> None:
         """The last tokens go from the cache, and from the text too, or are read again."""
-        keep = max(0, talk.held - self.random.choice([0, 1, 2, 3, 4, 5, 8, 11, 20]))
+        tokens = self.random.choice([0, 1, 2, 3, 5, 8, *[self.random.randint(0, talk.held)] * 5])
+        keep = max(0, talk.held - tokens)
         positive = keep > 0 and self.random.random() < 0.5
         self.note(keep=keep, positive=positive)
         try:

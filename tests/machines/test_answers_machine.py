@@ -7,10 +7,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+from jointkv.core.pool import BlockPool
+from jointkv.core.table import BlockTable
+from jointkv.hf import moved
+from jointkv.hf.batch import Batch
+from jointkv.hf.cache import JointCache
+from jointkv.hf.pool import JointPool
 from tests.effort import FIRST_SEED, MACHINE_STEPS
 from tests.machines.answers import KINDS
 from tests.machines.talking import Talking
@@ -55,3 +63,55 @@ HAPPENS = (
     *("exact", "skipped", "moved", "audited", "full", "broke off", "interrupted", "dropped meanwhile", "loaded"),
     *("copied", "selected", "cropped", "reset", "left to the collector", "other weights", "generated"),
 )
+
+
+def broken_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last token of the last page that is read instead of being computed is another one."""
+    adopt = Batch.adopt
+
+    def adopting(batch: Batch, pages: Tensor, tokens: Tensor, exact: bool) -> None:
+        adopt(batch, pages, tokens, exact)
+        for layer in batch.pool.blocks.kv.values:
+            layer[pages[-1], -1] = layer[pages[-1], 0]
+
+    monkeypatch.setattr(Batch, "adopt", adopting)
+
+
+def wrong_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that move are turned by one token more."""
+    turn = moved.moved_blocks
+    monkeypatch.setattr(
+        moved, "moved_blocks", lambda kv, fills, rotary: turn(kv, replace(fills, shift=fills.shift + 1), rotary)
+    )
+
+
+def stale_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that is written again is still offered with what it held before."""
+    monkeypatch.setattr(JointPool, "forget", lambda pool, pages: None)
+
+
+def shared_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that others read is written to as it stands."""
+    monkeypatch.setattr(BlockTable, "make_writable", lambda table, rows, slots: table.pages[rows, slots])
+
+
+def old_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody notices that the weights are others."""
+    monkeypatch.setattr(JointPool, "notice_weights", lambda pool: None)
+
+
+MUTATIONS = {broken_token: 1, wrong_turn: 18, stale_page: 0, shared_write: 0, old_weights: 0}
+"""And a seed that sees it soon."""
+
+ENOUGH_RUNS = 60
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=[mutation.__name__ for mutation in MUTATIONS])
+def test_it_sees(mutation: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """By answers, K and V alone: what checks itself is kept from it."""
+    for checked in (JointPool, BlockPool, JointCache):
+        monkeypatch.setattr(checked, "check_integrity", lambda _self: None)
+    mutation(monkeypatch)
+    with pytest.raises(AssertionError, match=r"from the true ones|beyond the bounds"):
+        for seed in range(MUTATIONS[mutation], ENOUGH_RUNS):
+            run(seed, "three layers", tmp_path, Counter())

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from jointkv.core.bookkeeping import bookkeeping
 from jointkv.errors import BadInput, LayoutError, PoolFull, UnsupportedUse
 from jointkv.hf import saving
 from jointkv.hf.paged_cache import PagedCache
@@ -22,6 +21,7 @@ from jointkv.hf.prefill import prefill_rows, prompts_of
 from jointkv.hf.prefill_result import PrefillResult
 from jointkv.hf.row_steps import Forward
 from jointkv.hf.saving import FromFile
+from jointkv.hf.threads import alone
 from jointkv.system.values import check_whole
 
 
@@ -78,7 +78,7 @@ class JointCache(PagedCache):
 
     # Operations on the whole cache.
 
-    @bookkeeping
+    @alone
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens: `-n` drops `n`; a positive number is the length to keep (as in transformers).
 
@@ -120,7 +120,7 @@ class JointCache(PagedCache):
         check_whole("repeats", repeats, 0, LayoutError)
         self._select(torch.arange(len(self.batch)).repeat_interleave(repeats), "batch_repeat_interleave", repeats)
 
-    @bookkeeping
+    @alone
     def _select(self, rows: Tensor, method: str, argument: Any) -> None:
         self._undo_what_broke_off()
         rows = self._rows(method, rows)
@@ -140,9 +140,10 @@ class JointCache(PagedCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> JointCache:
         """A cache that reads the same pages; either one copies a page before it writes to it."""
-        self._undo_what_broke_off()
-        twin = JointCache(self.pool, self.isolation_key)
-        twin.batch = self.batch.copy()
+        with self.lock:
+            self._undo_what_broke_off()
+            twin = JointCache(self.pool, self.isolation_key)
+            twin.batch = self.batch.copy()
         twin._set_length(self.length)
         for mine, theirs in zip(self.other_layers, twin.other_layers, strict=True):
             # Tensors with gradients cannot be copied deeply.
@@ -229,7 +230,7 @@ class JointCache(PagedCache):
             state[f"sliding.{index}.keys"], state[f"sliding.{index}.values"] = layer.keys, layer.values
         return state
 
-    @bookkeeping
+    @alone
     def restore(self, length: int, state: saving.State) -> None:
         """Make `state`, of sequences of `length` tokens, the content of this empty cache, and fuse it.
 

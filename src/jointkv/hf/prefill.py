@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.moved_text import unwritten
 from jointkv.core.reuse import COMPUTED, Integers, ReusePlan
 from jointkv.errors import BadInput, LayoutError, PoolFull
@@ -21,6 +20,7 @@ from jointkv.hf.prefill_result import PrefillResult, RowPrefill
 from jointkv.hf.residents import Matches
 from jointkv.hf.reuse import Reuse
 from jointkv.hf.row_steps import Forward, ImaginedSteps, RowSteps
+from jointkv.hf.threads import alone
 from jointkv.policy.reuse import decide
 
 
@@ -160,7 +160,7 @@ def _count(found: RowPrefill, reuse: Reuse) -> None:
     )
 
 
-@bookkeeping
+@alone
 def prefill_rows(
     cache: PagedCache, forward: Forward, prompts: list[Tensor], tenants: list[Hashable], length: int
 ) -> PrefillResult:

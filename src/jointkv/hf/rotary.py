@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from jointkv.attention.rotary import NOT_TURNED, Rotary, far, that_turns
+from jointkv.core.bookkeeping import bookkeeping
 from jointkv.errors import UnsupportedModel
 from jointkv.hf.modes import evaluating
 
@@ -20,7 +21,7 @@ PROBES = 16
 """Tokens that are computed alone, at two positions each."""
 
 
-@torch.no_grad()
+@bookkeeping
 def rotary_of(model: PreTrainedModel, layers: Sequence[int]) -> list[Rotary]:
     """How each of `layers` turns its keys.
 

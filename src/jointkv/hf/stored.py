@@ -13,6 +13,7 @@ from jointkv.codec.base import Aids
 from jointkv.codec.pages import Layout, Pages
 from jointkv.codec.registry import decode, encode, get_codec
 from jointkv.codec.transform import Transform
+from jointkv.core.bookkeeping import bookkeeping
 from jointkv.errors import BadInput, LayoutError, UnsupportedModel
 from jointkv.hf.identity import full_attention_layers
 from jointkv.hf.modes import evaluating
@@ -27,11 +28,11 @@ WEIGHT_RANGE = 3.0
 """Beyond it what was measured is noise."""
 
 
-@torch.no_grad()
+@bookkeeping
 def prefill_pages(
     model: PreTrainedModel, tokens: Sequence[int], block_size: int, dtype: torch.dtype | None = None
 ) -> Pages:
-    """Compute a prompt in evaluation mode; the pages of its whole blocks, in `dtype` or that of the model.
+    """Compute a prompt, in evaluation mode and without autocast; its whole blocks, in `dtype` or that of the model.
 
     Raises:
         UnsupportedModel, UnsupportedUse: see `check_layers`.
@@ -87,7 +88,7 @@ def fit_transform(model: PreTrainedModel, texts: Sequence[Sequence[int]], block_
     return Transform.fit(joined, rotary_of(model, range(joined.layout.layers)))
 
 
-@torch.no_grad()
+@bookkeeping
 def step_weights(
     model: PreTrainedModel, transform: Transform, texts: Sequence[Sequence[int]], block_size: int
 ) -> Tensor:
