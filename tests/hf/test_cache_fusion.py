@@ -163,7 +163,7 @@ def test_rows_may_have_their_own_isolation_keys():
     assert not rows[0] & rows[1] and not rows[0] & rows[3] and not rows[1] & rows[3]
     # The keys follow the rows.
     cache.batch_select_indices(torch.tensor([1, 0]))
-    step(model, cache, *duplicates(2, 8, seed=3))
+    step(model, cache, duplicates(2, 8, seed=3)[0])
     rows = row_pages(cache)
     assert not rows[0] & rows[1]
     other = JointCache(pool, "b")

@@ -292,3 +292,12 @@ def test_operations_before_the_first_step_change_nothing():
     twins.ours.reorder_cache(torch.tensor([0, 1]))
     assert twins.ours.batch_size == -1 and twins.ours.stats()["ratio"] == 1.0
     twins.forward(*prompts(9, 3))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_nothing_is_cropped_off_an_empty_cache(name):
+    _, pool = joint(name)
+    cache = JointCache(pool)
+    for tokens in (0, -3, 5):
+        cache.crop(tokens)
+    assert cache.get_seq_length() == 0

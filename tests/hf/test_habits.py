@@ -20,8 +20,9 @@ def test_a_cache_is_no_module():
     model.eval().requires_grad_(False)
 
 
-def test_a_prompt_that_was_computed_with_gradients_can_be_copied_for_each_question():
-    model, pool = joint("llama", "safe")
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_prompt_that_was_computed_with_gradients_can_be_copied_for_each_question(name):
+    model, pool = joint(name, "safe")
     prompt, _ = prompts(3 * BLOCK)
     caches = stock_cache(model), JointCache(pool)
     with torch.no_grad():

@@ -281,3 +281,30 @@ def test_each_of_these_is_an_error_of_jointkv():
     assert issubclass(UnsupportedUse, TypeError) and issubclass(UnsupportedUse, AttributeError)
     with pytest.raises(TypeError):
         JointCache(build_model("llama"))
+
+
+@pytest.mark.parametrize("columns", [3, 6, 10])
+def test_a_mask_that_is_not_of_all_tokens(served, columns):
+    """Of a shorter one transformers hides the last tokens, without a word."""
+    model, pool = served
+    cache = JointCache(pool)
+    step(model, cache, prompts(4)[0])
+    for inputs in ({"ids": prompts(3)[0]}, {"ids": None, "inputs_embeds": model.get_input_embeddings()(prompts(3)[0])}):
+        with pytest.raises(LayoutError, match="must cover both"):
+            step(model, cache, mask=torch.ones(1, columns, dtype=torch.long), **inputs)
+    assert cache.length == 4
+
+
+@pytest.mark.parametrize("assisted", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_assisted_generation_behind_a_cache_that_is_not_empty(served, assisted):
+    """It reads the whole prompt once more, as it does behind a stock cache, whose answers are wrong then."""
+    model, pool = served
+    prompt = prompts(12)
+    cache = JointCache(pool)
+    options = {assisted: 3 if assisted.startswith("prompt") else build_model("llama", num_hidden_layers=1)}
+    expected = generate(model, prompt, JointCache(pool), **options)
+    step(model, cache, prompt[0][:, :-1])
+    with pytest.raises(LayoutError, match="empty cache"):
+        generate(model, prompt, cache, **options)
+    cache.reset()
+    assert torch.equal(generate(model, prompt, cache, **options).sequences, expected.sequences)

@@ -31,9 +31,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any], bool]] = {
 }
 
 
-def other(name: str) -> PreTrainedModel:
+def other(name: str, **changes: Any) -> PreTrainedModel:
     model, fields, _ = OTHERS[name]
-    config = getattr(transformers, f"{model}Config")(**{**COMMON, **fields})
+    config = getattr(transformers, f"{model}Config")(**{**COMMON, **fields, **changes})
     torch.manual_seed(0)
     built: PreTrainedModel = getattr(transformers, f"{model}ForCausalLM")(config).eval()
     return built

@@ -35,20 +35,25 @@ def bookkeeping(method: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def autocast_here() -> Callable[[], ExitStack]:
-    """Makes contexts with the autocast that is on now: inside bookkeeping for what is computed as the caller has it."""
-    present = [
-        (device, torch.get_autocast_dtype(device)) for device in AUTOCAST_DEVICES if torch.is_autocast_enabled(device)
-    ]
+Autocast = tuple[tuple[str, torch.dtype], ...]
+"""Devices with autocast on, and to which dtype."""
 
-    def entered() -> ExitStack:
-        stack = ExitStack()
-        for device, dtype in present:
+
+def autocast_here() -> Autocast:
+    """The autocast that is on now, to be `under` inside bookkeeping for what is computed as the caller has it."""
+    return tuple(
+        (device, torch.get_autocast_dtype(device)) for device in AUTOCAST_DEVICES if torch.is_autocast_enabled(device)
+    )
+
+
+@contextmanager
+def under(autocast: Autocast) -> Iterator[None]:
+    """Have `autocast` on."""
+    with ExitStack() as stack:
+        for device, dtype in autocast:
             # Weights that were cast without gradients must not be found by the caller's own forward pass.
             stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
-        return stack
-
-    return entered
+        yield
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -72,30 +73,41 @@ class AttentionSwitch:
 
     Args:
         config: of the decoder; `on` and `off` change its attention and restore it.
-
-    Attributes:
-        reads_pages: whether attention reads pages in the forward pass that goes on.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         register_attention()
         self._config = config
         self._switched = False
-        self.reads_pages = False
+        self._passes: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def reads_pages(self) -> bool:
+        """Whether attention reads pages in the forward pass that goes on in this thread."""
+        return threading.get_ident() in self._passes and self._config._attn_implementation == ATTENTION_NAME
 
     def on(self) -> None:
         """Before a forward pass."""
-        attention = self._config._attn_implementation
-        if attention == "sdpa":
-            self._set(ATTENTION_NAME)
-            self._switched = True
-        self.reads_pages = attention in ("sdpa", ATTENTION_NAME)
+        with self._lock:
+            if self._config._attn_implementation == "sdpa":
+                self._set(ATTENTION_NAME)
+                self._switched = True
+            self._passes.add(threading.get_ident())
 
     def off(self) -> None:
-        """After it; what somebody else has set meanwhile stays."""
-        if self._switched and self._config._attn_implementation == ATTENTION_NAME:
-            self._set("sdpa")
-        self._switched = self.reads_pages = False
+        """After it, and after those of other threads; what somebody else has set meanwhile stays."""
+        with self._lock:
+            self._passes.discard(threading.get_ident())
+            if self._passes:
+                return
+            if self._switched and self._config._attn_implementation == ATTENTION_NAME:
+                self._set("sdpa")
+            self._switched = False
+
+    def __reduce__(self) -> tuple[type[AttentionSwitch], tuple[PreTrainedConfig]]:
+        """A copy of a model has a switch of its own."""
+        return AttentionSwitch, (self._config,)
 
     def _set(self, attention: str) -> None:
         fields = vars(self._config)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from jointkv.core.bookkeeping import bookkeeping
 from jointkv.errors import BadInput, LayoutError, PoolFull, UnsupportedUse
 from jointkv.hf import saving
 from jointkv.hf.paged_cache import PagedCache
@@ -22,6 +21,7 @@ from jointkv.hf.prefill import prefill_rows, prompts_of
 from jointkv.hf.prefill_result import PrefillResult
 from jointkv.hf.row_steps import Forward
 from jointkv.hf.saving import FromFile
+from jointkv.hf.threads import alone
 from jointkv.system.values import check_whole
 
 
@@ -55,8 +55,9 @@ class JointCache(PagedCache):
 
         `model.generate(input_ids=..., attention_mask=..., past_key_values=cache)` then goes on as ever: all but the
         last token of each row are there. Rows are prefilled one after another, and reuse those before them. In a pool
-        without reuse nothing is done, and `generate` computes all. What is computed is so under the autocast that is
-        on, and never with gradients.
+        without reuse, and with a model in training mode, nothing is done, and `generate` computes all. What is computed
+        is so under the autocast that is on, which reads nothing that was computed under another, and never with
+        gradients.
 
         Args:
             input_ids, attention_mask: `[rows, length]`, padded on the left.
@@ -64,7 +65,7 @@ class JointCache(PagedCache):
         Raises:
             BadInput: the cache is not empty, or a row has no token.
             LayoutError: no tensors of token ids, other shapes, or padding elsewhere.
-            UnsupportedUse: `model` is not the one whose pages these are.
+            UnsupportedUse: `model` is not the one whose pages these are, or keeps nothing in its cache.
             PoolFull: the cache stays empty.
         """
         self._undo_what_broke_off()
@@ -77,7 +78,7 @@ class JointCache(PagedCache):
 
     # Operations on the whole cache.
 
-    @bookkeeping
+    @alone
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens: `-n` drops `n`; a positive number is the length to keep (as in transformers).
 
@@ -90,10 +91,11 @@ class JointCache(PagedCache):
         self._undo_what_broke_off()
         keep = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.length)
         keep = max(0, keep)
+        if keep == self.length:
+            return
         for layer in self.other_layers:
             layer.crop(keep - self.length)
-        if keep < self.length:
-            self._truncate(keep)
+        self._truncate(keep)
 
     def reset(self) -> None:
         """Give every page back and start empty."""
@@ -118,7 +120,7 @@ class JointCache(PagedCache):
         check_whole("repeats", repeats, 0, LayoutError)
         self._select(torch.arange(len(self.batch)).repeat_interleave(repeats), "batch_repeat_interleave", repeats)
 
-    @bookkeeping
+    @alone
     def _select(self, rows: Tensor, method: str, argument: Any) -> None:
         self._undo_what_broke_off()
         rows = self._rows(method, rows)
@@ -138,12 +140,15 @@ class JointCache(PagedCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> JointCache:
         """A cache that reads the same pages; either one copies a page before it writes to it."""
-        self._undo_what_broke_off()
-        twin = JointCache(self.pool, self.isolation_key)
-        twin.batch = self.batch.copy()
+        with self.lock:
+            self._undo_what_broke_off()
+            twin = JointCache(self.pool, self.isolation_key)
+            twin.batch = self.batch.copy()
         twin._set_length(self.length)
         for mine, theirs in zip(self.other_layers, twin.other_layers, strict=True):
-            theirs.__dict__.update(copy.deepcopy(mine.__dict__, memo))
+            # Tensors with gradients cannot be copied deeply.
+            for name, value in vars(mine).items():
+                vars(theirs)[name] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value, memo)
         return twin
 
     # What it holds.
@@ -225,7 +230,7 @@ class JointCache(PagedCache):
             state[f"sliding.{index}.keys"], state[f"sliding.{index}.values"] = layer.keys, layer.values
         return state
 
-    @bookkeeping
+    @alone
     def restore(self, length: int, state: saving.State) -> None:
         """Make `state`, of sequences of `length` tokens, the content of this empty cache, and fuse it.
 

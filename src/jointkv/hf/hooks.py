@@ -38,7 +38,8 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if isinstance(cache, Cache) and hasattr(cache, "begin_step"):
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         cache.pool.check_decoder(module)
-        cache.begin_step(kwargs.get("attention_mask"), input_ids, kwargs.get("inputs_embeds"))
+        names = ("inputs_embeds", "position_ids")
+        cache.begin_step(kwargs.get("attention_mask"), input_ids, *(kwargs.get(name) for name in names))
 
 
 @torch.compiler.disable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Hashable, Sequence
 from typing import NoReturn, SupportsIndex
@@ -12,7 +13,6 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from jointkv.core.blocks import PagedKV
-from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.table import BlockTable
 from jointkv.errors import BadInput, LayoutError, PoolFull, UnsupportedUse
 from jointkv.hf.batch import Batch
@@ -20,7 +20,9 @@ from jointkv.hf.fusing import fuse_filled
 from jointkv.hf.gradients import attach_gradients
 from jointkv.hf.layer import PagedCacheLayer
 from jointkv.hf.pool import JointPool
+from jointkv.hf.states import check_place
 from jointkv.hf.step import Step
+from jointkv.hf.threads import alone
 
 
 class PagedCache(Cache):
@@ -59,6 +61,11 @@ class PagedCache(Cache):
         self._set_length(0)
 
     @property
+    def lock(self) -> threading.RLock:
+        """That of the pool."""
+        return self.pool.lock
+
+    @property
     def tables(self) -> list[BlockTable]:
         """The block table of each layer group; none before the first forward pass."""
         return self.batch.tables
@@ -75,15 +82,20 @@ class PagedCache(Cache):
 
     # One forward pass: begin_step, write_layer once per layer, end_step.
 
-    @bookkeeping
+    @alone
     def begin_step(
-        self, attention_mask: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None = None
+        self,
+        attention_mask: Tensor | None,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> None:
         """Note the padding and the text of the coming forward pass, and make room for its tokens where they are known.
 
         Called by the pool's forward hook. Tokens without room get it from the first layer that writes.
 
         Raises:
+            LayoutError: mask or positions are not those of tokens behind the ones in the cache.
             PoolFull: nothing has changed.
             UnsupportedUse: the forward pass before this one was interrupted; the cache is as before that.
         """
@@ -93,18 +105,27 @@ class PagedCache(Cache):
                 f"a forward pass was interrupted, and the cache holds {self.length} tokens again, as before it: go on "
                 "behind those, or with a new cache"
             )
+        inputs = inputs_embeds if input_ids is None else input_ids
+        if inputs is not None:
+            check_place(self.length, inputs.shape[1], attention_mask, position_ids)
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
             attention_mask = None
         others = [(layer, copy.copy(layer.__dict__)) for layer in self.other_layers]
         self._step = Step(self.length, attention_mask, input_ids, others)
-        inputs = inputs_embeds if input_ids is None else input_ids
         if inputs is not None and self.pool.blocks is not None and len(inputs) == (len(self.batch) or len(inputs)):
             self._make_room(*inputs.shape[:2])
         self.pool.attention.on()
 
     def write_layer(self, layer: PagedCacheLayer, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new states; called by `PagedCacheLayer.update`. Gradients flow to these states alone."""
-        compiling = torch.compiler.is_compiling()
+        if torch.compiler.is_compiling():  # a lock would end the graph; see `Step.carry`
+            return self._write_layer(layer, key_states, value_states, True)
+        with self.lock:
+            return self._write_layer(layer, key_states, value_states, False)
+
+    def _write_layer(
+        self, layer: PagedCacheLayer, key_states: Tensor, value_states: Tensor, compiling: bool
+    ) -> tuple[Tensor, Tensor]:
         if not layer.expecting or not self._step.takes(key_states):
             if compiling and not self.tables:
                 # The pool's first forward pass, whose shapes nobody knows: it must not break the graph either.
@@ -130,7 +151,7 @@ class PagedCache(Cache):
         """Tokens that a layer holds."""
         return self._step.past if layer.expecting else self._step.length
 
-    @bookkeeping
+    @alone
     def read_layer(self, layer: PagedCacheLayer) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """A copy of one layer's K and V `[rows, h, length, d]`; None before there are any."""
         if not self.tables:
@@ -147,16 +168,18 @@ class PagedCache(Cache):
                 self.write_layer(layer, *states)
         self._end_step()
 
-    @bookkeeping
+    @alone
     def _end_step(self) -> None:
         self.pool.attention.off()
         self._undo_what_broke_off()
+        if self.pool.blocks is not None:
+            self._step.carry(self.pool.blocks.kv)
         self._note_gradients()
         self._step.mask = self._step.input_ids = None
         if not self.waits and self.tables:
             self.fuse(self._step.prompt)
 
-    @bookkeeping
+    @alone
     def fuse(self, observe: bool = False) -> None:
         """Fuse the blocks that became full since the last time; see `fuse_filled`."""
         start = time.perf_counter()
@@ -188,7 +211,7 @@ class PagedCache(Cache):
         )
 
     @torch.compiler.disable
-    @bookkeeping
+    @alone
     def _advance(self, layer: PagedCacheLayer, key_states: Tensor, value_states: Tensor) -> None:
         """Make room for new tokens that were not announced, or not as they are, at the first layer that has them."""
         self.pool.prepare(key_states, value_states)
@@ -222,7 +245,7 @@ class PagedCache(Cache):
         if self._step.differentiable and self.batch.differentiable_from is None:
             self.batch.differentiable_from = self._step.start
 
-    @bookkeeping
+    @alone
     def _undo_what_broke_off(self) -> bool:
         """Undo a forward pass that has not come to the last layer; whether there was one."""
         broke_off = any(layer.expecting or layer.pending for layer in self.paged_layers)
@@ -251,7 +274,7 @@ class PagedCache(Cache):
 
     # Pages that are there already.
 
-    @bookkeeping
+    @alone
     def adopt(self, pages: Tensor, tokens: Tensor, exact: bool) -> None:
         """Let the only sequence, which ends with a full block, go on with resident `pages [n]`.
 
@@ -264,7 +287,7 @@ class PagedCache(Cache):
         self.batch.adopt(pages, tokens, exact)
         self._set_length(self.batch.length)
 
-    @bookkeeping
+    @alone
     def write(self, blocks: PagedKV, tokens: Tensor) -> None:
         """Let the only sequence go on with copies of `blocks`; arguments and errors as of `Batch.write`."""
         if not self.tables:
@@ -272,7 +295,7 @@ class PagedCache(Cache):
         self.batch.write(blocks, tokens)
         self._set_length(self.batch.length)
 
-    @bookkeeping
+    @alone
     def join(self, rows: Sequence[PagedCache], length: int) -> None:
         """Make the sequences of `rows`, padded on the left to `length` tokens, the content of this empty cache."""
         for row in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.moved_text import check_block_size
 from jointkv.core.plan import FusionPlan
 from jointkv.core.pool import BlockPool
@@ -23,6 +23,7 @@ from jointkv.hf.identity import Weights, full_attention_layers, model_identity
 from jointkv.hf.reuse import Reuse, ReuseOptions
 from jointkv.hf.rotary import rotary_of
 from jointkv.hf.states import check_states, widest_dtype
+from jointkv.hf.threads import alone
 from jointkv.policy import FusionPolicy, LayerGroups
 from jointkv.policy.profile import Profile, ReuseEvidence
 from jointkv.system.values import check_whole
@@ -52,6 +53,7 @@ class JointPool:
         attention: lets the model read pages.
         blocks: the `BlockPool`, None until the first forward pass has shown the shapes.
         groups: how the full-attention layers are grouped.
+        lock: held by the thread that reads or changes tables, pages or what is known of them.
         page_readers: full-attention layers, by number, whose K and V reach the attention function unchanged, so that
             it may read pages instead; the others are handed dense K and V.
         weights: those of the model, as they were when a cache was last begun.
@@ -76,6 +78,7 @@ class JointPool:
         max_relative_error: float | None = None,
         reuse: ReuseOptions | str = "off",
     ) -> None:
+        self.lock = threading.RLock()
         self.adaptation: Adaptation | None = None
         audits: ReuseEvidence | None = None
         for name, number in (("block_size", block_size), ("max_pages", 1 if max_pages is None else max_pages)):
@@ -113,6 +116,7 @@ class JointPool:
         self._counters = Counter(blocks_considered=0, blocks_fused=0, pages_freed=0)
         self.seconds_fusing = 0.0
         self._next_sequence = 0
+        self._said = False
         decoder = attach_hooks(model)
         self.attention = attention_of(decoder)
         self._decoder = weakref.ref(decoder)
@@ -183,13 +187,14 @@ class JointPool:
         if self.reuse is not None:
             self.reuse.residents.forget(pages)
 
+    @alone
     def notice_weights(self) -> None:
         """Call `weights_changed` if they have, see `weights_mark`; every cache does when it begins."""
         model = self._model()
         if model is not None and not self.weights.are_of(model):
             self.weights_changed()
 
-    @bookkeeping
+    @alone
     def weights_changed(self) -> None:
         """Forget what is resident, because the model computes other K and V than before.
 
@@ -209,8 +214,9 @@ class JointPool:
 
     def new_sequences(self, count: int) -> Tensor:
         """Numbers for `count` sequences, unique in this pool: long `[count]`."""
-        self._next_sequence += count
-        return torch.arange(self._next_sequence - count, self._next_sequence)
+        with self.lock:
+            self._next_sequence += count
+            return torch.arange(self._next_sequence - count, self._next_sequence)
 
     def observe(self, group: int, considered: int, plan: FusionPlan) -> None:
         """Compare what fusion did with the profile, if there is one, and move the bound when that is due."""
@@ -254,6 +260,13 @@ class JointPool:
             self._counters.update(self.reuse.counters)
         self.reuse_faults, self.reuse = self.reuse_faults + 1, None
 
+    def say_that_it_trains(self, part: str) -> None:
+        """Say once why nothing is reused."""
+        if self.reuse is not None and not self._said:
+            logger.warning("nothing is reused while %s is in training mode, with dropout: call model.eval()", part)
+            self._said = True
+
+    @alone
     def stats(self) -> dict[str, Any]:
         """Pages and bytes at the allocator, and the counters of the search."""
         blocks = self.blocks
@@ -295,6 +308,7 @@ class JointPool:
                 raise UnsupportedUse("a JointPool is no cache: pass past_key_values=JointCache(pool)")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    @alone
     def check_integrity(self) -> None:
         """Raises IntegrityError when the pool or an index is inconsistent."""
         if self.adaptation is not None:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jointkv.core.bookkeeping import bookkeeping
 from jointkv.core.moved_text import unwritten
 from jointkv.core.reuse import COMPUTED, Found, Integers
 from jointkv.errors import BadInput, LayoutError, PoolFull
@@ -21,6 +20,7 @@ from jointkv.hf.prefill_result import PrefillResult, RowPrefill
 from jointkv.hf.residents import Matches
 from jointkv.hf.reuse import Reuse
 from jointkv.hf.row_steps import Forward, ImaginedSteps, RowSteps
+from jointkv.hf.threads import alone
 from jointkv.policy.reuse import audited, decide
 
 
@@ -173,7 +173,7 @@ def _count(found: RowPrefill, reuse: Reuse) -> None:
     )
 
 
-@bookkeeping
+@alone
 def prefill_rows(
     cache: PagedCache, forward: Forward, prompts: list[Tensor], tenants: list[Hashable], length: int
 ) -> PrefillResult:
@@ -190,7 +190,9 @@ def prefill_rows(
     if any(len(prompt) < 1 for prompt in prompts):
         raise BadInput("prefill: a prompt has no token")
     pool = cache.pool
-    if pool.reuse is None or length < 1:
+    if forward.training is not None:
+        pool.say_that_it_trains(forward.training)
+    if pool.reuse is None or forward.training is not None or length < 1:
         return PrefillResult(tuple(RowPrefill(len(prompt)) for prompt in prompts))
     pool.notice_weights()
     pool.reuse.under(pool.policy)
@@ -200,6 +202,6 @@ def prefill_rows(
         row.waits = True
         rows.append(row)
         # Of a single token nothing is prefilled.
-        found.append(prefill_row(row, forward, prompt, tenant) if len(prompt) > 1 else RowPrefill(1))
+        found.append(prefill_row(row, forward, prompt, forward.key(tenant)) if len(prompt) > 1 else RowPrefill(1))
     cache.join(rows, length)
     return PrefillResult(tuple(found))

@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from jointkv.attention.rotary import NOT_TURNED, Rotary, far, that_turns
+from jointkv.core.bookkeeping import bookkeeping
 from jointkv.errors import UnsupportedModel
+from jointkv.hf.modes import evaluating
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Kinds of rotary embeddings whose angles depend on how long the text is."""
@@ -19,7 +21,7 @@ PROBES = 16
 """Tokens that are computed alone, at two positions each."""
 
 
-@torch.no_grad()
+@bookkeeping
 def rotary_of(model: PreTrainedModel, layers: Sequence[int]) -> list[Rotary]:
     """How each of `layers` turns its keys.
 
@@ -37,12 +39,8 @@ def rotary_of(model: PreTrainedModel, layers: Sequence[int]) -> list[Rotary]:
     shifts = torch.tensor([min(shift, context - 1) for shift in SHIFTS]).repeat(PROBES // len(SHIFTS))
     generator = torch.Generator().manual_seed(0)  # the user's random numbers stay as they are
     tokens = torch.randint(0, model.get_input_embeddings().num_embeddings, (PROBES, 1), generator=generator)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         before, after = (_alone(model, tokens, positions) for positions in (torch.zeros_like(shifts), shifts))
-    finally:
-        model.train(was_training)
     candidates = _candidates(model)
     return [_that_turns(before.layers[i], after.layers[i], shifts, candidates, i) for i in layers]
 

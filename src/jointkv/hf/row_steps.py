@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,25 +13,49 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jointkv.core.blocks import PagedKV, served_errors
-from jointkv.core.bookkeeping import autocast_here
+from jointkv.core.bookkeeping import Autocast, autocast_here, under
 from jointkv.core.evidence import Known
 from jointkv.core.moved_text import MovedText, unwritten
 from jointkv.core.reuse import Integers
+from jointkv.errors import UnsupportedUse
+from jointkv.hf.modes import in_training
 from jointkv.hf.moved import MovedBlocks
 from jointkv.hf.paged_cache import PagedCache
 from jointkv.hf.residents import Matches
 from jointkv.policy.reuse import Computed
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """Under which isolation key prompts are found that were computed under `torch.autocast`.
+
+    Attributes:
+        tenant: isolation key.
+        autocast: devices and dtypes.
+    """
+
+    tenant: Hashable
+    autocast: Autocast
+
+
 class Forward:
-    """The forward pass of a model as its caller has it: under the autocast that is on where this is made."""
+    """The forward pass of a model as its caller has it: under the autocast that is on where this is made.
+
+    Attributes:
+        training: a part of the model in training mode, which may make other numbers of the same tokens each time.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.device, self._model, self._autocast = model.device, model, autocast_here()
+        self.training = in_training(model)
 
     def __call__(self, **inputs: Any) -> None:
-        with self._autocast():
+        with under(self._autocast):
             self._model(**inputs)
+
+    def key(self, tenant: Hashable) -> Hashable:
+        """For what is computed alike: under autocast K and V are rounded, and equal text is not equal to the bit."""
+        return Rounded(tenant, self._autocast) if self._autocast else tenant
 
 
 class RowSteps:
@@ -118,6 +144,8 @@ class RowSteps:
             "position_ids": place[None].to(device),
         }
         self._forward(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        if self._cache.length != end:
+            raise UnsupportedUse(f"prefill: the model has kept {self._cache.length - start} of {end - start} tokens")
         self.computing = False
 
 

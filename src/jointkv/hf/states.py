@@ -1,4 +1,4 @@
-"""Which K and V a model may hand over, and what pages they fit."""
+"""Which K and V a model may hand over, what pages they fit, and where they may stand."""
 
 from __future__ import annotations
 
@@ -40,3 +40,21 @@ def check_states(keys: Tensor, values: Tensor, key_states: Tensor, value_states:
                 f"K or V on {states.device} do not fit pages on {pages.device}: all layers that have pages must be on "
                 "one device; make a new JointPool after a model was moved"
             )
+
+
+def check_place(past: int, new: int, attention_mask: object, position_ids: Tensor | None) -> None:
+    """Raises LayoutError for new tokens that are not said to stand behind the `past` ones.
+
+    Of a mask that is too short transformers hides the last tokens, and what it generates with an assistant or by prompt
+    lookup begins with the whole prompt, whatever the cache holds.
+    """
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and attention_mask.shape[1] != past + new:
+        raise LayoutError(
+            f"an attention_mask of {attention_mask.shape[1]} columns: it must cover both the {past} tokens in the "
+            f"cache and the {new} new ones"
+        )
+    if past and attention_mask is None and new > 1 and position_ids is not None and not position_ids[..., 0].any():
+        raise LayoutError(
+            f"new tokens from position 0 on, behind {past} tokens in the cache: assisted generation and prompt lookup "
+            "read the whole prompt, and need an empty cache"
+        )

@@ -93,6 +93,18 @@ class Step:
                 keys, values = pages[index % len(pages)]
                 self.layers[index] = replace(layer, keys=keys, values=values)
 
+    def carry(self, kv: PagedKV) -> None:
+        """Bring to `kv` what was written where pages were before the pool grew: a compiled model cannot `follow`.
+
+        To be called once, when all layers have written.
+        """
+        if self.places and self.layers[0].keys is not kv.keys[0]:
+            for index, layer in enumerate(self.layers):
+                group, member = divmod(index, len(kv.keys))
+                for old, new in ((layer.keys, kv.keys[member]), (layer.values, kv.values[member])):
+                    new.flatten(0, 1)[self.places[group]] = old.flatten(0, 1)[self.places[group]]
+        self.places = []
+
     def write(
         self, batch: Batch, index: int, key_states: Tensor, value_states: Tensor, dense: bool = False
     ) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,10 @@ from jointkv.codec.base import Aids
 from jointkv.codec.pages import Layout, Pages
 from jointkv.codec.registry import decode, encode, get_codec
 from jointkv.codec.transform import Transform
+from jointkv.core.bookkeeping import bookkeeping
 from jointkv.errors import BadInput, LayoutError, UnsupportedModel
 from jointkv.hf.identity import full_attention_layers
+from jointkv.hf.modes import evaluating
 from jointkv.hf.rotary import rotary_of
 
 SCORED_TOKENS = 24
@@ -26,18 +28,19 @@ WEIGHT_RANGE = 3.0
 """Beyond it what was measured is noise."""
 
 
-@torch.no_grad()
+@bookkeeping
 def prefill_pages(
     model: PreTrainedModel, tokens: Sequence[int], block_size: int, dtype: torch.dtype | None = None
 ) -> Pages:
-    """Compute a prompt; the pages of its whole blocks, in `dtype` or that of the model.
+    """Compute a prompt, in evaluation mode and without autocast; its whole blocks, in `dtype` or that of the model.
 
     Raises:
         UnsupportedModel, UnsupportedUse: see `check_layers`.
     """
     check_layers(model)
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor([list(tokens)], device=model.device), past_key_values=cache, logits_to_keep=1)
+    with evaluating(model):
+        model(input_ids=torch.tensor([list(tokens)], device=model.device), past_key_values=cache, logits_to_keep=1)
     return pages_of(cache, block_size, dtype)
 
 
@@ -85,7 +88,7 @@ def fit_transform(model: PreTrainedModel, texts: Sequence[Sequence[int]], block_
     return Transform.fit(joined, rotary_of(model, range(joined.layout.layers)))
 
 
-@torch.no_grad()
+@bookkeeping
 def step_weights(
     model: PreTrainedModel, transform: Transform, texts: Sequence[Sequence[int]], block_size: int
 ) -> Tensor:
@@ -122,7 +125,8 @@ def step_weights(
 def _log_probabilities(model: PreTrainedModel, pages: Pages, tokens: Sequence[int]) -> Tensor:
     """Of the tokens behind each of the last `SCORED_TOKENS`."""
     inputs = torch.tensor([list(tokens)], device=model.device)
-    logits = model(inputs, past_key_values=cache_of(model, pages), logits_to_keep=SCORED_TOKENS).logits[0]
+    with evaluating(model):
+        logits = model(inputs, past_key_values=cache_of(model, pages), logits_to_keep=SCORED_TOKENS).logits[0]
     return logits.float().log_softmax(-1).cpu()
 
 
