@@ -27,6 +27,9 @@ LIKELIEST = 5
 LONGEST = 640
 """Tokens of a prompt at the most."""
 
+CROWD = 16
+"""Requests that wait or run at a time: of those in a long line most would run when nothing else happens any more."""
+
 Likeliest = dict[int, float]
 """Log-probabilities by token."""
 
@@ -106,14 +109,12 @@ class Answer:
         prompt, tokens: of the request, and of the answer as far as it came.
         likeliest: log-probabilities of the likeliest tokens and the one that was taken, for each one of the answer.
         of_prompt: the same of the prompt's tokens but the first, where they were asked for.
-        adapter: LoRA of the request.
     """
 
     prompt: Prompt
     tokens: Prompt
     likeliest: list[Likeliest]
     of_prompt: list[Likeliest]
-    adapter: Any = None
 
 
 @dataclass
@@ -139,7 +140,6 @@ class Heard:
                     list(tokens),
                     [_likeliest(each) for each in likeliest or ()],
                     [_likeliest(each) for each in (output.prompt_logprobs or ())[1:]],
-                    output.lora_request,
                 )
             return outputs
 
@@ -154,26 +154,21 @@ class AnyTraffic(Traffic):
     """Random requests whose text recurs: at equal positions, shifted, in other orders, repeated, cut, continued.
 
     Args:
-        tenants: salts and adapters to choose from.
         longest: tokens of a prompt at the most.
     """
 
-    def __init__(
-        self,
-        served: Engine,
-        seed: int,
-        priorities: bool = False,
-        tenants: Sequence[dict[str, Any]] = ({}, {}, {}, {"salt": "red"}),
-        longest: int = LONGEST,
-    ) -> None:
+    def __init__(self, served: Engine, seed: int, priorities: bool = False, longest: int = LONGEST) -> None:
         super().__init__(served, seed, priorities)
         self.prompts: list[Prompt] = []
         self.answers = Heard(served).answers
-        self._tenants, self._longest = tenants, longest
+        self._longest = longest
         self._texts = [text(320, 1000 * seed + number) for number in range(3)]
 
     def ask(self) -> None:
-        """Now and then several at once, of which later ones may follow the first."""
+        """Now and then several at once, of which later ones may follow the first; nothing while many wait."""
+        if len(self.alive) > CROWD:
+            self.served.step()
+            return
         for _ in range(self.rng.choice([1, 1, 1, 1, 1, 4])):
             self._ask()
 
@@ -185,7 +180,7 @@ class AnyTraffic(Traffic):
     def _ask(self) -> None:
         rng = self.rng
         prompt = self._prompt()[: self._longest]
-        options: dict[str, Any] = dict(rng.choice(self._tenants))
+        options: dict[str, Any] = {"salt": rng.choice([None, None, None, "red"])}
         options.update(rng.choice([{}] * 10 + [{"extra": {"jointkv": False}}, {"prompt_logprobs": LIKELIEST}]))
         if self.priorities:
             options["priority"] = rng.randrange(3)
@@ -264,7 +259,7 @@ def differences(model: Path, answers: dict[str, Answer], **options: Any) -> dict
     with engine(model, 500, **options) as stock:
         heard = Heard(stock).answers
         names = {
-            name: stock.submit(each.prompt + each.tokens, 1, prompt_logprobs=LIKELIEST, lora=each.adapter)
+            name: stock.submit(each.prompt + each.tokens, 1, prompt_logprobs=LIKELIEST)
             for name, each in answers.items()
         }
         stock.finish()

@@ -159,7 +159,7 @@ def short(models: Callable[[str], Path], bold: None) -> dict[str, dict[str, floa
     model = models("usual")
     for how, fusion in (("copied", COPIED), ("in place", IN_PLACE)):
         with engine(model, 40, {**PROBED, **fusion, "check_integrity": False}, **OPTIONS) as served:
-            answers[how] = play(served, 200, FIRST_SEED)
+            answers[how] = play(served, 250, FIRST_SEED)
             assert served.preempted > 0 and served.statistics["blocks_merged"] > 0
             assert served.statistics["pages_filled" if how == "copied" else "blocks_in_place"] > 0
             for name, fault in FAULTS[how].items():
@@ -186,7 +186,7 @@ HAZARD = pytest.mark.hazard(
 )
 def test_answers_are_stocks(how: str, short: dict[str, dict[str, float]], record_property: Any) -> None:
     record_property("answers", len(short[how]))
-    assert len(short[how]) > 40 and max(short[how].values()) < ROUNDING
+    assert len(short[how]) > 25 and max(short[how].values()) < ROUNDING
 
 
 @pytest.mark.parametrize("fault", [fault for faults in FAULTS.values() for fault in faults])
@@ -269,8 +269,8 @@ def test_random_traffic(
     assert counted["prompt_tokens_skipped" if "reuse" in fusion else "blocks_merged"] > 0
     assert not fusion.get("moved") or counted["moved_tokens_skipped"] > 0
     assert "store" not in fusion or counted["store_tokens_loaded"] > 0
-    stored_as = {name: options[name] for name in ("dtype", "kv_cache_dtype") if name in options}
-    far = differences(model, answers, **stored_as)
+    like_ours = {name: options[name] for name in ("dtype", "kv_cache_dtype") if name in options}
+    far = differences(model, answers, **like_ours)
     record_property("answers", len(far))
     assert max(far.values()) < (OF_HALVES if options.get("dtype") == "bfloat16" else ROUNDING)
 
