@@ -6,6 +6,7 @@ scheduler or at a worker; what vLLM does not need to hear about either is answer
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -198,7 +199,9 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing to save."""
 
     def wait_for_save(self) -> None:
-        """See `WorkerSide.exchange`."""
+        """See `WorkerSide.exchange`. vLLM comes here also from a step that has failed, whose pages hold anything."""
+        if sys.exc_info()[1] is not None:
+            return
         inquiry = self._get_connector_metadata()
         assert isinstance(inquiry, Inquiry)
         self.worker.exchange(inquiry)
