@@ -138,6 +138,35 @@ def test_what_cannot_be_loaded_is_computed_and_reuse_goes_on(serene: Path, expec
 
 @pytest.mark.hazard(
     "Stored pages",
+    "a step fails before its pages are written, and the engine with it",
+    "nothing of that step is stored, where later engines would read it",
+)
+def test_nothing_of_a_step_that_failed_is_stored(serene: Path, tmp_path: Path) -> None:
+    """vLLM tells connectors to save all the same."""
+    with engine(serene, 100, {**PROBED, "store": str(tmp_path / "pages")}, **OPTIONS) as served:
+        served.generate([PREFIX + text(5, 7)], 1)
+        assert served.submit(DONOR, 1)
+        served.runner.get_model().model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            served.finish()
+        model = served.side.stored._model
+    assert all(blocks_stored(tmp_path / "pages", model, PREFIX))
+    assert not any(blocks_stored(tmp_path / "pages", model, DONOR))
+
+
+def test_a_step_inside_somebodys_error_handling_is_one_as_any_other(serene: Path, tmp_path: Path) -> None:
+    with engine(serene, 100, {**PROBED, "store": str(tmp_path / "pages")}, **OPTIONS) as served:
+        try:
+            raise LookupError
+        except LookupError:
+            served.generate([DONOR], 1)
+        model = served.side.stored._model
+        assert served.statistics["faults"] == 0
+    assert all(blocks_stored(tmp_path / "pages", model, DONOR))
+
+
+@pytest.mark.hazard(
+    "Stored pages",
     "random requests, aborts, preemptions and resets beside a store, with reuse, in a full pool",
     "requests end with all their tokens, nothing stays behind",
 )

@@ -6,12 +6,18 @@ scheduler or at a worker; what vLLM does not need to hear about either is answer
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from typing import Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -178,6 +184,11 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(inquiry, Inquiry)
         return self.worker.answer(inquiry)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """A step begins. An exception that its caller is handling is none of the step's."""
+        super().bind_connector_metadata(connector_metadata)
+        self._handled = sys.exc_info()[1]
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Loads begin when the step is done, see `wait_for_save`."""
 
@@ -198,7 +209,9 @@ class JointConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing to save."""
 
     def wait_for_save(self) -> None:
-        """See `WorkerSide.exchange`."""
+        """See `WorkerSide.exchange`. vLLM comes here also from a step that has failed, whose pages hold anything."""
+        if sys.exc_info()[1] is not self._handled:
+            return
         inquiry = self._get_connector_metadata()
         assert isinstance(inquiry, Inquiry)
         self.worker.exchange(inquiry)
