@@ -114,10 +114,14 @@ def paper(
         seed=seed,
     )
     parts = tuple(part or PARTS)
-    make_folder(output)
     loaded, tokenizer = load(model, dtype)
     with progress(steps(settings, parts)) as bar:
-        rows = run_paper(loaded, tokenizer, settings, parts, bar.start)
+
+        def begin(what: str) -> None:  # by then all that is wrong with the input was said
+            make_folder(output)
+            bar.start(what)
+
+        rows = run_paper(loaded, tokenizer, settings, parts, begin)
     described = {"parts": parts, **vars(settings)}
     result = PaperResult(model=model, dtype=dtype, settings=described, **dict(rows))
     write_json(output / "paper.json", result)

@@ -75,7 +75,7 @@ def test_names() -> None:
     assert {"MMLU formal_logic", "LongBench qmsum", "LongBench repobench-p", "RULER niah_multikey_3"} <= set(names)
     assert [get_dataset(name).name for name in names] == list(names)
     assert get_dataset("longbench-repobench_P") is get_dataset("LongBench repobench-p")
-    with pytest.raises(BadInput, match=r"unknown data set 'GSM9K'; known: HelpSteer, "):
+    with pytest.raises(BadInput, match=r"unknown data set 'GSM9K'; did you mean 'GSM8K'\? Known: HelpSteer, "):
         get_dataset("GSM9K")
 
 

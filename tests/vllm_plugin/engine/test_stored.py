@@ -21,8 +21,17 @@ SIZES = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.fl
 FULL = FullAttentionSpec(**SIZES)
 
 
-def config(workers: int = 1, cached: bool = True, role: str = "kv_both", policy: str = "recompute") -> Any:
+def config(
+    workers: int = 1,
+    cached: bool = True,
+    role: str = "kv_both",
+    policy: str = "recompute",
+    adapters: bool = False,
+    device: str = "cpu",
+) -> Any:
     return SimpleNamespace(
+        lora_config=SimpleNamespace() if adapters else None,
+        device_config=SimpleNamespace(device_type=device),
         parallel_config=SimpleNamespace(world_size=workers),
         cache_config=SimpleNamespace(enable_prefix_caching=cached),
         kv_transfer_config=SimpleNamespace(kv_role=role, kv_load_failure_policy=policy),
@@ -36,6 +45,7 @@ def pages(*specs: Any) -> Any:
 
 def test_the_usual_engine_may_have_one() -> None:
     check_store(config(), pages(), ours=True)
+    check_store(config(adapters=True, device="cuda"), pages(), ours=True)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +57,7 @@ def test_the_usual_engine_may_have_one() -> None:
         ({}, (MLAAttentionSpec(**SIZES),), True, "layers of kind MLAAttentionSpec"),
         ({}, (FullAttentionSpec(**{**SIZES, "dtype": torch.uint8}),), True, "uint8.*drop --kv-cache-dtype"),
         ({"cached": False}, (), True, "prefix caching"),
+        ({"adapters": True}, (), True, "adapters on a CPU.*drop --enable-lora"),
         ({}, (), False, "vLLM's own scheduler.*jointkv serve"),
         ({"role": "kv_producer"}, (), True, "kv_role=kv_producer"),
         ({"policy": "fail"}, (), True, "requests fail whose pages are lost"),

@@ -51,6 +51,11 @@ def check_store(config: Any, kv_cache_config: KVCacheConfig, ours: bool) -> None
             not config.cache_config.enable_prefix_caching,
             "drop --no-enable-prefix-caching",
         ),
+        # In mixed batches vLLM's CPU kernels give requests without an adapter wrong K and V, which would outlive it.
+        "adapters on a CPU, which change requests that have none": (
+            config.lora_config is not None and config.device_config.device_type == "cpu",
+            "drop --enable-lora",
+        ),
         "vLLM's own scheduler": (not ours, launch),
         f"kv_role={transfer.kv_role}": (transfer.kv_role != "kv_both", launch),
         f"kv_load_failure_policy={transfer.kv_load_failure_policy}, by which requests fail whose pages are lost": (

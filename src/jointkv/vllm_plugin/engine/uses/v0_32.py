@@ -104,7 +104,7 @@ CONFIGURATION = (
     Use(
         "vllm.config:VllmConfig",
         "model_config parallel_config scheduler_config cache_config device_config compilation_config "
-        "speculative_config kv_transfer_config use_v2_model_runner max_concurrent_batches",
+        "speculative_config kv_transfer_config lora_config use_v2_model_runner max_concurrent_batches",
     ),
     Use(
         "vllm.config:ParallelConfig",
