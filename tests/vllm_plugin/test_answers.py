@@ -48,7 +48,7 @@ ROUNDING = 1e-4
 turned or another kernel reads; and 0.02 at the least where in one page and layer one token is another's."""
 
 OF_HALVES = 0.1
-"""The same in bfloat16. Measured: 0.03 at the most, the numbers of which it has 8 bits being of the order of 10."""
+"""The same in bfloat16. Measured: 0.03 at the most."""
 
 BLOCK = 32
 EVENTS = max(400, MACHINE_STEPS // 20)
