@@ -125,13 +125,15 @@ def test_questions_on_passages_in_another_order() -> None:
 
 
 def test_agents_behind_a_number() -> None:
-    result = serving("agent_turns_nonce")
+    result = serving("agent_turns_nonce_many")
     speed = {arm: middle(result, arm, lambda run: run.output_tokens_per_s) for arm in ("stock", "probed")}
     first = {arm: middle(result, arm, lambda run: run.ttft.p50) for arm in ("stock", "probed")}
     assert f"{speed['probed']:.1f} against stock's {speed['stock']:.1f} tokens per second" in README
     assert f"first token after {first['probed']:.1f} against {first['stock']:.1f} s (p50)" in README
     (same,) = (each for each in result.fidelity if (each.arm, each.against) == ("probed", "stock"))
     assert same.equal == 1.0 and f"all {same.pairs} answers equal" in README
+    (ratio,) = (each for each in serving("agent_turns_nonce").comparisons if each.metric == "output_tokens_per_s")
+    assert f"with 20 tools {ratio.median_ratio:.1f} times stock's tokens per second" in " ".join(README.split())
 
 
 def test_a_longer_run() -> None:
@@ -174,6 +176,7 @@ def test_no_other_number_was_measured() -> None:
     tested = (
         r"\| [^|]+ \| [^|]+ \| [^|]+ \|",
         r"Agents that send.*?\)",
+        r"with 20 tools [\d.]+ times stock's",
         r"first tokens came after [\d.]+ s",
         r"it had [\d.]+ of stock's.*?\)",
         r"mean KL is [\d.]+ on",
