@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from jointkv.vllm_plugin.scheduler.reuse import LOOKS_AGAIN
+from jointkv.vllm_plugin.scheduler.no_room import LOOKS_AGAIN
 from tests.vllm_plugin.engines import LOSSY, Engine, engine, text, write_model
 
 BLOCK, PAGES, OUT = 32, 41, 90

@@ -18,7 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from jointkv.policy.reuse import ReuseRule
-from jointkv.vllm_plugin.engine.line import in_line, seats, send_ahead, whole_prompts
+from jointkv.vllm_plugin.engine.line import in_line, seats, send_ahead
 from jointkv.vllm_plugin.engine.steps import started
 from jointkv.vllm_plugin.metrics import Statistics
 from jointkv.vllm_plugin.scheduler.entry_blocks import EntryBlocks
@@ -30,14 +30,12 @@ from jointkv.vllm_plugin.scheduler.intakes import Intakes
 from jointkv.vllm_plugin.scheduler.licences import Licences
 from jointkv.vllm_plugin.scheduler.loaders import Loaders
 from jointkv.vllm_plugin.scheduler.look_up import GROUP, LookUp
+from jointkv.vllm_plugin.scheduler.no_room import NoRoom
 from jointkv.vllm_plugin.scheduler.requests import Requests, TrackedRequest
 from jointkv.vllm_plugin.scheduler.residents import Residents
 from jointkv.vllm_plugin.scheduler.sharing import Sharing
 from jointkv.vllm_plugin.scheduler.stored import StoredText
 from jointkv.vllm_plugin.settings import PluginSettings
-
-LOOKS_AGAIN = 8
-"""Steps after which who finds no room is looked up anew: others may have computed its text, and it takes less then."""
 
 WAVES = 4
 """Requests that reuse begin in waves of so many parts of a step's tokens: of each wave the answers come together."""
@@ -86,8 +84,7 @@ class Reuse:
         self.entry_blocks = EntryBlocks(rule, self.look_up, sharing, self.intakes, self.sent, statistics)
         self.loaders = Loaders(stored, self.look_up, sharing.tables, self.sent, rule.least)
         self._started: list[tuple[TrackedRequest, int, list[int]]] = []
-        self._without_room = "", 0
-        """For whom nothing was found, and no room, and for how many steps it is not looked up anew without room."""
+        self._no_room = NoRoom(sharing.tables)
 
     @property
     def helpers(self) -> dict[str, Helper]:
@@ -118,7 +115,7 @@ class Reuse:
             if request is None:
                 break
             name = request.request_id
-            full = self._still_waits(name) and not self._fits(request, scheduler)
+            full = self._no_room.goes_on(request, scheduler)
             if full:
                 break
             loaders = self._loaders_ahead(request)
@@ -134,9 +131,8 @@ class Reuse:
             # Who is not looked at may start all the same, and computes everything: better too many than too few.
             if intake is None:
                 if name not in self.helpers and name not in self.followers.held:
-                    full = not self._fits(request, scheduler)
+                    full = self._no_room.begins(request, scheduler)
                     if full:
-                        self._without_room = name, LOOKS_AGAIN
                         break
                     budget -= request.num_tokens - self.sharing.tables.found(request)
                 free -= 1
@@ -231,18 +227,6 @@ class Reuse:
             if intake.plan.skipped and request_id in self.requests.active:
                 self.sharing.forget(intake.tracked)
             self.intakes.let_go(request_id)
-
-    def _fits(self, request: Request, scheduler: Scheduler) -> bool:
-        """Whether there may be room for `request`, of which nothing but exact prefixes is found, to start."""
-        tables = self.sharing.tables
-        needed = tables.needed(request, tables.found_pages(request)) if whole_prompts(scheduler) else 1
-        return needed <= tables.free
-
-    def _still_waits(self, name: str) -> bool:
-        """Whether nothing was found for a request a few steps ago, and no room."""
-        first, steps = self._without_room
-        self._without_room = first, steps - (first == name)
-        return first == name and steps > 0
 
     def _loaders_ahead(self, request: Request) -> list[Request] | None:
         """See `Loaders.ahead_of`."""
